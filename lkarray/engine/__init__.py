@@ -1,0 +1,12 @@
+"""The contraction engine: every kernel is a Gram over named dims. Knows nothing of torch.
+
+`numbers` multiplies plain arrays; `operand` reads panels of a labelled variable; `cache`
+holds them; `plan` fits tiles to a byte budget; `graph` makes the lazy Dask view and the
+top-k sink out of tile tasks.
+"""
+
+from lkarray.engine.graph import gram_array, top_k_arrays
+from lkarray.engine.operand import Operand
+from lkarray.engine.plan import Plan, make_plan
+
+__all__ = ["Operand", "Plan", "gram_array", "make_plan", "top_k_arrays"]

@@ -1,0 +1,95 @@
+"""One bounded cache of panels for each process, and the rule for its BLAS threads."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+
+class PanelCache:
+    """Panels by key, least recently used out first, each loaded by one thread only.
+
+    A panel that is being loaded is waited for, never loaded twice. The bound holds for what
+    the cache keeps; a task that uses a panel keeps it alive for as long as it needs it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._panels: OrderedDict[Hashable, Any] = OrderedDict()
+        self._loading: dict[Hashable, Future[Any]] = {}
+        self._bytes = 0
+
+    def get(self, key: Hashable, load: Callable[[], Any], *, size: int, limit: int) -> Any:
+        """Return the panel of ``key``, loading it if need be; then keep at most ``limit`` bytes."""
+        with self._lock:
+            if key in self._panels:
+                self._panels.move_to_end(key)
+                return self._panels[key][0]
+            waiting = self._loading.get(key)
+            if waiting is None:
+                mine: Future[Any] = Future()
+                self._loading[key] = mine
+        if waiting is not None:
+            return waiting.result()
+        try:
+            panel = load()
+        except BaseException as error:
+            with self._lock:
+                del self._loading[key]
+            mine.set_exception(error)
+            raise
+        with self._lock:
+            del self._loading[key]
+            self._panels[key] = (panel, size)
+            self._bytes += size
+            self._evict(limit)
+        mine.set_result(panel)
+        return panel
+
+    def _evict(self, limit: int) -> None:
+        while self._bytes > limit and self._panels:
+            _, (_, size) = self._panels.popitem(last=False)
+            self._bytes -= size
+
+    def drop(self, owner: Hashable) -> None:
+        """Forget the panels whose key starts with ``owner``."""
+        with self._lock:
+            gone = [key for key in self._panels if isinstance(key, tuple) and key[0] == owner]
+            for key in gone:
+                self._bytes -= self._panels.pop(key)[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self._bytes
+
+
+CACHE = PanelCache()
+
+
+@lru_cache(maxsize=1)
+def _multiply_slots() -> threading.BoundedSemaphore:
+    """Return as many slots as leave BLAS threads x concurrent products within the cores.
+
+    With a many-threaded BLAS that is one product at a time with all threads; on a worker
+    that was started with one BLAS thread, one for each core. Measured once: limits that are
+    toggled for each task were seen to leave a process at one thread for good.
+    """
+    from dask.system import CPU_COUNT
+    from threadpoolctl import threadpool_info
+
+    pools = [p["num_threads"] for p in threadpool_info() if p.get("user_api") == "blas"]
+    return threading.BoundedSemaphore(max(1, CPU_COUNT // max([1, *pools])))
+
+
+def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return ``a.T @ b``, by the symmetric product where ``a is b``."""
+    with _multiply_slots():
+        product: np.ndarray = a.T @ b
+        return product

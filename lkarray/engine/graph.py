@@ -1,0 +1,182 @@
+"""Tile tasks, and what is made of them: the lazy Dask view and the top-k sink.
+
+A task is opaque to Dask: it is given the operands (one shared node each, so their graph
+travels once), reads its two panels through the process's cache, multiplies, and returns a
+tile or the few best entries of one. Nothing large flows through the scheduler but tiles
+that were asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+
+from lkarray.engine.cache import multiply
+from lkarray.engine.numbers import finish_cosine, top_k
+from lkarray.engine.operand import Operand, Piece
+from lkarray.engine.plan import Plan
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile: which panels, in which pieces, scaled how."""
+
+    at: tuple[int, ...]
+    rows: slice
+    cols: slice
+    diagonal: bool
+    pieces: tuple[Piece, ...]
+    cache: int
+    scale: float
+    cosine: bool
+
+
+def compute_tile(x: Operand, y: Operand | None, tile: Tile) -> np.ndarray:
+    """Return the tile, with a leading axis of length one for each dim kept in step."""
+    other = x if y is None else y
+    total: np.ndarray | None = None
+    for p in range(len(tile.pieces)):
+        a = x.panel(tile.at, tile.rows, tile.pieces, p, tile.cache)
+        b = a if tile.diagonal else other.panel(tile.at, tile.cols, tile.pieces, p, tile.cache)
+        product = multiply(a, b)
+        if len(tile.pieces) == 1:
+            total = product
+        else:
+            # Sums over pieces are float64, in the order of the pieces.
+            total = product.astype(np.float64) if total is None else np.add(total, product, total)
+    assert total is not None
+    if tile.scale != 1:
+        total *= tile.scale
+    out = total.astype(np.result_type(x.dtype, other.dtype), copy=False)
+    if tile.cosine:
+        finish_cosine(out, diagonal=tile.diagonal)
+    return out.reshape((1,) * len(tile.at) + out.shape)
+
+
+def flip(tile: np.ndarray) -> np.ndarray:
+    """Return the tile of the other triangle."""
+    return tile.swapaxes(-1, -2)
+
+
+def gram_array(
+    x: Operand, y: Operand | None, plan: Plan, *, scale: float = 1.0
+) -> da.Array:
+    """Return the Gram of the operands as a Dask array ``(*each, rows, rows)``, one tile a chunk.
+
+    Of a symmetric Gram only the tiles on and above the diagonal are computed.
+    """
+    graph: dict[Any, Any] = {}
+    name = f"gram-{tokenize(x, y, plan, scale)}"
+    keys = _operand_keys(graph, x, y)
+    for at, i, j, tile in _tiles(x, plan, y is None, scale):
+        graph[(name, *at, i, j)] = (compute_tile, *keys, tile)
+        if y is None and i < j:
+            graph[(name, *at, j, i)] = (flip, (name, *at, i, j))
+    each = tuple((1,) * x.variable.sizes[dim] for dim in x.each)
+    lengths = tuple(tuple(s.stop - s.start for s in part) for part in (plan.rows, plan.cols))
+    dtype = np.result_type(x.dtype, x.dtype if y is None else y.dtype)
+    return da.Array(
+        HighLevelGraph.from_collections(name, graph), name, (*each, *lengths), dtype=dtype
+    )
+
+
+def top_k_arrays(
+    x: Operand, plan: Plan, k: int, *, largest: bool, groups: np.ndarray | None
+) -> tuple[da.Array, da.Array]:
+    """Return positions and values of the ``k`` best entries of each row of the Gram of ``x``.
+
+    Each tile above the diagonal serves its rows and its columns, and leaves only its ``k``
+    best; n x n is never held. The entry with itself, and those within a row's own group
+    where ``groups`` (one code a row) is given, do not count. Rows with fewer than ``k``
+    entries end in position -1 and value NaN. Ties go to the lower position.
+    """
+    graph: dict[Any, Any] = {}
+    name = f"top-{tokenize(x, plan, k, largest, groups)}"
+    operand, _ = _operand_keys(graph, x, None)
+    codes = f"{name}-groups"
+    graph[codes] = groups
+    parts: dict[int, list[Any]] = {i: [] for i in range(len(plan.rows))}
+    for _, i, j, tile in _tiles(x, plan, True, 1.0):
+        part = (f"{name}-part", i, j)
+        graph[part] = (_best_of_tile, operand, codes, k, largest, tile)
+        for side, row in enumerate((i, j) if i < j else (i,)):
+            graph[(*part, side)] = (getitem, part, side)
+            parts[row].append((*part, side))
+    for i in parts:
+        graph[(f"{name}-merge", i)] = (_best_of_parts, parts[i], k, largest)
+        graph[(f"{name}-position", i, 0)] = (getitem, (f"{name}-merge", i), 0)
+        graph[(f"{name}-value", i, 0)] = (getitem, (f"{name}-merge", i), 1)
+    chunks = (tuple(s.stop - s.start for s in plan.rows), (k,))
+    layers = HighLevelGraph.from_collections(name, graph)
+    position = da.Array(layers, f"{name}-position", chunks, dtype=np.int64)
+    return position, da.Array(layers, f"{name}-value", chunks, dtype=x.dtype)
+
+
+def _operand_keys(
+    graph: dict[Any, Any], x: Operand, y: Operand | None
+) -> tuple[str, str | None]:
+    graph[f"operand-{x.token}"] = x
+    if y is None:
+        return f"operand-{x.token}", None
+    graph[f"operand-{y.token}"] = y
+    return f"operand-{x.token}", f"operand-{y.token}"
+
+
+def _tiles(
+    x: Operand, plan: Plan, symmetric: bool, scale: float
+) -> Iterator[tuple[tuple[int, ...], int, int, Tile]]:
+    for at in np.ndindex(*(x.variable.sizes[dim] for dim in x.each)):
+        for i, rows in enumerate(plan.rows):
+            for j, cols in enumerate(plan.cols):
+                if not symmetric or i <= j:
+                    diagonal = symmetric and i == j
+                    yield at, i, j, Tile(
+                        at, rows, cols, diagonal, plan.pieces, plan.cache, scale, x.cosine
+                    )
+
+
+Best = tuple[np.ndarray, np.ndarray]
+
+
+def _best_of_tile(
+    x: Operand, groups: np.ndarray | None, k: int, largest: bool, tile: Tile
+) -> tuple[Best, ...]:
+    values = compute_tile(x, None, tile)
+    if not largest:
+        np.negative(values, out=values)
+    if groups is not None:
+        values[groups[tile.rows][:, None] == groups[tile.cols][None, :]] = -np.inf
+    if tile.diagonal:
+        np.fill_diagonal(values, -np.inf)
+    best = [_best(values, k, tile.cols.start)]
+    if not tile.diagonal:
+        best.append(_best(values.T, k, tile.rows.start))
+    return tuple(best)
+
+
+def _best(values: np.ndarray, k: int, start: int) -> Best:
+    index = top_k(values, min(k, values.shape[1]))
+    return index + start, np.take_along_axis(values, index, axis=1)
+
+
+def _best_of_parts(parts: list[Best], k: int, largest: bool) -> Best:
+    """Merge the best of a row's tiles; they come in the order of their columns."""
+    position = np.concatenate([index for index, _ in parts], axis=1)
+    values = np.concatenate([value for _, value in parts], axis=1)
+    index = top_k(values, min(k, values.shape[1]))
+    position = np.take_along_axis(position, index, axis=1)
+    values = np.take_along_axis(values, index, axis=1)
+    short = k - values.shape[1]
+    if short > 0:
+        position = np.pad(position, ((0, 0), (0, short)), constant_values=-1)
+        values = np.pad(values, ((0, 0), (0, short)), constant_values=-np.inf)
+    position = np.where(values == -np.inf, -1, position)
+    values = np.where(values == -np.inf, np.nan, values if largest else -values)
+    return position, values

@@ -1,0 +1,119 @@
+"""The arithmetic of tiles on plain arrays: no labels, no Dask.
+
+A *panel* is a block of an operand as a matrix ``(contracted, rows)``, contracted dims
+first, so that a tile is ``a.T @ b``. Means and norms are float64; products are made at the
+operand's precision after the means are subtracted, never from raw sums of products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means and sums of squares of a panel, mergeable over pieces of the contracted dims.
+
+    Attributes
+    ----------
+    count
+        Shape ``(group,)``: contracted elements seen in each centring group.
+    mean
+        Shape ``(group, rows)``, float64.
+    squares
+        Shape ``(group, rows)``, float64: squares about that mean.
+    """
+
+    count: np.ndarray
+    mean: np.ndarray
+    squares: np.ndarray
+
+    @classmethod
+    def of(cls, block: np.ndarray, *, centred: bool) -> Moments:
+        """Return the moments of ``block``, shape ``(group, contracted, rows)``.
+
+        Without centring the mean is zero and the squares are raw.
+        """
+        groups, count, rows = block.shape
+        mean = np.zeros((groups, rows))
+        if centred:
+            mean = block.mean(axis=1, dtype=np.float64)
+        squares = np.empty((groups, rows))
+        for g in range(groups):
+            squares[g] = _sum_of_squares(block[g], mean[g])
+        return cls(np.full(groups, count), mean, squares)
+
+    def merge(self, other: Moments, *, centred: bool) -> Moments:
+        """Return the moments of both pieces together (Chan, Golub and LeVeque 1983)."""
+        count = self.count + other.count
+        if not centred:
+            return Moments(count, self.mean, self.squares + other.squares)
+        share = (other.count / np.maximum(count, 1))[:, None]
+        delta = other.mean - self.mean
+        cross = delta * delta * self.count[:, None] * share
+        return Moments(count, self.mean + delta * share, self.squares + other.squares + cross)
+
+    def norm(self) -> np.ndarray:
+        """Return the Euclidean norm of each centred row, zero where it is only rounding."""
+        squares = self.squares.sum(axis=0)
+        rounding = (self.mean * (8 * np.finfo(np.float64).eps)) ** 2 * self.count[:, None]
+        return np.sqrt(np.where(squares > rounding.sum(axis=0), squares, 0.0))
+
+
+def _sum_of_squares(block: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Return the float64 sum of squares about ``mean`` along the first axis, by slabs."""
+    total = np.zeros(block.shape[1])
+    slab = max(1, (1 << 17) // max(block.shape[1], 1))
+    for start in range(0, len(block), slab):
+        part = block[start : start + slab] - mean
+        total += np.einsum("ij,ij->j", part, part)
+    return total
+
+
+def standardise(block: np.ndarray, mean: np.ndarray, scale: np.ndarray | None) -> None:
+    """Subtract ``mean`` (group, rows) and multiply by ``scale`` (rows) in place.
+
+    The float64 mean is subtracted in two parts of the block's precision: near values leave
+    an exact difference, so nothing of the float64 mean is lost.
+    """
+    if mean.any():
+        coarse = mean.astype(block.dtype)
+        block -= coarse[:, None]
+        block -= (mean - coarse).astype(block.dtype)[:, None]
+    if scale is not None:
+        block *= scale.astype(block.dtype)
+
+
+def reciprocal(norm: np.ndarray) -> np.ndarray:
+    """Return ``1 / norm``, and zero where the norm is zero: such a row correlates with none."""
+    return np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
+
+
+def finish_cosine(tile: np.ndarray, *, diagonal: bool) -> None:
+    """Clip rounding beyond [-1, 1] in place; a row's cosine with itself is 1, or 0 if it is 0."""
+    np.clip(tile, -1.0, 1.0, out=tile)
+    if diagonal:
+        own = np.einsum("ii->i", tile)
+        own[own > 0.5] = 1.0
+
+
+def top_k(values: np.ndarray, k: int) -> np.ndarray:
+    """Return the columns of the ``k`` largest of each row, largest first, ties by column.
+
+    ``values`` has shape ``(rows, columns)`` with ``k <= columns`` and no NaN; the result
+    ``(rows, k)`` is independent of how columns were split into blocks before. O(columns) a row.
+    """
+    rows, columns = values.shape
+    if k < columns:
+        least = np.partition(values, columns - k, axis=1)[:, columns - k]
+        chosen = values >= least[:, None]
+        for row in np.flatnonzero(chosen.sum(axis=1) > k):
+            ties = np.flatnonzero(values[row] == least[row])
+            chosen[row, ties[k - int((values[row] > least[row]).sum()) :]] = False
+        index = np.nonzero(chosen)[1].reshape(rows, k)
+    else:
+        index = np.broadcast_to(np.arange(columns), (rows, columns)).copy()
+    order = np.argsort(-np.take_along_axis(values, index, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(index, order, axis=1)

@@ -1,0 +1,43 @@
+"""The errors that callers may want to tell apart.
+
+A bad argument is a plain ``ValueError`` or ``TypeError``; what concerns a store or a run
+has a name here. Every message says what is wrong, where, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class LkarrayError(Exception):
+    """Base of every error that lkarray names itself."""
+
+
+class SchemaError(LkarrayError, ValueError):
+    """A variable, dim or coordinate is missing, misnamed or of the wrong kind."""
+
+
+class NonFiniteError(LkarrayError, ValueError):
+    """A loss, a weight or a kernel operand holds NaN or infinity."""
+
+
+class MemoryBudgetError(LkarrayError, ValueError):
+    """The computation cannot run within the memory budget that was set."""
+
+
+class StoreError(LkarrayError, OSError):
+    """A store cannot be created, read or written."""
+
+
+class StoreVersionError(StoreError):
+    """The store was written by a newer lkarray than this one."""
+
+
+class FingerprintError(StoreError, ValueError):
+    """The store holds a run made with other settings, weights or data."""
+
+
+class LockedError(StoreError):
+    """Another process is writing to the store, or running in the folder."""
+
+
+class DivergedError(LkarrayError, ArithmeticError):
+    """Every chain turned non-finite, so there is nothing to compute from."""

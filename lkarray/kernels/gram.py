@@ -1,0 +1,198 @@
+"""`gram`: the engine's front door, labels in and labels out."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from math import prod
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from zarr.codecs import Crc32cCodec
+
+from lkarray import engine
+from lkarray.errors import SchemaError
+from lkarray.schema import CHAIN, second
+
+_CENTERS = (None, "pooled", "chain")
+_NORMALIZERS = (None, "count", "cosine")
+
+
+def gram(
+    x: xr.DataArray,
+    y: xr.DataArray | None = None,
+    *,
+    over: str | Iterable[str],
+    each: str | Iterable[str] = (),
+    center: str | None = None,
+    normalize: str | None = None,
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    r"""Contract two labelled tensors over shared dims, lazily.
+
+    .. math:: G_{ij} = c \sum_s (x_{si} - \bar x_i)(y_{sj} - \bar y_j)
+
+    Parameters
+    ----------
+    x, y
+        Tensors with the dims ``over``, ``each`` and exactly one more. ``y=None`` is the
+        symmetric Gram of ``x``, of which only one triangle is computed.
+    over
+        Dims that are contracted: S elements together.
+    each
+        Dims that are kept in step: one kernel for each of their entries.
+    center
+        ``None``; ``"pooled"`` subtracts the mean over all of ``over``; ``"chain"`` the mean
+        of each chain.
+    normalize
+        ``None``; ``"count"`` divides by the degrees of freedom (S uncentred, S - 1 pooled,
+        S - C with C chains); ``"cosine"`` by both norms, 0 where a norm is 0.
+    memory
+        Byte budget of a process; ``LKARRAY_MEMORY`` or a quarter of the memory by default.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``(*each, row, column)`` on a Dask array whose chunks are tiles. A column dim of the
+        row's name gets ``_2``, and so do its coordinates. float32, or float64 for float64
+        and wide integer input. Selecting rows or columns computes only their tiles; a few
+        rows are cheaper as ``gram(x.isel(sample=rows), x, ...)``.
+
+    Raises
+    ------
+    TypeError
+        An operand is no DataArray, or was persisted on a cluster.
+    SchemaError
+        Dims are missing or too many, or those contracted differ in size or labels.
+    ValueError
+        ``center`` or ``normalize`` is unknown, or there are too few elements to centre.
+    MemoryBudgetError
+        The budget holds no tile.
+    NonFiniteError
+        On computing: the data hold NaN or infinity.
+
+    Notes
+    -----
+    Cost: ``n**2 * S`` operations for a symmetric Gram, twice that for two operands; each
+    panel is read once where the budget can hold them all.
+    """
+    over, each = _names(over), _names(each)
+    _one_of("center", center, _CENTERS)
+    _one_of("normalize", normalize, _NORMALIZERS)
+    rows = free_dim(x, "x", over, each)
+    if y is not None:
+        _check_shared(x, y, over, each)
+    columns = rows if y is None else free_dim(y, "y", over, each)
+    degrees = _degrees(x, over, center)
+    options: dict[str, Any] = dict(
+        over=over, each=each, center=center, cosine=normalize == "cosine"
+    )
+    left = engine.Operand(x, rows=rows, **options)
+    right = None if y is None else engine.Operand(y, rows=columns, **options)
+    plan = engine.make_plan(left, right, memory=memory)
+    scale = 1 / degrees if normalize == "count" else 1.0
+    data = engine.gram_array(left, right, plan, scale=scale)
+    out = xr.DataArray(
+        data,
+        dims=(*each, rows, second(columns) if columns == rows else columns),
+        coords=_coords(x, x if y is None else y, each, rows, columns),
+        name="gram",
+        attrs={
+            "over": list(over),
+            "center": center or "none",
+            "normalize": normalize or "none",
+            "contracted": prod(x.sizes[dim] for dim in over),
+        },
+    )
+    # Plain .to_zarr writes one stored chunk a tile, checksummed and uncompressed: fast.
+    out.encoding = {"chunks": data.chunksize, "compressors": (Crc32cCodec(),)}
+    return out
+
+
+def free_dim(x: xr.DataArray, name: str, over: tuple[str, ...], each: tuple[str, ...]) -> str:
+    """Return the one dim of ``x`` that is neither contracted nor kept in step."""
+    if not isinstance(x, xr.DataArray):
+        raise TypeError(f"{name} must be an xarray.DataArray, not {type(x).__name__}")
+    if not over:
+        raise SchemaError("over names no dim; name at least one to contract")
+    missing = [dim for dim in (*over, *each) if dim not in x.dims]
+    if missing:
+        raise SchemaError(f"{name} has dims {x.dims}, which lack {missing}; rename or select")
+    if set(over) & set(each):
+        raise SchemaError(f"{sorted(set(over) & set(each))} stand in both over and each")
+    free = [str(dim) for dim in x.dims if dim not in over and dim not in each]
+    if len(free) != 1:
+        raise SchemaError(
+            f"{name} has dims {x.dims}: contracting {over} leaves {free}, and it must leave one; "
+            "put dims into over= or each=, select with .isel, or .stack them into one"
+        )
+    if x.dtype.kind not in "fiub":
+        raise SchemaError(f"{name} is {x.dtype}; a Gram needs real numbers")
+    empty = [dim for dim in x.dims if x.sizes[dim] == 0]
+    if empty:
+        raise SchemaError(f"{name} is empty along {empty}; there is nothing to contract")
+    return free[0]
+
+
+def _check_shared(
+    x: xr.DataArray, y: xr.DataArray, over: tuple[str, ...], each: tuple[str, ...]
+) -> None:
+    free_dim(y, "y", over, each)
+    for dim in (*over, *each):
+        if x.sizes[dim] != y.sizes[dim]:
+            raise SchemaError(
+                f"x and y have {x.sizes[dim]} and {y.sizes[dim]} entries along {dim!r}; they must "
+                f"be the same {dim}s: select with .sel first"
+            )
+        if dim in x.indexes and dim in y.indexes and not x.indexes[dim].equals(y.indexes[dim]):
+            differ = np.asarray(x.indexes[dim] != y.indexes[dim])
+            first = int(np.argmax(differ))
+            raise SchemaError(
+                f"x and y differ along {dim!r}, first at position {first}: "
+                f"{x.indexes[dim][first]!r} and {y.indexes[dim][first]!r}; align them with "
+                "xr.align or .sel first"
+            )
+
+
+def _degrees(x: xr.DataArray, over: tuple[str, ...], center: str | None) -> int:
+    count = prod(x.sizes[dim] for dim in over)
+    if center is None:
+        return count
+    means = 1
+    if center == "chain":
+        if CHAIN not in over:
+            raise SchemaError("center='chain' needs the dim 'chain' in over")
+        means = x.sizes[CHAIN]
+    if count - means < 1:
+        raise ValueError(
+            f"a covariance needs more than {means} elements along {over}, found {count}; "
+            "take more draws"
+        )
+    return count - means
+
+
+def _coords(
+    x: xr.DataArray, y: xr.DataArray, each: tuple[str, ...], rows: str, columns: str
+) -> dict[Hashable, Any]:
+    """Return the coordinates of the result: those of both axes, the second's renamed."""
+    kept = {name: coord for name, coord in x.coords.items() if set(coord.dims) <= {*each, rows}}
+    coords: dict[Hashable, Any] = {name: coord.variable for name, coord in kept.items()}
+    for name, coord in y.coords.items():
+        if columns in coord.dims and set(coord.dims) <= {*each, columns}:
+            if columns == rows:
+                coords[second(name)] = coord.variable.copy(deep=False)
+                renamed = {columns: second(columns)}
+                dims = tuple(renamed.get(str(dim), str(dim)) for dim in coord.dims)
+                coords[second(name)] = (dims, coord.variable.data, coord.attrs)
+            else:
+                coords.setdefault(name, coord.variable)
+    return coords
+
+
+def _names(names: str | Iterable[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, not {value!r}")

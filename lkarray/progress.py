@@ -1,0 +1,38 @@
+"""Progress bars, by tqdm, for whatever takes longer than two seconds."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+_DELAY = 2.0
+
+
+def bar(description: str, *, total: int, done: int = 0, unit: str = "step", show: bool = True) -> Any:
+    """Return a tqdm bar that appears after two seconds, in terminals and notebooks alike."""
+    from tqdm.auto import tqdm
+
+    return tqdm(
+        desc=description,
+        total=total,
+        initial=done,
+        unit=unit,
+        disable=not show,
+        delay=_DELAY,
+        dynamic_ncols=True,
+    )
+
+
+def dask_bar(description: str, *, show: bool = True) -> AbstractContextManager[Any]:
+    """Return a context in which every computation on Dask's local schedulers has a bar."""
+    from contextlib import nullcontext
+
+    if not show:
+        return nullcontext()
+    from tqdm.auto import tqdm
+    from tqdm.dask import TqdmCallback
+
+    bars: AbstractContextManager[Any] = TqdmCallback(
+        desc=description, unit="task", delay=_DELAY, tqdm_class=tqdm, dynamic_ncols=True
+    )
+    return bars

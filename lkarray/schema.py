@@ -1,0 +1,199 @@
+"""Dims, variables and their specifications: the one place that names them.
+
+Everything that reads or writes a store, a kernel or a neighbour table takes its dim
+names, dtypes, units and documentation from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lkarray.errors import SchemaError
+
+CHAIN = "chain"
+DRAW = "draw"
+SAMPLE = "sample"
+RANK = "rank"
+COMPONENT = "component"
+QUERY = "query"
+
+LOSSES = "losses"
+SAMPLE_STATS = "sample_stats"
+STATE = "state"
+COMMIT = "commit"
+
+#: Dims over which every loss kernel is contracted.
+POSTERIOR = (CHAIN, DRAW)
+
+
+def second(dim: Hashable) -> str:
+    """Return the name of the second axis of a square kernel: ``sample`` -> ``sample_2``."""
+    return f"{dim}_2"
+
+
+@dataclass(frozen=True)
+class VariableSpec:
+    """What one variable must look like, and what it means."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    units: str
+    doc: str
+
+    def attrs(self) -> dict[str, str]:
+        """Return the attributes that the variable carries in a store."""
+        return {"long_name": self.doc} | ({"units": self.units} if self.units else {})
+
+
+LOSS = VariableSpec("loss", (CHAIN, DRAW, SAMPLE), "float32", "nat", "per-sample loss at a draw")
+CENTER_LOSS = VariableSpec("center_loss", (SAMPLE,), "float32", "nat", "per-sample loss at w*")
+
+MINIBATCH_LOSS = VariableSpec(
+    "minibatch_loss", POSTERIOR, "float32", "nat", "mean loss of the draw's minibatch"
+)
+GRADIENT_NORM = VariableSpec(
+    "gradient_norm", POSTERIOR, "float32", "", "norm of the minibatch gradient of the mean loss"
+)
+DISTANCE = VariableSpec("distance", POSTERIOR, "float32", "", "Euclidean distance from w*")
+STEP_SIZE = VariableSpec("step_size", POSTERIOR, "float32", "", "step size of the draw's step")
+DIVERGED = VariableSpec("diverged", POSTERIOR, "bool", "", "the chain turned non-finite here")
+
+PARAMETERS = VariableSpec(
+    "parameters", (CHAIN, "slot", "param"), "float32", "", "sampler state, in two slots"
+)
+RECORD = VariableSpec(
+    "record", (CHAIN, "field"), "int64", "", "committed draws, steps taken, slot of the state"
+)
+
+STATS = (MINIBATCH_LOSS, GRADIENT_NORM, DISTANCE, STEP_SIZE, DIVERGED)
+
+#: Variables of each group of a sampled store.
+GROUPS: dict[str, tuple[VariableSpec, ...]] = {
+    LOSSES: (LOSS, CENTER_LOSS),
+    SAMPLE_STATS: STATS,
+    STATE: (PARAMETERS,),
+    COMMIT: (RECORD,),
+}
+
+Losses = xr.DataTree | xr.Dataset | xr.DataArray
+
+
+def as_losses(obj: Losses, *, name: str = "losses") -> xr.DataArray:
+    """Return the loss tensor inside ``obj``, checked: ``(chain, draw)`` and one more dim.
+
+    Parameters
+    ----------
+    obj
+        A tree that has ``losses``, that node, a Dataset with ``loss`` (or with a single
+        variable that has the dims), or the DataArray itself.
+    name
+        What to call ``obj`` in an error.
+
+    Raises
+    ------
+    TypeError
+        ``obj`` is none of these.
+    SchemaError
+        No variable has the dims; the message lists what there is.
+    """
+    if isinstance(obj, xr.DataTree):
+        obj = losses_node(obj, name=name).to_dataset()
+    if isinstance(obj, xr.Dataset):
+        obj = _only_candidate(obj, name)
+    if not isinstance(obj, xr.DataArray):
+        raise TypeError(
+            f"{name} must be a DataTree, Dataset or DataArray, not {type(obj).__name__}; "
+            "pass tree['losses'], or wrap an array as "
+            "xr.DataArray(values, dims=('chain', 'draw', 'sample'))"
+        )
+    missing = [dim for dim in POSTERIOR if dim not in obj.dims]
+    if missing or obj.ndim != 3:
+        raise SchemaError(
+            f"{name}: variable {obj.name!r} has dims {obj.dims}, expected ('chain', 'draw') and "
+            f"one more; rename or select, for example x.rename({{...}}) or x.isel(...)"
+        )
+    if obj.dtype.kind not in "fiub":
+        raise SchemaError(f"{name}: variable {obj.name!r} is {obj.dtype}, expected real numbers")
+    return obj
+
+
+def losses_node(tree: xr.DataTree, *, name: str = "tree") -> xr.DataTree:
+    """Return the node that holds ``loss``: ``tree`` itself, or its child ``losses``."""
+    if LOSS.name in tree.data_vars:
+        return tree
+    if LOSSES in tree.children:
+        return tree.children[LOSSES]
+    raise SchemaError(
+        f"{name} has neither a variable 'loss' nor a group 'losses' "
+        f"(groups: {sorted(tree.children)}, variables: {sorted(map(str, tree.data_vars))}); "
+        "open a store with lk.open(path)"
+    )
+
+
+def _only_candidate(ds: xr.Dataset, name: str) -> xr.DataArray:
+    if LOSS.name in ds.data_vars:
+        return ds[LOSS.name]
+    fits = [v for v in ds.data_vars if set(POSTERIOR) <= set(ds[v].dims)]
+    if len(fits) != 1:
+        found = {str(v): ds[v].dims for v in ds.data_vars}
+        raise SchemaError(
+            f"{name}: expected a variable 'loss', or exactly one with dims 'chain' and 'draw'; "
+            f"found {found}. Pass the DataArray you mean, for example ds['loss']"
+        )
+    return ds[fits[0]]
+
+
+def validate(ds: xr.Dataset, specs: Iterable[VariableSpec], *, where: str) -> None:
+    """Check that ``ds`` has each variable with its dims and kind of dtype."""
+    for spec in specs:
+        if spec.name not in ds:
+            raise SchemaError(
+                f"{where}: variable {spec.name!r} ({spec.doc}) is missing; "
+                f"found {sorted(map(str, ds.data_vars))}"
+            )
+        var = ds[spec.name]
+        if var.dims != spec.dims:
+            raise SchemaError(
+                f"{where}: variable {spec.name!r} has dims {var.dims}, expected {spec.dims}"
+            )
+        if var.dtype.kind != np.dtype(spec.dtype).kind:
+            raise SchemaError(
+                f"{where}: variable {spec.name!r} is {var.dtype}, expected {spec.dtype}"
+            )
+
+
+def sample_coords(coords: Mapping[str, Any] | None, n: int) -> dict[str, np.ndarray]:
+    """Return the coordinates of the ``sample`` dim as arrays, index first.
+
+    Raises
+    ------
+    SchemaError
+        A coordinate has another length than the observed set, more than one dim, or takes
+        the name of a dim or variable; or ``sample`` is not a list of distinct integers.
+    """
+    out: dict[str, np.ndarray] = {SAMPLE: np.arange(n)}
+    taken = {CHAIN, DRAW} | {spec.name for spec in GROUPS[LOSSES]}
+    for name, values in (coords or {}).items():
+        array = np.asarray(values)
+        if name in taken:
+            raise SchemaError(f"coords: {name!r} is a name of the store itself; choose another")
+        if array.shape != (n,):
+            raise SchemaError(
+                f"coords[{name!r}] has shape {array.shape}, but the observed set has {n} samples; "
+                "give one value per observed sample, in order"
+            )
+        if array.dtype.kind not in "biufUOTM":
+            raise SchemaError(f"coords[{name!r}] has dtype {array.dtype}; use numbers or strings")
+        if array.dtype.kind in "UO":
+            array = array.astype(np.dtypes.StringDType())
+        out[str(name)] = array
+    index = out[SAMPLE]
+    if index.dtype.kind not in "iu" or len(np.unique(index)) != n:
+        raise SchemaError("coords['sample'] must be distinct integers, one per observed sample")
+    return out

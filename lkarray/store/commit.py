@@ -1,0 +1,199 @@
+"""When a draw counts: the block, the state in two slots, and the record that decides.
+
+The order of writing (design section 2) makes a kill at any moment harmless. A block of
+losses and statistics is written whole; then the sampler's state goes to the slot that the
+record does not name; all of it is flushed to the disk; and only then the chain's record
+``[draws, step, slot]``, one chunk, replaced in one move. What the record does not count is
+written again, with the same numbers, by the run that resumes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor, Future
+from typing import NamedTuple
+
+import numpy as np
+import zarr
+
+from lkarray import schema
+from lkarray.store.layout import stored
+from lkarray.store.location import local_path, writing
+
+#: A chain commits when a block fills, or after this long and this many times the last cost.
+COMMIT_SECONDS = 30.0
+_COMMIT_SHARE = 50.0
+
+
+class Record(NamedTuple):
+    """What of one chain counts: its draws, the steps taken, and where its state lies."""
+
+    draws: int
+    step: int
+    slot: int
+
+
+def read_record(root: zarr.Group, chain: int) -> Record:
+    """Return the record of one chain; zeros for a chain that never committed."""
+    row = np.asarray(stored(root, schema.COMMIT, schema.RECORD)[chain])
+    return Record(*(int(value) for value in row))
+
+
+class ChainRegion:
+    """The part of a store that one chain owns: buffered, committed, resumed.
+
+    Parameters
+    ----------
+    root
+        The store, open for writing.
+    chain
+        Index of the chain.
+    executor
+        Runs the writing beside the sampling. At most one commit is under way, so memory is
+        bounded by two blocks however many draws there are.
+
+    Attributes
+    ----------
+    draws
+        Draws that the chain holds, committed or buffered.
+    record
+        What is committed, as of the resume.
+    """
+
+    def __init__(self, root: zarr.Group, chain: int, executor: Executor) -> None:
+        self._root, self._chain, self._executor = root, chain, executor
+        self._loss = stored(root, schema.LOSSES, schema.LOSS)
+        self._stats = {s.name: stored(root, schema.SAMPLE_STATS, s) for s in schema.STATS}
+        self._state = stored(root, schema.STATE, schema.PARAMETERS)
+        self._record = stored(root, schema.COMMIT, schema.RECORD)
+        self._depth = self._loss.chunks[1]
+        self._pending: Future[float] | None = None
+        self._last, self._cost = time.monotonic(), 0.0
+        self.record = read_record(root, chain)
+        self.draws = self.record.draws
+        self._committed = self.record
+        self._open_block(self.draws // self._depth * self._depth)
+        self._refill()
+
+    def _open_block(self, start: int) -> None:
+        self._start = start
+        self._losses = np.full((self._depth, self._loss.shape[2]), np.nan, np.float32)
+        self._rows = {
+            name: np.full(self._depth, array.fill_value, array.dtype)
+            for name, array in self._stats.items()
+        }
+
+    def _refill(self) -> None:
+        kept = slice(self._start, self.draws)
+        count = self.draws - self._start
+        if count:
+            self._losses[:count] = self._loss[self._chain, kept]
+            for name, array in self._stats.items():
+                self._rows[name][:count] = array[self._chain, kept]
+
+    def state(self) -> np.ndarray | None:
+        """Return the sampler's state at the last commit, ``None`` at the start."""
+        if self.record.step == 0:
+            return None
+        return np.asarray(self._state[self._chain, self.record.slot])
+
+    def diverged(self) -> bool:
+        """Say whether the last draw was flagged as non-finite."""
+        if self.draws == 0:
+            return False
+        if self.draws > self._start:
+            return bool(self._rows[schema.DIVERGED.name][self.draws - self._start - 1])
+        return bool(self._stats[schema.DIVERGED.name][self._chain, self.draws - 1])
+
+    def uncommitted(self) -> int:
+        """Return how many draws are buffered and not yet handed to the writer."""
+        return self.draws - self._committed.draws
+
+    def append(self, losses: np.ndarray, stats: Mapping[str, float | bool]) -> None:
+        """Add one draw to the open block."""
+        row = self.draws - self._start
+        self._losses[row] = losses
+        for name, value in stats.items():
+            self._rows[name][row] = value
+        self.draws += 1
+
+    def due(self) -> bool:
+        """Say whether it is time to commit."""
+        if self.draws - self._start == self._depth:
+            return True
+        pause = max(COMMIT_SECONDS, _COMMIT_SHARE * self._cost)
+        return time.monotonic() - self._last >= pause
+
+    def commit(self, step: int, state: np.ndarray) -> None:
+        """Hand everything so far to the writer; ``state`` must not change afterwards.
+
+        Raises
+        ------
+        StoreError
+            This or an earlier commit could not be written.
+        """
+        self.wait()
+        full = self.draws - self._start == self._depth
+        losses = self._losses if full else self._losses.copy()
+        rows = self._rows if full else {name: row.copy() for name, row in self._rows.items()}
+        record = Record(self.draws, step, 1 - self._committed.slot)
+        self._pending = self._executor.submit(
+            self._write, self._start, losses, rows, state, record
+        )
+        self._committed, self._last = record, time.monotonic()
+        if full:
+            self._open_block(self._start + self._depth)
+
+    def wait(self) -> None:
+        """Wait until the commit under way is on disk."""
+        if self._pending is not None:
+            self._cost = self._pending.result()
+            self._pending = None
+
+    def _write(
+        self,
+        start: int,
+        losses: np.ndarray,
+        rows: Mapping[str, np.ndarray],
+        state: np.ndarray,
+        record: Record,
+    ) -> float:
+        began = time.monotonic()
+        safe = "The draws committed before are safe; run again to resume"
+        with writing(self._root.store, safe=safe):
+            stop = min(start + self._depth, self._loss.shape[1])
+            block, chain = start // self._depth, self._chain
+            keys: list[str] = []
+            if record.draws > start:
+                self._loss[chain, start:stop] = losses[: stop - start]
+                keys += chunk_keys(self._loss, (chain, block))
+                for name, array in self._stats.items():
+                    array[chain, start:stop] = rows[name][: stop - start]
+                    keys += chunk_keys(array, (chain, block))
+            self._state[chain, record.slot] = state
+            keys += chunk_keys(self._state, (chain, record.slot))
+            self._flush(keys)
+            self._record[chain] = record
+            self._flush(chunk_keys(self._record, (chain,)))
+        return time.monotonic() - began
+
+    def _flush(self, keys: Iterable[str]) -> None:
+        folder = local_path(self._root.store)
+        if folder is None:
+            return
+        files = [path for key in keys if (path := folder / key).exists()]
+        for path in [*files, *{path.parent for path in files}]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def chunk_keys(array: zarr.Array, leading: tuple[int, ...]) -> list[str]:
+    """Return the keys of the chunks of ``array`` whose first indices are ``leading``."""
+    tail = array.cdata_shape[len(leading) :]
+    keys = (array.metadata.encode_chunk_key((*leading, *rest)) for rest in np.ndindex(tail))
+    return [f"{array.path}/{key}" for key in keys]

@@ -1,0 +1,152 @@
+"""Where a store is: paths, URLs and Zarr stores, and the errors of reaching them."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.abc.store import Store
+from zarr.storage import FsspecStore, LocalStore
+
+from lkarray._version import __version__
+from lkarray.errors import StoreError, StoreVersionError
+
+StoreLike = str | os.PathLike[str] | Store
+
+#: Version of the layout on disk; a reader refuses a store with a larger one.
+SCHEMA_VERSION = 1
+
+#: Root attribute under which lkarray keeps what it must know of a store.
+MARK = "lkarray"
+
+_CAUSES = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EFBIG: "a file would exceed the allowed size; raise the limit",
+    errno.EROFS: "the file system is read-only; choose another path",
+    errno.EACCES: "permission is denied; choose another path or change its permissions",
+    errno.EPERM: "permission is denied; choose another path or change its permissions",
+}
+
+
+def as_store(path: StoreLike) -> Store:
+    """Return the Zarr store that a path, a URL or a store stands for. Touches nothing."""
+    if isinstance(path, Store):
+        return path
+    text = os.fspath(path)
+    if "://" in text:
+        return FsspecStore.from_url(text)
+    return LocalStore(Path(text).absolute())
+
+
+def local_path(store: Store) -> Path | None:
+    """Return the folder of a store on a local disk, ``None`` for any other."""
+    return Path(store.root) if isinstance(store, LocalStore) else None
+
+
+def describe(store: Store) -> str:
+    """Return a name for the store that a user recognises."""
+    folder = local_path(store)
+    return str(folder) if folder is not None else str(store)
+
+
+def exists(store: Store) -> bool:
+    """Say whether there is a Zarr group at the store's root.
+
+    Raises
+    ------
+    StoreError
+        The path is a file, or a folder that holds something else.
+    """
+    folder = local_path(store)
+    if folder is not None:
+        if folder.is_file():
+            raise StoreError(f"{folder} is a file, not a store; choose another path")
+        if not folder.exists():
+            return False
+        if not (folder / "zarr.json").is_file():
+            other = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".lkarray"))
+            if other:
+                raise StoreError(
+                    f"{folder} holds {other[:3]} and is not a Zarr v3 store; nothing was touched. "
+                    "Choose another path"
+                )
+            return False
+    try:
+        zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def open_root(path: StoreLike, *, mode: str = "r") -> zarr.Group:
+    """Open the root group of an lkarray store.
+
+    Raises
+    ------
+    StoreError
+        Nothing is there, it is a file, or it is not an lkarray store.
+    StoreVersionError
+        It was written by a newer lkarray.
+    """
+    store = as_store(path)
+    if not exists(store):
+        raise StoreError(
+            f"there is no store at {describe(store)}; write one with lk.sample(..., store=...)"
+        )
+    if mode == "r" and not store.read_only:
+        store = store.with_read_only(True)
+    root = zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
+    mark = root.attrs.get(MARK)
+    if not isinstance(mark, dict) or not isinstance(mark.get("schema"), int):
+        raise StoreError(
+            f"{describe(store)} is a Zarr store, but not one of lkarray's; nothing was touched"
+        )
+    if mark["schema"] > SCHEMA_VERSION:
+        raise StoreVersionError(
+            f"{describe(store)} was written by lkarray {mark.get('version')} with layout "
+            f"{mark['schema']}; this is lkarray {__version__}, which reads up to layout "
+            f"{SCHEMA_VERSION}. Upgrade lkarray; nothing was touched"
+        )
+    return root
+
+
+def create_root(path: StoreLike) -> zarr.Group:
+    """Open the root group for writing, making it if there is none."""
+    store = as_store(path)
+    if exists(store):
+        return open_root(store, mode="r+")
+    with writing(store):
+        mark = {"schema": SCHEMA_VERSION, "version": __version__}
+        return zarr.create_group(store, zarr_format=3, attributes={MARK: mark})
+
+
+def update_mark(root: zarr.Group, **entries: Any) -> None:
+    """Set entries of the root attribute that lkarray keeps."""
+    root.update_attributes({MARK: dict(root.attrs[MARK]) | entries})  # type: ignore[arg-type]
+
+
+@contextmanager
+def writing(store: Store, *, safe: str = "") -> Iterator[None]:
+    """Turn an ``OSError`` of writing into a `StoreError` that says what to do.
+
+    Parameters
+    ----------
+    store
+        The store being written.
+    safe
+        What is stored already and not lost, for the message.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        cause = _CAUSES.get(error.errno or 0, f"{error.strerror or error}; choose another path")
+        tail = f". {safe}" if safe else ""
+        raise StoreError(f"cannot write to {describe(store)}: {cause}{tail}") from error

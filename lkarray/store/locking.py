@@ -1,0 +1,72 @@
+"""One writer at a time, by the operating system's own file lock.
+
+``flock`` dies with its process, so a killed writer never leaves a store locked. Object
+stores have no such lock: there, `writer_lock` does nothing, and two writers must not be
+pointed at one store.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zarr.abc.store import Store
+
+from lkarray.errors import LockedError
+from lkarray.store.location import local_path, writing
+
+_LOCK_NAME = ".lkarray.lock"
+
+
+@contextmanager
+def file_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder`` (made if missing), or say who holds it.
+
+    Raises
+    ------
+    LockedError
+        Another process holds it; the message names its process id, host and start.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _LOCK_NAME
+    with open(path, "a+", encoding="utf8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise LockedError(f"{folder} is in use by {_holder(file.read())}; wait for it") from None
+        file.truncate(0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": now}, file)
+        file.flush()
+        yield
+
+
+@contextmanager
+def writer_lock(store: Store) -> Iterator[None]:
+    """Hold the right to write to a store on a local disk; see the module for others."""
+    folder = local_path(store)
+    if folder is None:
+        yield
+        return
+    with writing(store):
+        lock = file_lock(folder)
+        lock.__enter__()
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def _holder(text: str) -> str:
+    try:
+        who = json.loads(text)
+        return f"process {who['pid']} on {who['host']} since {who['since']}"
+    except (ValueError, KeyError):
+        return "another process"

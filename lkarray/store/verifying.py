@@ -1,0 +1,199 @@
+"""Is everything that counts really there? Every chunk is read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from lkarray import schema
+from lkarray.store.commit import Record, chunk_keys, read_record
+from lkarray.store.layout import stored_fingerprint
+from lkarray.store.location import StoreLike, open_root
+from lkarray.store.reading import DERIVED
+
+
+class Problem(NamedTuple):
+    """One fault of a store.
+
+    Attributes
+    ----------
+    kind
+        ``missing``, ``truncated``, ``corrupt`` or ``mismatch``.
+    path
+        The piece: a chunk's key, or an array's or group's path.
+    detail
+        What was expected and what was found.
+    """
+
+    kind: str
+    path: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.path}: {self.detail}"
+
+
+def verify(path: StoreLike) -> list[Problem]:
+    """Check that every chunk that the store's records imply is whole.
+
+    Reads every committed chunk once, one at a time. A store that is still being written may
+    be verified: only what is committed is required.
+
+    Parameters
+    ----------
+    path
+        A folder, a URL or a Zarr store.
+
+    Returns
+    -------
+    list of Problem
+        One for each missing, truncated, corrupt or mismatching piece, with its path; empty
+        for a sound store.
+
+    Raises
+    ------
+    StoreError, StoreVersionError
+        There is no store that could be verified.
+    """
+    root = open_root(path)
+    if stored_fingerprint(root) is None:
+        return [Problem("missing", schema.LOSSES, "sampling was stopped before it began")]
+    return list(_problems(root))
+
+
+def _problems(root: zarr.Group) -> Iterator[Problem]:
+    arrays: dict[str, zarr.Array] = {}
+    for group, specs in schema.GROUPS.items():
+        for spec in specs:
+            name = f"{group}/{spec.name}"
+            found = _open_array(root, name)
+            if isinstance(found, Problem):
+                yield found
+            else:
+                arrays[name] = found
+    if len(arrays) < sum(map(len, schema.GROUPS.values())):
+        return
+    yield from _shapes(arrays)
+    yield from _whole_arrays(root, arrays)
+    loss = arrays[f"{schema.LOSSES}/{schema.LOSS.name}"]
+    record_array = arrays[f"{schema.COMMIT}/{schema.RECORD.name}"]
+    for chain in range(loss.shape[0]):
+        faults = list(_chunks(record_array, (chain,), optional=True))
+        yield from faults
+        if faults:
+            continue
+        record = read_record(root, chain)
+        if record.draws > loss.shape[1]:
+            detail = f"chain {chain} has {record.draws} draws, but the array {loss.shape[1]}"
+            yield Problem("mismatch", record_array.path, detail)
+        else:
+            yield from _chain(arrays, chain, record)
+
+
+def _open_array(root: zarr.Group, name: str) -> zarr.Array | Problem:
+    try:
+        found = root[name]
+    except KeyError:
+        return Problem("missing", f"{name}/zarr.json", "no such array")
+    except Exception as error:  # zarr names no common base for broken metadata
+        return Problem("corrupt", f"{name}/zarr.json", f"metadata cannot be read ({error})")
+    if not isinstance(found, zarr.Array):
+        return Problem("mismatch", name, "expected an array, found a group")
+    return found
+
+
+def _shapes(arrays: dict[str, zarr.Array]) -> Iterator[Problem]:
+    sizes = dict(zip(schema.LOSS.dims, arrays["losses/loss"].shape, strict=True))
+    for group, specs in schema.GROUPS.items():
+        for spec in specs:
+            array = arrays[f"{group}/{spec.name}"]
+            expected = tuple(sizes.get(dim) for dim in spec.dims)
+            fits = len(expected) == array.ndim and all(
+                want is None or want == got for want, got in zip(expected, array.shape, strict=True)
+            )
+            if not fits:
+                detail = f"shape {array.shape} does not fit dims {spec.dims} of {sizes}"
+                yield Problem("mismatch", array.path, detail)
+
+
+def _whole_arrays(root: zarr.Group, arrays: dict[str, zarr.Array]) -> Iterator[Problem]:
+    """Check the arrays that are written at once: coordinates, center losses, derived."""
+    yield from _chunks(arrays[f"{schema.LOSSES}/{schema.CENTER_LOSS.name}"], ())
+    for group_name in (schema.LOSSES, *_derived(root)):
+        group = root[group_name]
+        assert isinstance(group, zarr.Group)
+        for name in sorted(group.array_keys()):
+            if f"{group_name}/{name}" not in arrays:
+                found = _open_array(root, f"{group_name}/{name}")
+                yield from [found] if isinstance(found, Problem) else _chunks(found, ())
+
+
+def _derived(root: zarr.Group) -> list[str]:
+    if DERIVED not in root:
+        return []
+    group = root[DERIVED]
+    assert isinstance(group, zarr.Group)
+    return [f"{DERIVED}/{name}" for name in sorted(group.group_keys())]
+
+
+def _chain(arrays: dict[str, zarr.Array], chain: int, record: Record) -> Iterator[Problem]:
+    loss = arrays[f"{schema.LOSSES}/{schema.LOSS.name}"]
+    flags = arrays[f"{schema.SAMPLE_STATS}/{schema.DIVERGED.name}"]
+    if record.step:
+        state = arrays[f"{schema.STATE}/{schema.PARAMETERS.name}"]
+        yield from _chunks(state, (chain, record.slot))
+    depth = loss.chunks[1]
+    for block in range(-(-record.draws // depth)):
+        for spec in schema.STATS:
+            yield from _chunks(arrays[f"{schema.SAMPLE_STATS}/{spec.name}"], (chain, block))
+        faults = list(_chunks(loss, (chain, block)))
+        yield from faults
+        if not faults:
+            rows = slice(block * depth, min((block + 1) * depth, record.draws))
+            yield from _finite(loss, flags, chain, rows)
+
+
+def _finite(loss: zarr.Array, flags: zarr.Array, chain: int, rows: slice) -> Iterator[Problem]:
+    width = loss.chunks[2]
+    for start in range(0, loss.shape[2], width):
+        values = np.asarray(loss[chain, rows, start : start + width])
+        bad = ~np.isfinite(values).all(axis=1) & ~np.asarray(flags[chain, rows])
+        if bad.any():
+            draw = rows.start + int(np.argmax(bad))
+            detail = f"non-finite losses at chain {chain}, draw {draw}, not flagged as diverged"
+            yield Problem("mismatch", f"{loss.path} samples {start}...", detail)
+            return
+
+
+def _chunks(
+    array: zarr.Array, leading: tuple[int, ...], *, optional: bool = False
+) -> Iterator[Problem]:
+    """Check the chunks whose first indices are ``leading``: there, of full length, sound."""
+    raw = isinstance(array.serializer, BytesCodec) and all(
+        isinstance(codec, Crc32cCodec) for codec in array.compressors
+    )
+    expected = prod(array.chunks) * array.dtype.itemsize + 4 * len(array.compressors)
+    for key, at in zip(chunk_keys(array, leading), _indices(array, leading), strict=True):
+        buffer = sync(array.store.get(key, default_buffer_prototype()))
+        if buffer is None:
+            if not optional:
+                yield Problem("missing", key, "the chunk was committed, but is not there")
+        elif len(buffer) == 0 or (raw and len(buffer) != expected):
+            yield Problem("truncated", key, f"{len(buffer)} of {expected if raw else '?'} bytes")
+        else:
+            try:
+                array.blocks[at]
+            except Exception as error:  # every codec raises its own
+                yield Problem("corrupt", key, str(error).splitlines()[0])
+
+
+def _indices(array: zarr.Array, leading: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    for rest in np.ndindex(array.cdata_shape[len(leading) :]):
+        yield (*leading, *rest)
