@@ -109,14 +109,19 @@ def top_k_arrays(
         for side, row in enumerate((i, j) if i < j else (i,)):
             graph[(*part, side)] = (getitem, part, side)
             parts[row].append((*part, side))
-    for i in parts:
-        graph[(f"{name}-merge", i)] = (_best_of_parts, parts[i], k, largest)
-        graph[(f"{name}-position", i, 0)] = (getitem, (f"{name}-merge", i), 0)
-        graph[(f"{name}-value", i, 0)] = (getitem, (f"{name}-merge", i), 1)
+    for i, found in parts.items():
+        graph[(name, i)] = (_best_of_parts, found, k, largest)
+    names = (f"{name}-position", f"{name}-value")
+    picks = {
+        out: {(out, i, 0): (getitem, (name, i), side) for i in parts}
+        for side, out in enumerate(names)
+    }
+    layers = HighLevelGraph(
+        {name: graph} | picks, {name: set()} | {out: {name} for out in names}
+    )
     chunks = (tuple(s.stop - s.start for s in plan.rows), (k,))
-    layers = HighLevelGraph.from_collections(name, graph)
-    position = da.Array(layers, f"{name}-position", chunks, dtype=np.int64)
-    return position, da.Array(layers, f"{name}-value", chunks, dtype=x.dtype)
+    position = da.Array(layers, names[0], chunks, dtype=np.int64)
+    return position, da.Array(layers, names[1], chunks, dtype=x.dtype)
 
 
 def _operand_keys(

@@ -15,7 +15,7 @@ from lkarray.errors import MemoryBudgetError
 
 _SIDE = 4096  # of a tile, at most: larger ones multiply no faster and select more coarsely
 _WHOLE = 512  # below this side, contract in pieces rather than make tiles smaller
-_LEAST = 64
+_LEAST = 32
 _PANELS = 140  # at most, so that their pairs stay under ten thousand tasks
 _HELD = 4  # pieces of panels that a task holds: two to multiply, one raw, one copied
 
@@ -117,12 +117,12 @@ def make_plan(
         side = _largest(whole, least, min(max(n, 1), _SIDE), 3 * budget // 4)
         if side < min(n, _WHOLE):
             side = _largest(accumulators, least, min(n, _SIDE // 2), budget // 3)
-        needed = 3 * accumulators(least) + 2 * tasks * _HELD * least * item
-        if side == 0 or needed > budget:
+        # Half the budget is room for pieces, so that they are not single elements.
+        needed = max(3 * accumulators(least), 2 * tasks * _HELD * least * item)
+        if budget < needed:
             raise MemoryBudgetError(
                 f"{format_bytes(budget)} cannot hold the tiles of {n} rows with {tasks} tasks at "
-                f"once; {format_bytes(max(needed, 3 * accumulators(least)))} can: set memory= or "
-                "LKARRAY_MEMORY"
+                f"once; {ceil(needed / 2**10)} KiB can: set memory= or LKARRAY_MEMORY"
             )
         side = _align(side, n, x.row_chunks(), least)
     if whole(side) <= 3 * budget // 4:
