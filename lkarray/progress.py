@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 _DELAY = 2.0
@@ -25,8 +27,6 @@ def bar(description: str, *, total: int, done: int = 0, unit: str = "step", show
 
 def dask_bar(description: str, *, show: bool = True) -> AbstractContextManager[Any]:
     """Return a context in which every computation on Dask's local schedulers has a bar."""
-    from contextlib import nullcontext
-
     if not show:
         return nullcontext()
     from tqdm.auto import tqdm
@@ -36,3 +36,26 @@ def dask_bar(description: str, *, show: bool = True) -> AbstractContextManager[A
         desc=description, unit="task", delay=_DELAY, tqdm_class=tqdm, dynamic_ncols=True
     )
     return bars
+
+
+@contextmanager
+def busy(description: str, *, show: bool = True) -> Iterator[None]:
+    """Show the time that passes during work that cannot count its steps."""
+    done = threading.Event()
+    bar_ = bar(description, total=0, show=show)
+    bar_.bar_format = "{desc}: {elapsed}"
+
+    def tick() -> None:
+        pause = _DELAY
+        while not done.wait(pause):
+            bar_.refresh()
+            pause = 0.5
+
+    with bar_:
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -6,6 +6,7 @@ everything that counts is really there, and `locking` who may write.
 """
 
 from lkarray.store.commit import ChainRegion, Record, read_record
+from lkarray.store.derived import put
 from lkarray.store.layout import create_losses, drop_unfinished, finish, grow, stored, stored_fingerprint
 from lkarray.store.locking import file_lock, writer_lock
 from lkarray.store.location import as_store, describe, open_root, writing
@@ -25,6 +26,7 @@ __all__ = [
     "grow",
     "open_root",
     "open_store",
+    "put",
     "read_record",
     "stored",
     "stored_fingerprint",

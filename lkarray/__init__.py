@@ -1,0 +1,83 @@
+"""Which inputs does a trained network treat alike, and which examples made it so?
+
+lkarray turns a trained model into labelled tensors of per-sample losses on disk, and
+computes kernels, neighbours and maps from them with Dask, larger than memory.
+
+>>> import lkarray as lk
+>>> lk.SGLD(step_size=1e-5)
+SGLD(step_size=1e-05)
+
+The names below are the public ones. Those of the torch half (`LocalPosterior`, `SGLD`,
+`sample`), `embed` and `plots` load their libraries on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lkarray import accessor as _accessor
+from lkarray import errors
+from lkarray._version import __version__
+from lkarray.kernels import (
+    correlation,
+    covariance,
+    gram,
+    influence,
+    llc,
+    loss_gain,
+    loss_variance,
+    neighbors,
+    singular_fluctuation,
+)
+from lkarray.store import open_store as open  # noqa: A004
+from lkarray.store import verify
+
+if TYPE_CHECKING:
+    from lkarray import plots
+    from lkarray.embedding import embed
+    from lkarray.sampling import SGLD, LocalPosterior, sample
+
+_LAZY = {
+    "LocalPosterior": "lkarray.sampling",
+    "SGLD": "lkarray.sampling",
+    "sample": "lkarray.sampling",
+    "embed": "lkarray.embedding",
+}
+
+__all__ = [
+    "SGLD",
+    "LocalPosterior",
+    "__version__",
+    "correlation",
+    "covariance",
+    "embed",
+    "errors",
+    "gram",
+    "influence",
+    "llc",
+    "loss_gain",
+    "loss_variance",
+    "neighbors",
+    "open",
+    "plots",
+    "sample",
+    "singular_fluctuation",
+    "verify",
+]
+
+_accessor.register()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    if name == "plots":
+        return importlib.import_module("lkarray.plots")
+    raise AttributeError(f"module 'lkarray' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

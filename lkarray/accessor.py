@@ -1,0 +1,65 @@
+"""``x.lk.correlation()``: the public functions of losses as methods, and nothing more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import xarray as xr
+
+from lkarray import kernels
+from lkarray.schema import Losses
+
+
+class LossAccessor:
+    """The functions of lkarray that take losses, on what holds losses.
+
+    Registered as ``.lk`` on DataTree, Dataset and DataArray; each method is the function of
+    the same name with this object as its first argument.
+    """
+
+    def __init__(self, losses: Losses) -> None:
+        self._losses = losses
+
+    def covariance(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
+        """See `lkarray.covariance`."""
+        return kernels.covariance(self._losses, y, **options)
+
+    def correlation(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
+        """See `lkarray.correlation`."""
+        return kernels.correlation(self._losses, y, **options)
+
+    def influence(self, query: Losses, **options: Any) -> xr.DataArray:
+        """See `lkarray.influence`."""
+        return kernels.influence(self._losses, query, **options)
+
+    def neighbors(self, k: int = 30, **options: Any) -> xr.Dataset:
+        """See `lkarray.neighbors`."""
+        return kernels.neighbors(self._losses, k, **options)
+
+    def loss_gain(self) -> xr.DataArray:
+        """See `lkarray.loss_gain`."""
+        return kernels.loss_gain(self._losses)
+
+    def loss_variance(self) -> xr.DataArray:
+        """See `lkarray.loss_variance`."""
+        return kernels.loss_variance(self._losses)
+
+    def singular_fluctuation(self, **options: Any) -> xr.DataArray:
+        """See `lkarray.singular_fluctuation`."""
+        return kernels.singular_fluctuation(self._losses, **options)
+
+    def llc(self, **options: Any) -> xr.DataArray:
+        """See `lkarray.llc`."""
+        return kernels.llc(self._losses, **options)
+
+
+def register() -> None:
+    """Register the accessor on the three xarray types, once."""
+    pairs = (
+        (xr.DataArray, xr.register_dataarray_accessor),
+        (xr.Dataset, xr.register_dataset_accessor),
+        (xr.DataTree, xr.register_datatree_accessor),
+    )
+    for kind, decorate in pairs:
+        if not hasattr(kind, "lk"):
+            decorate("lk")(LossAccessor)

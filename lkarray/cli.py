@@ -1,0 +1,83 @@
+"""The command line: ``lkarray run``, ``lkarray info``, ``lkarray verify``.
+
+Exit codes: 0 done; 1 failed, or problems found; 2 wrong usage or settings; 3 in use by
+another process, try again later.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+from lkarray._version import __version__
+from lkarray.errors import LkarrayError, LockedError
+
+
+class _Group(click.Group):
+    """Turns the library's errors into one line on standard error and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except LockedError as error:
+            click.echo(f"lkarray: {error}", err=True)
+            ctx.exit(3)
+        except (LkarrayError, MemoryError) as error:
+            click.echo(f"lkarray: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="lkarray")
+def main() -> None:
+    """Ask which inputs a trained network treats alike."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("lkarray").setLevel(logging.INFO)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--preset", default="default", show_default=True, help="Named set of settings.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [runs/NAME]")
+@click.option("--progress/--no-progress", default=True, help="Show progress bars.")
+def run(
+    name: str | None, preset: str, settings: tuple[str, ...], out: Path | None, progress: bool
+) -> None:
+    """Run the workflow NAME, or continue it; without NAME, list them."""
+    from lkarray.workflow import find_workflow, workflow_names
+
+    if name is None:
+        click.echo("\n".join(workflow_names()))
+        return
+    try:
+        study = find_workflow(name)
+        config = study.Config.build(preset, settings)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    click.echo(study.run(config, out or Path("runs") / name, progress=progress))
+
+
+@main.command()
+@click.argument("path")
+def info(path: str) -> None:
+    """Say what the store at PATH holds, and with which settings it was made."""
+    from lkarray.inspect import describe_store
+
+    click.echo(describe_store(path))
+
+
+@main.command()
+@click.argument("path")
+def verify(path: str) -> None:
+    """Check every committed chunk of the store at PATH; exit with 1 if any is not whole."""
+    from lkarray.store import verify as check
+
+    problems = check(path)
+    for problem in problems:
+        click.echo(str(problem))
+    if problems:
+        raise SystemExit(1)
+    click.echo(f"{path} is sound")

@@ -1,0 +1,38 @@
+"""What a store holds, in words."""
+
+from __future__ import annotations
+
+from dask.utils import format_bytes
+
+from lkarray import schema
+from lkarray.store import describe, open_root, read_record, stored, stored_fingerprint
+from lkarray.store.location import StoreLike, local_path
+from lkarray.store.reading import DERIVED, open_store
+
+
+def describe_store(path: StoreLike) -> str:
+    """Return a description: groups, sizes, labels, chains, settings. Reads no losses."""
+    root = open_root(path)
+    lines = [describe(root.store)]
+    folder = local_path(root.store)
+    if folder is not None:
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        lines.append(f"  {format_bytes(size)} on disk")
+    fingerprint = stored_fingerprint(root)
+    if fingerprint is None:
+        return "\n".join([*lines, "  no losses yet: sampling was stopped before it began"])
+    loss = stored(root, schema.LOSSES, schema.LOSS)
+    sizes = ", ".join(f"{d} {n:,}" for d, n in zip(schema.LOSS.dims, loss.shape, strict=True))
+    lines += ["", f"  /losses  loss({sizes}), chunks {loss.chunks}, {loss.dtype}"]
+    records = [read_record(root, chain) for chain in range(loss.shape[0])]
+    lines.append(f"  draws committed by chain: {[record.draws for record in records]}")
+    if any(record.draws for record in records):
+        tree = open_store(path)
+        labels = [name for name in tree["losses"].coords if name not in schema.LOSS.dims]
+        lines.append(f"  labels: {', '.join(map(str, labels)) or 'none'}")
+        for name, node in tree.get(DERIVED, {}).children.items() if DERIVED in tree else ():
+            variables = (f"{v}{node[v].dims}" for v in node.data_vars)
+            lines.append(f"  /{DERIVED}/{name}  {', '.join(variables)}")
+    lines += ["", "  made with"]
+    lines += [f"    {key}: {value}" for key, value in fingerprint.items()]
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""The figures of the loss-kernel and Bayesian-probe papers, from labelled arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+from matplotlib import color_sequences, colormaps
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lkarray.errors import SchemaError
+from lkarray.kernels import loss_gain
+from lkarray.schema import CENTER_LOSS, COMPONENT, RANK, Losses, losses_node, second
+
+_MARK = "#111111"
+_MOST = 2000  # samples of a kernel that a figure can show
+
+
+def neighbor_map(points: xr.DataArray, *, by: str, mark: str | None = None) -> Figure:
+    """Draw a map of samples, coloured by a label (loss-kernel figure 1; figure 7A).
+
+    Parameters
+    ----------
+    points
+        ``(sample, component)`` of two components, as from `lkarray.embed`.
+    by
+        Coordinate that gives the colour; each of its values is also named at its middle.
+    mark
+        Boolean coordinate of points to ring in black.
+    """
+    values = _coordinate(points, by)
+    classes, colours = _palette(values)
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.add_subplot()
+    xy = points.transpose(..., COMPONENT).values
+    marked = _coordinate(points, mark).astype(bool) if mark else np.zeros(len(xy), bool)
+    size = float(np.clip(12000 / len(xy), 2, 24))
+    for name in classes:
+        at = values == name
+        axes.scatter(*xy[at].T, s=size, color=colours[name], linewidths=0, alpha=0.85)
+    if mark:
+        axes.scatter(
+            *xy[marked].T, s=2.2 * size, facecolors="none", edgecolors=_MARK, linewidths=0.9
+        )
+        handle = Line2D([], [], ls="", marker="o", mfc="none", mec=_MARK, label=mark)
+        axes.legend(handles=[handle], frameon=False, loc="best")
+    for name in classes:
+        middle = np.median(xy[(values == name) & ~marked], axis=0)
+        if np.isfinite(middle).all():
+            axes.text(
+                *middle, str(name), fontsize=13, fontweight="bold", ha="center", va="center",
+                bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75},
+            )
+    axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+    axes.set_title(f"Loss-kernel map of {len(xy)} inputs, coloured by {by}")
+    return figure
+
+
+def kernel_matrix(kernel: xr.DataArray, *, by: str) -> Figure:
+    """Draw a square kernel with its samples sorted by a label (loss-kernel figure 1B).
+
+    At most 2,000 samples are shown, evenly taken from the sorted order; only the tiles that
+    hold them are computed. The diagonal is left blank, since it would set the scale.
+
+    Parameters
+    ----------
+    kernel
+        ``(sample, sample_2)``, for example `lkarray.correlation`.
+    by
+        Coordinate of ``sample`` to sort by.
+    """
+    rows = str(kernel.dims[0])
+    values = _coordinate(kernel, by)
+    order = np.argsort(values, kind="stable")
+    order = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), _MOST)).astype(int))]
+    shown = np.array(kernel.isel({rows: order, second(rows): order}).values, dtype=float)
+    np.fill_diagonal(shown, np.nan)
+    limit = float(np.nanpercentile(np.abs(shown), 99))
+    figure = Figure(figsize=(7.6, 6.6), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(
+        shown, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="antialiased", aspect="equal"
+    )
+    ordered = values[order]
+    edges = np.flatnonzero(ordered[1:] != ordered[:-1]) + 0.5
+    for edge in edges:
+        axes.axhline(edge, color="black", lw=0.4)
+        axes.axvline(edge, color="black", lw=0.4)
+    bounds = np.concatenate([[-0.5], edges, [len(order) - 0.5]])
+    if len(bounds) <= 41:
+        middles = (bounds[1:] + bounds[:-1]) / 2
+        names = [str(ordered[int(a + 0.5)]) for a in bounds[:-1]]
+        axes.set(xticks=middles, yticks=middles, xticklabels=names, yticklabels=names)
+    axes.set(xlabel=by, ylabel=by, title=f"{str(kernel.name).capitalize()} kernel, sorted by {by}")
+    units = kernel.attrs.get("units", "1")
+    label = str(kernel.name) + ("" if units == "1" else f" ({units})")
+    figure.colorbar(image, ax=axes, label=label, shrink=0.85, extend="both")
+    return figure
+
+
+def top_correlated(
+    neighbors: xr.Dataset,
+    images: np.ndarray,
+    references: Sequence[int],
+    *,
+    by: str,
+    mark: str | None = None,
+    shown: int = 8,
+) -> Figure:
+    """Draw the most correlated inputs of a few references (loss-kernel figure 4).
+
+    Parameters
+    ----------
+    neighbors
+        As from `lkarray.neighbors`, computed.
+    images
+        Images of all samples, ``(n, height, width)`` or ``(n, height, width, 3)``.
+    references
+        Values of the sample index.
+    by
+        Coordinate to name under each image.
+    mark
+        Boolean coordinate of samples to flag with a star.
+    shown
+        Neighbours of each reference.
+    """
+    dim = str(next(d for d in neighbors["neighbor"].dims if d != RANK))
+    labels = _coordinate(neighbors, by)
+    flags = _coordinate(neighbors, mark) if mark else np.zeros(len(labels), bool)
+    index = neighbors.indexes[dim]
+    figure = Figure(figsize=(1.15 * (shown + 1) + 0.3, 1.5 * len(references) + 0.6))
+    grid = figure.subplots(len(references), shown + 1, squeeze=False)
+    figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.5 / figure.get_figheight(), bottom=0.04,
+                           wspace=0.1, hspace=0.45)
+    for row, reference in zip(grid, references, strict=True):
+        near = neighbors.sel({dim: reference}).isel({RANK: slice(shown)})
+        similarity = [None, *near["similarity"].values]
+        for axes, sample, r in zip(row, [reference, *near["neighbor"].values], similarity,
+                                   strict=False):
+            axes.axis("off")
+            if sample < 0 and r is not None and np.isnan(r):
+                continue
+            at = index.get_loc(sample)
+            axes.imshow(images[at], cmap="gray_r", interpolation="nearest")
+            star = "*" if flags[at] else ""
+            text = f"{labels[at]}{star}" + ("" if r is None else f"   R {r:.2f}")
+            axes.set_title(text, fontsize=9, fontweight="bold" if r is None else "normal")
+    note = f"  (* {mark})" if mark else ""
+    figure.suptitle(f"Reference (left) and its most correlated inputs, with {by}{note}", fontsize=11)
+    return figure
+
+
+def gain_against_loss(tree: Losses, *, mark: str | None = None) -> Figure:
+    """Draw each sample's loss gain against its loss at w* (Bayesian-probes figure 1).
+
+    Both axes are logarithmic where positive and linear around zero.
+
+    Parameters
+    ----------
+    tree
+        As for `lkarray.loss_gain`.
+    mark
+        Boolean coordinate of samples to set apart.
+    """
+    gain = loss_gain(tree).compute()
+    node = losses_node(tree).to_dataset() if isinstance(tree, xr.DataTree) else tree
+    loss = node[CENTER_LOSS.name].values
+    flags = _coordinate(gain, mark).astype(bool) if mark else np.zeros(len(loss), bool)
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    size = float(np.clip(12000 / len(loss), 2, 18))
+    axes.scatter(loss[~flags], gain.values[~flags], s=size, lw=0, alpha=0.7,
+                 color="#3f90da", label=f"not {mark}" if mark else None)
+    if mark:
+        axes.scatter(loss[flags], gain.values[flags], s=2 * size, lw=0, alpha=0.85,
+                     marker="^", color="#bd1f01", label=mark)
+        axes.legend(frameon=False)
+    axes.set_xscale("symlog", linthresh=_threshold(loss))
+    axes.set_yscale("symlog", linthresh=_threshold(gain.values))
+    axes.set(xlabel="loss at w* (nats)", ylabel="loss gain (nats)",
+             title="Loss gain against loss, one point an input")
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def _threshold(values: np.ndarray) -> float:
+    return float(max(np.percentile(np.abs(values), 2), 1e-8))
+
+
+def _coordinate(x: xr.DataArray | xr.Dataset, name: str) -> np.ndarray:
+    if name not in x.coords:
+        raise SchemaError(f"there is no coordinate {name!r}; there are {sorted(map(str, x.coords))}")
+    values: np.ndarray = np.asarray(x.coords[name].values)
+    return values
+
+
+def _palette(values: np.ndarray) -> tuple[np.ndarray, dict[object, object]]:
+    """Return the classes and their colours: told apart by colour-blind readers up to ten."""
+    classes = np.unique(values)
+    if len(classes) <= 10:
+        colours: Sequence[object] = color_sequences["petroff10"]
+    else:
+        colours = [colormaps["turbo"](t) for t in np.linspace(0.02, 0.98, len(classes))]
+    return classes, dict(zip(classes.tolist(), colours, strict=False))

@@ -1,0 +1,47 @@
+"""Typed settings of a study, with presets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Config(BaseModel):
+    """Settings of a study: a subclass declares fields with types, limits and descriptions.
+
+    ``presets`` names other sets of values; ``default`` is the fields' own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @classmethod
+    def build(cls, preset: str = "default", settings: Iterable[str] = ()) -> Self:
+        """Return the settings of a preset, with ``key=value`` strings on top.
+
+        Raises
+        ------
+        ValueError
+            The preset or a key is unknown, or a value does not fit its field.
+        """
+        known = {"default": {}, **cls.presets}
+        if preset not in known:
+            raise ValueError(f"preset {preset!r} is not one of {sorted(known)}")
+        values: dict[str, Any] = dict(known[preset])
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise ValueError(f"--set {setting!r} is not of the form key=value")
+            if key not in cls.model_fields:
+                raise ValueError(f"--set {key!r} is not one of {sorted(cls.model_fields)}")
+            values[key] = value
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}"
+                for e in error.errors()
+            )
+            raise ValueError(f"settings do not fit: {wrong}") from None

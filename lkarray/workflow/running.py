@@ -1,0 +1,162 @@
+"""Running a study: its folder, its lock, its stages, and what of them is reused."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from lkarray._version import __version__
+from lkarray.errors import FingerprintError, StoreError
+from lkarray.store import file_lock
+from lkarray.workflow.config import Config
+
+logger = logging.getLogger("lkarray")
+
+_GROUP = "lkarray.workflows"
+_RECORD = "run.json"
+
+
+class Workflow(Protocol):
+    """What a study's module offers."""
+
+    Config: type[Config]
+
+    def run(self, config: Any, folder: Path, *, progress: bool) -> str:
+        """Run or resume the study; return what to tell the user at the end."""
+
+
+def workflow_names() -> list[str]:
+    """Return the names of the installed studies."""
+    return sorted(entry.name for entry in importlib.metadata.entry_points(group=_GROUP))
+
+
+def find_workflow(name: str) -> Workflow:
+    """Return the module of an installed study.
+
+    Raises
+    ------
+    ValueError
+        No study has that name; the message lists those there are.
+    """
+    for entry in importlib.metadata.entry_points(group=_GROUP):
+        if entry.name == name:
+            study: Workflow = entry.load()
+            return study
+    raise ValueError(f"there is no workflow {name!r}; there are {workflow_names()}")
+
+
+@dataclass
+class Run:
+    """One run of a study in a folder: locked, recorded, continued where it stopped.
+
+    A stage counts when the run's record says so, which is written after the stage's files,
+    in one move; a kill in between repeats the stage. A stage that runs again makes all
+    later ones run again.
+
+    Parameters
+    ----------
+    name, config
+        The study and its settings.
+    folder
+        Where its files go; made if missing.
+
+    Raises
+    ------
+    FingerprintError
+        On entering: the folder holds a run with other settings, which are named.
+    LockedError
+        On entering: another process is running in the folder.
+    StoreError
+        On entering: the folder cannot be made.
+    """
+
+    name: str
+    config: Config
+    folder: Path
+    reused: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self._stack = ExitStack()
+        try:
+            self._stack.enter_context(file_lock(self.folder))
+        except (FileExistsError, NotADirectoryError):
+            raise StoreError(f"{self.folder} is a file; choose another --out") from None
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"cannot write to {self.folder}: {error.strerror}") from error
+        try:
+            self._record = self._load()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def stage(self, name: str, work: Callable[[], object], outputs: Sequence[Path]) -> bool:
+        """Do ``work`` unless it is recorded and its ``outputs`` are there; say whether it ran."""
+        stages: dict[str, Any] = self._record["stages"]
+        if name in stages and all(path.exists() for path in outputs):
+            logger.info("%s: %s is done, reused", self.name, name)
+            self.reused.append(name)
+            return False
+        for later in list(stages)[list(stages).index(name) if name in stages else len(stages) :]:
+            del stages[later]
+        logger.info("%s: %s", self.name, name)
+        began = time.perf_counter()
+        work()
+        missing = [path.name for path in outputs if not path.exists()]
+        assert not missing, f"stage {name} left out {missing}"
+        stages[name] = {"seconds": round(time.perf_counter() - began, 3)}
+        self._save()
+        self.done.append(name)
+        return True
+
+    def seconds(self) -> dict[str, float]:
+        """Return how long each finished stage took when it ran."""
+        return {name: entry["seconds"] for name, entry in self._record["stages"].items()}
+
+    def _load(self) -> dict[str, Any]:
+        path = self.folder / _RECORD
+        now = {
+            "workflow": self.name,
+            "lkarray": __version__,
+            "config": self.config.model_dump(mode="json"),
+        }
+        if not path.exists():
+            return {**now, "stages": {}}
+        try:
+            record: dict[str, Any] = json.loads(path.read_text())
+            before = {**record["config"], **{k: record[k] for k in ("workflow", "lkarray")}}
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path} cannot be read ({error}); choose another --out") from None
+        after = {**now["config"], **{k: now[k] for k in ("workflow", "lkarray")}}
+        changed = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+        if changed:
+            lines = "; ".join(f"{k}: {before.get(k)!r}, now {after.get(k)!r}" for k in changed)
+            raise FingerprintError(
+                f"{self.folder} holds a run with other settings ({lines}); nothing was touched. "
+                "Choose another --out, or the same settings"
+            )
+        return record
+
+    def _save(self) -> None:
+        path = self.folder / _RECORD
+        part = path.with_suffix(".part")
+        with open(part, "w", encoding="utf8") as file:
+            json.dump(self._record, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
