@@ -35,12 +35,13 @@ class Config(workflow.Config):
     width: int = Field(256, ge=1, description="hidden units")
     epochs: int = Field(500, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
     batch_size: int = Field(64, ge=1, description="of the training and of the sampler")
     nbeta: float = Field(100.0, ge=0)
-    gamma: float = Field(30.0, ge=0)
-    step_size: float = Field(2e-3, gt=0)
-    chains: int = Field(6, ge=2)
-    draws: int = Field(400, ge=2)
+    gamma: float = Field(300.0, ge=0)
+    step_size: float = Field(1e-3, gt=0)
+    chains: int = Field(8, ge=2)
+    draws: int = Field(600, ge=2)
     burn_in: int = Field(200, ge=0)
     thin: int = Field(5, ge=1)
     neighbors: int = Field(30, ge=1, le=200)
@@ -109,7 +110,9 @@ def train(config: Config, paths: Paths, show: bool) -> None:
     images, labels = train_set(paths).tensors
     torch.manual_seed(config.seed)
     model = network(config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     shuffle = torch.Generator().manual_seed(config.seed)
     with progress.bar("training", total=config.epochs, unit="epoch", show=show) as bar:
         for _ in range(config.epochs):
@@ -233,8 +236,8 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         workflow.Figure(
             "map", "The map",
             "UMAP at distance 1 - R of the loss correlation kernel, edges within a label removed "
-            "before the search. Colour is the label the network was given, rings are flips.",
-            plots.neighbor_map(tree["derived/map/embedding"], by="label", mark="flipped"),
+            "before the search. Colour is the digit shown; rings are images trained with a wrong label.",
+            plots.neighbor_map(tree["derived/map/embedding"], by="true_label", mark="flipped"),
         ),
         workflow.Figure(
             "correlation", "The kernel",

@@ -26,7 +26,7 @@ def neighbor_map(points: xr.DataArray, *, by: str, mark: str | None = None) -> F
     points
         ``(sample, component)`` of two components, as from `lkarray.embed`.
     by
-        Coordinate that gives the colour; each of its values is also named at its middle.
+        Coordinate that gives the colour; up to twenty classes are named in a legend.
     mark
         Boolean coordinate of points to ring in black.
     """
@@ -36,25 +36,24 @@ def neighbor_map(points: xr.DataArray, *, by: str, mark: str | None = None) -> F
     axes = figure.add_subplot()
     xy = points.transpose(..., COMPONENT).values
     marked = _coordinate(points, mark).astype(bool) if mark else np.zeros(len(xy), bool)
-    size = float(np.clip(12000 / len(xy), 2, 24))
-    for name in classes:
+    size = float(np.clip(24000 / len(xy), 2, 30))
+    for name in classes.tolist():
         at = values == name
-        axes.scatter(*xy[at].T, s=size, color=colours[name], linewidths=0, alpha=0.85)
+        axes.scatter(*xy[at].T, s=size, color=colours[name], linewidths=0, alpha=0.9)
     if mark:
         axes.scatter(
-            *xy[marked].T, s=2.2 * size, facecolors="none", edgecolors=_MARK, linewidths=0.9
+            *xy[marked].T, s=2.2 * size, facecolors="none", edgecolors=_MARK, linewidths=0.8
         )
-        handle = Line2D([], [], ls="", marker="o", mfc="none", mec=_MARK, label=mark)
-        axes.legend(handles=[handle], frameon=False, loc="best")
-    for name in classes:
-        middle = np.median(xy[(values == name) & ~marked], axis=0)
-        if np.isfinite(middle).all():
-            axes.text(
-                *middle, str(name), fontsize=13, fontweight="bold", ha="center", va="center",
-                bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.75},
-            )
+    if len(classes) <= 20:
+        handles = [
+            Line2D([], [], ls="", marker="o", ms=7, color=colours[name], label=str(name))
+            for name in classes.tolist()
+        ]
+        if mark:
+            handles.append(Line2D([], [], ls="", marker="o", ms=7, mfc="none", mec=_MARK, label=mark))
+        figure.legend(handles=handles, title=by, frameon=False, loc="outside right center")
     axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
-    axes.set_title(f"Loss-kernel map of {len(xy)} inputs, coloured by {by}")
+    axes.set_title(f"Loss-kernel map of {len(xy)} inputs, coloured by {by}", fontsize=12)
     return figure
 
 
@@ -130,9 +129,9 @@ def top_correlated(
     labels = _coordinate(neighbors, by)
     flags = _coordinate(neighbors, mark) if mark else np.zeros(len(labels), bool)
     index = neighbors.indexes[dim]
-    figure = Figure(figsize=(1.15 * (shown + 1) + 0.3, 1.5 * len(references) + 0.6))
+    figure = Figure(figsize=(1.15 * (shown + 1) + 0.3, 1.4 * len(references) + 0.8))
     grid = figure.subplots(len(references), shown + 1, squeeze=False)
-    figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.5 / figure.get_figheight(), bottom=0.04,
+    figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.8 / figure.get_figheight(), bottom=0.04,
                            wspace=0.1, hspace=0.45)
     for row, reference in zip(grid, references, strict=True):
         near = neighbors.sel({dim: reference}).isel({RANK: slice(shown)})
@@ -148,7 +147,8 @@ def top_correlated(
             text = f"{labels[at]}{star}" + ("" if r is None else f"   R {r:.2f}")
             axes.set_title(text, fontsize=9, fontweight="bold" if r is None else "normal")
     note = f"  (* {mark})" if mark else ""
-    figure.suptitle(f"Reference (left) and its most correlated inputs, with {by}{note}", fontsize=11)
+    figure.suptitle(f"Reference (left) and its most correlated inputs, with {by}{note}", fontsize=11,
+                    y=1 - 0.12 / figure.get_figheight(), va="top")
     return figure
 
 
