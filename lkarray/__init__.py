@@ -1,4 +1,4 @@
-"""Which inputs does a trained network treat alike, and which examples made it so?
+"""Ask which inputs a trained network treats alike, and which examples made it so.
 
 lkarray turns a trained model into labelled tensors of per-sample losses on disk, and
 computes kernels, neighbours and maps from them with Dask, larger than memory.

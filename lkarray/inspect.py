@@ -30,8 +30,9 @@ def describe_store(path: StoreLike) -> str:
         tree = open_store(path)
         labels = [name for name in tree["losses"].coords if name not in schema.LOSS.dims]
         lines.append(f"  labels: {', '.join(map(str, labels)) or 'none'}")
-        for name, node in tree.get(DERIVED, {}).children.items() if DERIVED in tree else ():
-            variables = (f"{v}{node[v].dims}" for v in node.data_vars)
+        derived = tree.children.get(DERIVED)
+        for name, node in derived.children.items() if derived is not None else ():
+            variables = (f"{v}({', '.join(map(str, a.dims))})" for v, a in node.data_vars.items())
             lines.append(f"  /{DERIVED}/{name}  {', '.join(variables)}")
     lines += ["", "  made with"]
     lines += [f"    {key}: {value}" for key, value in fingerprint.items()]

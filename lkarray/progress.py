@@ -10,7 +10,9 @@ from typing import Any
 _DELAY = 2.0
 
 
-def bar(description: str, *, total: int, done: int = 0, unit: str = "step", show: bool = True) -> Any:
+def bar(
+    description: str, *, total: int, done: int = 0, unit: str = "step", show: bool = True
+) -> Any:
     """Return a tqdm bar that appears after two seconds, in terminals and notebooks alike."""
     from tqdm.auto import tqdm
 

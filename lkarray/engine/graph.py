@@ -65,9 +65,7 @@ def flip(tile: np.ndarray) -> np.ndarray:
     return tile.swapaxes(-1, -2)
 
 
-def gram_array(
-    x: Operand, y: Operand | None, plan: Plan, *, scale: float = 1.0
-) -> da.Array:
+def gram_array(x: Operand, y: Operand | None, plan: Plan, *, scale: float = 1.0) -> da.Array:
     """Return the Gram of the operands as a Dask array ``(*each, rows, rows)``, one tile a chunk.
 
     Of a symmetric Gram only the tiles on and above the diagonal are computed.
@@ -116,17 +114,13 @@ def top_k_arrays(
         out: {(out, i, 0): (getitem, (name, i), side) for i in parts}
         for side, out in enumerate(names)
     }
-    layers = HighLevelGraph(
-        {name: graph} | picks, {name: set()} | {out: {name} for out in names}
-    )
+    layers = HighLevelGraph({name: graph} | picks, {name: set()} | {out: {name} for out in names})
     chunks = (tuple(s.stop - s.start for s in plan.rows), (k,))
     position = da.Array(layers, names[0], chunks, dtype=np.int64)
     return position, da.Array(layers, names[1], chunks, dtype=x.dtype)
 
 
-def _operand_keys(
-    graph: dict[Any, Any], x: Operand, y: Operand | None
-) -> tuple[str, str | None]:
+def _operand_keys(graph: dict[Any, Any], x: Operand, y: Operand | None) -> tuple[str, str | None]:
     graph[f"operand-{x.token}"] = x
     if y is None:
         return f"operand-{x.token}", None
@@ -142,8 +136,11 @@ def _tiles(
             for j, cols in enumerate(plan.cols):
                 if not symmetric or i <= j:
                     diagonal = symmetric and i == j
-                    yield at, i, j, Tile(
-                        at, rows, cols, diagonal, plan.pieces, plan.cache, scale, x.cosine
+                    yield (
+                        at,
+                        i,
+                        j,
+                        Tile(at, rows, cols, diagonal, plan.pieces, plan.cache, scale, x.cosine),
                     )
 
 

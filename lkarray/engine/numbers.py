@@ -59,7 +59,8 @@ class Moments:
         """Return the Euclidean norm of each centred row, zero where it is only rounding."""
         squares = self.squares.sum(axis=0)
         rounding = (self.mean * (8 * np.finfo(np.float64).eps)) ** 2 * self.count[:, None]
-        return np.sqrt(np.where(squares > rounding.sum(axis=0), squares, 0.0))
+        norm: np.ndarray = np.sqrt(np.where(squares > rounding.sum(axis=0), squares, 0.0))
+        return norm
 
 
 def _sum_of_squares(block: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -116,4 +117,5 @@ def top_k(values: np.ndarray, k: int) -> np.ndarray:
     else:
         index = np.broadcast_to(np.arange(columns), (rows, columns)).copy()
     order = np.argsort(-np.take_along_axis(values, index, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(index, order, axis=1)
+    best: np.ndarray = np.take_along_axis(index, order, axis=1)
+    return best

@@ -6,6 +6,7 @@ import sys
 import uuid
 import weakref
 from collections.abc import Hashable, Mapping
+from math import prod
 from typing import Any
 
 import dask.base
@@ -86,8 +87,9 @@ class Operand:
         chunks = self.variable.chunksizes.get(self.rows)
         return None if chunks is None else tuple(chunks)
 
-    def panel(self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int,
-              limit: int) -> np.ndarray:
+    def panel(
+        self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int, limit: int
+    ) -> np.ndarray:
         """Return piece ``p`` of the panel ``rows``, standardised: ``(contracted, rows)``.
 
         Cached up to ``limit`` bytes in this process.
@@ -97,32 +99,33 @@ class Operand:
             self._finalizer = weakref.finalize(self, CACHE.drop, self.token)
         key = (self.token, at, rows.start, rows.stop, pieces[p])
         size = self.piece_bytes(rows, pieces[p])
-        return CACHE.get(key, lambda: self._load(at, rows, pieces, p, limit), size=size, limit=limit)  # type: ignore[no-any-return]
+        panel: np.ndarray = CACHE.get(
+            key, lambda: self._load(at, rows, pieces, p, limit), size=size, limit=limit
+        )
+        return panel
 
     def piece_bytes(self, rows: slice, piece: Piece) -> int:
         """Return the bytes of a piece of a panel in memory."""
-        length = int(np.prod([stop - start for start, stop in piece]))
-        return length * (rows.stop - rows.start) * self.dtype.itemsize
+        length = prod(stop - start for start, stop in piece)
+        return length * (rows.stop - rows.start) * int(self.dtype.itemsize)
 
-    def _load(self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int,
-              limit: int) -> np.ndarray:
+    def _load(
+        self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int, limit: int
+    ) -> np.ndarray:
         block = self._read(at, rows, pieces[p])
-        moments = Moments.of(block, centred=self.center is not None) if len(pieces) == 1 else None
-        if moments is None and (self.center is not None or self.cosine):
-            moments = self._moments(at, rows, pieces, limit)
-        if moments is not None:
-            if len(pieces) > 1 and self.center == "chain":
-                first, last = pieces[p][0]
-                mean = moments.mean[first:last]
-            else:
-                mean = moments.mean
-            norm = moments.norm()
-            self._check(norm, at, rows)
-            standardise(block, mean, reciprocal(norm) if self.cosine else None)
-            if self.center is not None and not norm.all():
-                block[:, :, norm == 0] = 0  # a constant row: leave no rounding behind
+        if self.center is None and not self.cosine:
+            self._check(np.abs(block).max(axis=(0, 1)), at, rows)
+            return block.reshape(-1, block.shape[-1])
+        if len(pieces) == 1:
+            moments = Moments.of(block, centred=self.center is not None)
         else:
-            self._check(np.abs(block).max(axis=(0, 1), initial=0), at, rows)
+            moments = self._moments(at, rows, pieces, limit)
+        norm = moments.norm()
+        self._check(norm, at, rows)
+        groups = slice(*pieces[p][0]) if self.center == "chain" else slice(None)
+        standardise(block, moments.mean[groups], reciprocal(norm) if self.cosine else None)
+        if not norm.all():
+            block[:, :, norm == 0] = 0  # a constant row: leave no rounding behind
         return block.reshape(-1, block.shape[-1])
 
     def _moments(
@@ -153,8 +156,10 @@ class Operand:
         select |= {dim: slice(*part) for dim, part in zip(self.over, piece, strict=True)}
         select[self.rows] = rows
         part = self.variable.isel(select)
-        values = part.data if not dask.base.is_dask_collection(part.data) else part.data.compute(
-            scheduler="synchronous"
+        values = (
+            part.data
+            if not dask.base.is_dask_collection(part.data)
+            else part.data.compute(scheduler="synchronous")
         )
         block = np.array(values, dtype=self.dtype, order="C", copy=True)
         groups = block.shape[0] if self.center == "chain" else 1

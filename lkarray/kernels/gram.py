@@ -84,9 +84,12 @@ def gram(
         _check_shared(x, y, over, each)
     columns = rows if y is None else free_dim(y, "y", over, each)
     degrees = _degrees(x, over, center)
-    options: dict[str, Any] = dict(
-        over=over, each=each, center=center, cosine=normalize == "cosine"
-    )
+    options: dict[str, Any] = {
+        "over": over,
+        "each": each,
+        "center": center,
+        "cosine": normalize == "cosine",
+    }
     left = engine.Operand(x, rows=rows, **options)
     right = None if y is None else engine.Operand(y, rows=columns, **options)
     plan = engine.make_plan(left, right, memory=memory)

@@ -66,9 +66,7 @@ def correlation(
     return _kernel("correlation", losses, y, center=center, normalize="cosine", memory=memory)
 
 
-def influence(
-    losses: Losses, query: Losses, *, memory: int | str | None = None
-) -> xr.DataArray:
+def influence(losses: Losses, query: Losses, *, memory: int | str | None = None) -> xr.DataArray:
     """Return the Bayesian influence of training samples on queries (loss-kernel eq. 6).
 
     ``-Cov(train loss, query loss)``, pooled. The derivative of a query's posterior mean loss

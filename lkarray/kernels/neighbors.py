@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import dask.array as da
 import numpy as np
 import xarray as xr
 
@@ -76,7 +77,7 @@ def neighbors(
     position, value = engine.top_k_arrays(operand, plan, k, largest=largest, groups=codes)
     if rows in x.indexes:
         index = np.asarray(x.indexes[rows])
-        position = position.map_blocks(_labels, index, dtype=index.dtype)
+        position = da.map_blocks(_labels, position, index=index, dtype=index.dtype)
     coords = {name: c.variable for name, c in x.coords.items() if c.dims == (rows,)}
     return xr.Dataset(
         {

@@ -140,7 +140,7 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: Tensor) -> bytes:
     """Return the raw bytes of a tensor of any dtype, copied to the CPU where needed."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().tobytes()

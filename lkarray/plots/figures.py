@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -39,10 +40,15 @@ def neighbor_map(points: xr.DataArray, *, by: str, mark: str | None = None) -> F
     size = float(np.clip(24000 / len(xy), 2, 30))
     for name in classes.tolist():
         at = values == name
-        axes.scatter(*xy[at].T, s=size, color=colours[name], linewidths=0, alpha=0.9)
+        axes.scatter(xy[at, 0], xy[at, 1], s=size, color=colours[name], linewidths=0, alpha=0.9)
     if mark:
         axes.scatter(
-            *xy[marked].T, s=2.2 * size, facecolors="none", edgecolors=_MARK, linewidths=0.8
+            xy[marked, 0],
+            xy[marked, 1],
+            s=2.2 * size,
+            facecolors="none",
+            edgecolors=_MARK,
+            linewidths=0.8,
         )
     if len(classes) <= 20:
         handles = [
@@ -50,7 +56,9 @@ def neighbor_map(points: xr.DataArray, *, by: str, mark: str | None = None) -> F
             for name in classes.tolist()
         ]
         if mark:
-            handles.append(Line2D([], [], ls="", marker="o", ms=7, mfc="none", mec=_MARK, label=mark))
+            handles.append(
+                Line2D([], [], ls="", marker="o", ms=7, mfc="none", mec=_MARK, label=mark)
+            )
         figure.legend(handles=handles, title=by, frameon=False, loc="outside right center")
     axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
     axes.set_title(f"Loss-kernel map of {len(xy)} inputs, coloured by {by}", fontsize=12)
@@ -131,13 +139,20 @@ def top_correlated(
     index = neighbors.indexes[dim]
     figure = Figure(figsize=(1.15 * (shown + 1) + 0.3, 1.4 * len(references) + 0.8))
     grid = figure.subplots(len(references), shown + 1, squeeze=False)
-    figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.8 / figure.get_figheight(), bottom=0.04,
-                           wspace=0.1, hspace=0.45)
+    figure.subplots_adjust(
+        left=0.02,
+        right=0.98,
+        top=1 - 0.8 / figure.get_figheight(),
+        bottom=0.04,
+        wspace=0.1,
+        hspace=0.45,
+    )
     for row, reference in zip(grid, references, strict=True):
         near = neighbors.sel({dim: reference}).isel({RANK: slice(shown)})
         similarity = [None, *near["similarity"].values]
-        for axes, sample, r in zip(row, [reference, *near["neighbor"].values], similarity,
-                                   strict=False):
+        for axes, sample, r in zip(
+            row, [reference, *near["neighbor"].values], similarity, strict=False
+        ):
             axes.axis("off")
             if sample < 0 and r is not None and np.isnan(r):
                 continue
@@ -147,8 +162,12 @@ def top_correlated(
             text = f"{labels[at]}{star}" + ("" if r is None else f"   R {r:.2f}")
             axes.set_title(text, fontsize=9, fontweight="bold" if r is None else "normal")
     note = f"  (* {mark})" if mark else ""
-    figure.suptitle(f"Reference (left) and its most correlated inputs, with {by}{note}", fontsize=11,
-                    y=1 - 0.12 / figure.get_figheight(), va="top")
+    figure.suptitle(
+        f"Reference (left) and its most correlated inputs, with {by}{note}",
+        fontsize=11,
+        y=1 - 0.12 / figure.get_figheight(),
+        va="top",
+    )
     return figure
 
 
@@ -171,16 +190,34 @@ def gain_against_loss(tree: Losses, *, mark: str | None = None) -> Figure:
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.add_subplot()
     size = float(np.clip(12000 / len(loss), 2, 18))
-    axes.scatter(loss[~flags], gain.values[~flags], s=size, lw=0, alpha=0.7,
-                 color="#3f90da", label=f"not {mark}" if mark else None)
+    axes.scatter(
+        loss[~flags],
+        gain.values[~flags],
+        s=size,
+        lw=0,
+        alpha=0.7,
+        color="#3f90da",
+        label=f"not {mark}" if mark else None,
+    )
     if mark:
-        axes.scatter(loss[flags], gain.values[flags], s=2 * size, lw=0, alpha=0.85,
-                     marker="^", color="#bd1f01", label=mark)
+        axes.scatter(
+            loss[flags],
+            gain.values[flags],
+            s=2 * size,
+            lw=0,
+            alpha=0.85,
+            marker="^",
+            color="#bd1f01",
+            label=mark,
+        )
         axes.legend(frameon=False)
     axes.set_xscale("symlog", linthresh=_threshold(loss))
     axes.set_yscale("symlog", linthresh=_threshold(gain.values))
-    axes.set(xlabel="loss at w* (nats)", ylabel="loss gain (nats)",
-             title="Loss gain against loss, one point an input")
+    axes.set(
+        xlabel="loss at w* (nats)",
+        ylabel="loss gain (nats)",
+        title="Loss gain against loss, one point an input",
+    )
     axes.grid(alpha=0.25)
     return figure
 
@@ -191,16 +228,18 @@ def _threshold(values: np.ndarray) -> float:
 
 def _coordinate(x: xr.DataArray | xr.Dataset, name: str) -> np.ndarray:
     if name not in x.coords:
-        raise SchemaError(f"there is no coordinate {name!r}; there are {sorted(map(str, x.coords))}")
+        raise SchemaError(
+            f"there is no coordinate {name!r}; there are {sorted(map(str, x.coords))}"
+        )
     values: np.ndarray = np.asarray(x.coords[name].values)
     return values
 
 
-def _palette(values: np.ndarray) -> tuple[np.ndarray, dict[object, object]]:
+def _palette(values: np.ndarray) -> tuple[np.ndarray, dict[Any, Any]]:
     """Return the classes and their colours: told apart by colour-blind readers up to ten."""
     classes = np.unique(values)
     if len(classes) <= 10:
-        colours: Sequence[object] = color_sequences["petroff10"]
+        colours: Sequence[Any] = color_sequences["petroff10"]
     else:
         colours = [colormaps["turbo"](t) for t in np.linspace(0.02, 0.98, len(classes))]
     return classes, dict(zip(classes.tolist(), colours, strict=False))

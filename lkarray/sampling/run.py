@@ -129,8 +129,10 @@ def sample(
     before = _existing(target_store, resume)
     where = _device(device, before)
     train = Batches(posterior.train_set, name="train_set", device=where)
-    seen = train if observed is posterior.train_set else Batches(
-        observed, name="observed", device=where
+    seen = (
+        train
+        if observed is posterior.train_set
+        else Batches(observed, name="observed", device=where)
     )
     labels = schema.sample_coords(coords, seen.n)
     flat = FlatModel(posterior.model, trainable=posterior.trainable, device=where)
@@ -161,7 +163,9 @@ def sample(
         else:
             logger.info(
                 "%s already holds %d chains of %d draws made with these settings; reused",
-                stores.describe(target_store), chains, draws,
+                stores.describe(target_store),
+                chains,
+                draws,
             )
     return open_rectangle(target_store, chains=chains, draws=draws)
 
@@ -190,7 +194,9 @@ def _run(
             if not run_chain(target, sampler, schedule, region, random, bar.update):
                 logger.warning(
                     "chain %d turned non-finite at draw %d and was stopped; it is flagged and "
-                    "left out. Reduce the step size", chain, region.draws - 1,
+                    "left out. Reduce the step size",
+                    chain,
+                    region.draws - 1,
                 )
 
 

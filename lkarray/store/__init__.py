@@ -7,9 +7,16 @@ everything that counts is really there, and `locking` who may write.
 
 from lkarray.store.commit import ChainRegion, Record, read_record
 from lkarray.store.derived import put
-from lkarray.store.layout import create_losses, drop_unfinished, finish, grow, stored, stored_fingerprint
-from lkarray.store.locking import file_lock, writer_lock
+from lkarray.store.layout import (
+    create_losses,
+    drop_unfinished,
+    finish,
+    grow,
+    stored,
+    stored_fingerprint,
+)
 from lkarray.store.location import as_store, describe, open_root, writing
+from lkarray.store.locking import file_lock, writer_lock
 from lkarray.store.reading import open_store
 from lkarray.store.verifying import Problem, verify
 

@@ -139,9 +139,7 @@ class ChainRegion:
         losses = self._losses if full else self._losses.copy()
         rows = self._rows if full else {name: row.copy() for name, row in self._rows.items()}
         record = Record(self.draws, step, 1 - self._committed.slot)
-        self._pending = self._executor.submit(
-            self._write, self._start, losses, rows, state, record
-        )
+        self._pending = self._executor.submit(self._write, self._start, losses, rows, state, record)
         self._committed, self._last = record, time.monotonic()
         if full:
             self._open_block(self._start + self._depth)

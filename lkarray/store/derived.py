@@ -20,7 +20,9 @@ def put(path: StoreLike, name: str, result: xr.Dataset | xr.DataArray) -> None:
     root = open_root(path, mode="r+")
     ds = result.to_dataset() if isinstance(result, xr.DataArray) else result
     encoding = {
-        v: {**ds[v].encoding, "compressors": CODECS} for v in ds.variables if ds[v].dtype.kind in "fiub"
+        v: {**ds[v].encoding, "compressors": CODECS}
+        for v in ds.variables
+        if ds[v].dtype.kind in "fiub"
     }
     with writing(root.store, safe="The losses are not touched"):
         ds.to_zarr(

@@ -11,6 +11,7 @@ import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
+from zarr.core.array_spec import ArrayConfigParams
 from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
@@ -30,7 +31,7 @@ from lkarray.store.location import (
 CODECS = (Crc32cCodec(),)
 
 #: A chunk of nothing but zeros is written too, so that a missing one is always a fault.
-_WRITE_ALL = {"write_empty_chunks": True}
+_WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
 
 #: Bytes of losses that one chain buffers before it must write a block.
 _BLOCK_BYTES = 64 << 20
@@ -140,7 +141,7 @@ def _create_coord(group: zarr.Group, name: str, values: np.ndarray) -> None:
 
 def stored_fingerprint(root: zarr.Group) -> dict[str, Any] | None:
     """Return the settings that the stored losses were made with, ``None`` before that."""
-    return dict(root.attrs[MARK]).get(schema.LOSSES)  # type: ignore[arg-type, return-value, call-overload]
+    return dict(root.attrs[MARK]).get(schema.LOSSES)  # type: ignore[arg-type, return-value]
 
 
 def drop_unfinished(root: zarr.Group) -> None:
@@ -182,7 +183,8 @@ def stored(root: zarr.Group, group: str, spec: VariableSpec) -> zarr.Array:
     """Return the stored array of ``spec``, which writes chunks of nothing but zeros too."""
     array = root[f"{group}/{spec.name}"]
     assert isinstance(array, zarr.Array)
-    return array.with_config(_WRITE_ALL)
+    whole: zarr.Array = array.with_config(_WRITE_ALL)
+    return whole
 
 
 def _require_space(store: Store, needed: int) -> None:

@@ -40,7 +40,9 @@ def file_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise LockedError(f"{folder} is in use by {_holder(file.read())}; wait for it") from None
+            raise LockedError(
+                f"{folder} is in use by {_holder(file.read())}; wait for it"
+            ) from None
         file.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": now}, file)

@@ -86,7 +86,7 @@ def open_rectangle(
 
 
 def _open_group(store: Any, group: str) -> xr.Dataset:
-    ds = xr.open_zarr(store, group=group, consolidated=False, chunks={}, zarr_format=3)
+    ds: xr.Dataset = xr.open_zarr(store, group=group, consolidated=False, chunks={}, zarr_format=3)
     for name in ds.coords:
         ds[name].load()
     if schema.CENTER_LOSS.name in ds:

@@ -130,7 +130,7 @@ class Run:
 
     def _load(self) -> dict[str, Any]:
         path = self.folder / _RECORD
-        now = {
+        now: dict[str, Any] = {
             "workflow": self.name,
             "lkarray": __version__,
             "config": self.config.model_dump(mode="json"),
