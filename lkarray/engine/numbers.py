@@ -89,7 +89,8 @@ def standardise(block: np.ndarray, mean: np.ndarray, scale: np.ndarray | None) -
 
 def reciprocal(norm: np.ndarray) -> np.ndarray:
     """Return ``1 / norm``, and zero where the norm is zero: such a row correlates with none."""
-    return np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
+    inverse: np.ndarray = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
+    return inverse
 
 
 def finish_cosine(tile: np.ndarray, *, diagonal: bool) -> None:

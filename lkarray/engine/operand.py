@@ -107,7 +107,7 @@ class Operand:
     def piece_bytes(self, rows: slice, piece: Piece) -> int:
         """Return the bytes of a piece of a panel in memory."""
         length = prod(stop - start for start, stop in piece)
-        return length * (rows.stop - rows.start) * int(self.dtype.itemsize)
+        return int(length * (rows.stop - rows.start) * self.dtype.itemsize)
 
     def _load(
         self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int, limit: int

@@ -76,11 +76,11 @@ def run_chain(
     flat.theta.copy_(target.center if state is None else torch.from_numpy(state))
     taken, diverged = region.record.step, False
     while taken < schedule.steps and not diverged:
-        loss = _step(target, sampler, random, taken)
+        minibatch = _step(target, sampler, random, taken)
         taken += 1
         if schedule.gives_draw(taken):
             losses = target.observe()
-            stats = _statistics(target, sampler, loss)
+            stats = _statistics(target, sampler, minibatch)
             diverged = bool(stats[schema.DIVERGED.name]) or not np.isfinite(losses).all()
             region.append(losses, stats | {schema.DIVERGED.name: diverged})
         if region.due():
@@ -93,12 +93,13 @@ def run_chain(
 
 
 def _step(target: Target, sampler: SGLD, random: ChainRandomness, step: int) -> Tensor:
-    """Take one step; return the mean loss of its minibatch before the move."""
+    """Take one step; return the losses of its minibatch before the move."""
     flat = target.flat
     inputs, targets = target.train.take(random.indices(step))
     flat.grad.zero_()
-    loss = target.loss(flat(inputs), targets).mean()
-    loss.backward()
+    losses = target.loss(flat(inputs), targets)
+    # The gradient of the mean, without a node for the mean.
+    torch.autograd.backward(losses, losses.new_full(losses.shape, 1 / len(losses)))
     sampler.step(
         flat.theta,
         flat.grad,
@@ -107,12 +108,12 @@ def _step(target: Target, sampler: SGLD, random: ChainRandomness, step: int) -> 
         nbeta=target.nbeta,
         gamma=target.gamma,
     )
-    return loss.detach()
+    return losses.detach()
 
 
-def _statistics(target: Target, sampler: SGLD, loss: Tensor) -> dict[str, float | bool]:
+def _statistics(target: Target, sampler: SGLD, minibatch: Tensor) -> dict[str, float | bool]:
     values = {
-        schema.MINIBATCH_LOSS.name: float(loss),
+        schema.MINIBATCH_LOSS.name: float(minibatch.mean()),
         schema.GRADIENT_NORM.name: float(target.flat.grad.norm()),
         schema.DISTANCE.name: float((target.flat.theta - target.center).norm()),
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _STEP_BITS = 24
+_BLOCK = 64  # steps whose minibatches are drawn together
 #: Largest number of steps of one chain, and of chains, for which no noise ever repeats.
 MAX_STEPS = 1 << _STEP_BITS
 MAX_CHAINS = 1 << (32 - _STEP_BITS)
@@ -21,7 +22,7 @@ MAX_CHAINS = 1 << (32 - _STEP_BITS)
 class ChainRandomness:
     """What one chain draws at each step.
 
-    Minibatches come from Philox, counter-based, keyed by seed and chain. Noise comes from
+    Minibatches come from Philox, keyed by seed and chain, its counter set by the step. Noise comes from
     torch's generator on the chain's device (four times faster), seeded anew at each step by
     a keyed one-to-one map of (chain, step) onto 32 bits, the seed width of torch's CPU
     generator: within one run, no two steps share their noise.
@@ -44,6 +45,7 @@ class ChainRandomness:
         self._n = n
         self._batch = n if batch_size is None else min(batch_size, n)
         self._everything = np.arange(n)
+        self._block, self._rows = -1, [self._everything]
         digest = hashlib.sha256(f"lkarray:{seed}".encode()).digest()
         words = np.frombuffer(digest, np.uint64)
         self._key = np.array([words[0] ^ np.uint64(chain), words[1]])
@@ -56,8 +58,14 @@ class ChainRandomness:
         """Return the minibatch of a step: shape ``(batch,)``, distinct."""
         if self._batch == self._n:
             return self._everything
-        bits = np.random.Philox(key=self._key, counter=[0, 0, 0, step])
-        return np.random.Generator(bits).choice(self._n, self._batch, replace=False, shuffle=False)
+        block, row = divmod(step, _BLOCK)
+        if block != self._block:
+            # One generator for many steps: making one costs more than a small model's step.
+            bits = np.random.Philox(key=self._key, counter=[0, 0, 0, block])
+            choice = np.random.Generator(bits).choice
+            self._rows = [choice(self._n, self._batch, replace=False) for _ in range(_BLOCK)]
+            self._block = block
+        return self._rows[row]
 
     def noise(self, step: int) -> Tensor:
         """Return the standard normal vector of a step; the next call overwrites it."""
