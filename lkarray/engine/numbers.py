@@ -41,8 +41,9 @@ class Moments:
         if centred:
             mean = block.mean(axis=1, dtype=np.float64)
         squares = np.empty((groups, rows))
-        for g in range(groups):
-            squares[g] = _sum_of_squares(block[g], mean[g])
+        with np.errstate(invalid="ignore"):  # infinite entries: the norm tells
+            for g in range(groups):
+                squares[g] = _sum_of_squares(block[g], mean[g])
         return cls(np.full(groups, count), mean, squares)
 
     def merge(self, other: Moments, *, centred: bool) -> Moments:
@@ -51,15 +52,17 @@ class Moments:
         if not centred:
             return Moments(count, self.mean, self.squares + other.squares)
         share = (other.count / np.maximum(count, 1))[:, None]
-        delta = other.mean - self.mean
-        cross = delta * delta * self.count[:, None] * share
-        return Moments(count, self.mean + delta * share, self.squares + other.squares + cross)
+        with np.errstate(invalid="ignore"):
+            delta = other.mean - self.mean
+            cross = delta * delta * self.count[:, None] * share
+            mean, squares = self.mean + delta * share, self.squares + other.squares + cross
+        return Moments(count, mean, squares)
 
     def norm(self) -> np.ndarray:
-        """Return the Euclidean norm of each centred row, zero where it is only rounding."""
+        """Return the norm of each centred row: zero where it is only rounding, NaN stays NaN."""
         squares = self.squares.sum(axis=0)
         rounding = (self.mean * (8 * np.finfo(np.float64).eps)) ** 2 * self.count[:, None]
-        norm: np.ndarray = np.sqrt(np.where(squares > rounding.sum(axis=0), squares, 0.0))
+        norm: np.ndarray = np.sqrt(np.where(squares <= rounding.sum(axis=0), 0.0, squares))
         return norm
 
 

@@ -15,7 +15,7 @@ from lkarray.errors import MemoryBudgetError
 
 _SIDE = 4096  # of a tile, at most: larger ones multiply no faster and select more coarsely
 _WHOLE = 512  # below this side, contract in pieces rather than make tiles smaller
-_LEAST = 32
+_LEAST = 8
 _PANELS = 140  # at most, so that their pairs stay under ten thousand tasks
 _HELD = 4  # pieces of panels that a task holds: two to multiply, one raw, one copied
 

@@ -152,7 +152,7 @@ def _check_shared(
             first = int(np.argmax(differ))
             raise SchemaError(
                 f"x and y differ along {dim!r}, first at position {first}: "
-                f"{x.indexes[dim][first]!r} and {y.indexes[dim][first]!r}; align them with "
+                f"{x.indexes[dim][first]} and {y.indexes[dim][first]}; align them with "
                 "xr.align or .sel first"
             )
 
