@@ -89,6 +89,9 @@ def _open_group(store: Any, group: str) -> xr.Dataset:
     ds: xr.Dataset = xr.open_zarr(store, group=group, consolidated=False, chunks={}, zarr_format=3)
     for name in ds.coords:
         ds[name].load()
+    # Zarr lists arrays in any order; the schema's own comes first, so that dims do too.
+    first = [spec.name for spec in schema.GROUPS.get(group, ()) if spec.name in ds]
+    ds = ds[[*first, *sorted(set(map(str, ds.data_vars)) - set(first))]]
     if schema.CENTER_LOSS.name in ds:
         ds[schema.CENTER_LOSS.name].load()
     return ds

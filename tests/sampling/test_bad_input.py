@@ -1,0 +1,286 @@
+"""Bad input gets a clear error before any work, and nothing already stored is lost."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
+
+import lkarray as lk
+from lkarray import errors
+
+
+@pytest.mark.parametrize("name", ["nbeta", "gamma"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_posterior__refuses_negative_or_infinite_strengths(model, data, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0"):
+        lk.LocalPosterior(model, data, **{name: value})
+
+
+def test_posterior__refuses_a_flat_posterior(model, data):
+    with pytest.raises(ValueError, match="both 0"):
+        lk.LocalPosterior(model, data, nbeta=0, gamma=0)
+
+
+@pytest.mark.parametrize("value", [-1e-3, 0.0, float("nan")])
+def test_sgld__refuses_a_step_size_that_is_not_positive(value):
+    with pytest.raises(ValueError, match="step_size must be a positive number"):
+        lk.SGLD(step_size=value)
+
+
+def test_posterior__refuses_a_model_without_trainable_parameters(model, data):
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        lk.LocalPosterior(nn.Flatten(), data)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        lk.LocalPosterior(model.requires_grad_(False), data)
+    with pytest.raises(ValueError, match=r"'fc\*' matches none of \['0.bias'"):
+        lk.LocalPosterior(model, data, trainable="fc*")
+    with pytest.raises(TypeError, match="torch.nn.Module, not str"):
+        lk.LocalPosterior("resnet", data)
+
+
+def test_posterior__refuses_weights_it_cannot_sample(model, data):
+    with pytest.raises(ValueError, match="parameters are torch.bfloat16.*float32"):
+        lk.LocalPosterior(nn.Linear(6, 3).bfloat16(), data)
+    with torch.no_grad():
+        model[0].weight[0, 0] = np.nan
+    with pytest.raises(errors.NonFiniteError, match="'0.weight' holds NaN"):
+        lk.LocalPosterior(model, data)
+
+
+def test_posterior__refuses_an_unknown_loss(model, data):
+    with pytest.raises(ValueError, match="'hinge' is not one of"):
+        lk.LocalPosterior(model, data, "hinge")
+    with pytest.raises(TypeError, match="or a callable"):
+        lk.LocalPosterior(model, data, 3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.CrossEntropyLoss(), r"returned shape \(\) for a batch of 2.*reduction='none'"),
+        (lambda out, y: out, r"returned shape \(2, 3\)"),
+        (lambda out, y: 1.0, "returned float, not a tensor"),
+        (lambda out, y: out @ y, "failed on output of shape"),
+        ("mse", "one shape; reshape"),
+    ],
+)
+def test_sample__refuses_a_loss_that_is_not_per_example(tmp_path, model, data, loss, message):
+    posterior = lk.LocalPosterior(model, data, loss)
+    with pytest.raises((ValueError, TypeError), match=message):
+        lk.sample(posterior, data, sampler=lk.SGLD(1e-3), store=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_sample__refuses_labels_of_the_wrong_length(tmp_path, sample):
+    with pytest.raises(
+        errors.SchemaError, match=r"coords\['label'\] has shape \(3,\).* 40 samples"
+    ):
+        sample(tmp_path / "s", coords={"label": [1, 2, 3]})
+    with pytest.raises(errors.SchemaError, match="distinct integers"):
+        sample(tmp_path / "s", coords={"sample": np.zeros(40, int)})
+    with pytest.raises(errors.SchemaError, match="name of the store itself"):
+        sample(tmp_path / "s", coords={"loss": np.zeros(40)})
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"chains": 0}, "chains must be at least 1"),
+        ({"draws": -1}, "draws must be at least 1"),
+        ({"burn_in": -1}, "burn_in must be at least 0"),
+        ({"thin": 0}, "thin must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"draws": 2.5}, "draws must be an integer, not float"),
+        ({"draws": 2**24}, "noise that never repeats"),
+        ({"sampler": "sgld"}, "sampler must be lk.SGLD"),
+    ],
+)
+def test_sample__refuses_bad_counts(tmp_path, sample, option, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        sample(tmp_path / "s", **option)
+    assert not (tmp_path / "s").exists()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(6), 0
+
+
+class Augmented(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return torch.rand(6), 0
+
+
+@pytest.mark.parametrize(
+    ("observed", "message"),
+    [
+        (TensorDataset(torch.zeros(0, 6), torch.zeros(0)), "observed is empty"),
+        (Stream(), "map-style"),
+        (TensorDataset(torch.zeros(3, 6)), "expected a pair"),
+        (Augmented(), "differs between two readings"),
+        (TensorDataset(torch.zeros(3, 5), torch.zeros(3).long()), "the model failed on the first"),
+    ],
+)
+def test_sample__refuses_data_it_cannot_observe(tmp_path, posterior, observed, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        lk.sample(posterior, observed, sampler=lk.SGLD(1e-3), store=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_sample__refuses_non_finite_losses_at_the_center(tmp_path, posterior):
+    inputs = torch.zeros(5, 6)
+    inputs[3] = np.nan
+    observed = TensorDataset(inputs, torch.zeros(5).long())
+    with pytest.raises(errors.NonFiniteError, match=r"1 of 5 observed samples, first \[3\]"):
+        lk.sample(posterior, observed, sampler=lk.SGLD(1e-3), store=tmp_path / "s")
+    assert not (tmp_path / "s" / "zarr.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seed": 1}, "seed: stored 0, now 1"),
+        ({"batch_size": 8}, "batch_size: stored 16, now 8"),
+        ({"sampler": lk.SGLD(2e-3)}, "sampler"),
+        ({"thin": 2}, "thin"),
+        ({"coords": None}, "coords"),
+    ],
+)
+def test_sample__refuses_a_store_of_other_settings_and_names_them(store, sample, change, field):
+    before = lk.open(store).compute()
+    with pytest.raises(errors.FingerprintError, match=f"{field}.*Nothing was touched"):
+        sample(store, **change)
+    assert lk.open(store).compute().identical(before)
+
+
+def test_sample__refuses_a_store_of_other_weights_or_data(store, model, data, posterior):
+    options = {"sampler": lk.SGLD(1e-3), "burn_in": 3, "batch_size": 16, "store": store}
+    options["coords"] = {"label": data.tensors[1]}
+    other = TensorDataset(data.tensors[0] + 1, data.tensors[1])
+    with pytest.raises(errors.FingerprintError, match="observed_data"):
+        lk.sample(posterior, other, **options)
+    with pytest.raises(errors.FingerprintError, match="nbeta"):
+        lk.sample(lk.LocalPosterior(model, data, nbeta=3.0, gamma=50.0), data, **options)
+    with torch.no_grad():
+        model[0].bias += 1
+    with pytest.raises(errors.FingerprintError, match=r"\(weights"):
+        lk.sample(posterior, data, **options)
+
+
+def test_sample__refuses_an_existing_store_without_resume(store, sample):
+    with pytest.raises(errors.StoreError, match="resume=False; nothing was touched"):
+        sample(store, resume=False)
+    assert lk.verify(store) == []
+
+
+def test_sample__refuses_a_newer_store(store, sample):
+    root = zarr.open_group(store)
+    root.update_attributes({"lkarray": {**root.attrs["lkarray"], "schema": 99}})
+    with pytest.raises(errors.StoreVersionError, match="Upgrade lkarray"):
+        sample(store)
+
+
+def test_sample__refuses_a_path_that_is_a_file_or_another_folder(tmp_path, sample):
+    path = tmp_path / "file"
+    path.write_text("precious")
+    with pytest.raises(errors.StoreError, match="is a file, not a store"):
+        sample(path)
+    with pytest.raises(errors.StoreError, match="not a Zarr v3 store; nothing was touched"):
+        sample(tmp_path)
+    assert path.read_text() == "precious"
+
+
+def test_sample__refuses_a_run_larger_than_the_disk(tmp_path, sample):
+    with pytest.raises(errors.StoreError, match="would grow by .* GB free"):
+        sample(tmp_path / "s", chains=256, draws=2**23)
+
+
+def can_mount() -> bool:
+    probe = ["unshare", "--mount", "--map-root-user", "true"]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+own_disk = pytest.mark.skipif(
+    sys.platform != "linux" or not can_mount(), reason="needs a private mount (Linux namespaces)"
+)
+
+
+def run_on(folder: Path, code: str, *mount: str) -> str:
+    """Run code on a file system of its own: a private mount, gone with the process."""
+    script = f"mount {' '.join(mount)} {folder} && exec {sys.executable} -c '{code}' {folder}"
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+CODE = """
+import sys, torch, lkarray as lk
+from torch.utils.data import TensorDataset
+from lkarray.store import commit
+commit.COMMIT_SECONDS = commit._COMMIT_SHARE = 0
+torch.manual_seed(0)
+data = TensorDataset(torch.randn({n}, 4), torch.zeros({n}).long())
+posterior = lk.LocalPosterior(torch.nn.Linear(4, 2), data)
+path = sys.argv[1] + "/s.zarr"
+try:
+    lk.sample(posterior, data, sampler=lk.SGLD(1e-3), chains=4, draws={draws}, burn_in=0,
+              store=path, progress=False)
+except lk.errors.StoreError as error:
+    print("StoreError:", error)
+{after}
+"""
+
+
+@own_disk
+def test_sample__says_that_a_disk_is_read_only(tmp_path):
+    said = run_on(tmp_path, CODE.format(n=50, draws=5, after=""), "-t tmpfs -o ro tmpfs")
+    assert "StoreError: cannot write to" in said
+    assert "read-only; choose another path" in said
+
+
+@own_disk
+def test_sample__a_disk_that_fills_loses_nothing_committed(tmp_path):
+    """The disk is large enough when sampling begins; something else then fills it."""
+    fill = """
+real = commit.ChainRegion.commit
+def commit_then_fill(self, step, state):
+    real(self, step, state)
+    if self._chain == 1:
+        self.wait()
+        try:
+            open(sys.argv[1] + "/other", "ab", buffering=0).write(bytes(64 << 20))
+        except OSError:
+            pass
+commit.ChainRegion.commit = commit_then_fill
+"""
+    after = """
+import os
+print("problems:", lk.verify(path))
+print("draws:", lk.open(path)["losses"].sizes["draw"])
+os.remove(sys.argv[1] + "/other")
+commit.ChainRegion.commit = real
+tree = lk.sample(posterior, data, sampler=lk.SGLD(1e-3), chains=4, draws=40, burn_in=0,
+                 store=path, progress=False)
+print("resumed:", dict(tree["losses"].sizes), lk.verify(path))
+"""
+    code = CODE.format(n=5000, draws=40, after=after).replace("try:", fill + "try:", 1)
+    said = run_on(tmp_path, code, "-t tmpfs -o size=8m tmpfs").replace(chr(39), "")
+    assert "StoreError: cannot write to" in said
+    assert "the disk is full; free some space. The draws committed before are safe" in said
+    assert "problems: []" in said
+    assert "resumed: {chain: 4, draw: 40, sample: 5000} []" in said
