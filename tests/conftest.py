@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,3 +117,14 @@ class Forbidding:
 
     def __call__(self, graph: object, keys: object, **options: object) -> None:
         raise AssertionError(f"computed {keys} although nothing was asked for")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `lkarray run digits` has run, with its quick preset, as a user would."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "lkarray", "run", "digits", "--preset", "quick"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (folder / "said.txt").write_text(done.stdout)
+    return folder

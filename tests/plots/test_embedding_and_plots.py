@@ -1,0 +1,132 @@
+import dask
+import numpy as np
+import pytest
+import xarray as xr
+
+import lkarray as lk
+from lkarray import errors, plots
+from lkarray.engine.numbers import top_k
+from tests.conftest import random_losses
+
+
+@pytest.fixture(scope="module")
+def clusters():
+    """Losses of three groups of samples, each driven by its own direction."""
+    rng = np.random.default_rng(0)
+    group = np.arange(90) % 3
+    drivers = rng.normal(size=(2, 60, 3))
+    values = drivers[..., group] + 0.5 * rng.normal(size=(2, 60, 90)) + 1
+    coords = {"sample": np.arange(90) + 7, "group": ("sample", group)}
+    coords["odd"] = ("sample", np.arange(90) % 2 == 1)
+    array = xr.DataArray(values.astype("f4"), dims=("chain", "draw", "sample"), coords=coords)
+    return array.to_dataset(name="loss").assign(
+        center_loss=("sample", np.full(90, 0.9, np.float32))
+    )
+
+
+def purity(points):
+    """Share of points whose nearest other point on the map is of their own group."""
+    xy = points.values
+    distance = ((xy[:, None] - xy[None]) ** 2).sum(-1)
+    np.fill_diagonal(distance, np.inf)
+    group = points["group"].values
+    return (group[distance.argmin(1)] == group).mean()
+
+
+def test_embed__keeps_groups_together_and_labels_on(clusters):
+    points = lk.embed(lk.neighbors(clusters, 10), seed=3)
+    assert points.dims == ("sample", "component")
+    assert points.shape == (90, 2)
+    assert points["sample"].values[0] == 7
+    assert purity(points) > 0.95
+    again = lk.embed(lk.neighbors(clusters, 10), seed=3)
+    np.testing.assert_array_equal(points, again)
+    assert not np.array_equal(points, lk.embed(lk.neighbors(clusters, 10), seed=4))
+
+
+def test_embed__takes_a_kernel_and_reads_it_by_rows(clusters, monkeypatch):
+    monkeypatch.setattr("lkarray.embedding._ROWS", 17)
+    kernel = lk.correlation(clusters)
+    from_table = lk.embed(lk.neighbors(clusters, 10), seed=3)
+    with dask.config.set(scheduler="synchronous"):
+        np.testing.assert_array_equal(lk.embed(kernel, seed=3, k=10), from_table)
+
+
+def test_embed__with_one_label_excluded_mixes_groups(clusters):
+    mixed = lk.embed(lk.neighbors(clusters, 10, exclude="group"), seed=3)
+    assert purity(mixed) < 0.9
+
+
+def test_embed__copes_with_samples_that_have_few_neighbours(clusters):
+    few = clusters.assign_coords(group=("sample", np.r_[np.zeros(85, int), np.arange(5) + 1]))
+    table = lk.neighbors(few, 10, exclude="group").compute()
+    assert (table["neighbor"] == -1).any()
+    assert np.isfinite(lk.embed(table)).all()
+
+
+def test_embed__refuses_what_it_cannot_embed(clusters):
+    with pytest.raises(ValueError, match="method must be 'umap'"):
+        lk.embed(lk.neighbors(clusters, 3), method="tsne")
+    with pytest.raises(ValueError, match="needs correlations"):
+        lk.embed(lk.covariance(clusters) * 100)
+    with pytest.raises(errors.SchemaError, match="must be square"):
+        lk.embed(lk.correlation(clusters)[:5])
+    with pytest.raises(errors.SchemaError, match=r"lacks \['neighbor', 'similarity'\]"):
+        lk.embed(clusters)
+    with pytest.raises(TypeError, match="not ndarray"):
+        lk.embed(np.eye(3))
+
+
+def drawn(figure):
+    figure.savefig("/dev/null", format="png")
+    return figure.axes
+
+
+def test_neighbor_map__draws_every_sample_once_and_rings_the_marked(clusters):
+    points = xr.DataArray(
+        np.random.default_rng(0).normal(size=(90, 2)),
+        dims=("sample", "component"),
+        coords=clusters.coords,
+    ).drop_vars(["chain", "draw"], errors="ignore")
+    (axes, *_) = drawn(plots.neighbor_map(points, by="group", mark="odd"))
+    sizes = [len(c.get_offsets()) for c in axes.collections]
+    assert sizes == [30, 30, 30, 45]
+    with pytest.raises(errors.SchemaError, match="no coordinate 'wnid'"):
+        plots.neighbor_map(points, by="wnid")
+
+
+def test_kernel_matrix__is_sorted_by_the_label(clusters):
+    kernel = lk.correlation(clusters)
+    (axes, *_) = drawn(plots.kernel_matrix(kernel, by="group"))
+    order = np.argsort(clusters["group"].values, kind="stable")
+    image = np.asarray(axes.images[0].get_array())
+    expected = kernel.values[np.ix_(order, order)]
+    off = ~np.eye(90, dtype=bool)
+    np.testing.assert_allclose(image[off], expected[off], atol=1e-6)
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0", "1", "2"]
+
+
+def test_kernel_matrix__shows_at_most_two_thousand_samples(rng):
+    kernel = lk.correlation(random_losses(rng, samples=2500))
+    (axes, *_) = drawn(plots.kernel_matrix(kernel, by="label"))
+    assert axes.images[0].get_array().shape == (2000, 2000)
+
+
+def test_top_correlated__shows_references_and_their_best(clusters):
+    near = lk.neighbors(clusters, 4).compute()
+    images = np.random.default_rng(0).random((90, 8, 8))
+    axes = drawn(plots.top_correlated(near, images, [7, 50], by="group", mark="odd", shown=4))
+    assert len(axes) == 10
+    kernel = lk.correlation(clusters).values
+    np.fill_diagonal(kernel, -9)
+    best = top_k(kernel, 4)[43]
+    for panel, sample in zip(axes[6:], best, strict=True):
+        np.testing.assert_array_equal(panel.images[0].get_array(), images[sample])
+
+
+def test_gain_against_loss__has_one_point_a_sample(clusters):
+    (axes,) = drawn(plots.gain_against_loss(clusters, mark="odd"))
+    assert [len(c.get_offsets()) for c in axes.collections] == [45, 45]
+    np.testing.assert_allclose(
+        axes.collections[0].get_offsets()[:, 1], lk.loss_gain(clusters)[::2], rtol=1e-6
+    )

@@ -1,0 +1,68 @@
+"""The README's code runs as printed, and its commands are those of the Makefile."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lkarray as lk
+from tests.conftest import classification, small_network
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_readme__the_ten_lines_run_on_the_demo_store(digits):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", BLOCKS[0]],
+        cwd=digits,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *_, between, gains = done.stdout.strip().splitlines()
+    tree = lk.open(digits / "runs/digits/store.zarr")
+    R = lk.correlation(tree["losses"]).compute()
+    assert float(first) == pytest.approx(float(R[3, 17]), abs=1e-6)
+    block = R.values[R["label"].values == 3][:, R["label"].values == 8]
+    assert float(between) == pytest.approx(block.mean(), abs=1e-6)
+    assert "neighbor" in done.stdout
+    assert len(gains.strip("[]").split()) == 2
+
+
+def test_readme__the_lines_for_ones_own_model_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = classification()
+    names = {
+        "lk": lk,
+        "model": small_network(),
+        "train_set": data,
+        "observed": torch.utils.data.Subset(data, range(10)),
+        "labels": data.tensors[1][:10],
+    }
+    code = BLOCKS[1].replace("draws=500", "draws=3, progress=False")
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["tree"]["losses"].sizes == {"chain": 4, "draw": 3, "sample": 10}
+
+
+def test_readme__gives_both_commands_first_and_they_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    first = re.search(r"```\n(.*?)```", README, flags=re.DOTALL)
+    commands = re.findall(r"^make (\S+)", first.group(1), flags=re.MULTILINE)
+    assert commands == ["demo", "test"]
+    assert all(f"\n{name}:" in makefile for name in commands)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_docs__local_links_and_files_exist(name):
+    text = (ROOT / name).read_text()
+    folder = (ROOT / name).parent
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert all((folder / link).exists() for link in links)
+    code = re.findall(r"`((?:benchmarks|tests|workflows|docs)/[\w/]+\.\w+)`", text)
+    assert all((ROOT / path).exists() for path in code)
