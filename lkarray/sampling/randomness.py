@@ -22,10 +22,10 @@ MAX_CHAINS = 1 << (32 - _STEP_BITS)
 class ChainRandomness:
     """What one chain draws at each step.
 
-    Minibatches come from Philox, keyed by seed and chain, its counter set by the step. Noise comes from
-    torch's generator on the chain's device (four times faster), seeded anew at each step by
-    a keyed one-to-one map of (chain, step) onto 32 bits, the seed width of torch's CPU
-    generator: within one run, no two steps share their noise.
+    Minibatches come from Philox, keyed by seed and chain, its counter set by the step. Noise
+    comes from torch's generator on the chain's device (four times faster), seeded anew at
+    each step by a keyed one-to-one map of (chain, step) onto 32 bits, the seed width of
+    torch's CPU generator: within one run, no two steps share their noise.
 
     Parameters
     ----------

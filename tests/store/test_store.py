@@ -68,7 +68,9 @@ def test_open__gives_what_was_committed_lazily_with_labels(tmp_path):
     losses = tree["losses"]
     assert losses["loss"].dims == ("chain", "draw", "sample")
     assert losses["loss"].chunks is not None
-    np.testing.assert_array_equal(losses["loss"].isel(sample=0), np.arange(10) + [[0], [0.5]])
+    np.testing.assert_array_equal(
+        losses["loss"].isel(sample=0), np.arange(10) + np.array([[0], [0.5]])
+    )
     assert losses["label"].values.tolist() == [3, 1, 2, 1, 3]
     assert losses["path"].values.tolist() == list("abcde")
     assert losses["loss"].attrs["units"] == "nat"

@@ -93,7 +93,7 @@ def test_run__refuses_a_file_a_broken_record_and_a_second_run(tmp_path):
     with pytest.raises(errors.StoreError, match="cannot be read"):
         stages(folder)
     with file_lock(tmp_path / "held"):
-        code = "import sys; from tests.workflow.test_workflow import stages; from pathlib import Path\n"
+        code = "import sys; from tests.workflow.test_workflow import Path, stages;"
         done = subprocess.run(
             [sys.executable, "-c", code + "stages(Path(sys.argv[1]))", str(tmp_path / "held")],
             capture_output=True,
