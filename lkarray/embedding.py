@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 import xarray as xr
 
 from lkarray.engine.numbers import top_k
 from lkarray.errors import SchemaError
-from lkarray.schema import COMPONENT, RANK
+from lkarray.kernels.gram import sample_coords
+from lkarray.schema import COMPONENT, RANK, second
 
-_ROWS = 1024  # of a kernel, read at a time
+_ROWS = 1024  # of a kernel in memory, at a time
 
 
 def embed(
@@ -78,46 +80,68 @@ def embed(
     )
 
 
-def _from_neighbors(ds: xr.Dataset) -> tuple[str, np.ndarray, np.ndarray, xr.Coordinates]:
+Table = tuple[str, np.ndarray, np.ndarray, Mapping[Hashable, xr.Variable]]
+
+
+def _from_neighbors(ds: xr.Dataset) -> Table:
     missing = {"neighbor", "similarity"} - set(ds.data_vars)
-    if missing:
-        raise SchemaError(f"embed: the Dataset lacks {sorted(missing)}; pass lk.neighbors(...)")
-    ds = ds.compute()
+    if missing or RANK not in ds["neighbor"].dims:
+        raise SchemaError(
+            f"embed: the Dataset lacks {sorted(missing) or RANK}; pass lk.neighbors(...)"
+        )
     rows = str(next(dim for dim in ds["neighbor"].dims if dim != RANK))
+    ds = ds.transpose(rows, RANK, ...).compute()
     index, similarity = ds["neighbor"].values, ds["similarity"].values
     if rows in ds.indexes:
+        if not ds.indexes[rows].is_unique:
+            raise SchemaError(f"embed: the index of {rows!r} has values twice; make them distinct")
         index = ds.indexes[rows].get_indexer(index.ravel()).reshape(index.shape)
-    return rows, index, similarity, ds.drop_vars(RANK, errors="ignore").coords
-
-
-def _from_kernel(
-    kernel: xr.DataArray, k: int
-) -> tuple[str, np.ndarray, np.ndarray, xr.Coordinates]:
-    if kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
+    elif index.max(initial=-1) >= len(index):
+        raise SchemaError(f"embed: a neighbour is not among the {len(index)} rows of the table")
+    if (index < 0).all():
         raise SchemaError(
-            f"embed: a kernel must be square, not {dict(kernel.sizes)}; pass lk.correlation(losses)"
+            "embed: no row has a neighbour in the table; exclude less, or select less"
+        )
+    return rows, index, similarity, sample_coords(ds, rows)
+
+
+def _from_kernel(kernel: xr.DataArray, k: int) -> Table:
+    if kernel.ndim != 2 or kernel.dims[1] != second(kernel.dims[0]) or len(set(kernel.shape)) != 1:
+        raise SchemaError(
+            f"embed: a kernel must be square, with dims ('sample', 'sample_2'), not "
+            f"{dict(kernel.sizes)}; pass lk.correlation(losses)"
         )
     rows, n = str(kernel.dims[0]), kernel.shape[0]
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
     k = min(k, n - 1)
     index, similarity = np.empty((n, k), int), np.empty((n, k), np.float32)
-    for start in range(0, n, _ROWS):
-        part = np.array(kernel[start : start + _ROWS].values)
+    lengths = kernel.chunksizes.get(rows) or [min(_ROWS, n - a) for a in range(0, n, _ROWS)]
+    start = 0
+    for length in lengths:  # a row of tiles at a time, so that none is computed twice
+        part = np.array(kernel[start : start + length].values)
         if not np.abs(part).max() <= 1 + 1e-3:
             raise ValueError(
                 "embed needs correlations between -1 and 1; pass lk.correlation(losses) rather "
                 "than a covariance"
             )
-        part[np.arange(len(part)), start + np.arange(len(part))] = -np.inf
+        part[np.arange(length), start + np.arange(length)] = -np.inf
         best = top_k(part, k)
-        index[start : start + _ROWS] = best
-        similarity[start : start + _ROWS] = np.take_along_axis(part, best, axis=1)
-    return rows, index, similarity, kernel.isel({kernel.dims[1]: 0}, drop=True).coords
+        index[start : start + length] = best
+        similarity[start : start + length] = np.take_along_axis(part, best, axis=1)
+        start += length
+    return rows, index, similarity, sample_coords(kernel, rows)
 
 
 def _umap(
     index: np.ndarray, distance: np.ndarray, n_components: int, seed: int, min_dist: float
 ) -> np.ndarray:
-    n, k = index.shape
+    n = len(index)
+    if n < 4:
+        raise ValueError(f"UMAP needs at least 4 samples, not {n}")
+    # UMAP must have fewer neighbours than samples, the point itself counted.
+    index, distance = index[:, : n - 2], distance[:, : n - 2]
+    k = index.shape[1]
     # UMAP counts a point as its own first neighbour. A missing one (-1) is skipped there.
     own = np.arange(n)[:, None]
     index = np.concatenate([own, index], axis=1).astype(np.int32)

@@ -31,6 +31,10 @@ class StoreVersionError(StoreError):
     """The store was written by a newer lkarray than this one."""
 
 
+class DamagedError(StoreError):
+    """The store's own metadata cannot be read."""
+
+
 class FingerprintError(StoreError, ValueError):
     """The store holds a run made with other settings, weights or data."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dask.utils import format_bytes
 
 from lkarray import schema
+from lkarray.errors import DivergedError
 from lkarray.store import describe, open_root, read_record, stored, stored_fingerprint
 from lkarray.store.location import StoreLike, local_path
 from lkarray.store.reading import DERIVED, open_store
@@ -26,8 +27,12 @@ def describe_store(path: StoreLike) -> str:
     lines += ["", f"  /losses  loss({sizes}), chunks {loss.chunks}, {loss.dtype}"]
     records = [read_record(root, chain) for chain in range(loss.shape[0])]
     lines.append(f"  draws committed by chain: {[record.draws for record in records]}")
-    if any(record.draws for record in records):
-        tree = open_store(path)
+    try:
+        tree = open_store(path) if any(record.draws for record in records) else None
+    except DivergedError as error:
+        tree = None
+        lines.append(f"  {error}")
+    if tree is not None:
         labels = [name for name in tree["losses"].coords if name not in schema.LOSS.dims]
         lines.append(f"  labels: {', '.join(map(str, labels)) or 'none'}")
         derived = tree.children.get(DERIVED)

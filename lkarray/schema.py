@@ -6,6 +6,7 @@ names, dtypes, units and documentation from here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,10 @@ GROUPS: dict[str, tuple[VariableSpec, ...]] = {
     SAMPLE_STATS: STATS,
     STATE: (PARAMETERS,),
     COMMIT: (RECORD,),
+}
+
+_RESERVED = {CHAIN, DRAW, second(SAMPLE), RANK, COMPONENT, QUERY, "neighbor", "similarity"} | {
+    spec.name for spec in GROUPS[LOSSES]
 }
 
 Losses = xr.DataTree | xr.Dataset | xr.DataArray
@@ -178,11 +183,15 @@ def sample_coords(coords: Mapping[str, Any] | None, n: int) -> dict[str, np.ndar
         the name of a dim or variable; or ``sample`` is not a list of distinct integers.
     """
     out: dict[str, np.ndarray] = {SAMPLE: np.arange(n)}
-    taken = {CHAIN, DRAW} | {spec.name for spec in GROUPS[LOSSES]}
     for name, values in (coords or {}).items():
         array = np.asarray(values)
-        if name in taken:
-            raise SchemaError(f"coords: {name!r} is a name of the store itself; choose another")
+        if not isinstance(name, str) or not re.fullmatch(r"[^\s/.][^\s/]*", name):
+            raise SchemaError(
+                f"coords: {name!r} must be a string without spaces and slashes, which does not "
+                "begin with a dot"
+            )
+        if name in _RESERVED:
+            raise SchemaError(f"coords: {name!r} is a name of lkarray itself; choose another")
         if array.shape != (n,):
             raise SchemaError(
                 f"coords[{name!r}] has shape {array.shape}, but the observed set has {n} samples; "
@@ -190,6 +199,10 @@ def sample_coords(coords: Mapping[str, Any] | None, n: int) -> dict[str, np.ndar
             )
         if array.dtype.kind not in "biufUOTM":
             raise SchemaError(f"coords[{name!r}] has dtype {array.dtype}; use numbers or strings")
+        if array.dtype.kind == "O" and not all(isinstance(v, str) for v in array):
+            raise SchemaError(
+                f"coords[{name!r}] mixes kinds or has missing values; use numbers or strings only"
+            )
         if array.dtype.kind in "UO":
             array = array.astype(np.dtypes.StringDType())
         out[str(name)] = array

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from functools import lru_cache
@@ -21,19 +21,23 @@ class PanelCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._panels: OrderedDict[Hashable, Any] = OrderedDict()
-        self._loading: dict[Hashable, Future[Any]] = {}
+        self._panels: OrderedDict[tuple[Hashable, ...], Any] = OrderedDict()
+        self._loading: dict[tuple[Hashable, ...], Future[Any]] = {}
+        self._gone: deque[Hashable] = deque()
         self._bytes = 0
 
-    def get(self, key: Hashable, load: Callable[[], Any], *, size: int, limit: int) -> Any:
+    def get(
+        self, key: tuple[Hashable, ...], load: Callable[[], Any], *, size: int, limit: int
+    ) -> Any:
         """Return the panel of ``key``, loading it if need be; then keep at most ``limit`` bytes."""
+        mine: Future[Any] = Future()
         with self._lock:
+            self._forget()
             if key in self._panels:
                 self._panels.move_to_end(key)
                 return self._panels[key][0]
             waiting = self._loading.get(key)
             if waiting is None:
-                mine: Future[Any] = Future()
                 self._loading[key] = mine
         if waiting is not None:
             return waiting.result()
@@ -58,19 +62,31 @@ class PanelCache:
             self._bytes -= size
 
     def drop(self, owner: Hashable) -> None:
-        """Forget the panels whose key starts with ``owner``."""
-        with self._lock:
-            gone = [key for key in self._panels if isinstance(key, tuple) and key[0] == owner]
-            for key in gone:
+        """Have the panels whose key starts with ``owner`` forgotten before the next use.
+
+        Called by finalizers, which the garbage collector may run in any thread at any
+        allocation, even inside `get`: so it takes no lock.
+        """
+        self._gone.append(owner)
+
+    def _forget(self) -> None:
+        while self._gone:
+            owner = self._gone.popleft()
+            for key in [key for key in self._panels if key[0] == owner]:
                 self._bytes -= self._panels.pop(key)[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self._bytes
+        with self._lock:
+            self._forget()
+            return self._bytes
 
 
+#: Panels, bounded by the plan; and the moments of panels that are read in pieces, which are
+#: small (16 bytes a row and centring group) and must outlive the pieces they standardise.
 CACHE = PanelCache()
+MOMENTS = PanelCache()
 
 
 @lru_cache(maxsize=1)

@@ -120,6 +120,11 @@ def top_k_arrays(
     return position, da.Array(layers, names[1], chunks, dtype=x.dtype)
 
 
+#: Bytes that `top_k_arrays` needs for each element of a tile: a transposed and a partitioned
+#: copy, and masks.
+TOP_K_BYTES = 12
+
+
 def _operand_keys(graph: dict[Any, Any], x: Operand, y: Operand | None) -> tuple[str, str | None]:
     graph[f"operand-{x.token}"] = x
     if y is None:
@@ -159,7 +164,7 @@ def _best_of_tile(
         np.fill_diagonal(values, -np.inf)
     best = [_best(values, k, tile.cols.start)]
     if not tile.diagonal:
-        best.append(_best(values.T, k, tile.rows.start))
+        best.append(_best(np.ascontiguousarray(values.T), k, tile.rows.start))
     return tuple(best)
 
 

@@ -37,13 +37,13 @@ class Moments:
         Without centring the mean is zero and the squares are raw.
         """
         groups, count, rows = block.shape
-        mean = np.zeros((groups, rows))
-        if centred:
-            mean = block.mean(axis=1, dtype=np.float64)
-        squares = np.empty((groups, rows))
-        with np.errstate(invalid="ignore"):  # infinite entries: the norm tells
-            for g in range(groups):
-                squares[g] = _sum_of_squares(block[g], mean[g])
+        mean, squares = np.zeros((groups, rows)), np.zeros((groups, rows))
+        for g in range(groups):
+            if centred:
+                # Relative to the first entry, so that a constant row has exactly that mean.
+                first = block[g, 0].astype(np.float64)
+                mean[g] = first + _sums(block[g], first, squared=False) / count
+            squares[g] = _sums(block[g], mean[g], squared=True)
         return cls(np.full(groups, count), mean, squares)
 
     def merge(self, other: Moments, *, centred: bool) -> Moments:
@@ -59,20 +59,19 @@ class Moments:
         return Moments(count, mean, squares)
 
     def norm(self) -> np.ndarray:
-        """Return the norm of each centred row: zero where it is only rounding, NaN stays NaN."""
-        squares = self.squares.sum(axis=0)
-        rounding = (self.mean * (8 * np.finfo(np.float64).eps)) ** 2 * self.count[:, None]
-        norm: np.ndarray = np.sqrt(np.where(squares <= rounding.sum(axis=0), 0.0, squares))
+        """Return the norm of each centred row: exactly zero where it is constant."""
+        norm: np.ndarray = np.sqrt(self.squares.sum(axis=0))
         return norm
 
 
-def _sum_of_squares(block: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """Return the float64 sum of squares about ``mean`` along the first axis, by slabs."""
+def _sums(block: np.ndarray, origin: np.ndarray, *, squared: bool) -> np.ndarray:
+    """Return float64 sums along the first axis of ``block - origin``, or of its square."""
     total = np.zeros(block.shape[1])
     slab = max(1, (1 << 17) // max(block.shape[1], 1))
-    for start in range(0, len(block), slab):
-        part = block[start : start + slab] - mean
-        total += np.einsum("ij,ij->j", part, part)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite entries: the norm tells
+        for start in range(0, len(block), slab):
+            part = block[start : start + slab] - origin
+            total += np.einsum("ij,ij->j", part, part) if squared else part.sum(axis=0)
     return total
 
 
@@ -87,6 +86,11 @@ def standardise(block: np.ndarray, mean: np.ndarray, scale: np.ndarray | None) -
         block -= coarse[:, None]
         block -= (mean - coarse).astype(block.dtype)[:, None]
     if scale is not None:
+        largest = np.finfo(block.dtype).max
+        if scale.max(initial=0) > largest:  # rows of denormal numbers: in two steps
+            root = np.sqrt(scale)
+            block *= root.astype(block.dtype)
+            scale = np.divide(scale, root, out=np.zeros_like(scale), where=root > 0)
         block *= scale.astype(block.dtype)
 
 

@@ -13,7 +13,7 @@ import dask.base
 import numpy as np
 import xarray as xr
 
-from lkarray.engine.cache import CACHE
+from lkarray.engine.cache import CACHE, MOMENTS
 from lkarray.engine.numbers import Moments, reciprocal, standardise
 from lkarray.errors import NonFiniteError
 
@@ -82,10 +82,13 @@ class Operand:
         """Number of rows."""
         return self.variable.sizes[self.rows]
 
-    def row_chunks(self) -> tuple[int, ...] | None:
-        """Return the chunk sizes along rows, where the variable is chunked."""
-        chunks = self.variable.chunksizes.get(self.rows)
-        return None if chunks is None else tuple(chunks)
+    def grain(self) -> tuple[tuple[int, ...], int]:
+        """Return the largest chunk along each contracted dim and along rows; 1 if unchunked.
+
+        Whatever is read, whole chunks of the variable are computed.
+        """
+        chunks = self.variable.chunksizes
+        return tuple(max(chunks.get(d, (1,))) for d in self.over), max(chunks.get(self.rows, (1,)))
 
     def panel(
         self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int, limit: int
@@ -96,7 +99,7 @@ class Operand:
         """
         if not hasattr(self, "_finalizer"):
             # Whoever drops the last reference to the operand frees its panels.
-            self._finalizer = weakref.finalize(self, CACHE.drop, self.token)
+            self._finalizer = weakref.finalize(self, _drop, self.token)
         key = (self.token, at, rows.start, rows.stop, pieces[p])
         size = self.piece_bytes(rows, pieces[p])
         panel: np.ndarray = CACHE.get(
@@ -119,7 +122,7 @@ class Operand:
         if len(pieces) == 1:
             moments = Moments.of(block, centred=self.center is not None)
         else:
-            moments = self._moments(at, rows, pieces, limit)
+            moments = self._moments(at, rows, pieces)
         norm = moments.norm()
         self._check(norm, at, rows)
         groups = slice(*pieces[p][0]) if self.center == "chain" else slice(None)
@@ -128,9 +131,7 @@ class Operand:
             block[:, :, norm == 0] = 0  # a constant row: leave no rounding behind
         return block.reshape(-1, block.shape[-1])
 
-    def _moments(
-        self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], limit: int
-    ) -> Moments:
+    def _moments(self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...]) -> Moments:
         """Return the moments of a panel in pieces, one pass over it, kept for the next piece."""
         groups = self.shape[0] if self.center == "chain" else 1
         key = (self.token, "moments", at, rows.start, rows.stop)
@@ -147,7 +148,7 @@ class Operand:
                 total = total.merge(part, centred=centred)
             return total
 
-        moments: Moments = CACHE.get(key, load, size=size, limit=limit)
+        moments: Moments = MOMENTS.get(key, load, size=size, limit=sys.maxsize)
         return moments
 
     def _read(self, at: tuple[int, ...], rows: slice, piece: Piece) -> np.ndarray:
@@ -168,14 +169,19 @@ class Operand:
     def _check(self, norm: np.ndarray, at: tuple[int, ...], rows: slice) -> None:
         bad = np.flatnonzero(~np.isfinite(norm))
         if len(bad):
-            where = f"{self.rows} {rows.start + int(bad[0])}"
+            where = f"{self.rows} at position {rows.start + int(bad[0])}"
             if self.each:
-                where += f" at {dict(zip(self.each, at, strict=True))}"
+                where += f" and {dict(zip(self.each, at, strict=True))}"
             raise NonFiniteError(
                 f"{self.name!r} holds NaN or infinity, first in {where} ({len(bad)} of {len(norm)} "
                 f"rows of its panel), somewhere along {self.over}; drop those entries (for example "
                 "x.isel(chain=[...]) for a diverged chain), or check the store with lk.verify"
             )
+
+
+def _drop(token: str) -> None:
+    CACHE.drop(token)
+    MOMENTS.drop(token)
 
 
 def _spread(part: Moments, chains: tuple[int, int], groups: int) -> Moments:

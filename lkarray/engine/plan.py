@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
+from typing import Any
 
 from dask.system import CPU_COUNT
 from dask.utils import format_bytes, parse_bytes
@@ -17,7 +20,7 @@ _SIDE = 4096  # of a tile, at most: larger ones multiply no faster and select mo
 _WHOLE = 512  # below this side, contract in pieces rather than make tiles smaller
 _LEAST = 8
 _PANELS = 140  # at most, so that their pairs stay under ten thousand tasks
-_HELD = 4  # pieces of panels that a task holds: two to multiply, one raw, one copied
+_HELD = 3  # pieces of panels that a task holds: two to multiply, one being standardised
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,41 @@ class Plan:
 
 
 def memory_budget(memory: int | str | None) -> int:
-    """Return the byte budget of a process: given, from ``LKARRAY_MEMORY``, or a quarter.
+    """Return the byte budget of a process: given, from ``LKARRAY_MEMORY``, or by default.
 
-    A quarter of the machine's memory, or of the container's limit where that is smaller.
+    By default, half the memory limit of the smallest worker of the Dask cluster this process
+    is a client of; without one, a quarter of the machine's or container's memory.
     """
     given = memory if memory is not None else os.environ.get("LKARRAY_MEMORY")
-    if given is not None:
-        try:
-            budget = int(parse_bytes(given))
-        except ValueError as error:
-            raise MemoryBudgetError(
-                f"memory {given!r} is not a number of bytes; use for example '2 GiB'"
-            ) from error
-        if budget <= 0:
-            raise MemoryBudgetError(f"memory must be positive, not {given!r}")
-        return budget
-    return _machine_memory() // 4
+    if given is None:
+        limits = [worker["memory_limit"] for worker in _workers() if worker["memory_limit"]]
+        return min(limits) // 2 if limits else _machine_memory() // 4
+    try:
+        budget = int(parse_bytes(given))
+    except ValueError as error:
+        raise MemoryBudgetError(
+            f"memory {given!r} is not a number of bytes; use for example '2 GiB'"
+        ) from error
+    if budget <= 0:
+        raise MemoryBudgetError(f"memory must be positive, not {given!r}")
+    return budget
+
+
+def _concurrent_tasks() -> int:
+    """Return how many tasks run at once in a process: of the cluster's workers, or of this."""
+    return max((worker["nthreads"] for worker in _workers()), default=CPU_COUNT)
+
+
+def _workers() -> list[dict[str, Any]]:
+    """Return what the scheduler knows of its workers, if this process is its client."""
+    if "distributed" not in sys.modules:
+        return []
+    from distributed import default_client
+
+    try:
+        return list(default_client().scheduler_info(n_workers=-1)["workers"].values())
+    except ValueError:
+        return []
 
 
 def _machine_memory() -> int:
@@ -75,13 +97,41 @@ def _machine_memory() -> int:
         return total
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes that memory depends on, and what a process holds at most."""
+
+    n: int
+    length: int  # contracted elements
+    item: int  # bytes of an element in memory
+    source: int  # bytes of an element as stored
+    groups: int  # centring groups
+    shape: tuple[int, ...]
+    grain: tuple[int, ...]  # largest source chunk along each contracted dim
+    width: int  # and along rows
+    sink: int  # bytes that a sink needs for each element of a tile
+    tasks: int
+
+    def tile(self, side: int, *, pieces: bool) -> int:
+        """Return the bytes of a task's tile, and of its accumulator."""
+        return side * side * (self.item + self.sink + (8 + self.item if pieces else 0))
+
+    def peak(self, side: int, length: int) -> int:
+        """Return the bytes of all tasks, each with tiles of ``side`` in pieces of ``length``."""
+        pieces = length < self.length
+        read = min(self.n, ceil(side / self.width) * self.width)
+        task = _HELD * length * side * self.item + length * read * self.source
+        moments = 16 * self.n * self.groups if pieces else 0
+        return self.tasks * (task + self.tile(side, pieces=pieces)) + moments
+
+
 def make_plan(
     x: Operand,
     y: Operand | None = None,
     *,
     memory: int | str | None = None,
     side: int | None = None,
-    tasks: int = CPU_COUNT,
+    sink: int = 0,
 ) -> Plan:
     """Choose the tiles of ``x`` against ``y`` (or itself).
 
@@ -90,11 +140,11 @@ def make_plan(
     x, y
         The operands; ``y=None`` contracts ``x`` with itself.
     memory
-        Byte budget of a process, ``LKARRAY_MEMORY`` or a quarter of the machine by default.
+        Byte budget of a process; see `memory_budget`.
     side
         Side of a tile, instead of the planner's choice.
-    tasks
-        Tasks that run at once in a process.
+    sink
+        Bytes that whatever takes the tiles needs for each of a tile's elements.
 
     Raises
     ------
@@ -102,58 +152,97 @@ def make_plan(
         No tile fits; the message says what would.
     """
     budget = memory_budget(memory)
-    n = max(x.n, y.n if y is not None else 0)
-    length = max(prod(x.shape), 1)
-    item = x.dtype.itemsize
-
-    def whole(side: int) -> int:
-        return tasks * (_HELD * length * side * item + side * side * item)
-
-    def accumulators(side: int) -> int:
-        return tasks * side * side * (8 + 2 * item)
-
-    least = max(min(n, _LEAST), ceil(n / _PANELS))
-    if side is None:
-        side = _largest(whole, least, min(max(n, 1), _SIDE), 3 * budget // 4)
-        if side < min(n, _WHOLE):
-            side = _largest(accumulators, least, min(n, _SIDE // 2), budget // 3)
-        # Half the budget is room for pieces, so that they are not single elements.
-        needed = max(3 * accumulators(least), 2 * tasks * _HELD * least * item)
-        if budget < needed:
-            raise MemoryBudgetError(
-                f"{format_bytes(budget)} cannot hold the tiles of {n} rows with {tasks} tasks at "
-                f"once; {ceil(needed / 2**10)} KiB can: set memory= or LKARRAY_MEMORY"
-            )
-        side = _align(side, n, x.row_chunks(), least)
-    if whole(side) <= 3 * budget // 4:
-        pieces = split(x.shape, length)
-        work = whole(side)
-    else:
-        room = max(budget // 2, 1)
-        pieces = split(x.shape, max(1, room // (tasks * _HELD * side * item)))
-        work = accumulators(side) + room
+    parts = [x] if y is None else [x, y]
+    grains = [part.grain() for part in parts]
+    sizes = _Shape(
+        n=max(part.n for part in parts),
+        length=prod(x.shape),
+        item=max(part.dtype.itemsize for part in parts),
+        source=max(part.variable.dtype.itemsize for part in parts),
+        groups=x.shape[0] if x.center == "chain" else 1,
+        shape=x.shape,
+        grain=tuple(map(max, zip(*(grain for grain, _ in grains), strict=True))),
+        width=max(width for _, width in grains),
+        sink=sink,
+        tasks=_concurrent_tasks(),
+    )
+    side, pieces = _fit(sizes, budget, side)
+    peak = sizes.peak(side, max(map(_volume, pieces)))
     rows = _panels(x.n, side)
     cols = rows if y is None else _panels(y.n, side)
-    return Plan(rows, cols, pieces, budget, max(budget - work, 0))
+    return Plan(rows, cols, pieces, budget, max(budget - peak, 0))
 
 
-def split(shape: tuple[int, ...], length: int) -> tuple[Piece, ...]:
-    """Split the box ``shape`` into pieces of at most ``length`` elements, outermost dim first."""
+def _fit(sizes: _Shape, budget: int, given: int | None) -> tuple[int, tuple[Piece, ...]]:
+    """Return the side of the tiles and the pieces of the contracted dims."""
+    n, whole = sizes.n, split(sizes.shape, sizes.length)
+    if given is not None:
+        return given, whole
+    least = max(min(n, _LEAST), ceil(n / _PANELS))
+    # A quarter of the budget stays for the cache, without which panels are read over and over.
+    allowed = 3 * budget // 4
+    side = _largest(lambda s: sizes.peak(s, sizes.length), least, min(n, _SIDE), allowed)
+    if side >= min(n, _WHOLE):
+        return _align(side, n, sizes.width, least), whole
+    most = _largest(
+        lambda s: sizes.tasks * sizes.tile(s, pieces=True), least, min(n, _SIDE // 2), allowed // 3
+    )
+    side = _align(max(most, least), n, sizes.width, least)
+    while True:
+        slope = sizes.peak(side, 1) - sizes.peak(side, 0)
+        length = max((allowed - sizes.peak(side, 0)) // slope, 1)
+        pieces = split(sizes.shape, min(length, sizes.length), sizes.grain)
+        needed = sizes.peak(side, max(map(_volume, pieces)))
+        if needed <= budget:
+            return side, pieces
+        if side == least:
+            break
+        side = max(least, side // 2)
+    chunks = (
+        ""
+        if max(sizes.grain) <= 1
+        else (
+            f", or .chunk() the tensor smaller: its chunks are up to {max(sizes.grain)} long along "
+            f"what is contracted and {sizes.width} wide"
+        )
+    )
+    raise MemoryBudgetError(
+        f"{format_bytes(budget)} cannot hold the tiles of {n} rows with {sizes.tasks} tasks at "
+        f"once; {ceil(needed / 2**10)} KiB can: set memory= or LKARRAY_MEMORY{chunks}"
+    )
+
+
+def split(
+    shape: tuple[int, ...], length: int, grain: tuple[int, ...] | None = None
+) -> tuple[Piece, ...]:
+    """Split the box ``shape`` into pieces of at most ``length`` elements, outermost dim first.
+
+    Cuts fall on multiples of ``grain``, even where pieces are longer for it: a chunk of the
+    source that is cut is computed once for each part.
+    """
     if not shape:
         return ((),)
+    step_of = grain or (1,) * len(shape)
     inner = prod(shape[1:])
-    if length >= inner:
-        step = max(1, length // max(inner, 1))
-        parts = [(a, min(a + step, shape[0])) for a in range(0, shape[0], step)]
-        rest = tuple((0, size) for size in shape[1:])
-        return tuple((part, *rest) for part in parts)
-    tails = split(shape[1:], length)
-    return tuple(((a, a + 1), *tail) for a in range(shape[0]) for tail in tails)
+    grains_inner = prod(min(g, size) for g, size in zip(step_of[1:], shape[1:], strict=True))
+    least = min(step_of[0], shape[0])
+    step = max(length // max(inner, 1), 1)
+    if length >= inner * least or inner == grains_inner:
+        step = max(step - step % least, least)
+        tails: tuple[Piece, ...] = (tuple((0, size) for size in shape[1:]),)
+    else:
+        step = least
+        tails = split(shape[1:], max(length // least, 1), step_of[1:])
+    parts = [(a, min(a + step, shape[0])) for a in range(0, shape[0], step)]
+    return tuple((part, *tail) for part in parts for tail in tails)
 
 
-def _largest(cost: object, least: int, most: int, budget: int) -> int:
+def _volume(piece: Piece) -> int:
+    return prod(stop - start for start, stop in piece)
+
+
+def _largest(cost: Callable[[int], int], least: int, most: int, budget: int) -> int:
     """Return the largest side between ``least`` and ``most`` within ``budget``, or 0."""
-    assert callable(cost)
     if cost(least) > budget:
         return 0
     low, high = least, max(most, least)
@@ -163,10 +252,9 @@ def _largest(cost: object, least: int, most: int, budget: int) -> int:
     return low
 
 
-def _align(side: int, n: int, chunks: tuple[int, ...] | None, least: int) -> int:
+def _align(side: int, n: int, chunk: int, least: int) -> int:
     """Shrink ``side`` so that panels are even, and whole chunks or whole parts of chunks."""
-    side = ceil(n / ceil(n / side)) if n else 1
-    chunk = max(chunks) if chunks else 1
+    side = ceil(n / ceil(n / side))
     if chunk < side < n:
         aligned = side - side % chunk
     elif side < chunk:

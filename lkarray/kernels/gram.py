@@ -83,7 +83,7 @@ def gram(
     if y is not None:
         _check_shared(x, y, over, each)
     columns = rows if y is None else free_dim(y, "y", over, each)
-    degrees = _degrees(x, over, center)
+    degrees = degrees_of_freedom(x, over, center)
     options: dict[str, Any] = {
         "over": over,
         "each": each,
@@ -107,8 +107,8 @@ def gram(
             "contracted": prod(x.sizes[dim] for dim in over),
         },
     )
-    # Plain .to_zarr writes one stored chunk a tile, checksummed and uncompressed: fast.
-    out.encoding = {"chunks": data.chunksize, "compressors": (Crc32cCodec(),)}
+    # Plain .to_zarr writes one stored chunk a Dask chunk, checksummed and uncompressed: fast.
+    out.encoding = {"compressors": (Crc32cCodec(),)}
     return out
 
 
@@ -157,7 +157,8 @@ def _check_shared(
             )
 
 
-def _degrees(x: xr.DataArray, over: tuple[str, ...], center: str | None) -> int:
+def degrees_of_freedom(x: xr.DataArray, over: tuple[str, ...], center: str | None) -> int:
+    """Return what a covariance divides by; raise if too few elements are left to centre."""
     count = prod(x.sizes[dim] for dim in over)
     if center is None:
         return count
@@ -174,21 +175,41 @@ def _degrees(x: xr.DataArray, over: tuple[str, ...], center: str | None) -> int:
     return count - means
 
 
+def sample_coords(x: xr.DataArray | xr.Dataset, *dims: str) -> dict[Hashable, xr.Variable]:
+    """Return the coordinates of ``x`` along ``dims`` alone, and its scalars, each in one chunk."""
+    found = {}
+    for name, coord in x.coords.items():
+        if set(coord.dims) <= set(dims):
+            variable = coord.variable.drop_encoding()
+            found[name] = variable.chunk(-1) if variable.chunks is not None else variable
+    return found
+
+
 def _coords(
     x: xr.DataArray, y: xr.DataArray, each: tuple[str, ...], rows: str, columns: str
-) -> dict[Hashable, Any]:
-    """Return the coordinates of the result: those of both axes, the second's renamed."""
-    kept = {name: coord for name, coord in x.coords.items() if set(coord.dims) <= {*each, rows}}
-    coords: dict[Hashable, Any] = {name: coord.variable for name, coord in kept.items()}
-    for name, coord in y.coords.items():
-        if columns in coord.dims and set(coord.dims) <= {*each, columns}:
-            if columns == rows:
-                coords[second(name)] = coord.variable.copy(deep=False)
-                renamed = {columns: second(columns)}
-                dims = tuple(renamed.get(str(dim), str(dim)) for dim in coord.dims)
-                coords[second(name)] = (dims, coord.variable.data, coord.attrs)
-            else:
-                coords.setdefault(name, coord.variable)
+) -> dict[Hashable, xr.Variable]:
+    """Return the coordinates of the result: those of x, and those of y's columns, renamed.
+
+    A column coordinate takes the ``_2`` of its dim, or gets one where x has its name too.
+    """
+    coords = sample_coords(x, *each, rows)
+    other = sample_coords(y, *each, columns)
+    for name, variable in list(coords.items()):
+        if not variable.dims and not (name in other and variable.identical(other[name])):
+            del coords[name]  # true of one side only
+    taken = set(coords)
+    for name, variable in other.items():
+        if columns in variable.dims:
+            new = second(name) if columns == rows or name in taken else name
+            if new in coords:
+                raise SchemaError(
+                    f"the column coordinate {name!r} would be called {new!r}, which x has already; "
+                    f"rename one, for example x.rename({new}=...)"
+                )
+            dims = [
+                second(dim) if columns == rows and dim == columns else dim for dim in variable.dims
+            ]
+            coords[new] = xr.Variable(dims, variable.data, variable.attrs)
     return coords
 
 

@@ -92,7 +92,9 @@ def influence(losses: Losses, query: Losses, *, memory: int | str | None = None)
     names = {
         name: f"{schema.QUERY}_{name}" for name, coord in asked.coords.items() if dim in coord.dims
     }
-    out = -covariance(losses, asked.rename(names | {dim: schema.QUERY}), memory=memory)
+    kernel = covariance(losses, asked.rename(names | {dim: schema.QUERY}), memory=memory)
+    out = -kernel
+    out.encoding = kernel.encoding
     attrs = _attributes(losses)
     out.attrs = {"units": "nat^2", "over": list(POSTERIOR), "center": "pooled"}
     if "nbeta" in attrs and "n_train" in attrs:
@@ -180,7 +182,7 @@ def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.Data
         0-d, dimensionless, lazy.
     """
     scale = _nbeta(tree, nbeta) / 2
-    out: xr.DataArray = loss_variance(tree).mean() * scale
+    out: xr.DataArray = loss_variance(tree).mean(skipna=False) * scale
     return out.rename("singular_fluctuation").assign_attrs(nbeta=2 * scale, over=list(POSTERIOR))
 
 
@@ -203,7 +205,7 @@ def llc(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
         0-d, dimensionless, lazy.
     """
     scale = _nbeta(tree, nbeta)
-    out: xr.DataArray = loss_gain(tree).mean() * scale
+    out: xr.DataArray = loss_gain(tree).mean(skipna=False) * scale
     return out.rename("llc").assign_attrs(nbeta=scale, over=list(POSTERIOR))
 
 

@@ -10,7 +10,7 @@ import xarray as xr
 
 from lkarray import engine
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import _degrees, free_dim
+from lkarray.kernels.gram import degrees_of_freedom, free_dim, sample_coords
 from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
 
 
@@ -45,7 +45,7 @@ def neighbors(
     Returns
     -------
     xarray.Dataset
-        ``neighbor(sample, rank)``, values of the ``sample`` index, and
+        ``neighbor(sample, rank)``, values of the (integer) ``sample`` index, and
         ``similarity(sample, rank)``, the correlation R, best first. Where fewer than k
         remain, rows end in -1 and NaN. Compute both variables at once:
         ``neighbors(...).compute()``.
@@ -66,19 +66,19 @@ def neighbors(
     rows = free_dim(x, "losses", POSTERIOR, ())
     if center not in ("pooled", "chain"):
         raise ValueError(f"center must be 'pooled' or 'chain', not {center!r}")
-    _degrees(x, POSTERIOR, center)
+    degrees_of_freedom(x, POSTERIOR, center)
     k = operator.index(k)
     n = x.sizes[rows]
     if not 1 <= k < n:
         raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
+    index = _index(x, rows)
     operand = engine.Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=True)
-    plan = engine.make_plan(operand, memory=memory)
+    plan = engine.make_plan(operand, memory=memory, sink=engine.TOP_K_BYTES)
     codes = None if exclude is None else _codes(x, rows, exclude)
     position, value = engine.top_k_arrays(operand, plan, k, largest=largest, groups=codes)
-    if rows in x.indexes:
-        index = np.asarray(x.indexes[rows])
-        position = da.map_blocks(_labels, position, index=index, dtype=index.dtype)
-    coords = {name: c.variable for name, c in x.coords.items() if c.dims == (rows,)}
+    if index is not None:
+        position = da.map_blocks(_labels, position, index=index, dtype=np.int64)
+    coords = sample_coords(x, rows)
     return xr.Dataset(
         {
             "neighbor": ((rows, RANK), position, {"long_name": f"{rows} of the neighbour"}),
@@ -93,6 +93,20 @@ def neighbors(
             "center": center,
         },
     )
+
+
+def _index(x: xr.DataArray, rows: str) -> np.ndarray | None:
+    """Return the samples' integer labels, by which neighbours are named; -1 means none."""
+    if rows not in x.indexes:
+        return None
+    index = np.asarray(x.indexes[rows])
+    if index.dtype.kind not in "iu" or index.min() < 0:
+        raise SchemaError(
+            f"the index of {rows!r} must be integers of at least 0, by which neighbours are named, "
+            f"not {index.dtype}; keep it as a label: x.rename({rows}='name') or "
+            f"x.assign_coords({rows}=np.arange({len(index)}))"
+        )
+    return index.astype(np.int64)
 
 
 def _codes(x: xr.DataArray, rows: str, exclude: str) -> np.ndarray:

@@ -68,14 +68,14 @@ class Batches:
         if self.n == 0:
             raise ValueError(f"{name} is empty; give at least one (input, target)")
         first, again = self._item(0), self._item(0)
-        if not all(torch.equal(a, b) for a, b in zip(first, again, strict=True)):
+        if any(tensor_bytes(a) != tensor_bytes(b) for a, b in zip(first, again, strict=True)):
             raise ValueError(
                 f"{name}: item 0 differs between two readings; turn random augmentation off, so "
                 "that every step is a function of seed, chain and step"
             )
         self.item_bytes = max(sum(part.nbytes for part in first), 1)
         self._held: tuple[Tensor, Tensor] | None = None
-        if isinstance(dataset, TensorDataset) or self.item_bytes * self.n <= CACHE_BYTES:
+        if _plain(dataset) or self.item_bytes * self.n <= CACHE_BYTES:
             self._held = self._read_all(dataset)
         self.identity = self._hash()
 
@@ -95,8 +95,8 @@ class Batches:
         return inputs, target
 
     def _read_all(self, dataset: MapDataset) -> tuple[Tensor, Tensor]:
-        if isinstance(dataset, TensorDataset):
-            inputs, target = dataset.tensors
+        if _plain(dataset):
+            inputs, target = dataset.tensors  # type: ignore[attr-defined]
         else:
             pairs = [self._item(i) for i in range(self.n)]
             inputs, target = (torch.cat(part) for part in zip(*pairs, strict=True))
@@ -135,3 +135,10 @@ class Batches:
     def eval_rows(self) -> int:
         """Return how many items to evaluate at once: up to 4,096 items or 64 MiB of them."""
         return max(1, min(self.n, _EVAL_ROWS, _EVAL_BYTES // self.item_bytes))
+
+
+def _plain(dataset: MapDataset) -> bool:
+    """Say whether the items are the rows of tensors and nothing else."""
+    return isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is (
+        TensorDataset.__getitem__
+    )

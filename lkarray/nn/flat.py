@@ -104,10 +104,18 @@ def moving_parameters(model: nn.Module, trainable: str | Iterable[str] | None) -
             )
     else:
         patterns = [trainable] if isinstance(trainable, str) else list(trainable)
+        # A tied parameter has several names; it moves under the first if any of them matches.
+        first = {id(parameter): name for name, parameter in parameters.items()}
+        aliases = list(model.named_parameters(remove_duplicate=False))
+        chosen = set()
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in parameters):
-                raise ValueError(f"trainable: {pattern!r} matches none of {sorted(parameters)}")
-        names = [n for n in parameters if any(fnmatchcase(n, p) for p in patterns)]
+            matches = {first[id(p)] for name, p in aliases if fnmatchcase(name, pattern)}
+            if not matches:
+                raise ValueError(
+                    f"trainable: {pattern!r} matches none of {sorted(name for name, _ in aliases)}"
+                )
+            chosen |= matches
+        names = [name for name in parameters if name in chosen]
         if not names:
             raise ValueError(f"trainable names no parameter; choose from {sorted(parameters)}")
     _check(model, {name: parameters[name] for name in names})
@@ -124,17 +132,17 @@ def _check(model: nn.Module, moving: dict[str, nn.Parameter]) -> None:
     ((dtype, _),) = kinds
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"parameters are {dtype}; sampling needs float32: convert with .float()")
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(
                 f"the model's {name!r} holds NaN or infinity; load a finite checkpoint"
             )
 
 
 def hash_weights(model: nn.Module) -> str:
-    """Return a hash of every parameter and buffer, and of the module's structure."""
+    """Return a hash of every parameter and buffer, stored or not, and of the structure."""
     digest = hashlib.sha256(repr(model).encode())
-    for name, tensor in model.state_dict().items():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:16]

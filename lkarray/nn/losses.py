@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import inspect
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,14 +99,37 @@ def per_example_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> PerExamp
 
 
 def _identity(function: Callable[..., object]) -> str:
-    if isinstance(function, torch.nn.Module):
-        return repr(function)
     name = getattr(function, "__qualname__", type(function).__qualname__)
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        text = repr(getattr(getattr(function, "__code__", None), "co_code", name))
-    return f"{name}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{name}@{hashlib.sha256(repr(_content(function)).encode()).hexdigest()[:12]}"
+
+
+def _content(value: object, depth: int = 6) -> object:
+    """Return what a callable does, as plain values: its code, constants, closure, attributes.
+
+    Two losses that differ in any of these are taken for different ones by a resume.
+    """
+    if isinstance(value, (str, bytes, int, float, complex, type(None), torch.dtype)):
+        return value
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.detach().cpu().tolist()
+    if depth == 0:
+        return type(value).__qualname__
+    if isinstance(value, types.CodeType):
+        return value.co_code, value.co_names, _content(value.co_consts, depth - 1)
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        parts = (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
+        return value.__qualname__, _content(parts, depth - 1)
+    if isinstance(value, types.MethodType):
+        return _content((value.__func__, value.__self__), depth - 1)
+    if isinstance(value, functools.partial):
+        return _content((value.func, value.args, value.keywords), depth - 1)
+    if isinstance(value, Mapping):
+        return [(str(k), _content(v, depth - 1)) for k, v in sorted(value.items(), key=repr)]
+    if isinstance(value, (Sequence, frozenset, set)):
+        items = sorted(value, key=repr) if isinstance(value, (frozenset, set)) else value
+        return [_content(item, depth - 1) for item in items]
+    return type(value).__qualname__, _content(getattr(value, "__dict__", {}), depth - 1)
 
 
 def _mean_rest(losses: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from matplotlib import color_sequences, colormaps
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from lkarray.errors import SchemaError
 from lkarray.kernels import loss_gain
-from lkarray.schema import CENTER_LOSS, COMPONENT, RANK, Losses, losses_node, second
+from lkarray.schema import CENTER_LOSS, COMPONENT, RANK, Losses, losses_node
 
 _MARK = "#111111"
 _MOST = 2000  # samples of a kernel that a figure can show
@@ -32,15 +33,16 @@ def neighbor_map(points: xr.DataArray, *, by: str, mark: str | None = None) -> F
         Boolean coordinate of points to ring in black.
     """
     values = _coordinate(points, by)
-    classes, colours = _palette(values)
+    classes, codes = np.unique(values, return_inverse=True)
+    colours = _palette(len(classes))
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.add_subplot()
     xy = points.transpose(..., COMPONENT).values
     marked = _coordinate(points, mark).astype(bool) if mark else np.zeros(len(xy), bool)
     size = float(np.clip(24000 / len(xy), 2, 30))
-    for name in classes.tolist():
-        at = values == name
-        axes.scatter(xy[at, 0], xy[at, 1], s=size, color=colours[name], linewidths=0, alpha=0.9)
+    for code, colour in enumerate(colours):
+        at = codes == code
+        axes.scatter(xy[at, 0], xy[at, 1], s=size, color=colour, linewidths=0, alpha=0.9)
     if mark:
         axes.scatter(
             xy[marked, 0],
@@ -52,8 +54,8 @@ def neighbor_map(points: xr.DataArray, *, by: str, mark: str | None = None) -> F
         )
     if len(classes) <= 20:
         handles = [
-            Line2D([], [], ls="", marker="o", ms=7, color=colours[name], label=str(name))
-            for name in classes.tolist()
+            Line2D([], [], ls="", marker="o", ms=7, color=colour, label=str(name))
+            for name, colour in zip(classes, colours, strict=True)
         ]
         if mark:
             handles.append(
@@ -78,11 +80,11 @@ def kernel_matrix(kernel: xr.DataArray, *, by: str) -> Figure:
     by
         Coordinate of ``sample`` to sort by.
     """
-    rows = str(kernel.dims[0])
+    rows, columns = kernel.dims
     values = _coordinate(kernel, by)
     order = np.argsort(values, kind="stable")
     order = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), _MOST)).astype(int))]
-    shown = np.array(kernel.isel({rows: order, second(rows): order}).values, dtype=float)
+    shown = np.array(kernel.isel({rows: order, columns: order}).values, dtype=float)
     np.fill_diagonal(shown, np.nan)
     limit = float(np.nanpercentile(np.abs(shown), 99))
     figure = Figure(figsize=(7.6, 6.6), layout="constrained")
@@ -136,7 +138,7 @@ def top_correlated(
     dim = str(next(d for d in neighbors["neighbor"].dims if d != RANK))
     labels = _coordinate(neighbors, by)
     flags = _coordinate(neighbors, mark) if mark else np.zeros(len(labels), bool)
-    index = neighbors.indexes[dim]
+    index = neighbors.indexes.get(dim, pd.RangeIndex(len(labels)))
     figure = Figure(figsize=(1.15 * (shown + 1) + 0.3, 1.4 * len(references) + 0.8))
     grid = figure.subplots(len(references), shown + 1, squeeze=False)
     figure.subplots_adjust(
@@ -148,13 +150,14 @@ def top_correlated(
         hspace=0.45,
     )
     for row, reference in zip(grid, references, strict=True):
-        near = neighbors.sel({dim: reference}).isel({RANK: slice(shown)})
+        for axes in row:
+            axes.axis("off")
+        near = neighbors.isel({dim: index.get_loc(reference), RANK: slice(shown)})
         similarity = [None, *near["similarity"].values]
         for axes, sample, r in zip(
             row, [reference, *near["neighbor"].values], similarity, strict=False
         ):
-            axes.axis("off")
-            if sample < 0 and r is not None and np.isnan(r):
+            if r is not None and np.isnan(r):  # no more neighbours
                 continue
             at = index.get_loc(sample)
             axes.imshow(images[at], cmap="gray_r", interpolation="nearest")
@@ -235,11 +238,8 @@ def _coordinate(x: xr.DataArray | xr.Dataset, name: str) -> np.ndarray:
     return values
 
 
-def _palette(values: np.ndarray) -> tuple[np.ndarray, dict[Any, Any]]:
-    """Return the classes and their colours: told apart by colour-blind readers up to ten."""
-    classes = np.unique(values)
-    if len(classes) <= 10:
-        colours: Sequence[Any] = color_sequences["petroff10"]
-    else:
-        colours = [colormaps["turbo"](t) for t in np.linspace(0.02, 0.98, len(classes))]
-    return classes, dict(zip(classes.tolist(), colours, strict=False))
+def _palette(count: int) -> list[Any]:
+    """Return that many colours: told apart by colour-blind readers up to ten."""
+    if count <= 10:
+        return list(color_sequences["petroff10"][:count])
+    return [colormaps["turbo"](t) for t in np.linspace(0.02, 0.98, count)]

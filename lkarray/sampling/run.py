@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,11 +15,10 @@ import zarr
 from lkarray import progress as progress_bars
 from lkarray import schema
 from lkarray import store as stores
-from lkarray._version import __version__
-from lkarray.errors import FingerprintError, NonFiniteError, StoreError
+from lkarray.errors import NonFiniteError, StoreError
 from lkarray.nn import Batches, FlatModel
 from lkarray.nn.batches import MapDataset
-from lkarray.nn.flat import hash_weights
+from lkarray.sampling import checks
 from lkarray.sampling.chain import Schedule, Target, run_chain
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.randomness import MAX_CHAINS, MAX_STEPS, ChainRandomness
@@ -113,31 +108,80 @@ def sample(
     Step counts are limited to 2**24 a chain, and chains to 256, within which no two steps
     share their noise. The dataset's items must not change between readings.
     """
-    _check_types(posterior, sampler)
-    counts = {"chains": chains, "draws": draws, "thin": thin, "burn_in": burn_in, "seed": seed}
-    for name, value in counts.items():
-        _at_least(name, value, 1 if name in ("chains", "draws", "thin") else 0)
+    checks.check_types(posterior, sampler)
+    chains, draws = checks.at_least("chains", chains, 1), checks.at_least("draws", draws, 1)
+    thin, burn_in = checks.at_least("thin", thin, 1), checks.at_least("burn_in", burn_in, 0)
+    seed = checks.at_least("seed", seed, 0)
     if batch_size is not None:
-        _at_least("batch_size", batch_size, 1)
+        batch_size = checks.at_least("batch_size", batch_size, 1)
     schedule = Schedule(draws, burn_in, thin)
     if schedule.steps > MAX_STEPS or chains > MAX_CHAINS:
         raise ValueError(
             f"{chains} chains of {schedule.steps} steps are too many: at most {MAX_CHAINS} chains "
             f"of {MAX_STEPS} steps have noise that never repeats; take fewer, or another seed"
         )
-    target_store = stores.as_store(store)
-    before = _existing(target_store, resume)
-    where = _device(device, before)
-    train = Batches(posterior.train_set, name="train_set", device=where)
-    seen = (
-        train
-        if observed is posterior.train_set
-        else Batches(observed, name="observed", device=where)
+    place = stores.as_store(store)
+    before = _existing(place, resume)
+    target, labels = _target(posterior, observed, coords, device, before)
+    fingerprint = checks.make_fingerprint(
+        posterior,
+        target,
+        sampler,
+        schedule,
+        batch_size=batch_size,
+        seed=seed,
+        labels=labels,
+        threads=int((before or {}).get("threads", torch.get_num_threads())),
     )
+    with checks.numerics(fingerprint["threads"]):
+        center_loss = None
+        if before is None:
+            center_loss = _finite(target.observe())
+        else:
+            checks.compare(before, fingerprint, stores.describe(place))
+        with stores.writer_lock(place):
+            # Another process may have written since: what counts is read under the lock.
+            before = _existing(place, resume)
+            if before is None:
+                assert center_loss is not None, "a store cannot vanish under its readers"
+                root = _create(place, target, center_loss, labels, fingerprint, chains, draws)
+            else:
+                checks.compare(before, fingerprint, stores.describe(place))
+                root = stores.open_root(place, mode="r+")
+            todo = _unfinished(root, chains, draws)
+            if todo:
+                if center_loss is None:
+                    kept = stores.stored(root, schema.LOSSES, schema.CENTER_LOSS)[:]
+                    checks.check_center(np.asarray(kept), target.observe(), stores.describe(place))
+                stores.grow(root, chains=chains, draws=draws)
+                _run(root, target, sampler, schedule, seed, batch_size, todo, progress)
+                stores.finish(root)
+            else:
+                logger.info(
+                    "%s already holds %d chains of %d draws made with these settings; reused",
+                    stores.describe(place),
+                    chains,
+                    draws,
+                )
+    return open_rectangle(place, chains=chains, draws=draws)
+
+
+def _target(
+    posterior: LocalPosterior,
+    observed: MapDataset,
+    coords: Mapping[str, Any] | None,
+    device: torch.device | str | None,
+    before: Mapping[str, Any] | None,
+) -> tuple[Target, dict[str, np.ndarray]]:
+    """Read the data and copy the model to the device, checked; and the observed samples' labels."""
+    where = checks.choose_device(device, before)
+    train = Batches(posterior.train_set, name="train_set", device=where)
+    same = observed is posterior.train_set
+    seen = train if same else Batches(observed, name="observed", device=where)
     labels = schema.sample_coords(coords, seen.n)
     flat = FlatModel(posterior.model, trainable=posterior.trainable, device=where)
-    _check_loss(posterior, flat, train, "train_set")
-    _check_loss(posterior, flat, seen, "observed")
+    checks.check_loss(posterior, flat, train, "train_set", gradient=True)
+    checks.check_loss(posterior, flat, seen, "observed", gradient=False)
     target = Target(
         flat=flat,
         center=flat.theta.clone(),
@@ -148,26 +192,17 @@ def sample(
         gamma=posterior.gamma,
         eval_rows=int((before or {}).get("eval_rows", seen.eval_rows())),
     )
-    fingerprint = _fingerprint(posterior, target, sampler, schedule, batch_size, seed, labels)
-    fingerprint["threads"] = (before or {}).get("threads", torch.get_num_threads())
-    if before is not None:
-        _compare(before, fingerprint, stores.describe(target_store))
-    with stores.writer_lock(target_store), _threads(fingerprint["threads"]):
-        root = _open_or_create(
-            target_store, target, labels, fingerprint, chains, draws, before is not None
+    return target, labels
+
+
+def _finite(center_loss: np.ndarray) -> np.ndarray:
+    bad = np.flatnonzero(~np.isfinite(center_loss))
+    if len(bad):
+        raise NonFiniteError(
+            f"the loss at w* is not finite for {len(bad)} of {len(center_loss)} observed samples, "
+            f"first {bad[:5].tolist()}; check those inputs and targets. Nothing was written"
         )
-        todo = _unfinished(root, chains, draws)
-        if todo:
-            _run(root, target, sampler, schedule, seed, batch_size, todo, progress)
-            stores.finish(root)
-        else:
-            logger.info(
-                "%s already holds %d chains of %d draws made with these settings; reused",
-                stores.describe(target_store),
-                chains,
-                draws,
-            )
-    return open_rectangle(target_store, chains=chains, draws=draws)
+    return center_loss
 
 
 def _run(
@@ -200,26 +235,15 @@ def _run(
                 )
 
 
-def _open_or_create(
+def _create(
     store: Any,
     target: Target,
+    center_loss: np.ndarray,
     labels: Mapping[str, np.ndarray],
     fingerprint: Mapping[str, Any],
     chains: int,
     draws: int,
-    resuming: bool,
 ) -> zarr.Group:
-    if resuming:
-        root = stores.open_root(store, mode="r+")
-        stores.grow(root, chains=chains, draws=draws)
-        return root
-    center_loss = target.observe()
-    bad = np.flatnonzero(~np.isfinite(center_loss))
-    if len(bad):
-        raise NonFiniteError(
-            f"the loss at w* is not finite for {len(bad)} of {len(center_loss)} observed samples, "
-            f"first {bad[:5].tolist()}; check those inputs and targets. Nothing was written"
-        )
     if exists(store):
         stores.drop_unfinished(stores.open_root(store, mode="r+"))
     return stores.create_losses(
@@ -238,12 +262,13 @@ def _open_or_create(
 def _unfinished(root: zarr.Group, chains: int, draws: int) -> list[int]:
     """Return the chains that still have draws to take."""
     flags = stores.stored(root, schema.SAMPLE_STATS, schema.DIVERGED)
-    todo = []
-    for chain in range(chains):
+    known = stores.stored(root, schema.LOSSES, schema.LOSS).shape[0]
+    todo = list(range(known, chains))
+    for chain in range(min(chains, known)):
         taken = stores.read_record(root, chain).draws
         if taken < draws and not (taken and bool(flags[chain, taken - 1])):
             todo.append(chain)
-    return todo
+    return sorted(todo)
 
 
 def _existing(store: Any, resume: bool) -> dict[str, Any] | None:
@@ -260,42 +285,6 @@ def _existing(store: Any, resume: bool) -> dict[str, Any] | None:
     return found
 
 
-def _fingerprint(
-    posterior: LocalPosterior,
-    target: Target,
-    sampler: SGLD,
-    schedule: Schedule,
-    batch_size: int | None,
-    seed: int,
-    labels: Mapping[str, np.ndarray],
-) -> dict[str, Any]:
-    """Return what must be equal for a resume to give the same numbers."""
-    n = target.train.n
-    digest = hashlib.sha256()
-    for name, values in sorted(labels.items()):
-        digest.update(repr((name, values.tolist())).encode())
-    return {
-        "lkarray": __version__,
-        "weights": hash_weights(posterior.model),
-        "train_data": target.train.identity,
-        "observed_data": target.observed.identity,
-        "coords": digest.hexdigest()[:16],
-        "loss": posterior.loss.name,
-        "nbeta": posterior.nbeta,
-        "gamma": posterior.gamma,
-        "trainable": posterior.trainable,
-        "sampler": {"name": type(sampler).__name__} | asdict(sampler),
-        "burn_in": schedule.burn_in,
-        "thin": schedule.thin,
-        "batch_size": n if batch_size is None else min(batch_size, n),
-        "seed": seed,
-        "device": str(target.flat.device),
-        "precision": str(target.center.dtype).removeprefix("torch."),
-        "stacking": "one chain at a time",
-        "eval_rows": target.eval_rows,
-    }
-
-
 def _attributes(fingerprint: Mapping[str, Any], target: Target) -> dict[str, Any]:
     """Return what kernels need to know of the posterior, kept with the losses."""
     keys = ("loss", "nbeta", "gamma", "sampler", "burn_in", "thin", "batch_size", "seed")
@@ -303,69 +292,3 @@ def _attributes(fingerprint: Mapping[str, Any], target: Target) -> dict[str, Any
         "n_train": target.train.n,
         "observed_is_train": fingerprint["observed_data"] == fingerprint["train_data"],
     }
-
-
-def _compare(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        lines = "; ".join(f"{k}: stored {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
-        raise FingerprintError(
-            f"{where} holds a run made with other settings ({lines}). Nothing was touched: use "
-            "another path, or the stored settings"
-        )
-
-
-def _check_types(posterior: object, sampler: object) -> None:
-    if not isinstance(posterior, LocalPosterior):
-        raise TypeError(f"posterior must be lk.LocalPosterior, not {type(posterior).__name__}")
-    if not isinstance(sampler, SGLD):
-        raise TypeError(f"sampler must be lk.SGLD(step_size=...), not {type(sampler).__name__}")
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, not {number}")
-
-
-def _check_loss(posterior: LocalPosterior, flat: FlatModel, data: Batches, name: str) -> None:
-    """Try the loss on the first two items, before any work."""
-    inputs, target = data.take(np.arange(min(2, data.n)))
-    with torch.no_grad():
-        try:
-            output = flat(inputs)
-        except Exception as error:
-            raise ValueError(
-                f"the model failed on the first items of {name}, inputs of shape "
-                f"{tuple(inputs.shape)}: {error}"
-            ) from error
-        posterior.loss.check(output, target)
-
-
-def _device(asked: torch.device | str | None, before: Mapping[str, Any] | None) -> torch.device:
-    if asked is not None:
-        chosen = torch.device(asked)
-    elif before is not None:
-        chosen = torch.device(before["device"])
-    else:
-        chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {chosen} was asked for or stored, but CUDA is not available")
-        if chosen.index is None:
-            chosen = torch.device("cuda", torch.cuda.current_device())
-    return chosen
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Run with the stored number of threads: sums depend on it to the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -33,6 +33,7 @@ class SGLD:
     def __post_init__(self) -> None:
         if not math.isfinite(self.step_size) or self.step_size <= 0:
             raise ValueError(f"step_size must be a positive number, not {self.step_size!r}")
+        object.__setattr__(self, "step_size", float(self.step_size))
 
     def step(
         self,

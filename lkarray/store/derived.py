@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import xarray as xr
 
 from lkarray.store.layout import CODECS, finish
-from lkarray.store.location import StoreLike, open_root, writing
-from lkarray.store.reading import DERIVED
+from lkarray.store.location import StoreLike, local_path, open_root, writing
+from lkarray.store.locking import writer_lock
+from lkarray.store.reading import DERIVED, HIDDEN
 
 
 def put(path: StoreLike, name: str, result: xr.Dataset | xr.DataArray) -> None:
     """Write a result to ``/derived/NAME``, replacing what was there; lazy ones are computed.
 
+    On a local disk the new result takes the old one's place in one move, once it is whole:
+    it may be computed from the old one, and a failure or kill leaves the old one. Elsewhere it
+    is written in place.
+
     Raises
     ------
     StoreError
         There is no store, or it cannot be written; the losses are not touched.
+    LockedError
+        Another process is writing to the store.
     """
     root = open_root(path, mode="r+")
     ds = result.to_dataset() if isinstance(result, xr.DataArray) else result
-    encoding = {
-        v: {**ds[v].encoding, "compressors": CODECS}
-        for v in ds.variables
-        if ds[v].dtype.kind in "fiub"
-    }
-    with writing(root.store, safe="The losses are not touched"):
+    ds = ds.drop_encoding()
+    encoding = {v: {"compressors": CODECS} for v in ds.variables if ds[v].dtype.kind in "fiub"}
+    folder = local_path(root.store)
+    group = f"{DERIVED}/{name}" if folder is None else f"{DERIVED}/{HIDDEN}{name}"
+    with writer_lock(root.store), writing(root.store, safe="The losses are not touched"):
         ds.to_zarr(
             root.store,
-            group=f"{DERIVED}/{name}",
+            group=group,
             mode="w",
             consolidated=False,
             zarr_format=3,
             encoding=encoding,
             write_empty_chunks=True,
         )
-    finish(root)
+        if folder is not None:
+            _replace(folder / group, folder / DERIVED / name)
+        finish(root)
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Put a finished folder in the place of another."""
+    spent = old.with_name(f"{HIDDEN}old-{old.name}")
+    shutil.rmtree(spent, ignore_errors=True)
+    if old.exists():
+        old.replace(spent)
+    new.replace(old)
+    shutil.rmtree(spent, ignore_errors=True)

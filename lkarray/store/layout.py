@@ -12,6 +12,7 @@ import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
 from zarr.core.array_spec import ArrayConfigParams
+from zarr.core.sync import sync
 from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
@@ -146,28 +147,42 @@ def stored_fingerprint(root: zarr.Group) -> dict[str, Any] | None:
 
 def drop_unfinished(root: zarr.Group) -> None:
     """Remove the groups of a store whose making was interrupted: they hold no draw."""
+    if stored_fingerprint(root) is not None:
+        raise StoreError(f"{describe(root.store)} holds losses; nothing was removed")
     for name in schema.GROUPS:
-        if name in root:
-            del root[name]
+        sync(root.store.delete_dir(name))  # even where its metadata was removed already
 
 
 def grow(root: zarr.Group, *, chains: int, draws: int) -> None:
     """Enlarge the arrays to at least ``chains`` and ``draws``; nothing stored is touched."""
     loss = stored(root, schema.LOSSES, schema.LOSS)
-    chains, draws = max(chains, loss.shape[0]), max(draws, loss.shape[1])
-    new = chains * draws - loss.shape[0] * loss.shape[1]
-    if new == 0:
+    want = {schema.CHAIN: max(chains, loss.shape[0]), schema.DRAW: max(draws, loss.shape[1])}
+    arrays = [(stored(root, group, spec), spec) for group, spec in _GROWING]
+    smaller = [
+        (array, shape)
+        for array, spec in arrays
+        if (shape := tuple(want.get(d, n) for d, n in zip(spec.dims, array.shape, strict=True)))
+        != array.shape
+        and all(new >= old for new, old in zip(shape, array.shape, strict=True))
+    ]
+    if not smaller:
         return
+    new = want[schema.CHAIN] * want[schema.DRAW] - loss.shape[0] * loss.shape[1]
     _require_space(root.store, 4 * new * loss.shape[2])
     with writing(root.store, safe="Nothing that was stored is lost"):
         root.update_attributes({})  # drops the consolidated metadata, which would be stale
-        # A block's shape is read from `loss`, so it grows last: a kill in between is harmless.
-        stored(root, schema.COMMIT, schema.RECORD).resize((chains, 3))
-        state = stored(root, schema.STATE, schema.PARAMETERS)
-        state.resize((chains, *state.shape[1:]))
-        for spec in schema.STATS:
-            stored(root, schema.SAMPLE_STATS, spec).resize((chains, draws))
-        loss.resize((chains, draws, loss.shape[2]))
+        for array, shape in smaller:
+            array.resize(shape)
+
+
+#: Arrays that grow with chains and draws. The losses come last: readers take their sizes and
+#: cut the others to them, so that a kill in between is harmless.
+_GROWING = (
+    (schema.COMMIT, schema.RECORD),
+    (schema.STATE, schema.PARAMETERS),
+    *((schema.SAMPLE_STATS, spec) for spec in schema.STATS),
+    (schema.LOSSES, schema.LOSS),
+)
 
 
 def finish(root: zarr.Group) -> None:

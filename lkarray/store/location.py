@@ -14,7 +14,7 @@ from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore
 
 from lkarray._version import __version__
-from lkarray.errors import StoreError, StoreVersionError
+from lkarray.errors import DamagedError, StoreError, StoreVersionError
 
 StoreLike = str | os.PathLike[str] | Store
 
@@ -38,10 +38,10 @@ def as_store(path: StoreLike) -> Store:
     """Return the Zarr store that a path, a URL or a store stands for. Touches nothing."""
     if isinstance(path, Store):
         return path
-    text = os.fspath(path)
+    text = os.fspath(path).removeprefix("file://")
     if "://" in text:
         return FsspecStore.from_url(text)
-    return LocalStore(Path(text).absolute())
+    return LocalStore(Path(text).expanduser().absolute())
 
 
 def local_path(store: Store) -> Path | None:
@@ -70,7 +70,9 @@ def exists(store: Store) -> bool:
         if not folder.exists():
             return False
         if not (folder / "zarr.json").is_file():
-            other = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".lkarray"))
+            # What a kill leaves while a store is being made does not count.
+            names = sorted(p.name for p in folder.iterdir())
+            other = [n for n in names if not n.startswith(".lkarray") and not n.endswith("partial")]
             if other:
                 raise StoreError(
                     f"{folder} holds {other[:3]} and is not a Zarr v3 store; nothing was touched. "
@@ -81,6 +83,11 @@ def exists(store: Store) -> bool:
         zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
     except FileNotFoundError:
         return False
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(
+            f"the root metadata of {describe(store)} cannot be read ({error}); nothing was "
+            "touched. Restore zarr.json from a copy"
+        ) from None
     return True
 
 

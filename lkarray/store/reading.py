@@ -18,6 +18,7 @@ from lkarray.store.location import StoreLike, describe, open_root
 logger = logging.getLogger("lkarray")
 
 DERIVED = "derived"
+HIDDEN = "."  # begins the names of derived groups that are being written
 
 
 def open_store(path: StoreLike) -> xr.DataTree:
@@ -64,7 +65,7 @@ def open_rectangle(
     shown, depth, hidden = _rectangle(root, chains)
     depth = min(depth, draws) if draws is not None else depth
     losses = _open_group(store, schema.LOSSES)
-    stats = _open_group(store, schema.SAMPLE_STATS)
+    stats = _open_stats(store, losses)
     schema.validate(losses, schema.GROUPS[schema.LOSSES], where=f"{describe(store)}/losses")
     schema.validate(stats, schema.STATS, where=f"{describe(store)}/sample_stats")
     whole = {schema.CHAIN: np.arange(stats.sizes[schema.CHAIN])}
@@ -77,7 +78,7 @@ def open_rectangle(
         schema.LOSSES: losses.assign_coords(whole).isel(select),
         schema.SAMPLE_STATS: stats.assign_coords(whole).isel(select),
     }
-    groups |= _open_derived(root)
+    groups |= {path: _open_group(store, path) for path in derived_groups(root)}
     tree = xr.DataTree.from_dict(groups, name="lkarray")
     if hidden:
         logger.warning("%s: %s", describe(store), "; ".join(hidden))
@@ -85,8 +86,11 @@ def open_rectangle(
     return tree
 
 
-def _open_group(store: Any, group: str) -> xr.Dataset:
-    ds: xr.Dataset = xr.open_zarr(store, group=group, consolidated=False, chunks={}, zarr_format=3)
+def _open_group(store: Any, group: str, *, only: str | None = None) -> xr.Dataset:
+    others = [s.name for s in schema.GROUPS.get(group, ()) if only is not None and s.name != only]
+    ds: xr.Dataset = xr.open_zarr(
+        store, group=group, consolidated=False, chunks={}, zarr_format=3, drop_variables=others
+    )
     for name in ds.coords:
         ds[name].load()
     # Zarr lists arrays in any order; the schema's own comes first, so that dims do too.
@@ -97,19 +101,29 @@ def _open_group(store: Any, group: str) -> xr.Dataset:
     return ds
 
 
-def _open_derived(root: zarr.Group) -> dict[str, xr.Dataset]:
+def _open_stats(store: Any, losses: xr.Dataset) -> xr.Dataset:
+    """Open the statistics, cut to the sizes of the losses: growth may have been killed."""
+    names = [spec.name for spec in schema.STATS]
+    parts = [_open_group(store, schema.SAMPLE_STATS, only=name) for name in names]
+    sizes = {dim: slice(losses.sizes[dim]) for dim in schema.POSTERIOR}
+    return xr.merge([part.isel(sizes, missing_dims="ignore") for part in parts], join="exact")
+
+
+def derived_groups(root: zarr.Group) -> list[str]:
+    """Return the paths of the finished results in the store."""
     if DERIVED not in root:
-        return {}
+        return []
     group = root[DERIVED]
     assert isinstance(group, zarr.Group)
-    paths = [f"{DERIVED}/{name}" for name in sorted(group.group_keys())]
-    return {path: _open_group(root.store, path) for path in paths}
+    names = sorted(name for name in group.group_keys() if not name.startswith(HIDDEN))
+    return [f"{DERIVED}/{name}" for name in names]
 
 
 def _rectangle(root: zarr.Group, limit: int | None) -> tuple[list[int], int, list[str]]:
     """Return the chains and draws that every usable chain has, and what that hides."""
     flags = stored(root, schema.SAMPLE_STATS, schema.DIVERGED)
-    records = {c: read_record(root, c) for c in range(flags.shape[0])[:limit]}
+    chains = stored(root, schema.LOSSES, schema.LOSS).shape[0]
+    records = {c: read_record(root, c) for c in range(chains)[:limit]}
     started = {c: r for c, r in records.items() if r.draws > 0}
     if not started:
         raise StoreError(

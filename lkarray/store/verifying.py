@@ -13,10 +13,11 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from lkarray import schema
+from lkarray.errors import DamagedError
 from lkarray.store.commit import Record, chunk_keys, read_record
 from lkarray.store.layout import stored_fingerprint
 from lkarray.store.location import StoreLike, open_root
-from lkarray.store.reading import DERIVED
+from lkarray.store.reading import derived_groups
 
 
 class Problem(NamedTuple):
@@ -62,7 +63,10 @@ def verify(path: StoreLike) -> list[Problem]:
     StoreError, StoreVersionError
         There is no store that could be verified.
     """
-    root = open_root(path)
+    try:
+        root = open_root(path)
+    except DamagedError as error:
+        return [Problem("corrupt", "zarr.json", str(error))]
     if stored_fingerprint(root) is None:
         return [Problem("missing", schema.LOSSES, "sampling was stopped before it began")]
     return list(_problems(root))
@@ -114,9 +118,10 @@ def _shapes(arrays: dict[str, zarr.Array]) -> Iterator[Problem]:
     for group, specs in schema.GROUPS.items():
         for spec in specs:
             array = arrays[f"{group}/{spec.name}"]
-            expected = tuple(sizes.get(dim) for dim in spec.dims)
-            fits = len(expected) == array.ndim and all(
-                want is None or want == got for want, got in zip(expected, array.shape, strict=True)
+            # An array that is larger than the losses is one whose growth was killed: no fault.
+            fits = len(spec.dims) == array.ndim and all(
+                got == sizes.get(dim, got) or (dim in schema.POSTERIOR and got > sizes[dim])
+                for dim, got in zip(spec.dims, array.shape, strict=True)
             )
             if not fits:
                 detail = f"shape {array.shape} does not fit dims {spec.dims} of {sizes}"
@@ -126,21 +131,13 @@ def _shapes(arrays: dict[str, zarr.Array]) -> Iterator[Problem]:
 def _whole_arrays(root: zarr.Group, arrays: dict[str, zarr.Array]) -> Iterator[Problem]:
     """Check the arrays that are written at once: coordinates, center losses, derived."""
     yield from _chunks(arrays[f"{schema.LOSSES}/{schema.CENTER_LOSS.name}"], ())
-    for group_name in (schema.LOSSES, *_derived(root)):
+    for group_name in (schema.LOSSES, *derived_groups(root)):
         group = root[group_name]
         assert isinstance(group, zarr.Group)
         for name in sorted(group.array_keys()):
             if f"{group_name}/{name}" not in arrays:
                 found = _open_array(root, f"{group_name}/{name}")
                 yield from [found] if isinstance(found, Problem) else _chunks(found, ())
-
-
-def _derived(root: zarr.Group) -> list[str]:
-    if DERIVED not in root:
-        return []
-    group = root[DERIVED]
-    assert isinstance(group, zarr.Group)
-    return [f"{DERIVED}/{name}" for name in sorted(group.group_keys())]
 
 
 def _chain(arrays: dict[str, zarr.Array], chain: int, record: Record) -> Iterator[Problem]:

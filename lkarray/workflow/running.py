@@ -114,6 +114,7 @@ class Run:
             return False
         for later in list(stages)[list(stages).index(name) if name in stages else len(stages) :]:
             del stages[later]
+        self._save()  # from here on until it is finished, the stage counts as not done
         logger.info("%s: %s", self.name, name)
         began = time.perf_counter()
         work()

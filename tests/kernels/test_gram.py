@@ -162,11 +162,11 @@ def test_covariance__refuses_what_holds_no_losses(losses):
 def test_kernels__refuse_non_finite_losses_and_name_the_sample(losses, bad, memory):
     losses[1, 4, 7] = bad
     for compute in (lk.covariance, lk.correlation):
-        with pytest.raises(errors.NonFiniteError, match="sample 7.*verify"):
+        with pytest.raises(errors.NonFiniteError, match="sample at position 7.*verify"):
             compute(losses, memory=memory).compute()
-    with pytest.raises(errors.NonFiniteError, match="sample 7"):
+    with pytest.raises(errors.NonFiniteError, match="sample at position 7"):
         lk.neighbors(losses, 3).compute()
-    with pytest.raises(errors.NonFiniteError, match="sample 7"):
+    with pytest.raises(errors.NonFiniteError, match="sample at position 7"):
         lk.gram(losses, over=("chain", "draw"), memory=memory).compute()
 
 

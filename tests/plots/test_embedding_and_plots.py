@@ -46,10 +46,14 @@ def test_embed__keeps_groups_together_and_labels_on(clusters):
 
 def test_embed__takes_a_kernel_and_reads_it_by_rows(clusters, monkeypatch):
     monkeypatch.setattr("lkarray.embedding._ROWS", 17)
-    kernel = lk.correlation(clusters)
+    kernel = lk.correlation(clusters, memory="40 KiB")
+    assert len(kernel.chunks[0]) > 3
     from_table = lk.embed(lk.neighbors(clusters, 10), seed=3)
     with dask.config.set(scheduler="synchronous"):
-        np.testing.assert_array_equal(lk.embed(kernel, seed=3, k=10), from_table)
+        by_tiles = lk.embed(kernel, seed=3, k=10)
+    np.testing.assert_array_equal(by_tiles, lk.embed(kernel.compute(), seed=3, k=10))
+    assert by_tiles.shape == from_table.shape
+    assert purity(by_tiles) > 0.95
 
 
 def test_embed__with_one_label_excluded_mixes_groups(clusters):
@@ -73,8 +77,21 @@ def test_embed__refuses_what_it_cannot_embed(clusters):
         lk.embed(lk.correlation(clusters)[:5])
     with pytest.raises(errors.SchemaError, match=r"lacks \['neighbor', 'similarity'\]"):
         lk.embed(clusters)
+    with pytest.raises(errors.SchemaError, match="must be square"):
+        lk.embed(lk.correlation(clusters).rename(sample_2="other"))
+    with pytest.raises(errors.SchemaError, match="no row has a neighbour"):
+        lk.embed(lk.neighbors(clusters.isel(sample=slice(0, 30, 3)), 3, exclude="group"))
+    with pytest.raises(ValueError, match="at least 4 samples"):
+        lk.embed(lk.neighbors(clusters.isel(sample=[0, 1]), 1))
     with pytest.raises(TypeError, match="not ndarray"):
         lk.embed(np.eye(3))
+
+
+@pytest.mark.parametrize("k", [8, 9])
+def test_embed__takes_as_many_neighbours_as_there_are(clusters, k):
+    ten = clusters.isel(sample=slice(10))
+    assert np.isfinite(lk.embed(lk.neighbors(ten, k))).all()
+    assert np.isfinite(lk.embed(lk.neighbors(ten, k).transpose("rank", "sample"))).all()
 
 
 def drawn(figure):

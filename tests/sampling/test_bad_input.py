@@ -1,5 +1,6 @@
 """Bad input gets a clear error before any work, and nothing already stored is lost."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 import lkarray as lk
 from lkarray import errors
+from lkarray.nn import per_example_loss
 
 
 @pytest.mark.parametrize("name", ["nbeta", "gamma"])
@@ -84,7 +86,7 @@ def test_sample__refuses_labels_of_the_wrong_length(tmp_path, sample):
         sample(tmp_path / "s", coords={"label": [1, 2, 3]})
     with pytest.raises(errors.SchemaError, match="distinct integers"):
         sample(tmp_path / "s", coords={"sample": np.zeros(40, int)})
-    with pytest.raises(errors.SchemaError, match="name of the store itself"):
+    with pytest.raises(errors.SchemaError, match="name of lkarray itself"):
         sample(tmp_path / "s", coords={"loss": np.zeros(40)})
     assert not (tmp_path / "s").exists()
 
@@ -143,7 +145,7 @@ def test_sample__refuses_non_finite_losses_at_the_center(tmp_path, posterior):
     observed = TensorDataset(inputs, torch.zeros(5).long())
     with pytest.raises(errors.NonFiniteError, match=r"1 of 5 observed samples, first \[3\]"):
         lk.sample(posterior, observed, sampler=lk.SGLD(1e-3), store=tmp_path / "s")
-    assert not (tmp_path / "s" / "zarr.json").exists()
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(
@@ -175,6 +177,184 @@ def test_sample__refuses_a_store_of_other_weights_or_data(store, model, data, po
         model[0].bias += 1
     with pytest.raises(errors.FingerprintError, match=r"\(weights"):
         lk.sample(posterior, data, **options)
+
+
+class Scaled(nn.Module):
+    """A model whose behaviour hangs on what no state dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.factor = nn.Linear(6, 3), 1.0
+        self.register_buffer("shift", torch.zeros(1), persistent=False)
+
+    def forward(self, inputs):
+        return self.layer(inputs) * self.factor + self.shift
+
+
+def weighted(factor):
+    return lambda output, target: nn.functional.cross_entropy(
+        output * factor, target, reduction="none"
+    )
+
+
+def changed_factor(model):
+    model.factor = 9.0
+
+
+def changed_buffer(model):
+    model.shift += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "loss", "message"),
+    [
+        (changed_factor, weighted(1.0), "losses at w\\* are not those stored"),
+        (changed_buffer, weighted(1.0), "weights"),
+        (lambda model: None, weighted(5.0), "loss: stored"),
+        (lambda model: None, functools.partial(weighted(1.0)), "loss: stored"),
+        (lambda model: None, nn.CrossEntropyLoss(reduction="none"), "loss: stored"),
+    ],
+)
+def test_sample__notices_what_changed_outside_the_weights(tmp_path, data, change, loss, message):
+    model = Scaled()
+    options = {"sampler": lk.SGLD(1e-3), "store": tmp_path / "s", "progress": False, "chains": 1}
+    lk.sample(lk.LocalPosterior(model, data, weighted(1.0)), data, draws=2, **options)
+    change(model)
+    with pytest.raises(errors.FingerprintError, match=message):
+        lk.sample(lk.LocalPosterior(model, data, loss), data, draws=4, **options)
+    assert lk.open(tmp_path / "s")["losses"].sizes["draw"] == 2
+
+
+def test_loss_identity__tells_callables_apart():
+    makers = [
+        lambda: weighted(1.0),
+        lambda: weighted(2.0),
+        lambda: functools.partial(weighted, 1.0),
+        lambda: functools.partial(weighted, factor=2.0),
+        lambda: nn.CrossEntropyLoss(reduction="none"),
+        lambda: nn.CrossEntropyLoss(reduction="none", label_smoothing=0.3),
+        lambda: nn.CrossEntropyLoss(reduction="none", weight=torch.ones(3)),
+    ]
+    names = [per_example_loss(make()).name for make in makers]
+    assert len(set(names)) == len(names)
+    assert names == [per_example_loss(make()).name for make in makers]
+
+
+def test_sample__leaves_a_store_alone_that_another_process_finished_meanwhile(
+    tmp_path, sample, monkeypatch
+):
+    """What a run found before it took the lock may be out of date by then."""
+    from lkarray.sampling import run
+
+    target, late, path = run._target, [], tmp_path / "s"
+
+    def overtaken(*args):
+        if not late:
+            late.append(1)
+            sample(path, seed=7)
+        return target(*args)
+
+    monkeypatch.setattr(run, "_target", overtaken)
+    with pytest.raises(errors.FingerprintError, match="seed: stored 7, now 0"):
+        sample(path)
+    late, path = [], tmp_path / "other"
+    with pytest.raises(errors.StoreError, match="resume=False"):
+        sample(path, resume=False)
+    for name in ("s", "other"):
+        assert lk.open(tmp_path / name)["losses"].attrs["seed"] == 7
+
+
+def test_sample__takes_models_with_masks_ties_and_extra_state(data):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.head.weight = self.first.weight
+            self.register_buffer(
+                "mask", torch.full((6,), -torch.inf).masked_fill(torch.arange(6) < 3, 0.0)
+            )
+
+        def forward(self, inputs):
+            return self.head(self.first(inputs)) + self.mask
+
+        def get_extra_state(self):
+            return {"version": 2}
+
+        def set_extra_state(self, state):
+            pass
+
+    posterior = lk.LocalPosterior(Odd(), data, trainable="head.*")
+    assert posterior.trainable == ["first.weight", "head.bias"]
+    tree = lk.sample(
+        posterior,
+        data,
+        sampler=lk.SGLD(1e-4),
+        chains=1,
+        draws=2,
+        store=zarr.storage.MemoryStore(),
+        progress=False,
+    )
+    assert np.isfinite(tree["losses"]["loss"]).all()
+
+
+def test_sample__reads_a_dataset_through_its_own_items(posterior):
+    class Doubled(TensorDataset):
+        def __getitem__(self, index):
+            inputs, target = super().__getitem__(index)
+            return 2 * inputs, target
+
+    data = posterior.train_set
+    tree = lk.sample(
+        posterior,
+        Doubled(*data.tensors),
+        sampler=lk.SGLD(1e-4),
+        chains=1,
+        draws=1,
+        store=zarr.storage.MemoryStore(),
+        progress=False,
+    )
+    expected = nn.functional.cross_entropy(
+        posterior.model(2 * data.tensors[0]), data.tensors[1], reduction="none"
+    )
+    np.testing.assert_allclose(tree["losses"]["center_loss"], expected.detach(), rtol=1e-5)
+
+
+def test_sample__takes_numpy_numbers(tmp_path, sample):
+    tree = sample(
+        tmp_path / "s",
+        seed=np.int64(3),
+        thin=np.int32(1),
+        batch_size=np.int64(16),
+        sampler=lk.SGLD(np.float32(1e-3)),
+    )
+    assert tree["losses"].sizes["draw"] == 9
+
+
+def test_sample__refuses_a_loss_without_gradient(tmp_path, model, data):
+    wrong = lk.LocalPosterior(model, data, lambda out, y: (out.argmax(1) != y).float())
+    with pytest.raises(ValueError, match="no gradient with respect to what is trainable"):
+        lk.sample(wrong, data, sampler=lk.SGLD(1e-3), store=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    with torch.no_grad():  # of the caller's: sampling turns gradients on for itself
+        lk.sample(
+            lk.LocalPosterior(model, data),
+            data,
+            sampler=lk.SGLD(1e-3),
+            chains=1,
+            draws=1,
+            store=tmp_path / "s",
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("name", ["true label", "a/b", "..", 7, "neighbor", "sample_2"])
+def test_sample__refuses_names_of_labels_that_a_store_cannot_keep(tmp_path, sample, name):
+    with pytest.raises(errors.SchemaError, match="coords: "):
+        sample(tmp_path / "s", coords={name: np.zeros(40)})
+    with pytest.raises(errors.SchemaError, match="missing values"):
+        sample(tmp_path / "s", coords={"label": ["a", None] * 20})
+    assert not (tmp_path / "s").exists()
 
 
 def test_sample__refuses_an_existing_store_without_resume(store, sample):

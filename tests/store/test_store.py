@@ -290,3 +290,80 @@ def test_lock__a_second_writer_is_told_who_holds_it(tmp_path):
         other.wait()
         with stores.file_lock(tmp_path):  # the lock died with its process
             pass
+
+
+@pytest.mark.parametrize("resizes", range(8))
+def test_grow__killed_half_way_leaves_everything_readable(tmp_path, monkeypatch, resizes):
+    root = make(tmp_path / "s")
+    fill(root, 0, 10)
+    fill(root, 1, 10)
+    before = lk.open(tmp_path / "s").compute()
+    real, done = zarr.Array.resize, []
+
+    def stop(self, shape):
+        if len(done) == resizes:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(self, shape)
+
+    monkeypatch.setattr(zarr.Array, "resize", stop)
+    with pytest.raises(KeyboardInterrupt):
+        stores.grow(stores.open_root(tmp_path / "s", mode="r+"), chains=4, draws=40)
+    monkeypatch.undo()
+    assert lk.verify(tmp_path / "s") == []
+    assert lk.open(tmp_path / "s").compute().identical(before)
+    root = stores.open_root(tmp_path / "s", mode="r+")
+    stores.grow(root, chains=3, draws=20)  # less than before: still makes all arrays agree
+    fill(root, 2, 20)
+    assert lk.verify(tmp_path / "s") == []
+    assert lk.open(tmp_path / "s")["losses"].sizes["chain"] == 3
+
+
+def test_put__a_failure_leaves_the_old_result(store):
+    kernel = lk.covariance(lk.open(store))
+    stores.put(store, "k", kernel)
+    old = lk.open(store)["derived/k"]["covariance"].compute()
+
+    def fail(block):
+        raise RuntimeError("stopped")
+
+    broken = old.chunk().copy(
+        data=old.chunk().data.map_blocks(fail, dtype="f4", meta=np.empty((0, 0)))
+    )
+    with pytest.raises(RuntimeError, match="stopped"):
+        stores.put(store, "k", broken)
+    assert lk.open(store)["derived/k"]["covariance"].identical(old)
+    assert lk.verify(store) == []
+    stores.put(store, "k", lk.open(store)["derived/k"]["covariance"] ** 2)  # from itself
+    np.testing.assert_allclose(lk.open(store)["derived/k"]["covariance"], old**2, rtol=1e-6)
+
+
+def test_store__killed_while_it_was_made_is_made_again(tmp_path, sample):
+    """Whatever was written before the fingerprint, the next run starts over and succeeds."""
+    root = make(tmp_path / "a")
+    stores.layout.update_mark(root, losses=None)
+    (tmp_path / "a" / "losses" / "zarr.json").unlink()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "zarr.0123.partial").write_text("{")
+    for name in ("a", "b"):
+        assert sample(tmp_path / name)["losses"].sizes["draw"] == 9
+        assert lk.verify(tmp_path / name) == []
+
+
+def test_store__with_broken_root_metadata_is_named(store):
+    os.truncate(store / "zarr.json", 0)
+    (problem,) = lk.verify(store)
+    assert (problem.kind, problem.path) == ("corrupt", "zarr.json")
+    with pytest.raises(errors.DamagedError, match="Restore zarr.json"):
+        lk.open(store)
+
+
+def test_store__paths_may_be_written_as_users_do(tmp_path, monkeypatch, sample):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    sample("~/home.zarr")
+    sample(f"file://{tmp_path}/url.zarr")
+    sample("relative.zarr")
+    assert {p.name for p in tmp_path.glob("*")} == {"home.zarr", "url.zarr", "relative.zarr"}
+    sample("memory://somewhere")
+    assert lk.open("memory://somewhere")["losses"].sizes["draw"] == 9

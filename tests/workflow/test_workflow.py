@@ -76,6 +76,21 @@ def test_run__repeats_a_stage_whose_files_are_gone_and_all_later_ones(tmp_path):
     assert stages(tmp_path) == ["b", "c"]
 
 
+def test_run__a_stage_that_fails_while_it_is_repeated_does_not_count(tmp_path):
+    stages(tmp_path)
+    (tmp_path / "b").unlink()
+
+    def half_done():
+        (tmp_path / "b").write_text("half")
+        raise RuntimeError("killed")
+
+    with workflow.Run("study", Config(), tmp_path) as run:
+        run.stage("a", half_done, [tmp_path / "a"])
+        with pytest.raises(RuntimeError):
+            run.stage("b", half_done, [tmp_path / "b"])
+    assert stages(tmp_path) == ["b", "c"]
+
+
 def test_run__refuses_a_folder_of_other_settings(tmp_path):
     stages(tmp_path)
     with pytest.raises(errors.FingerprintError, match=r"\(size: 10, now 3\)"):
