@@ -20,6 +20,7 @@ _SIDE = 4096  # of a tile, at most: larger ones multiply no faster and select mo
 _WHOLE = 512  # below this side, contract in pieces rather than make tiles smaller
 _LEAST = 8
 _PANELS = 140  # at most, so that their pairs stay under ten thousand tasks
+_CUTS = 8  # of a source chunk along rows, at most: each part computes the chunk again
 _HELD = 3  # pieces of panels that a task holds: two to multiply, one being standardised
 
 
@@ -170,7 +171,8 @@ def make_plan(
     peak = sizes.peak(side, max(map(_volume, pieces)))
     rows = _panels(x.n, side)
     cols = rows if y is None else _panels(y.n, side)
-    return Plan(rows, cols, pieces, budget, max(budget - peak, 0))
+    # A tenth is left for what is not counted: buffers of Zarr, BLAS and the allocator.
+    return Plan(rows, cols, pieces, budget, max(9 * budget // 10 - peak, 0))
 
 
 def _fit(sizes: _Shape, budget: int, given: int | None) -> tuple[int, tuple[Piece, ...]]:
@@ -178,7 +180,7 @@ def _fit(sizes: _Shape, budget: int, given: int | None) -> tuple[int, tuple[Piec
     n, whole = sizes.n, split(sizes.shape, sizes.length)
     if given is not None:
         return given, whole
-    least = max(min(n, _LEAST), ceil(n / _PANELS))
+    least = max(min(n, _LEAST), ceil(n / _PANELS), min(n, ceil(sizes.width / _CUTS)))
     # A quarter of the budget stays for the cache, without which panels are read over and over.
     allowed = 3 * budget // 4
     side = _largest(lambda s: sizes.peak(s, sizes.length), least, min(n, _SIDE), allowed)

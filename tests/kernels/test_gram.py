@@ -227,3 +227,49 @@ def test_gains__are_means_and_variances_in_float64(rng):
         lk.llc(ds.drop_attrs())
     with pytest.raises(errors.SchemaError, match="needs 'center_loss'"):
         lk.loss_gain(losses)
+
+
+def test_gram__keeps_the_labels_of_both_sides_apart(losses):
+    one = losses.assign_coords(split="train")
+    other = losses.isel(sample=slice(5)).rename(sample="example").assign_coords(split="test")
+    kernel = lk.gram(one, other, over=("chain", "draw"))
+    assert kernel["label"].dims == ("sample",)
+    assert kernel["label_2"].dims == ("example",)
+    assert "split" not in kernel.coords  # it holds for neither whole
+    assert lk.covariance(one)["split"] == "train"
+    with pytest.raises(errors.SchemaError, match="'label_2', which x has already"):
+        lk.covariance(losses.assign_coords(label_2=losses["label"]))
+
+
+def test_results__write_to_zarr_after_a_selection_of_chunked_labels(tmp_path, losses):
+    chunked = losses.chunk({"sample": 5}).isel(sample=slice(2, None))
+    for name, result in {
+        "r": lk.correlation(chunked),
+        "n": lk.neighbors(chunked, 3, exclude="label"),
+        "i": lk.influence(chunked, chunked),
+    }.items():
+        result.to_zarr(tmp_path / name, consolidated=False)
+        back = xr.open_zarr(tmp_path / name, consolidated=False)
+        assert back["label"].values.tolist() == losses["label"].values[2:].tolist()
+
+
+def test_neighbors__names_them_by_the_samples_index(losses):
+    shifted = losses.assign_coords(sample=np.arange(17, dtype="uint8") + 200, split="train")
+    near = lk.neighbors(shifted, 16, exclude="label").compute()
+    assert near["neighbor"].dtype == np.int64
+    assert near["neighbor"].max() == 216
+    assert (near["neighbor"] == -1).any()
+    assert near["split"] == "train"
+    bare = lk.neighbors(losses.drop_vars("sample"), 3).compute()
+    np.testing.assert_array_equal(bare["neighbor"], lk.neighbors(losses, 3)["neighbor"])
+    for wrong in ([f"n{i}" for i in range(17)], np.arange(17) - 3):
+        with pytest.raises(errors.SchemaError, match="must be integers of at least 0"):
+            lk.neighbors(losses.assign_coords(sample=wrong), 3)
+
+
+def test_summaries__are_nan_where_a_loss_is(losses):
+    losses[0, 0, 3] = np.nan
+    ds = losses.to_dataset(name="loss").assign(center_loss=("sample", np.zeros(17)))
+    assert np.isnan(lk.loss_gain(ds)[3])
+    assert np.isnan(lk.llc(ds, nbeta=1.0))
+    assert np.isnan(lk.singular_fluctuation(ds, nbeta=1.0))

@@ -147,3 +147,19 @@ def test_gain_against_loss__has_one_point_a_sample(clusters):
     np.testing.assert_allclose(
         axes.collections[0].get_offsets()[:, 1], lk.loss_gain(clusters)[::2], rtol=1e-6
     )
+
+
+def test_neighbor_map__takes_labels_of_any_kind(clusters):
+    points = xr.DataArray(
+        np.random.default_rng(0).normal(size=(90, 2)),
+        dims=("sample", "component"),
+        coords={
+            "day": ("sample", np.array("2026-01-01", "M8[ns]") + np.arange(90) % 3),
+            "many": ("sample", np.arange(90)),
+            "word": ("sample", np.array(["a", "b", "c"] * 30)),
+        },
+    )
+    for name, classes in {"day": 3, "many": 90, "word": 3}.items():
+        (axes, *_) = drawn(plots.neighbor_map(points, by=name))
+        assert sum(len(c.get_offsets()) for c in axes.collections) == 90
+        assert len(axes.collections) == classes
