@@ -23,6 +23,12 @@ ROWS = {
     "  chance": ("nearest_neighbor", "chance_same_label"),
     "nearest neighbour shows the same digit": ("nearest_neighbor", "same_true_class"),
     "  chance ": ("nearest_neighbor", "chance_same_true_class"),
+    "flip's nearest of another label: same digit": (
+        "flipped_nearest_of_another_label",
+        "same_true_class",
+    ),
+    "  chance  ": ("flipped_nearest_of_another_label", "chance_same_true_class"),
+    "agreement of half kernels": ("agreement_of_half_kernels",),
     "accuracy on flipped training labels": ("accuracy", "flipped"),
     "accuracy held out": ("accuracy", "held_out"),
 }

@@ -221,6 +221,8 @@ def measure(config: Config, paths: Paths) -> dict[str, Any]:
             "chance_same_label": _chance(losses["label"].values),
             "chance_same_true_class": _chance(losses["true_label"].values),
         },
+        "flipped_nearest_of_another_label": _flipped_neighbors(tree),
+        "agreement_of_half_kernels": _half_kernels(losses),
         "llc": float(lk.llc(losses)),
         "singular_fluctuation": float(lk.singular_fluctuation(losses)),
     }
@@ -234,6 +236,29 @@ def _chance(labels: np.ndarray) -> float:
     """Return the share of ordered pairs of different samples that share a label."""
     counts = np.unique(labels, return_counts=True)[1]
     return float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
+
+
+def _flipped_neighbors(tree: xr.DataTree) -> dict[str, float]:
+    """Return how often a flip's nearest input of another label shows the same digit."""
+    near = tree["derived/neighbors"].to_dataset().compute()
+    label, true = near["label"].values, near["true_label"].values
+    flips = np.flatnonzero(near["flipped"].values)
+    nearest = near["neighbor"].isel(rank=0).values[flips]
+    allowed = label[flips, None] != label
+    same = (true[flips, None] == true) & allowed
+    return {
+        "same_true_class": float((true[nearest] == true[flips]).mean()),
+        "chance_same_true_class": float((same.sum(1) / allowed.sum(1)).mean()),
+    }
+
+
+def _half_kernels(losses: xr.Dataset) -> float:
+    """Return the correlation, over pairs of other labels, of R from each half of the chains."""
+    label = losses["label"].values
+    pairs = np.triu(label[:, None] != label, 1)
+    halves = (losses["loss"].isel(chain=slice(first, None, 2)) for first in (0, 1))
+    first, second = (lk.correlation(half).values[pairs] for half in halves)
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def report(config: Config, paths: Paths, state: workflow.Run) -> None:
@@ -319,6 +344,16 @@ def _rows(m: dict[str, Any]) -> list[tuple[str, str, str]]:
             "Nearest neighbour shows the same digit (labels not excluded)",
             f"{near['same_true_class']:.1%}",
             f"chance {near['chance_same_true_class']:.1%}",
+        ),
+        (
+            "Nearest input of another label shows the same digit, for flipped images",
+            f"{m['flipped_nearest_of_another_label']['same_true_class']:.1%}",
+            f"chance {m['flipped_nearest_of_another_label']['chance_same_true_class']:.1%}",
+        ),
+        (
+            "Agreement of R between two halves of the chains, other labels (correlation)",
+            f"{m['agreement_of_half_kernels']:.2f}",
+            "1 without Monte-Carlo error",
         ),
         (
             "Accuracy on clean / flipped training labels / held-out images",

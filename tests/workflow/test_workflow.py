@@ -129,6 +129,9 @@ def test_digits__writes_its_report_and_says_where(digits):
     near = metrics["nearest_neighbor"]
     assert near["same_label"] > 5 * near["chance_same_label"]
     assert near["chance_same_label"] == pytest.approx(0.1, abs=0.01)
+    flips = metrics["flipped_nearest_of_another_label"]
+    assert flips["same_true_class"] > 2 * flips["chance_same_true_class"]
+    assert 0.1 < metrics["agreement_of_half_kernels"] < 1
     page = (report / "index.html").read_text()
     for name in ("map", "correlation", "top_correlated", "gain_against_loss"):
         assert f'src="{name}.png"' in page
