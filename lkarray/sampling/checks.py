@@ -123,17 +123,6 @@ def make_fingerprint(
     }
 
 
-def compare(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Raise `FingerprintError`, naming the fields, unless both fingerprints are equal."""
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        lines = "; ".join(f"{k}: stored {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
-        raise FingerprintError(
-            f"{where} holds a run made with other settings ({lines}). Nothing was touched: use "
-            "another path, or the stored settings"
-        )
-
-
 def check_center(stored: np.ndarray, now: np.ndarray, where: str) -> None:
     """Raise unless the losses at w* are those stored: whatever a hash cannot see shows there."""
     if not np.allclose(stored, now, rtol=1e-4, atol=1e-6):

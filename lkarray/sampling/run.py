@@ -134,23 +134,20 @@ def sample(
         threads=int((before or {}).get("threads", torch.get_num_threads())),
     )
     with checks.numerics(fingerprint["threads"]):
-        center_loss = None
-        if before is None:
-            center_loss = _finite(target.observe())
-        else:
-            checks.compare(before, fingerprint, stores.describe(place))
+        center_loss = _finite(target.observe()) if before is None else None
         with stores.writer_lock(place):
             # Another process may have written since: what counts is read under the lock.
             before = _existing(place, resume)
             if before is None:
-                assert center_loss is not None, "a store cannot vanish under its readers"
+                center_loss = _finite(target.observe()) if center_loss is None else center_loss
                 root = _create(place, target, center_loss, labels, fingerprint, chains, draws)
             else:
-                checks.compare(before, fingerprint, stores.describe(place))
+                remedy = "use another path, or the stored settings"
+                stores.refuse_changes(before, fingerprint, stores.describe(place), remedy=remedy)
                 root = stores.open_root(place, mode="r+")
             todo = _unfinished(root, chains, draws)
             if todo:
-                if center_loss is None:
+                if before is not None:
                     kept = stores.stored(root, schema.LOSSES, schema.CENTER_LOSS)[:]
                     checks.check_center(np.asarray(kept), target.observe(), stores.describe(place))
                 stores.grow(root, chains=chains, draws=draws)

@@ -7,6 +7,7 @@ everything that counts is really there, and `locking` who may write.
 
 from lkarray.store.commit import ChainRegion, Record, read_record
 from lkarray.store.derived import put
+from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import (
     create_losses,
     drop_unfinished,
@@ -35,6 +36,7 @@ __all__ = [
     "open_store",
     "put",
     "read_record",
+    "refuse_changes",
     "stored",
     "stored_fingerprint",
     "verify",

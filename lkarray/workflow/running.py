@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from lkarray._version import __version__
-from lkarray.errors import FingerprintError, StoreError
-from lkarray.store import file_lock
+from lkarray.errors import StoreError
+from lkarray.store import file_lock, refuse_changes
 from lkarray.workflow.config import Config
 
 logger = logging.getLogger("lkarray")
@@ -144,13 +144,8 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{path} cannot be read ({error}); choose another --out") from None
         after = {**now["config"], **{k: now[k] for k in ("workflow", "lkarray")}}
-        changed = [k for k in {**before, **after} if before.get(k) != after.get(k)]
-        if changed:
-            lines = "; ".join(f"{k}: {before.get(k)!r}, now {after.get(k)!r}" for k in changed)
-            raise FingerprintError(
-                f"{self.folder} holds a run with other settings ({lines}); nothing was touched. "
-                "Choose another --out, or the same settings"
-            )
+        remedy = "choose another --out, or the same settings"
+        refuse_changes(before, after, str(self.folder), remedy=remedy)
         return record
 
     def _save(self) -> None:

@@ -93,7 +93,7 @@ def test_run__a_stage_that_fails_while_it_is_repeated_does_not_count(tmp_path):
 
 def test_run__refuses_a_folder_of_other_settings(tmp_path):
     stages(tmp_path)
-    with pytest.raises(errors.FingerprintError, match=r"\(size: 10, now 3\)"):
+    with pytest.raises(errors.FingerprintError, match=r"\(size: stored 10, now 3\)"):
         stages(tmp_path, Config(size=3))
     assert stages(tmp_path) == []
 
@@ -163,7 +163,7 @@ def test_digits__a_second_run_reuses_the_store_and_says_so(digits):
 
 def test_digits__refuses_other_settings_in_the_same_folder(digits):
     result = run_in(digits, "run", "digits", "--preset", "quick", "--set", "seed=5", code=1)
-    assert "seed: 1, now 5" in result.stderr
+    assert "seed: stored 1, now 5" in result.stderr
 
 
 def test_digits__killed_runs_resume_to_the_same_numbers(digits, tmp_path):

@@ -1,0 +1,20 @@
+"""Comparing what something was made with to what is asked for now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lkarray.errors import FingerprintError
+
+
+def refuse_changes(
+    before: Mapping[str, Any], now: Mapping[str, Any], where: str, *, remedy: str
+) -> None:
+    """Raise `FingerprintError`, naming each field that differs, unless both are equal."""
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        lines = "; ".join(f"{k}: stored {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+        raise FingerprintError(
+            f"{where} holds a run made with other settings ({lines}). Nothing was touched: {remedy}"
+        )
