@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import getitem
 from typing import Any
 
 import dask.array as da
@@ -100,18 +99,25 @@ def top_k_arrays(
     operand, _ = _operand_keys(graph, x, None)
     codes = f"{name}-groups"
     graph[codes] = groups
-    parts: dict[int, list[Any]] = {i: [] for i in range(len(plan.rows))}
+    parts: dict[int, list[tuple[Any, int]]] = {i: [] for i in range(len(plan.rows))}
     for _, i, j, tile in _tiles(x, plan, True, 1.0):
         part = (f"{name}-part", i, j)
         graph[part] = (_best_of_tile, operand, codes, k, largest, tile)
-        for side, row in enumerate((i, j) if i < j else (i,)):
-            graph[(*part, side)] = (getitem, part, side)
-            parts[row].append((*part, side))
+        parts[i].append((part, 0))
+        if i < j:
+            parts[j].append((part, 1))
     for i, found in parts.items():
-        graph[(name, i)] = (_best_of_parts, found, k, largest)
+        # A few at a time, in the order in which tiles are made, so that few are ever held.
+        before: Any = None
+        for step in range(0, len(found), _MERGED):
+            keys, sides = zip(*found[step : step + _MERGED], strict=True)
+            last = step + _MERGED >= len(found)
+            key = (name, i) if last else (f"{name}-merge", i, step)
+            graph[key] = (_merge, before, list(keys), sides, k)
+            before = key
     names = (f"{name}-position", f"{name}-value")
     picks = {
-        out: {(out, i, 0): (getitem, (name, i), side) for i in parts}
+        out: {(out, i, 0): (_finish, (name, i), k, largest, side) for i in parts}
         for side, out in enumerate(names)
     }
     layers = HighLevelGraph({name: graph} | picks, {name: set()} | {out: {name} for out in names})
@@ -123,6 +129,12 @@ def top_k_arrays(
 #: Bytes that `top_k_arrays` needs for each element of a tile: a transposed and a partitioned
 #: copy, and masks.
 TOP_K_BYTES = 12
+_MERGED = 4  # tiles whose best are merged at once
+
+
+def top_k_held(n: int, k: int) -> int:
+    """Return the bytes of the best entries that `top_k_arrays` holds, of tiles and in the end."""
+    return n * k * (8 * _MERGED + 12)
 
 
 def _operand_keys(graph: dict[Any, Any], x: Operand, y: Operand | None) -> tuple[str, str | None]:
@@ -170,20 +182,25 @@ def _best_of_tile(
 
 def _best(values: np.ndarray, k: int, start: int) -> Best:
     index = top_k(values, min(k, values.shape[1]))
-    return index + start, np.take_along_axis(values, index, axis=1)
+    return (index + start).astype(np.int32), np.take_along_axis(values, index, axis=1)
 
 
-def _best_of_parts(parts: list[Best], k: int, largest: bool) -> Best:
-    """Merge the best of a row's tiles; they come in the order of their columns."""
-    position = np.concatenate([index for index, _ in parts], axis=1)
-    values = np.concatenate([value for _, value in parts], axis=1)
+def _merge(
+    before: Best | None, parts: list[tuple[Best, ...]], sides: tuple[int, ...], k: int
+) -> Best:
+    """Merge the best of some tiles of a row with those before, in the order of their columns."""
+    found = [] if before is None else [before]
+    found += [part[side] for part, side in zip(parts, sides, strict=True)]
+    position = np.concatenate([index for index, _ in found], axis=1)
+    values = np.concatenate([value for _, value in found], axis=1)
     index = top_k(values, min(k, values.shape[1]))
-    position = np.take_along_axis(position, index, axis=1)
-    values = np.take_along_axis(values, index, axis=1)
-    short = k - values.shape[1]
-    if short > 0:
-        position = np.pad(position, ((0, 0), (0, short)), constant_values=-1)
-        values = np.pad(values, ((0, 0), (0, short)), constant_values=-np.inf)
-    position = np.where(values == -np.inf, -1, position)
-    values = np.where(values == -np.inf, np.nan, values if largest else -values)
-    return position, values
+    return np.take_along_axis(position, index, axis=1), np.take_along_axis(values, index, axis=1)
+
+
+def _finish(best: Best, k: int, largest: bool, side: int) -> np.ndarray:
+    """Return positions (0) or values (1), filled to ``k`` where there are fewer."""
+    missing = best[1] == -np.inf
+    out = best[side].astype(np.int64) if side == 0 else best[side] * (1 if largest else -1)
+    fill = -1 if side == 0 else np.nan
+    out[missing] = fill
+    return np.pad(out, ((0, 0), (0, k - out.shape[1])), constant_values=fill)

@@ -157,11 +157,7 @@ class Operand:
         select |= {dim: slice(*part) for dim, part in zip(self.over, piece, strict=True)}
         select[self.rows] = rows
         part = self.variable.isel(select)
-        values = (
-            part.data
-            if not dask.base.is_dask_collection(part.data)
-            else part.data.compute(scheduler="synchronous")
-        )
+        values = part.data if part.chunks is None else part.data.compute(scheduler="synchronous")
         block = np.array(values, dtype=self.dtype, order="C", copy=True)
         groups = block.shape[0] if self.center == "chain" else 1
         return block.reshape(groups, -1, block.shape[-1])
@@ -196,7 +192,7 @@ def _spread(part: Moments, chains: tuple[int, int], groups: int) -> Moments:
 
 def _refuse_futures(x: xr.DataArray) -> None:
     """Refuse an array persisted on a cluster: its panels cannot be read inside a task."""
-    if "distributed" not in sys.modules or not dask.base.is_dask_collection(x.data):
+    if "distributed" not in sys.modules or x.chunks is None:
         return
     from distributed import Future
 

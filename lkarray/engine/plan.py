@@ -19,8 +19,9 @@ from lkarray.errors import MemoryBudgetError
 _SIDE = 4096  # of a tile, at most: larger ones multiply no faster and select more coarsely
 _WHOLE = 512  # below this side, contract in pieces rather than make tiles smaller
 _LEAST = 8
-_PANELS = 140  # at most, so that their pairs stay under ten thousand tasks
+_PANELS = 110  # at most, so that their pairs, and merges, stay under ten thousand tasks
 _CUTS = 8  # of a source chunk along rows, at most: each part computes the chunk again
+_BUFFERS = 16 << 20  # of Zarr, BLAS and threads: left free, with a tenth for the allocator
 _HELD = 3  # pieces of panels that a task holds: two to multiply, one being standardised
 
 
@@ -111,6 +112,7 @@ class _Shape:
     grain: tuple[int, ...]  # largest source chunk along each contracted dim
     width: int  # and along rows
     sink: int  # bytes that a sink needs for each element of a tile
+    held: int  # and besides
     tasks: int
 
     def tile(self, side: int, *, pieces: bool) -> int:
@@ -123,7 +125,7 @@ class _Shape:
         read = min(self.n, ceil(side / self.width) * self.width)
         task = _HELD * length * side * self.item + length * read * self.source
         moments = 16 * self.n * self.groups if pieces else 0
-        return self.tasks * (task + self.tile(side, pieces=pieces)) + moments
+        return self.tasks * (task + self.tile(side, pieces=pieces)) + moments + self.held
 
 
 def make_plan(
@@ -133,6 +135,7 @@ def make_plan(
     memory: int | str | None = None,
     side: int | None = None,
     sink: int = 0,
+    held: int = 0,
 ) -> Plan:
     """Choose the tiles of ``x`` against ``y`` (or itself).
 
@@ -146,6 +149,8 @@ def make_plan(
         Side of a tile, instead of the planner's choice.
     sink
         Bytes that whatever takes the tiles needs for each of a tile's elements.
+    held
+        Bytes that it holds besides.
 
     Raises
     ------
@@ -165,14 +170,14 @@ def make_plan(
         grain=tuple(map(max, zip(*(grain for grain, _ in grains), strict=True))),
         width=max(width for _, width in grains),
         sink=sink,
+        held=held,
         tasks=_concurrent_tasks(),
     )
     side, pieces = _fit(sizes, budget, side)
     peak = sizes.peak(side, max(map(_volume, pieces)))
     rows = _panels(x.n, side)
     cols = rows if y is None else _panels(y.n, side)
-    # A tenth is left for what is not counted: buffers of Zarr, BLAS and the allocator.
-    return Plan(rows, cols, pieces, budget, max(9 * budget // 10 - peak, 0))
+    return Plan(rows, cols, pieces, budget, max(9 * budget // 10 - _BUFFERS - peak, 0))
 
 
 def _fit(sizes: _Shape, budget: int, given: int | None) -> tuple[int, tuple[Piece, ...]]:

@@ -73,7 +73,9 @@ def neighbors(
         raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
     index = _index(x, rows)
     operand = engine.Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=True)
-    plan = engine.make_plan(operand, memory=memory, sink=engine.TOP_K_BYTES)
+    plan = engine.make_plan(
+        operand, memory=memory, sink=engine.TOP_K_BYTES, held=engine.top_k_held(n, k)
+    )
     codes = None if exclude is None else _codes(x, rows, exclude)
     position, value = engine.top_k_arrays(operand, plan, k, largest=largest, groups=codes)
     if index is not None:
