@@ -52,6 +52,7 @@ def run(
     if name is None:
         click.echo("\n".join(workflow_names()))
         return
+    click.echo(f"{name}: loading (torch takes a few seconds)", err=True)
     try:
         study = find_workflow(name)
         config = study.Config.build(preset, settings)
