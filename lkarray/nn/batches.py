@@ -75,6 +75,7 @@ class Batches:
             )
         self.item_bytes = max(sum(part.nbytes for part in first), 1)
         self._held: tuple[Tensor, Tensor] | None = None
+        self._views: list[tuple[Tensor, Tensor]] | None = None
         if _plain(dataset) or self.item_bytes * self.n <= CACHE_BYTES:
             self._held = self._read_all(dataset)
         self.identity = self._hash()
@@ -123,14 +124,16 @@ class Batches:
         inputs, target = (torch.cat(part) for part in zip(*pairs, strict=True))
         return inputs.to(self._device), target.to(self._device)
 
-    def slices(self, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def slices(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over all items in order, ``rows`` at a time."""
-        for start in range(0, self.n, rows):
-            part = slice(start, min(start + rows, self.n))
-            if self._held is not None:
-                yield part, self._held[0][part], self._held[1][part]
-            else:
-                yield part, *self.take(np.arange(part.start, part.stop))
+        if self._held is not None:
+            if self._views is None or len(self._views[0][1]) != min(rows, self.n):
+                parts = (part.split(rows) for part in self._held)
+                self._views = list(zip(*parts, strict=True))
+            yield from self._views
+        else:
+            for start in range(0, self.n, rows):
+                yield self.take(np.arange(start, min(start + rows, self.n)))
 
     def eval_rows(self) -> int:
         """Return how many items to evaluate at once: up to 4,096 items or 64 MiB of them."""

@@ -37,13 +37,18 @@ class ChainRandomness:
         Items per step, drawn without replacement; ``None`` or at least ``n`` takes all.
     like
         A vector of the dtype, device and length of the noise.
+
+    Attributes
+    ----------
+    batch
+        Items that a step takes.
     """
 
     def __init__(
         self, seed: int, chain: int, *, n: int, batch_size: int | None, like: Tensor
     ) -> None:
         self._n = n
-        self._batch = n if batch_size is None else min(batch_size, n)
+        self.batch = n if batch_size is None else min(batch_size, n)
         self._everything = np.arange(n)
         self._block, self._rows = -1, [self._everything]
         digest = hashlib.sha256(f"lkarray:{seed}".encode()).digest()
@@ -56,14 +61,14 @@ class ChainRandomness:
 
     def indices(self, step: int) -> np.ndarray:
         """Return the minibatch of a step: shape ``(batch,)``, distinct."""
-        if self._batch == self._n:
+        if self.batch == self._n:
             return self._everything
         block, row = divmod(step, _BLOCK)
         if block != self._block:
             # One generator for many steps: making one costs more than a small model's step.
             bits = np.random.Philox(key=self._key, counter=[0, 0, 0, block])
             choice = np.random.Generator(bits).choice
-            self._rows = [choice(self._n, self._batch, replace=False) for _ in range(_BLOCK)]
+            self._rows = [choice(self._n, self.batch, replace=False) for _ in range(_BLOCK)]
             self._block = block
         return self._rows[row]
 

@@ -83,7 +83,7 @@ def test_cross_entropy__is_float32_and_one_number_an_example():
 def test_batches__give_rows_in_order_and_at_indices():
     data = TensorDataset(torch.arange(20.0).reshape(10, 2), torch.arange(10))
     batches = Batches(data, name="data", device=torch.device("cpu"))
-    seen = torch.cat([target for _, _, target in batches.slices(4)])
+    seen = torch.cat([target for _, target in batches.slices(4)])
     assert seen.tolist() == list(range(10))
     inputs, target = batches.take(np.array([7, 2]))
     assert target.tolist() == [7, 2]
