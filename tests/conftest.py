@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from torch import nn
 from torch.utils.data import TensorDataset
+from zarr.storage import MemoryStore
 
 import lkarray as lk
 
@@ -65,6 +66,21 @@ def sample(posterior: lk.LocalPosterior) -> Callable[..., xr.DataTree]:
         return lk.sample(posterior, posterior.train_set, store=store, **(options | changes))
 
     return call
+
+
+def in_memory(
+    posterior: lk.LocalPosterior, observed: object, *, step_size: float = 1e-4, draws: int = 2
+) -> xr.DataTree:
+    """`lk.sample` of one short chain into memory."""
+    return lk.sample(
+        posterior,
+        observed,
+        sampler=lk.SGLD(step_size=step_size),
+        chains=1,
+        draws=draws,
+        store=MemoryStore(),
+        progress=False,
+    )
 
 
 @pytest.fixture

@@ -390,8 +390,3 @@ def _shown(path: Path) -> str:
     here = Path.cwd()
     path = path.absolute()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def open_tree(folder: Path) -> xr.DataTree:
-    """Return the tree of a finished run."""
-    return lk.open(Paths(folder).store)

@@ -151,14 +151,11 @@ def _tiles(
     for at in np.ndindex(*(x.variable.sizes[dim] for dim in x.each)):
         for i, rows in enumerate(plan.rows):
             for j, cols in enumerate(plan.cols):
-                if not symmetric or i <= j:
-                    diagonal = symmetric and i == j
-                    yield (
-                        at,
-                        i,
-                        j,
-                        Tile(at, rows, cols, diagonal, plan.pieces, plan.cache, scale, x.cosine),
-                    )
+                if symmetric and i > j:
+                    continue
+                diagonal = symmetric and i == j
+                tile = Tile(at, rows, cols, diagonal, plan.pieces, plan.cache, scale, x.cosine)
+                yield at, i, j, tile
 
 
 Best = tuple[np.ndarray, np.ndarray]

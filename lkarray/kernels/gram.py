@@ -14,7 +14,7 @@ from lkarray import engine
 from lkarray.errors import SchemaError
 from lkarray.schema import CHAIN, second
 
-_CENTERS = (None, "pooled", "chain")
+CENTERS = ("pooled", "chain")
 _NORMALIZERS = (None, "count", "cosine")
 
 
@@ -77,12 +77,12 @@ def gram(
     panel is read once where the budget can hold them all.
     """
     over, each = _names(over), _names(each)
-    _one_of("center", center, _CENTERS)
-    _one_of("normalize", normalize, _NORMALIZERS)
+    one_of("center", center, (None, *CENTERS))
+    one_of("normalize", normalize, _NORMALIZERS)
     rows = free_dim(x, "x", over, each)
-    if y is not None:
-        _check_shared(x, y, over, each)
     columns = rows if y is None else free_dim(y, "y", over, each)
+    if y is not None:
+        _check_shared(x, y, (*over, *each))
     degrees = degrees_of_freedom(x, over, center)
     options: dict[str, Any] = {
         "over": over,
@@ -137,11 +137,8 @@ def free_dim(x: xr.DataArray, name: str, over: tuple[str, ...], each: tuple[str,
     return free[0]
 
 
-def _check_shared(
-    x: xr.DataArray, y: xr.DataArray, over: tuple[str, ...], each: tuple[str, ...]
-) -> None:
-    free_dim(y, "y", over, each)
-    for dim in (*over, *each):
+def _check_shared(x: xr.DataArray, y: xr.DataArray, dims: tuple[str, ...]) -> None:
+    for dim in dims:
         if x.sizes[dim] != y.sizes[dim]:
             raise SchemaError(
                 f"x and y have {x.sizes[dim]} and {y.sizes[dim]} entries along {dim!r}; they must "
@@ -217,6 +214,7 @@ def _names(names: str | Iterable[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ``ValueError`` unless an option has one of its values."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, not {value!r}")

@@ -9,7 +9,7 @@ import xarray as xr
 
 from lkarray import schema
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import gram
+from lkarray.kernels.gram import CENTERS, free_dim, gram, one_of
 from lkarray.schema import POSTERIOR, Losses, as_losses, losses_node
 
 
@@ -88,7 +88,7 @@ def influence(losses: Losses, query: Losses, *, memory: int | str | None = None)
         ``influence(sample, query)`` in nats squared, lazy; see `gram`.
     """
     asked = as_losses(query, name="query")
-    dim = _sample_dim(asked)
+    dim = free_dim(asked, "query", POSTERIOR, ())
     names = {
         name: f"{schema.QUERY}_{name}" for name, coord in asked.coords.items() if dim in coord.dims
     }
@@ -218,8 +218,7 @@ def _kernel(
     normalize: str,
     memory: int | str | None,
 ) -> xr.DataArray:
-    if center not in ("pooled", "chain"):
-        raise ValueError(f"center must be 'pooled' or 'chain', not {center!r}")
+    one_of("center", center, CENTERS)
     out = gram(
         as_losses(losses),
         None if y is None else as_losses(y, name="y"),
@@ -230,10 +229,6 @@ def _kernel(
     )
     out.attrs["units"] = "nat^2" if normalize == "count" else "1"
     return out.rename(name)
-
-
-def _sample_dim(losses: xr.DataArray) -> str:
-    return next(str(dim) for dim in losses.dims if dim not in POSTERIOR)
 
 
 def _dataset(tree: Losses) -> xr.Dataset:

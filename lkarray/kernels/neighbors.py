@@ -10,7 +10,7 @@ import xarray as xr
 
 from lkarray import engine
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import degrees_of_freedom, free_dim, sample_coords
+from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of, sample_coords
 from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
 
 
@@ -64,8 +64,7 @@ def neighbors(
     """
     x = as_losses(losses)
     rows = free_dim(x, "losses", POSTERIOR, ())
-    if center not in ("pooled", "chain"):
-        raise ValueError(f"center must be 'pooled' or 'chain', not {center!r}")
+    one_of("center", center, CENTERS)
     degrees_of_freedom(x, POSTERIOR, center)
     k = operator.index(k)
     n = x.sizes[rows]

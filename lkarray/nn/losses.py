@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +21,7 @@ class PerExampleLoss:
     Attributes
     ----------
     name
-        The loss's name, and for a callable a hash of its source: part of a run's fingerprint.
+        The loss's name, and for a callable a hash of what it does: part of a run's fingerprint.
     """
 
     name: str
@@ -31,7 +32,7 @@ class PerExampleLoss:
         return self.function(output, target)
 
     def check(self, output: Tensor, target: Tensor) -> None:
-        """Raise unless the loss gives one finite-dimensional number per example.
+        """Raise unless the loss gives one number per example.
 
         Raises
         ------
@@ -112,6 +113,8 @@ def _content(value: object, depth: int = 6) -> object:
         return value
     if isinstance(value, Tensor):
         return tuple(value.shape), value.detach().cpu().tolist()
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.shape, value.tolist()
     if depth == 0:
         return type(value).__qualname__
     if isinstance(value, types.CodeType):

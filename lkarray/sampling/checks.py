@@ -125,8 +125,9 @@ def make_fingerprint(
 
 def check_center(stored: np.ndarray, now: np.ndarray, where: str) -> None:
     """Raise unless the losses at w* are those stored: whatever a hash cannot see shows there."""
-    if not np.allclose(stored, now, rtol=1e-4, atol=1e-6):
-        first = int(np.argmax(~np.isclose(stored, now, rtol=1e-4, atol=1e-6)))
+    differ = ~np.isclose(stored, now, rtol=1e-4, atol=1e-6)
+    if differ.any():
+        first = int(np.argmax(differ))
         raise FingerprintError(
             f"{where}: the losses at w* are not those stored (first at sample position {first}: "
             f"stored {stored[first]:g}, now {now[first]:g}), so the model, the loss or the data "

@@ -16,9 +16,10 @@ from lkarray.store.reading import DERIVED, HIDDEN
 def put(path: StoreLike, name: str, result: xr.Dataset | xr.DataArray) -> None:
     """Write a result to ``/derived/NAME``, replacing what was there; lazy ones are computed.
 
-    On a local disk the new result takes the old one's place in one move, once it is whole:
-    it may be computed from the old one, and a failure or kill leaves the old one. Elsewhere it
-    is written in place.
+    On a local disk the new result is written beside the old one and renamed to its place once
+    it is whole: it may be computed from the old one, and a failure or kill while it is written
+    leaves the old one (a kill between the two renames leaves neither in sight, and the result
+    to be written again). Elsewhere it is written in place.
 
     Raises
     ------

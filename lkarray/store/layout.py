@@ -157,22 +157,20 @@ def grow(root: zarr.Group, *, chains: int, draws: int) -> None:
     """Enlarge the arrays to at least ``chains`` and ``draws``; nothing stored is touched."""
     loss = stored(root, schema.LOSSES, schema.LOSS)
     want = {schema.CHAIN: max(chains, loss.shape[0]), schema.DRAW: max(draws, loss.shape[1])}
-    arrays = [(stored(root, group, spec), spec) for group, spec in _GROWING]
-    smaller = [
-        (array, shape)
-        for array, spec in arrays
-        if (shape := tuple(want.get(d, n) for d, n in zip(spec.dims, array.shape, strict=True)))
-        != array.shape
-        and all(new >= old for new, old in zip(shape, array.shape, strict=True))
+    arrays = [(stored(root, group, spec), spec.dims) for group, spec in _GROWING]
+    grown = [
+        (array, tuple(max(n, want.get(dim, n)) for dim, n in zip(dims, array.shape, strict=True)))
+        for array, dims in arrays
     ]
-    if not smaller:
+    if all(shape == array.shape for array, shape in grown):
         return
     new = want[schema.CHAIN] * want[schema.DRAW] - loss.shape[0] * loss.shape[1]
     _require_space(root.store, 4 * new * loss.shape[2])
     with writing(root.store, safe="Nothing that was stored is lost"):
         root.update_attributes({})  # drops the consolidated metadata, which would be stale
-        for array, shape in smaller:
-            array.resize(shape)
+        for array, shape in grown:
+            if shape != array.shape:
+                array.resize(shape)
 
 
 #: Arrays that grow with chains and draws. The losses come last: readers take their sizes and

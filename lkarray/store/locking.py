@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from zarr.abc.store import Store
@@ -57,13 +57,10 @@ def writer_lock(store: Store) -> Iterator[None]:
     if folder is None:
         yield
         return
-    with writing(store):
-        lock = file_lock(folder)
-        lock.__enter__()
-    try:
+    with ExitStack() as stack:
+        with writing(store):
+            stack.enter_context(file_lock(folder))
         yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _holder(text: str) -> str:

@@ -145,11 +145,10 @@ def _hidden(
 ) -> list[str]:
     said = []
     waiting = [c for c, record in records.items() if record.draws == 0]
-    longer = {c: record.draws - draws for c, record in good.items() if record.draws > draws}
     if bad:
         said.append(f"chains {bad} diverged and are left out")
     if waiting:
         said.append(f"chains {waiting} have no draws yet")
-    if longer:
+    if any(record.draws > draws for record in good.values()):
         said.append(f"only the first {draws} draws are shown, which every started chain has")
     return said

@@ -83,7 +83,6 @@ class Run:
     config: Config
     folder: Path
     reused: list[str] = field(default_factory=list)
-    done: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -122,7 +121,6 @@ class Run:
         assert not missing, f"stage {name} left out {missing}"
         stages[name] = {"seconds": round(time.perf_counter() - began, 3)}
         self._save()
-        self.done.append(name)
         return True
 
     def seconds(self) -> dict[str, float]:

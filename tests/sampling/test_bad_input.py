@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 import lkarray as lk
 from lkarray import errors
 from lkarray.nn import per_example_loss
+from tests.conftest import in_memory
 
 
 @pytest.mark.parametrize("name", ["nbeta", "gamma"])
@@ -232,6 +233,8 @@ def test_loss_identity__tells_callables_apart():
         lambda: weighted(2.0),
         lambda: functools.partial(weighted, 1.0),
         lambda: functools.partial(weighted, factor=2.0),
+        lambda: weighted(np.arange(3.0)),
+        lambda: weighted(np.ones(3)),
         lambda: nn.CrossEntropyLoss(reduction="none"),
         lambda: nn.CrossEntropyLoss(reduction="none", label_smoothing=0.3),
         lambda: nn.CrossEntropyLoss(reduction="none", weight=torch.ones(3)),
@@ -286,15 +289,7 @@ def test_sample__takes_models_with_masks_ties_and_extra_state(data):
 
     posterior = lk.LocalPosterior(Odd(), data, trainable="head.*")
     assert posterior.trainable == ["first.weight", "head.bias"]
-    tree = lk.sample(
-        posterior,
-        data,
-        sampler=lk.SGLD(1e-4),
-        chains=1,
-        draws=2,
-        store=zarr.storage.MemoryStore(),
-        progress=False,
-    )
+    tree = in_memory(posterior, data, step_size=1e-4, draws=2)
     assert np.isfinite(tree["losses"]["loss"]).all()
 
 
@@ -305,15 +300,7 @@ def test_sample__reads_a_dataset_through_its_own_items(posterior):
             return 2 * inputs, target
 
     data = posterior.train_set
-    tree = lk.sample(
-        posterior,
-        Doubled(*data.tensors),
-        sampler=lk.SGLD(1e-4),
-        chains=1,
-        draws=1,
-        store=zarr.storage.MemoryStore(),
-        progress=False,
-    )
+    tree = in_memory(posterior, Doubled(*data.tensors), step_size=1e-4, draws=1)
     expected = nn.functional.cross_entropy(
         posterior.model(2 * data.tensors[0]), data.tensors[1], reduction="none"
     )

@@ -12,6 +12,7 @@ from zarr.storage import MemoryStore
 import lkarray as lk
 from lkarray.sampling.randomness import ChainRandomness
 from lkarray.sampling.samplers import SGLD
+from tests.conftest import in_memory
 
 
 def losses_of(tree):
@@ -101,15 +102,7 @@ def test_sample__turns_dropout_off_and_freezes_batch_norm(data):
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.9), nn.Linear(8, 3))
     model[1].running_mean += 1
     posterior = lk.LocalPosterior(model.train(), data)
-    tree = lk.sample(
-        posterior,
-        data,
-        sampler=lk.SGLD(1e-12),
-        chains=1,
-        draws=3,
-        store=MemoryStore(),
-        progress=False,
-    )
+    tree = in_memory(posterior, data, step_size=1e-12, draws=3)
     expected = F.cross_entropy(model.eval()(data.tensors[0]), data.tensors[1], reduction="none")
     np.testing.assert_allclose(losses_of(tree)[0, -1], expected.detach(), rtol=1e-3, atol=1e-4)
     assert float(model[1].running_mean.mean()) == 1
@@ -118,9 +111,7 @@ def test_sample__turns_dropout_off_and_freezes_batch_norm(data):
 def test_sample__moves_only_what_is_trainable(model, data):
     frozen = lk.LocalPosterior(model, data, trainable="2.*")
     assert frozen.trainable == ["2.weight", "2.bias"]
-    tree = lk.sample(
-        frozen, data, sampler=lk.SGLD(1e-3), chains=1, draws=2, store=MemoryStore(), progress=False
-    )
+    tree = in_memory(frozen, data, step_size=1e-3, draws=2)
     assert (tree["sample_stats"]["distance"] > 0).all()
 
 
@@ -130,15 +121,7 @@ def test_sample__takes_losses_by_name_or_as_callables(loss):
     data = TensorDataset(torch.randn(20, 4), torch.randn(20, 2))
     model = nn.Linear(4, 2)
     posterior = lk.LocalPosterior(model, data, loss)
-    tree = lk.sample(
-        posterior,
-        data,
-        sampler=lk.SGLD(1e-5),
-        chains=1,
-        draws=2,
-        store=MemoryStore(),
-        progress=False,
-    )
+    tree = in_memory(posterior, data, step_size=1e-5, draws=2)
     error = (model(data.tensors[0]) - data.tensors[1]).square().detach()
     expected = error.mean(1) if loss == "mse" else error.sum(1)
     np.testing.assert_allclose(tree["losses"]["center_loss"], expected, rtol=1e-5)

@@ -313,10 +313,12 @@ def test_grow__killed_half_way_leaves_everything_readable(tmp_path, monkeypatch,
     assert lk.verify(tmp_path / "s") == []
     assert lk.open(tmp_path / "s").compute().identical(before)
     root = stores.open_root(tmp_path / "s", mode="r+")
-    stores.grow(root, chains=3, draws=20)  # less than before: still makes all arrays agree
-    fill(root, 2, 20)
+    # Fewer chains than the killed growth, more draws: every array must reach both.
+    stores.grow(root, chains=3, draws=60)
+    for chain in range(3):
+        fill(root, chain, 60)
     assert lk.verify(tmp_path / "s") == []
-    assert lk.open(tmp_path / "s")["losses"].sizes["chain"] == 3
+    assert lk.open(tmp_path / "s")["losses"].sizes == {"chain": 3, "draw": 60, "sample": 5}
 
 
 def test_put__a_failure_leaves_the_old_result(store):
