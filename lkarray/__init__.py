@@ -30,6 +30,8 @@ from lkarray.kernels import (
     neighbors,
     singular_fluctuation,
 )
+from lkarray.planning import plan
+from lkarray.saving import save
 from lkarray.store import open_store as open  # noqa: A004
 from lkarray.store import verify
 
@@ -60,8 +62,10 @@ __all__ = [
     "loss_variance",
     "neighbors",
     "open",
+    "plan",
     "plots",
     "sample",
+    "save",
     "singular_fluctuation",
     "verify",
 ]

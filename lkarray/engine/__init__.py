@@ -1,18 +1,22 @@
 """The contraction engine: every kernel is a Gram over named dims. Knows nothing of torch.
 
 `numbers` multiplies plain arrays; `operand` reads panels of a labelled variable; `cache`
-holds them; `plan` fits tiles to a byte budget; `graph` makes the lazy Dask view and the
-top-k sink out of tile tasks.
+holds them; `plan` fits tiles to a byte budget; `contraction` makes the tiles and their lazy
+Dask view; `top_k` is the sink that keeps the best entries of each row.
 """
 
-from lkarray.engine.graph import TOP_K_BYTES, gram_array, top_k_arrays, top_k_held
+from lkarray.engine.contraction import Contraction, contraction_of, gram_array
 from lkarray.engine.operand import Operand
 from lkarray.engine.plan import Plan, make_plan
+from lkarray.engine.top_k import TOP_K_BYTES, Ask, top_k_arrays, top_k_held
 
 __all__ = [
     "TOP_K_BYTES",
+    "Ask",
+    "Contraction",
     "Operand",
     "Plan",
+    "contraction_of",
     "gram_array",
     "make_plan",
     "top_k_arrays",

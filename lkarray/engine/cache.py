@@ -1,4 +1,4 @@
-"""One bounded cache of panels for each process, and the rule for its BLAS threads."""
+"""One bounded cache of panels for each process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from functools import lru_cache
 from typing import Any
-
-import numpy as np
 
 
 class PanelCache:
@@ -87,25 +84,3 @@ class PanelCache:
 #: small (16 bytes a row and centring group) and must outlive the pieces they standardise.
 CACHE = PanelCache()
 MOMENTS = PanelCache()
-
-
-@lru_cache(maxsize=1)
-def _multiply_slots() -> threading.BoundedSemaphore:
-    """Return as many slots as leave BLAS threads x concurrent products within the cores.
-
-    With a many-threaded BLAS that is one product at a time with all threads; on a worker
-    that was started with one BLAS thread, one for each core. Measured once: limits that are
-    toggled for each task were seen to leave a process at one thread for good.
-    """
-    from dask.system import CPU_COUNT
-    from threadpoolctl import threadpool_info
-
-    pools = [p["num_threads"] for p in threadpool_info() if p.get("user_api") == "blas"]
-    return threading.BoundedSemaphore(max(1, CPU_COUNT // max([1, *pools])))
-
-
-def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return ``a.T @ b``, by the symmetric product where ``a is b``."""
-    with _multiply_slots():
-        product: np.ndarray = a.T @ b
-        return product

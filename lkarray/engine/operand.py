@@ -5,17 +5,21 @@ from __future__ import annotations
 import sys
 import uuid
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from math import prod
 from typing import Any
 
+import dask
 import dask.base
 import numpy as np
 import xarray as xr
+from dask.array.optimization import optimize
+from dask.core import flatten
 
 from lkarray.engine.cache import CACHE, MOMENTS
+from lkarray.engine.lowprecision import LowPanel
 from lkarray.engine.numbers import Moments, reciprocal, standardise
-from lkarray.errors import NonFiniteError
+from lkarray.errors import DamagedError, NonFiniteError
 
 #: A piece of the contracted dims: one slice each, as (start, stop).
 Piece = tuple[tuple[int, int], ...]
@@ -97,15 +101,31 @@ class Operand:
 
         Cached up to ``limit`` bytes in this process.
         """
+        size = self.piece_bytes(rows, pieces[p])
+        key = ("float", at, rows.start, rows.stop, pieces[p])
+        panel: np.ndarray = self._cached(
+            key, lambda: self._load(at, rows, pieces, p), size=size, limit=limit
+        )
+        return panel
+
+    def low_panel(
+        self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int, limit: int
+    ) -> LowPanel:
+        """Return the panel rounded to bfloat16, ``(rows, contracted)``; cached likewise."""
+        size = self.piece_bytes(rows, pieces[p]) // 2
+        key = ("bfloat16", at, rows.start, rows.stop, pieces[p])
+        panel: LowPanel = self._cached(
+            key, lambda: LowPanel.of(self._load(at, rows, pieces, p)), size=size, limit=limit
+        )
+        return panel
+
+    def _cached(
+        self, key: tuple[Hashable, ...], load: Callable[[], Any], *, size: int, limit: int
+    ) -> Any:
         if not hasattr(self, "_finalizer"):
             # Whoever drops the last reference to the operand frees its panels.
             self._finalizer = weakref.finalize(self, _drop, self.token)
-        key = (self.token, at, rows.start, rows.stop, pieces[p])
-        size = self.piece_bytes(rows, pieces[p])
-        panel: np.ndarray = CACHE.get(
-            key, lambda: self._load(at, rows, pieces, p, limit), size=size, limit=limit
-        )
-        return panel
+        return CACHE.get((self.token, *key), load, size=size, limit=limit)
 
     def piece_bytes(self, rows: slice, piece: Piece) -> int:
         """Return the bytes of a piece of a panel in memory."""
@@ -113,18 +133,20 @@ class Operand:
         return int(length * (rows.stop - rows.start) * self.dtype.itemsize)
 
     def _load(
-        self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int, limit: int
+        self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int
     ) -> np.ndarray:
         block = self._read(at, rows, pieces[p])
         if self.center is None and not self.cosine:
-            self._check(np.abs(block).max(axis=(0, 1)), at, rows)
+            if not np.isfinite(block.min()) or not np.isfinite(block.max()):
+                raise self._not_finite(at, rows, pieces)
             return block.reshape(-1, block.shape[-1])
         if len(pieces) == 1:
             moments = Moments.of(block, centred=self.center is not None)
         else:
             moments = self._moments(at, rows, pieces)
         norm = moments.norm()
-        self._check(norm, at, rows)
+        if not np.isfinite(norm).all():
+            raise self._not_finite(at, rows, pieces)
         groups = slice(*pieces[p][0]) if self.center == "chain" else slice(None)
         standardise(block, moments.mean[groups], reciprocal(norm) if self.cosine else None)
         if not norm.all():
@@ -156,23 +178,101 @@ class Operand:
         select: dict[Hashable, Any] = dict(zip(self.each, at, strict=True))
         select |= {dim: slice(*part) for dim, part in zip(self.over, piece, strict=True)}
         select[self.rows] = rows
-        part = self.variable.isel(select)
-        values = part.data if part.chunks is None else part.data.compute(scheduler="synchronous")
-        block = np.array(values, dtype=self.dtype, order="C", copy=True)
+        block = read(self.variable.isel(select), self.dtype, self.name, select)
         groups = block.shape[0] if self.center == "chain" else 1
         return block.reshape(groups, -1, block.shape[-1])
 
-    def _check(self, norm: np.ndarray, at: tuple[int, ...], rows: slice) -> None:
-        bad = np.flatnonzero(~np.isfinite(norm))
-        if len(bad):
-            where = f"{self.rows} at position {rows.start + int(bad[0])}"
-            if self.each:
-                where += f" and {dict(zip(self.each, at, strict=True))}"
-            raise NonFiniteError(
-                f"{self.name!r} holds NaN or infinity, first in {where} ({len(bad)} of {len(norm)} "
-                f"rows of its panel), somewhere along {self.over}; drop those entries (for example "
-                "x.isel(chain=[...]) for a diverged chain), or check the store with lk.verify"
-            )
+    def _not_finite(
+        self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...]
+    ) -> NonFiniteError:
+        """Return the error that says where NaN or infinity stands in a panel."""
+        bad = np.zeros(rows.stop - rows.start, bool)
+        first: dict[str, int] = dict(zip(self.each, at, strict=True))
+        entries: dict[str, set[int]] = {dim: set() for dim in self.over}
+        for piece in pieces:
+            shape = tuple(stop - start for start, stop in piece)
+            wrong = ~np.isfinite(self._read(at, rows, piece).reshape(*shape, -1))
+            for axis, (dim, (start, _)) in enumerate(zip(self.over, piece, strict=True)):
+                others = tuple(a for a in range(wrong.ndim) if a != axis)
+                entries[dim] |= set((start + np.flatnonzero(wrong.any(axis=others))).tolist())
+            bad |= wrong.any(axis=tuple(range(wrong.ndim - 1)))
+        first[self.rows] = rows.start + int(np.argmax(bad))
+        found = {dim: sorted(at)[:5] for dim, at in entries.items()}
+        return NonFiniteError(
+            f"{self.name!r} holds NaN or infinity, first in {first} ({int(bad.sum())} of "
+            f"{len(bad)} rows of its panel), at the positions {found} of what is contracted (the "
+            "first five of each); drop those entries (for example x.isel(chain=[...]) without a "
+            "diverged chain), or, where a chunk was never written, see lk.verify"
+        )
+
+
+def read(
+    part: xr.Variable, dtype: np.dtype, name: str, select: Mapping[Hashable, Any]
+) -> np.ndarray:
+    """Return a variable's values as a fresh array, each chunk copied to its place at once.
+
+    Raises
+    ------
+    DamagedError
+        A chunk cannot be read; the message says which.
+    """
+    block = np.empty(part.shape, dtype)
+    if part.chunks is None:
+        try:
+            block[...] = part.values
+        except _UNREADABLE as error:
+            raise _damaged(name, select, error) from error
+        return block
+    keys = list(flatten(part.data.__dask_keys__()))
+    graph = optimize(part.data.__dask_graph__(), keys)
+    try:
+        values = dask.get(graph, keys)
+    except _UNREADABLE as error:
+        raise _damaged(name, *_culprit(part, graph, keys, select, error)) from error
+    starts = [np.cumsum((0, *lengths[:-1])) for lengths in part.chunks]
+    for index, value in zip(np.ndindex(*part.data.numblocks), values, strict=True):
+        place = tuple(
+            slice(begin[i], begin[i] + lengths[i])
+            for i, begin, lengths in zip(index, starts, part.chunks, strict=True)
+        )
+        block[place] = value
+    return block
+
+
+#: What Zarr's codecs and stores raise on a chunk that is cut short, changed or unreadable.
+_UNREADABLE = (ValueError, OSError, RuntimeError)
+
+
+def _culprit(
+    part: xr.Variable,
+    graph: Any,
+    keys: list[Any],
+    select: Mapping[Hashable, Any],
+    error: Exception,
+) -> tuple[Mapping[Hashable, Any], Exception]:
+    """Return which chunk fails when it is read alone, and how."""
+    assert part.chunks is not None
+    for index, key in zip(np.ndindex(*part.data.numblocks), keys, strict=True):
+        try:
+            dask.get(graph, key)
+        except _UNREADABLE as alone:
+            where = dict(select)
+            for dim, i, lengths in zip(part.dims, index, part.chunks, strict=True):
+                start = (select[dim].start or 0) + sum(lengths[:i])
+                where[dim] = slice(start, start + lengths[i])
+            return where, alone
+    return select, error
+
+
+def _damaged(name: str, select: Mapping[Hashable, Any], error: Exception) -> DamagedError:
+    where = ", ".join(
+        f"{dim}={s.start or 0}:{s.stop}" if isinstance(s, slice) else f"{dim}={s}"
+        for dim, s in select.items()
+    )
+    return DamagedError(
+        f"{name!r} cannot be read at {where}: {error}. If it is a store, lk.verify(path) names "
+        "the damaged chunks; restore them from a copy, or sample those chains again"
+    )
 
 
 def _drop(token: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from dask.system import CPU_COUNT
 from dask.utils import format_bytes, parse_bytes
 
+from lkarray.engine.blas import products_at_once
 from lkarray.engine.operand import Operand, Piece
 from lkarray.errors import MemoryBudgetError
 
@@ -22,7 +23,8 @@ _LEAST = 8
 _PANELS = 110  # at most, so that their pairs, and merges, stay under ten thousand tasks
 _CUTS = 8  # of a source chunk along rows, at most: each part computes the chunk again
 _BUFFERS = 16 << 20  # of Zarr, BLAS and threads: left free, with a tenth for the allocator
-_HELD = 3  # pieces of panels that a task holds: two to multiply, one being standardised
+_SHARED = 16 << 20  # bytes of an operand, at least, before its contraction is shared out
+_HELD = 2  # pieces of panels that a task holds, besides the chunks that one is made from
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,12 @@ class Plan:
         The pieces of the contracted dims that stream through an accumulator; often one.
     budget, cache
         Bytes allowed in a process, and those of them that may hold panels.
+    peak
+        Bytes that a process is projected to hold at most, beyond its interpreter.
+    parts
+        Tasks that share the pieces of one tile, where there are fewer tiles than workers.
+    many
+        Whether there are tiles enough for products of one BLAS thread each, side by side.
     """
 
     rows: tuple[slice, ...]
@@ -44,6 +52,9 @@ class Plan:
     pieces: tuple[Piece, ...]
     budget: int
     cache: int
+    peak: int = 0
+    parts: int = 1
+    many: bool = False
 
     def __str__(self) -> str:
         side = self.rows[0].stop - self.rows[0].start
@@ -158,7 +169,7 @@ def make_plan(
         No tile fits; the message says what would.
     """
     budget = memory_budget(memory)
-    parts = [x] if y is None else [x, y]
+    parts = parts_of(x, y)
     grains = [part.grain() for part in parts]
     sizes = _Shape(
         n=max(part.n for part in parts),
@@ -174,27 +185,59 @@ def make_plan(
         tasks=_concurrent_tasks(),
     )
     side, pieces = _fit(sizes, budget, side)
-    peak = sizes.peak(side, max(map(_volume, pieces)))
     rows = _panels(x.n, side)
     cols = rows if y is None else _panels(y.n, side)
-    return Plan(rows, cols, pieces, budget, max(9 * budget // 10 - _BUFFERS - peak, 0))
+    tiles = len(rows) * (len(rows) + 1) // 2 if y is None else len(rows) * len(cols)
+    tiles *= prod(x.variable.sizes[dim] for dim in x.each)
+    pieces, shared = _share(sizes, pieces, tiles, max(_workers_threads(), 1))
+    peak = sizes.peak(side, max(map(_volume, pieces)))
+    cache = max(9 * budget // 10 - _BUFFERS - peak, 0)
+    panels = sum(part.n for part in parts_of(x, y)) * sizes.length * sizes.item
+    # Whatever is not cache may reach the budget: Zarr's buffers, BLAS, the allocator.
+    most = min(budget, peak + min(cache, panels) + _BUFFERS + budget // 10)
+    many = tiles >= 4 * products_at_once()
+    return Plan(rows, cols, pieces, budget, cache, max(most, peak), shared, many)
+
+
+def parts_of(x: Operand, y: Operand | None) -> list[Operand]:
+    """Return the operands that there are."""
+    return [x] if y is None else [x, y]
+
+
+def _share(
+    sizes: _Shape, pieces: tuple[Piece, ...], tiles: int, threads: int
+) -> tuple[tuple[Piece, ...], int]:
+    """Cut the contracted dims where a cluster has more threads than there are tiles."""
+    parts = min(ceil(threads / tiles), sizes.length)
+    if parts < 2 or sizes.length * sizes.item * sizes.n < _SHARED:
+        return pieces, 1
+    if len(pieces) < parts:
+        pieces = split(sizes.shape, ceil(sizes.length / parts), sizes.grain)
+    return pieces, min(parts, len(pieces))
+
+
+def _workers_threads() -> int:
+    """Return the threads of all workers of the cluster; 0 without one."""
+    return sum(worker["nthreads"] for worker in _workers())
 
 
 def _fit(sizes: _Shape, budget: int, given: int | None) -> tuple[int, tuple[Piece, ...]]:
     """Return the side of the tiles and the pieces of the contracted dims."""
     n, whole = sizes.n, split(sizes.shape, sizes.length)
-    if given is not None:
-        return given, whole
     least = max(min(n, _LEAST), ceil(n / _PANELS), min(n, ceil(sizes.width / _CUTS)))
+    if given is not None:
+        if sizes.peak(given, sizes.length) <= budget:
+            return given, whole
+        least = given
     # A quarter of the budget stays for the cache, without which panels are read over and over.
     allowed = 3 * budget // 4
     side = _largest(lambda s: sizes.peak(s, sizes.length), least, min(n, _SIDE), allowed)
-    if side >= min(n, _WHOLE):
+    if side >= min(n, _WHOLE) and given is None:
         return _align(side, n, sizes.width, least), whole
     most = _largest(
         lambda s: sizes.tasks * sizes.tile(s, pieces=True), least, min(n, _SIDE // 2), allowed // 3
     )
-    side = _align(max(most, least), n, sizes.width, least)
+    side = _align(max(most, least), n, sizes.width, least) if given is None else given
     while True:
         slope = sizes.peak(side, 1) - sizes.peak(side, 0)
         length = max((allowed - sizes.peak(side, 0)) // slope, 1)

@@ -15,6 +15,7 @@ from lkarray.errors import SchemaError
 from lkarray.schema import CHAIN, second
 
 CENTERS = ("pooled", "chain")
+PRECISIONS = ("float32", "auto")
 _NORMALIZERS = (None, "count", "cosine")
 
 
@@ -26,6 +27,8 @@ def gram(
     each: str | Iterable[str] = (),
     center: str | None = None,
     normalize: str | None = None,
+    precision: str = "float32",
+    scale: float = 1.0,
     memory: int | str | None = None,
 ) -> xr.DataArray:
     r"""Contract two labelled tensors over shared dims, lazily.
@@ -47,6 +50,14 @@ def gram(
     normalize
         ``None``; ``"count"`` divides by the degrees of freedom (S uncentred, S - 1 pooled,
         S - C with C chains); ``"cosine"`` by both norms, 0 where a norm is 0.
+    precision
+        ``"float32"`` multiplies at the operands' own precision; ``"auto"`` in bfloat16 with
+        float32 sums, where torch is installed, the operands are float32, and that was
+        measured to be faster here. Rounding a row changes it by at most 0.2%, so cosines err
+        by 3e-5 rms and 4e-3 at the very most: far below the Monte-Carlo error of a kernel
+        from draws (`mcse`). Which was used is the attribute ``precision``.
+    scale
+        Factor of every entry.
     memory
         Byte budget of a process; ``LKARRAY_MEMORY`` or a quarter of the memory by default.
 
@@ -79,6 +90,7 @@ def gram(
     over, each = _names(over), _names(each)
     one_of("center", center, (None, *CENTERS))
     one_of("normalize", normalize, _NORMALIZERS)
+    one_of("precision", precision, PRECISIONS)
     rows = free_dim(x, "x", over, each)
     columns = rows if y is None else free_dim(y, "y", over, each)
     if y is not None:
@@ -93,8 +105,9 @@ def gram(
     left = engine.Operand(x, rows=rows, **options)
     right = None if y is None else engine.Operand(y, rows=columns, **options)
     plan = engine.make_plan(left, right, memory=memory)
-    scale = 1 / degrees if normalize == "count" else 1.0
-    data = engine.gram_array(left, right, plan, scale=scale)
+    factor = scale / degrees if normalize == "count" else scale
+    contraction = engine.Contraction(left, right, plan, factor).at_precision(precision)
+    data = engine.gram_array(contraction)
     out = xr.DataArray(
         data,
         dims=(*each, rows, second(columns) if columns == rows else columns),
@@ -105,6 +118,7 @@ def gram(
             "center": center or "none",
             "normalize": normalize or "none",
             "contracted": prod(x.sizes[dim] for dim in over),
+            "precision": contraction.precision,
         },
     )
     # Plain .to_zarr writes one stored chunk a Dask chunk, checksummed and uncompressed: fast.

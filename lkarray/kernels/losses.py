@@ -18,6 +18,7 @@ def covariance(
     y: Losses | None = None,
     *,
     center: str = "pooled",
+    precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
     """Return the loss kernel K, the covariance of per-sample losses (loss-kernel eq. 2).
@@ -29,6 +30,8 @@ def covariance(
     center
         ``"pooled"`` subtracts one mean over all chains and divides by CT - 1, as the papers
         do; ``"chain"`` subtracts each chain's mean and divides by C(T - 1).
+    precision
+        ``"float32"`` or ``"auto"``; see `gram`.
     memory
         Byte budget of a process.
 
@@ -38,7 +41,15 @@ def covariance(
         ``covariance(sample, sample_2)`` in nats squared, lazy; see `gram` for cost, memory
         and errors.
     """
-    return _kernel("covariance", losses, y, center=center, normalize="count", memory=memory)
+    return _kernel(
+        "covariance",
+        losses,
+        y,
+        center=center,
+        normalize="count",
+        precision=precision,
+        memory=memory,
+    )
 
 
 def correlation(
@@ -46,6 +57,7 @@ def correlation(
     y: Losses | None = None,
     *,
     center: str = "pooled",
+    precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
     """Return the loss correlation kernel R (loss-kernel section 2.3).
@@ -55,7 +67,7 @@ def correlation(
 
     Parameters
     ----------
-    losses, y, center, memory
+    losses, y, center, precision, memory
         As for `covariance`.
 
     Returns
@@ -63,10 +75,24 @@ def correlation(
     xarray.DataArray
         ``correlation(sample, sample_2)`` between -1 and 1, lazy; see `gram`.
     """
-    return _kernel("correlation", losses, y, center=center, normalize="cosine", memory=memory)
+    return _kernel(
+        "correlation",
+        losses,
+        y,
+        center=center,
+        normalize="cosine",
+        precision=precision,
+        memory=memory,
+    )
 
 
-def influence(losses: Losses, query: Losses, *, memory: int | str | None = None) -> xr.DataArray:
+def influence(
+    losses: Losses,
+    query: Losses,
+    *,
+    precision: str = "float32",
+    memory: int | str | None = None,
+) -> xr.DataArray:
     """Return the Bayesian influence of training samples on queries (loss-kernel eq. 6).
 
     ``-Cov(train loss, query loss)``, pooled. The derivative of a query's posterior mean loss
@@ -79,6 +105,8 @@ def influence(losses: Losses, query: Losses, *, memory: int | str | None = None)
         Losses of training samples, ``(chain, draw, sample)``.
     query
         Losses of other inputs at the same draws.
+    precision
+        ``"float32"`` or ``"auto"``; see `gram`.
     memory
         Byte budget of a process.
 
@@ -92,14 +120,21 @@ def influence(losses: Losses, query: Losses, *, memory: int | str | None = None)
     names = {
         name: f"{schema.QUERY}_{name}" for name, coord in asked.coords.items() if dim in coord.dims
     }
-    kernel = covariance(losses, asked.rename(names | {dim: schema.QUERY}), memory=memory)
-    out = -kernel
-    out.encoding = kernel.encoding
+    query = asked.rename(names | {dim: schema.QUERY})
+    out = _kernel(
+        "influence",
+        losses,
+        query,
+        center="pooled",
+        normalize="count",
+        precision=precision,
+        scale=-1.0,
+        memory=memory,
+    )
     attrs = _attributes(losses)
-    out.attrs = {"units": "nat^2", "over": list(POSTERIOR), "center": "pooled"}
     if "nbeta" in attrs and "n_train" in attrs:
         out.attrs["derivative_scale"] = attrs["nbeta"] / attrs["n_train"]
-    return out.rename("influence")
+    return out
 
 
 def loss_gain(tree: Losses) -> xr.DataArray:
@@ -217,6 +252,8 @@ def _kernel(
     center: str,
     normalize: str,
     memory: int | str | None,
+    precision: str = "float32",
+    scale: float = 1.0,
 ) -> xr.DataArray:
     one_of("center", center, CENTERS)
     out = gram(
@@ -225,6 +262,8 @@ def _kernel(
         over=POSTERIOR,
         center=center,
         normalize=normalize,
+        precision=precision,
+        scale=scale,
         memory=memory,
     )
     out.attrs["units"] = "nat^2" if normalize == "count" else "1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import dask.array as da
 import numpy as np
@@ -10,17 +11,28 @@ import xarray as xr
 
 from lkarray import engine
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of, sample_coords
+from lkarray.kernels.gram import (
+    CENTERS,
+    PRECISIONS,
+    degrees_of_freedom,
+    free_dim,
+    one_of,
+    sample_coords,
+)
 from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
+
+#: Says which pairs not to count, from the coordinates of both sides (arrays that broadcast).
+Rule = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], np.ndarray]
 
 
 def neighbors(
     losses: Losses,
     k: int = 30,
     *,
-    exclude: str | None = None,
+    exclude: str | Rule | None = None,
     largest: bool = True,
     center: str = "pooled",
+    precision: str = "auto",
     memory: int | str | None = None,
 ) -> xr.Dataset:
     """Return each sample's ``k`` most (or least) correlated samples, lazily.
@@ -34,11 +46,18 @@ def neighbors(
     exclude
         A coordinate of the samples, such as ``"label"``: pairs that share its value are left
         out *before* the k are taken (loss-kernel B: noise in the output layer alone makes
-        inputs of one label correlate). A sample is never its own neighbour.
+        inputs of one label correlate). Or any rule: a function of two mappings from the names
+        of the samples' coordinates to arrays that broadcast, which is true where a pair is
+        left out: ``lambda a, b: (a["label"] == b["label"]) | (a["split"] != b["split"])``.
+        A sample is never its own neighbour.
     largest
         ``False`` takes the most negatively correlated.
     center
         ``"pooled"`` or ``"chain"``, as for `covariance`.
+    precision
+        ``"auto"`` searches for candidates in bfloat16 where that is faster (see `gram`), takes
+        every pair that the bound on its rounding cannot rule out, and ranks those by float32
+        products: the same neighbours as ``"float32"``, up to ties within float32 rounding.
     memory
         Byte budget of a process.
 
@@ -65,6 +84,7 @@ def neighbors(
     x = as_losses(losses)
     rows = free_dim(x, "losses", POSTERIOR, ())
     one_of("center", center, CENTERS)
+    one_of("precision", precision, PRECISIONS)
     degrees_of_freedom(x, POSTERIOR, center)
     k = operator.index(k)
     n = x.sizes[rows]
@@ -75,8 +95,10 @@ def neighbors(
     plan = engine.make_plan(
         operand, memory=memory, sink=engine.TOP_K_BYTES, held=engine.top_k_held(n, k)
     )
-    codes = None if exclude is None else _codes(x, rows, exclude)
-    position, value = engine.top_k_arrays(operand, plan, k, largest=largest, groups=codes)
+    contraction = engine.Contraction(operand, None, plan)
+    codes = _codes(x, rows, exclude) if isinstance(exclude, str) else None
+    rule = _Positions(exclude, x, rows) if callable(exclude) else None
+    position, value = engine.top_k_arrays(contraction, engine.Ask(k, largest, codes, rule))
     if index is not None:
         position = da.map_blocks(_labels, position, index=index, dtype=np.int64)
     coords = sample_coords(x, rows)
@@ -88,7 +110,7 @@ def neighbors(
         coords=coords | {RANK: np.arange(k)},
         attrs={
             "k": k,
-            "exclude": exclude or "none",
+            "exclude": exclude if isinstance(exclude, str) else "rule" if exclude else "none",
             "largest": int(largest),
             "over": list(POSTERIOR),
             "center": center,
@@ -108,6 +130,29 @@ def _index(x: xr.DataArray, rows: str) -> np.ndarray | None:
             f"x.assign_coords({rows}=np.arange({len(index)}))"
         )
     return index.astype(np.int64)
+
+
+class _Positions:
+    """A user's rule on coordinates as one on positions, tried on one pair before any work."""
+
+    def __init__(self, rule: Rule, x: xr.DataArray, rows: str) -> None:
+        self.rule = rule
+        self.coords = {str(k): np.asarray(c) for k, c in x.coords.items() if c.dims == (rows,)}
+        at = np.arange(2)
+        try:
+            got = np.asarray(self(at[:, None], at[None, :]))
+            np.broadcast_to(got, (2, 2))
+        except Exception as error:
+            raise ValueError(
+                f"exclude: the rule fails on two samples ({type(error).__name__}: {error}); it "
+                f"gets two mappings of {sorted(self.coords)} to arrays that broadcast"
+            ) from error
+        if got.dtype != bool:
+            raise ValueError(f"exclude: the rule must give booleans, not {got.dtype}")
+
+    def __call__(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        first = {name: values[i] for name, values in self.coords.items()}
+        return self.rule(first, {name: values[j] for name, values in self.coords.items()})
 
 
 def _codes(x: xr.DataArray, rows: str, exclude: str) -> np.ndarray:

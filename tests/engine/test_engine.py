@@ -260,4 +260,4 @@ def test_operand__survives_a_process_boundary(rng):
 
     there = cloudpickle.loads(cloudpickle.dumps(operand(random_losses(rng).chunk())))
     plan = engine.make_plan(there)
-    assert engine.gram_array(there, None, plan).compute().shape == (17, 17)
+    assert engine.gram_array(engine.Contraction(there, None, plan)).compute().shape == (17, 17)

@@ -5,7 +5,7 @@ import xarray as xr
 
 import lkarray as lk
 from lkarray import errors
-from lkarray.engine import graph
+from lkarray.engine import contraction
 from tests.conftest import Forbidding, numpy_correlation, numpy_covariance, random_losses
 
 
@@ -91,12 +91,12 @@ def test_kernels__compute_nothing_until_asked(losses):
 def test_view__selecting_rows_computes_only_their_tiles(rng, monkeypatch):
     tiles = []
 
-    def counted(x, y, tile):
-        tiles.append((tile.rows.start, tile.cols.start))
-        return compute_tile(x, y, tile)
+    def counted(c, tile):
+        tiles.append((tile.i, tile.j))
+        return compute_tile(c, tile)
 
-    compute_tile = graph.compute_tile
-    monkeypatch.setattr(graph, "compute_tile", counted)
+    compute_tile = contraction.compute_tile
+    monkeypatch.setattr(contraction, "compute_tile", counted)
     losses = random_losses(rng, chains=2, draws=8, samples=256)
     kernel = lk.correlation(losses, memory="40 KiB")
     blocks = kernel.data.numblocks[0]
@@ -161,12 +161,15 @@ def test_covariance__refuses_what_holds_no_losses(losses):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_kernels__refuse_non_finite_losses_and_name_the_sample(losses, bad, memory):
     losses[1, 4, 7] = bad
+    where = r"'sample': 7.*'chain': \[1\], 'draw': \[4\].*verify"
     for compute in (lk.covariance, lk.correlation):
-        with pytest.raises(errors.NonFiniteError, match="sample at position 7.*verify"):
+        with pytest.raises(
+            errors.NonFiniteError, match="'sample': 7.*'chain': \\[1\\], 'draw': \\[4\\].*verify"
+        ):
             compute(losses, memory=memory).compute()
-    with pytest.raises(errors.NonFiniteError, match="sample at position 7"):
+    with pytest.raises(errors.NonFiniteError, match=where):
         lk.neighbors(losses, 3).compute()
-    with pytest.raises(errors.NonFiniteError, match="sample at position 7"):
+    with pytest.raises(errors.NonFiniteError, match=where):
         lk.gram(losses, over=("chain", "draw"), memory=memory).compute()
 
 

@@ -84,7 +84,7 @@ def test_gram__is_the_same_for_every_tile_and_piece(losses, side, length, data):
     plan = engine.make_plan(operand, side=min(side, losses.sizes["sample"]))
     pieces = split(operand.shape, length)
     plan = engine.Plan(plan.rows, plan.cols, pieces, plan.budget, plan.cache)
-    result = engine.gram_array(operand, None, plan).compute()
+    result = engine.gram_array(engine.Contraction(operand, None, plan)).compute()
     x = losses.transpose("chain", "draw", "sample").values.astype(np.float64)
     if center:
         x = x - x.mean((0, 1) if center == "pooled" else 1, keepdims=True)

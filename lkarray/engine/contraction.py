@@ -1,0 +1,209 @@
+"""One contraction, its tiles, and the lazy Dask view of them.
+
+A task is opaque to Dask: it is given the contraction (one shared node, so the operands'
+graphs travel once) and which tile, reads its two panels through the process's cache,
+multiplies, and returns a tile or what a sink makes of one. Nothing large flows through the
+scheduler but tiles that were asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+
+from lkarray.engine.blas import multiply, product_slot
+from lkarray.engine.lowprecision import choose, multiply_low
+from lkarray.engine.numbers import finish_cosine
+from lkarray.engine.operand import Operand
+from lkarray.engine.plan import Plan
+
+
+class Tile(NamedTuple):
+    """Which tile: entries of the dims kept in step, and the numbers of its two panels."""
+
+    at: tuple[int, ...]
+    i: int
+    j: int
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """What is multiplied with what, and how.
+
+    Attributes
+    ----------
+    x, y
+        The operands; ``y=None`` is the symmetric Gram of ``x``.
+    plan
+        The panels.
+    scale
+        Factor of every entry.
+    precision
+        ``"float32"`` (the operands' own) or ``"bfloat16"``.
+    """
+
+    x: Operand
+    y: Operand | None
+    plan: Plan
+    scale: float = 1.0
+    precision: str = "float32"
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        other = None if self.y is None else self.y.token
+        return (self.x.token, other, self.plan, self.scale, self.precision)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether only one triangle is computed."""
+        return self.y is None
+
+    @property
+    def other(self) -> Operand:
+        """The operand of the columns."""
+        return self.x if self.y is None else self.y
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the result."""
+        return np.result_type(self.x.dtype, self.other.dtype)
+
+    @property
+    def each(self) -> tuple[int, ...]:
+        """Sizes of the dims kept in step."""
+        return tuple(self.x.variable.sizes[dim] for dim in self.x.each)
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions: ``n**2 S`` of a symmetric Gram, twice that of others."""
+        return (
+            (1 if self.symmetric else 2)
+            * prod(self.each)
+            * self.x.n
+            * self.other.n
+            * prod(self.x.shape)
+        )
+
+    def at_precision(self, precision: str) -> Contraction:
+        """Return the contraction at ``"float32"``, or in low precision where ``"auto"`` pays."""
+        return replace(self, precision=choose(precision, self.operations, self.dtype))
+
+    def tiles(self) -> Iterator[Tile]:
+        """Yield the tiles to compute: of a symmetric Gram, those with ``i <= j``."""
+        for at in np.ndindex(*self.each):
+            for i in range(len(self.plan.rows)):
+                for j in range(i if self.symmetric else 0, len(self.plan.cols)):
+                    yield Tile(at, i, j)
+
+    def is_diagonal(self, tile: Tile) -> bool:
+        """Say whether both panels of a tile are the same."""
+        return self.symmetric and tile.i == tile.j
+
+
+def compute_tile(c: Contraction, tile: Tile) -> np.ndarray:
+    """Return the tile, with a leading axis of length one for each dim kept in step."""
+    return finish_tile(c, tile, sum_pieces(c, tile, 0, len(c.plan.pieces)))
+
+
+def sum_pieces(c: Contraction, tile: Tile, start: int, stop: int) -> np.ndarray:
+    """Return the sum of the products of some pieces of the contracted dims.
+
+    A sum of several is float64, in the order of the pieces.
+    """
+    total: np.ndarray | None = None
+    for p in range(start, stop):
+        product = _product(c, tile, p)
+        if len(c.plan.pieces) == 1:
+            return product
+        total = product.astype(np.float64) if total is None else np.add(total, product, total)
+    assert total is not None
+    return total
+
+
+def _product(c: Contraction, tile: Tile, p: int) -> np.ndarray:
+    plan = c.plan
+    args = (plan.pieces, p, plan.cache)
+    rows, cols = plan.rows[tile.i], plan.cols[tile.j]
+    if c.precision == "bfloat16":
+        low = c.x.low_panel(tile.at, rows, *args)
+        other = low if c.is_diagonal(tile) else c.other.low_panel(tile.at, cols, *args)
+        with product_slot(many=False):
+            return multiply_low(low, other)
+    a = c.x.panel(tile.at, rows, *args)
+    b = a if c.is_diagonal(tile) else c.other.panel(tile.at, cols, *args)
+    return multiply(a, b, many=plan.many)
+
+
+def finish_tile(c: Contraction, tile: Tile, *parts: np.ndarray) -> np.ndarray:
+    """Add the parts of a tile in their order, scale and clip; see `compute_tile`."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    if c.scale != 1:
+        total *= c.scale
+    out = total.astype(c.dtype, copy=False)
+    if c.x.cosine:
+        finish_cosine(out, diagonal=c.is_diagonal(tile))
+    return out.reshape((1,) * len(tile.at) + out.shape)
+
+
+def flip(tile: np.ndarray) -> np.ndarray:
+    """Return the tile of the other triangle."""
+    return tile.swapaxes(-1, -2)
+
+
+class ContractionLayer(MaterializedLayer):
+    """A graph layer that knows the contraction it was made from, for `plan_of` and saving."""
+
+    def __init__(self, mapping: Mapping[Any, Any], contraction: Contraction) -> None:
+        super().__init__(mapping)
+        self.contraction = contraction
+
+
+def contraction_of(array: Any) -> Contraction | None:
+    """Return the contraction that a Dask array is a view of, or is computed from."""
+    graph = array.__dask_graph__() if hasattr(array, "__dask_graph__") else None
+    for layer in getattr(graph, "layers", {}).values():
+        if isinstance(layer, ContractionLayer):
+            return layer.contraction
+    return None
+
+
+def gram_array(c: Contraction) -> da.Array:
+    """Return the Gram as a Dask array ``(*each, rows, cols)``, one tile a chunk.
+
+    Of a symmetric Gram only the tiles on and above the diagonal are computed.
+    """
+    name = f"gram-{tokenize(c)}"
+    node = f"{name}-contraction"
+    graph: dict[Any, Any] = {node: c}
+    for tile in c.tiles():
+        key = (name, *tile.at, tile.i, tile.j)
+        graph[key] = _tile_task(graph, name, node, c, tile)
+        if c.symmetric and tile.i < tile.j:
+            graph[(name, *tile.at, tile.j, tile.i)] = (flip, key)
+    lengths = tuple(tuple(s.stop - s.start for s in p) for p in (c.plan.rows, c.plan.cols))
+    chunks = (*((1,) * size for size in c.each), *lengths)
+    layer = ContractionLayer(graph, c)
+    return da.Array(HighLevelGraph({name: layer}, {name: set()}), name, chunks, dtype=c.dtype)
+
+
+def _tile_task(
+    graph: dict[Any, Any], name: str, node: str, c: Contraction, tile: Tile
+) -> tuple[Any, ...]:
+    """Return the task of a tile, or of adding those parts of it that workers share."""
+    if c.plan.parts == 1:
+        return (compute_tile, node, tile)
+    bounds = np.linspace(0, len(c.plan.pieces), c.plan.parts + 1).astype(int).tolist()
+    keys = []
+    for part, (start, stop) in enumerate(pairwise(bounds)):
+        keys.append((f"{name}-part", *tile.at, tile.i, tile.j, part))
+        graph[keys[-1]] = (sum_pieces, node, tile, start, stop)
+    return (finish_tile, node, tile, *keys)

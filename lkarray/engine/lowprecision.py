@@ -1,0 +1,112 @@
+"""Products in bfloat16 with float32 accumulation, where torch and the processor are fast at it.
+
+The only module of the engine that uses torch, and only once a product in low precision was
+asked for: everything else works without torch.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+#: Below this many operations a contraction is over before torch is loaded.
+_WORTH = 2e12
+
+
+@dataclass(frozen=True)
+class LowPanel:
+    """A panel rounded to bfloat16, ``(rows, contracted)``, which multiplies fastest.
+
+    Attributes
+    ----------
+    values
+        torch tensor.
+    error
+        Norm of each row's rounding error, shape ``(rows,)``, float64.
+    """
+
+    values: Any
+    error: np.ndarray
+
+    @classmethod
+    def of(cls, panel: np.ndarray) -> LowPanel:
+        """Round a float32 panel ``(contracted, rows)``."""
+        import torch
+
+        exact = torch.from_numpy(panel)
+        low = exact.to(torch.bfloat16)
+        # In slabs, so that the difference is never held whole.
+        squares = torch.zeros(panel.shape[1], dtype=torch.float64)
+        for start in range(0, len(exact), 256):
+            difference = exact[start : start + 256] - low[start : start + 256].float()
+            squares += difference.square_().sum(0)
+        return cls(low.T.contiguous(), squares.sqrt_().numpy())
+
+
+def multiply_low(a: LowPanel, b: LowPanel) -> np.ndarray:
+    """Return ``a.T @ b`` of two panels, float32, rounding errors of the output corrected.
+
+    torch rounds the product of bfloat16 to bfloat16. Multiplying again onto minus that result
+    leaves what was rounded away, since sums are float32 inside: two fast products.
+    """
+    import torch
+
+    with torch.inference_mode():
+        high = torch.mm(a.values, b.values.T)
+        low = torch.addmm(high, a.values, b.values.T, beta=-1)
+        return high.float().add_(low).numpy()
+
+
+def multiply_coarse(a: LowPanel, b: LowPanel) -> np.ndarray:
+    """Return ``a.T @ b``, rounded to bfloat16 (relative error 2**-8) and given as float32."""
+    import torch
+
+    with torch.inference_mode():
+        return torch.mm(a.values, b.values.T).float().numpy()
+
+
+def choose(precision: str, operations: float, dtype: np.dtype) -> str:
+    """Return the precision to use: ``"auto"`` is bfloat16 where that was measured to be faster.
+
+    Parameters
+    ----------
+    precision
+        ``"float32"`` or ``"auto"``.
+    operations
+        Of the contraction: small ones are not worth loading torch for.
+    dtype
+        Of the operands: only float32 is ever rounded.
+    """
+    if precision == "auto" and dtype == np.float32 and operations >= _WORTH and _is_faster():
+        return "bfloat16"
+    return "float32"
+
+
+@lru_cache(maxsize=1)
+def _is_faster() -> bool:
+    """Measure once whether bfloat16 is at least 1.5 times as fast here."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    from lkarray.engine.blas import multiply
+
+    if not any(getattr(torch.cpu, f"_is_amx_{kind}_supported", bool)() for kind in ("tile",)):
+        return False
+    panel = np.random.default_rng(0).standard_normal((2048, 1024), dtype=np.float32)
+    low = LowPanel.of(panel)
+    other = panel.copy()
+    return _seconds(lambda: multiply(panel, other)) > 1.5 * _seconds(lambda: multiply_low(low, low))
+
+
+def _seconds(work: Any) -> float:
+    found = []
+    for _ in range(4):
+        began = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - began)
+    return min(found)

@@ -1,0 +1,208 @@
+"""The top-k sink: the best entries of each row of a Gram, which itself is never held."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+
+from lkarray.engine.contraction import Contraction, ContractionLayer, Tile, compute_tile
+from lkarray.engine.numbers import top_k
+
+#: Bytes that the sink needs for each element of a tile: a partitioned copy and masks, once.
+TOP_K_BYTES = 8
+_MERGED = 8  # tiles whose best are merged at once
+
+
+class Ask(NamedTuple):
+    """What is wanted: how many, which end, and which pairs do not count.
+
+    ``groups`` (one code a row) leaves out pairs within a group; ``rule(i, j)``, given arrays
+    of positions that broadcast, says which pairs to leave out.
+    """
+
+    k: int
+    largest: bool
+    groups: np.ndarray | None
+    rule: Any
+
+
+class Found(NamedTuple):
+    """Candidates: for each of some rows (counted from ``starts``), columns and values.
+
+    Compressed rows: those of row ``r`` are ``slice(starts[r], starts[r + 1])``.
+    """
+
+    starts: np.ndarray
+    columns: np.ndarray
+    values: np.ndarray
+
+
+class Thresholds:
+    """For each row the k-th best value found so far in this process: what is below cannot count.
+
+    Only ever a bound: results do not depend on which tiles this process has seen.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: dict[str, np.ndarray] = {}
+
+    def of(self, name: str, c: Contraction) -> np.ndarray:
+        """Return the thresholds of one search, shared by its tasks while ``c`` lives."""
+        with self._lock:
+            if name not in self._rows:
+                self._rows[name] = np.full(c.x.n, -np.inf, c.dtype)
+                weakref.finalize(c, self._rows.pop, name, None)
+            return self._rows[name]
+
+
+THRESHOLDS = Thresholds()
+
+
+def top_k_held(n: int, k: int) -> int:
+    """Return the bytes of the candidates that are held, of tiles and in the end.
+
+    The first tile of a row leaves k; thresholds let few through after that.
+    """
+    return n * k * (2 * 8 + 8 + 12)
+
+
+def top_k_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
+    """Return positions and values of the ``k`` best entries of each row of a square Gram.
+
+    Each tile above the diagonal serves its rows and its columns, and leaves only what may
+    be among their ``k`` best. The entry with itself does not count. Rows with fewer than
+    ``k`` entries end in position -1 and value NaN. Ties go to the lower position.
+    """
+    graph: dict[Any, Any] = {}
+    name = f"top-{tokenize(c, ask)}"
+    node, asked = f"{name}-contraction", f"{name}-ask"
+    graph[node], graph[asked] = c, ask
+    parts: dict[int, list[tuple[Any, int]]] = {i: [] for i in range(len(c.plan.rows))}
+    for tile in c.tiles():
+        part = (f"{name}-part", tile.i, tile.j)
+        graph[part] = (_best_of_tile, node, asked, name, tile)
+        parts[tile.i].append((part, 0))
+        if tile.i < tile.j:
+            parts[tile.j].append((part, 1))
+    for i, found in parts.items():
+        # A few at a time, in the order in which tiles are made, so that few are ever held.
+        before: Any = None
+        for step in range(0, len(found), _MERGED):
+            keys, sides = zip(*found[step : step + _MERGED], strict=True)
+            last = step + _MERGED >= len(found)
+            key = (name, i) if last else (f"{name}-merge", i, step)
+            graph[key] = (_merge, node, asked, name, i, before, list(keys), sides)
+            before = key
+    names = (f"{name}-position", f"{name}-value")
+    picks = {
+        out: {(out, i, 0): (_finish, (name, i), asked, side) for i in parts}
+        for side, out in enumerate(names)
+    }
+    layers: dict[str, Any] = {name: ContractionLayer(graph, c)} | picks
+    whole = HighLevelGraph(layers, {name: set()} | {out: {name} for out in names})
+    chunks = (tuple(s.stop - s.start for s in c.plan.rows), (ask.k,))
+    position = da.Array(whole, names[0], chunks, dtype=np.int64)
+    return position, da.Array(whole, names[1], chunks, dtype=c.dtype)
+
+
+def _best_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Found, ...]:
+    values = compute_tile(c, tile)
+    rows, cols = c.plan.rows[tile.i], c.plan.cols[tile.j]
+    leave_out(values, c, ask, tile)
+    least = THRESHOLDS.of(name, c)
+    best = [_candidates(values, ask.k, cols.start, least[rows])]
+    if not c.is_diagonal(tile):
+        best.append(_candidates(values.T, ask.k, rows.start, least[cols]))
+    return tuple(best)
+
+
+def leave_out(values: np.ndarray, c: Contraction, ask: Ask, tile: Tile) -> None:
+    """Make larger better, and worst what does not count, in place."""
+    rows, cols = c.plan.rows[tile.i], c.plan.cols[tile.j]
+    if not ask.largest:
+        np.negative(values, out=values)
+    if ask.groups is not None:
+        values[ask.groups[rows][:, None] == ask.groups[cols][None, :]] = -np.inf
+    if ask.rule is not None:
+        i, j = np.arange(rows.start, rows.stop), np.arange(cols.start, cols.stop)
+        values[np.broadcast_to(ask.rule(i[:, None], j[None, :]), values.shape)] = -np.inf
+    if c.is_diagonal(tile):
+        np.fill_diagonal(values, -np.inf)
+
+
+def _candidates(values: np.ndarray, k: int, start: int, least: np.ndarray) -> Found:
+    """Return what may be among the ``k`` best of each row, and raise the rows' thresholds."""
+    rows, columns = values.shape
+    if np.isneginf(least).mean() > 0.5 and k < columns:
+        index = top_k(np.ascontiguousarray(values), k)
+        best = np.take_along_axis(values, index, axis=1)
+        np.maximum(least, best[:, -1], out=least)
+        starts = np.arange(rows + 1) * k
+        return Found(starts, (index + start).astype(np.int32).ravel(), best.ravel())
+    # One compare; of a transposed tile in its own order, for speed.
+    if values.flags.c_contiguous:
+        row, column = np.nonzero(values >= least[:, None])
+    else:
+        column, row = np.nonzero(least <= values.T)
+        order = np.argsort(row, kind="stable")
+        row, column = row[order], column[order]
+    starts = np.searchsorted(row, np.arange(rows + 1))
+    found = Found(starts, (column + start).astype(np.int32), values[row, column])
+    _raise(least, found, k)
+    return found
+
+
+def _raise(least: np.ndarray, found: Found, k: int) -> None:
+    """Raise thresholds where a tile alone holds ``k`` better values."""
+    for r in np.flatnonzero(np.diff(found.starts) >= k):
+        part = found.values[found.starts[r] : found.starts[r + 1]]
+        least[r] = max(least[r], np.partition(part, len(part) - k)[len(part) - k])
+
+
+def _merge(
+    c: Contraction,
+    ask: Ask,
+    name: str,
+    i: int,
+    before: Found | None,
+    parts: list[tuple[Found, ...]],
+    sides: tuple[int, ...],
+) -> Found:
+    """Keep the ``k`` best of some tiles and those before; ties go to the lower column."""
+    found = [] if before is None else [before]
+    found += [part[side] for part, side in zip(parts, sides, strict=True)]
+    rows = len(found[0].starts) - 1
+    row = np.concatenate([np.repeat(np.arange(rows), np.diff(f.starts)) for f in found])
+    column = np.concatenate([f.columns for f in found])
+    value = np.concatenate([f.values for f in found])
+    order = np.lexsort((column, -value, row))
+    row, column, value = row[order], column[order], value[order]
+    starts = np.searchsorted(row, np.arange(rows + 1))
+    keep = np.arange(len(row)) - starts[row] < ask.k
+    counts = np.minimum(np.diff(starts), ask.k)
+    least = THRESHOLDS.of(name, c)[c.plan.rows[i]]
+    full = np.flatnonzero(counts == ask.k)
+    least[full] = np.maximum(least[full], value[starts[full] + ask.k - 1])
+    return Found(np.concatenate(([0], np.cumsum(counts))), column[keep], value[keep])
+
+
+def _finish(found: Found, ask: Ask, side: int) -> np.ndarray:
+    """Return positions (0) or values (1), filled to ``k`` where there are fewer."""
+    rows = len(found.starts) - 1
+    row = np.repeat(np.arange(rows), np.diff(found.starts))
+    rank = np.arange(len(row)) - found.starts[row]
+    counts = found.values > -np.inf
+    if side == 0:
+        out = np.full((rows, ask.k), -1, np.int64)
+        out[row[counts], rank[counts]] = found.columns[counts]
+        return out
+    best = np.full((rows, ask.k), np.nan, found.values.dtype)
+    best[row[counts], rank[counts]] = found.values[counts] * (1 if ask.largest else -1)
+    return best

@@ -1,0 +1,156 @@
+"""`plan`: what a kernel will cost, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from dask.utils import format_bytes, format_time
+
+from lkarray.engine.contraction import Contraction, contraction_of
+from lkarray.engine.plan import parts_of
+
+_READ_RATE = 1e9  # bytes a second, of a disk that is neither slow nor fast
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """The cost of a kernel or a neighbour table, as planned.
+
+    Attributes
+    ----------
+    tiles, side
+        Products to be computed, and rows and columns of the largest.
+    pieces
+        Pieces of the contracted dims that stream through an accumulator.
+    tasks
+        Tasks of the Dask graph that are not the input's own.
+    operations
+        Multiplications and additions.
+    bytes_read
+        Of the input in memory, each panel as often as the budget's cache makes it be read (at
+        most: which panels stay depends on the order of tasks).
+    bytes_written
+        Of the result, if all of it is kept.
+    budget, peak
+        Byte budget of a process, and the peak projected beyond its interpreter, without the
+        result.
+    precision
+        Of the products.
+    seconds
+        Projected: the larger of multiplying, at the rate measured in this process, and
+        reading at 1 GB/s. A cluster's workers are not counted in.
+    """
+
+    tiles: int
+    side: int
+    pieces: int
+    tasks: int
+    operations: int
+    bytes_read: int
+    bytes_written: int
+    budget: int
+    peak: int
+    precision: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"{self.tiles} tiles of up to {self.side} x {self.side}, contracted in "
+                f"{self.pieces} piece{'s' * (self.pieces > 1)}, {self.tasks} tasks",
+                f"{self.operations:.3g} operations in {self.precision}, "
+                f"{format_bytes(self.bytes_read)} read at most, {format_bytes(self.bytes_written)} "
+                "of results",
+                f"peak {format_bytes(self.peak)} of {format_bytes(self.budget)} a process, about "
+                f"{format_time(self.seconds)} on this machine",
+            )
+        )
+
+
+def plan(kernel: xr.DataArray | xr.Dataset) -> KernelPlan:
+    """Return what a lazy kernel or neighbour table will cost; nothing is computed.
+
+    Parameters
+    ----------
+    kernel
+        What `gram`, `covariance`, `correlation`, `influence` or `neighbors` returned, or
+        something computed from it: the plan is that of the whole kernel.
+
+    Returns
+    -------
+    KernelPlan
+        Tiles, tasks, operations, bytes, projected peak memory and time; printable. The first
+        call in a process measures the rate of a product, for a tenth of a second.
+
+    Raises
+    ------
+    ValueError
+        ``kernel`` is not lazy, or no kernel of lkarray.
+    """
+    arrays = list(kernel.data_vars.values()) if isinstance(kernel, xr.Dataset) else [kernel]
+    for array in arrays:
+        c = contraction_of(getattr(array, "data", None))
+        if c is not None:
+            return _describe(c, array, sum(a.nbytes for a in arrays))
+    raise ValueError(
+        "plan takes a lazy kernel or neighbour table, as lk.correlation(...) or "
+        "lk.neighbors(...) return it; this one holds no tiles (was it computed already?)"
+    )
+
+
+def _describe(c: Contraction, array: xr.DataArray, written: int) -> KernelPlan:
+    p = c.plan
+    layers = array.data.__dask_graph__().layers.values()
+    seconds = max(c.operations / _rate(c.precision), _bytes_read(c) / _READ_RATE)
+    return KernelPlan(
+        tiles=sum(1 for _ in c.tiles()),
+        side=max(s.stop - s.start for s in (*p.rows, *p.cols)),
+        pieces=len(p.pieces),
+        tasks=sum(len(layer) for layer in layers if _is_ours(layer)),
+        operations=c.operations,
+        bytes_read=_bytes_read(c),
+        bytes_written=written,
+        budget=p.budget,
+        peak=p.peak,
+        precision=c.precision,
+        seconds=seconds,
+    )
+
+
+def _is_ours(layer: Any) -> bool:
+    """Say whether a layer is made of tiles: the input's graph is inside the contraction."""
+    return bool(layer.is_materialized())
+
+
+def _bytes_read(c: Contraction) -> int:
+    """Return the bytes of all panels, as often as they are read in row-major order."""
+    parts = parts_of(c.x, c.y)
+    size: int = prod(c.each) * prod(c.x.shape)
+    once: int = sum(size * part.n * part.variable.dtype.itemsize for part in parts)
+    held: int = sum(size * part.n * part.dtype.itemsize for part in parts)
+    if held <= c.plan.cache:
+        return once
+    tiles = sum(1 for _ in c.tiles())
+    return max(
+        once, once * tiles // max(len(c.plan.rows) + len(c.plan.cols) * (not c.symmetric), 1)
+    )
+
+
+@lru_cache(maxsize=2)
+def _rate(precision: str) -> float:
+    """Return operations a second of a product, measured now."""
+    from lkarray.engine.blas import multiply
+    from lkarray.engine.lowprecision import LowPanel, _seconds, multiply_low
+
+    panel = np.random.default_rng(0).standard_normal((2048, 1024), dtype=np.float32)
+    other = panel.copy()
+    operations = 2 * 2048 * 1024 * 1024
+    if precision == "float32":
+        return operations / _seconds(lambda: multiply(panel, other))
+    low = LowPanel.of(panel)
+    return operations / _seconds(lambda: multiply_low(low, low))
