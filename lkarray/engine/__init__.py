@@ -2,12 +2,14 @@
 
 `numbers` multiplies plain arrays; `operand` reads panels of a labelled variable; `cache`
 holds them; `plan` fits tiles to a byte budget; `contraction` makes the tiles and their lazy
-Dask view; `top_k` is the sink that keeps the best entries of each row.
+Dask view; `top_k` is the sink that keeps the best entries of each row, and `search` the same
+through low precision.
 """
 
 from lkarray.engine.contraction import Contraction, contraction_of, gram_array
 from lkarray.engine.operand import Operand
 from lkarray.engine.plan import Plan, make_plan
+from lkarray.engine.search import search_arrays
 from lkarray.engine.top_k import TOP_K_BYTES, Ask, top_k_arrays, top_k_held
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "contraction_of",
     "gram_array",
     "make_plan",
+    "search_arrays",
     "top_k_arrays",
     "top_k_held",
 ]

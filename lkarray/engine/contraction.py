@@ -91,9 +91,10 @@ class Contraction:
             * prod(self.x.shape)
         )
 
-    def at_precision(self, precision: str) -> Contraction:
+    def at_precision(self, precision: str, *, search: bool = False) -> Contraction:
         """Return the contraction at ``"float32"``, or in low precision where ``"auto"`` pays."""
-        return replace(self, precision=choose(precision, self.operations, self.dtype))
+        chosen = choose(precision, self.operations, self.dtype, search=search)
+        return replace(self, precision=chosen)
 
     def tiles(self) -> Iterator[Tile]:
         """Yield the tiles to compute: of a symmetric Gram, those with ``i <= j``."""

@@ -119,6 +119,22 @@ class Operand:
         )
         return panel
 
+    def turned_panel(
+        self,
+        rows: slice,
+        pieces: tuple[Piece, ...],
+        limit: int,
+        turn: Callable[[np.ndarray], np.ndarray],
+    ) -> np.ndarray:
+        """Return a whole panel as ``(rows, contracted)``, for products of pairs of rows."""
+        panel: np.ndarray = self._cached(
+            ("turned", rows.start, rows.stop),
+            lambda: turn(self._load((), rows, pieces, 0)),
+            size=self.piece_bytes(rows, pieces[0]),
+            limit=limit,
+        )
+        return panel
+
     def _cached(
         self, key: tuple[Hashable, ...], load: Callable[[], Any], *, size: int, limit: int
     ) -> Any:

@@ -92,17 +92,10 @@ def top_k_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
         if tile.i < tile.j:
             parts[tile.j].append((part, 1))
     for i, found in parts.items():
-        # A few at a time, in the order in which tiles are made, so that few are ever held.
-        before: Any = None
-        for step in range(0, len(found), _MERGED):
-            keys, sides = zip(*found[step : step + _MERGED], strict=True)
-            last = step + _MERGED >= len(found)
-            key = (name, i) if last else (f"{name}-merge", i, step)
-            graph[key] = (_merge, node, asked, name, i, before, list(keys), sides)
-            before = key
+        graph[(name, i)] = gather(graph, name, i, found, (_merge, node, asked, name, i))
     names = (f"{name}-position", f"{name}-value")
     picks = {
-        out: {(out, i, 0): (_finish, (name, i), asked, side) for i in parts}
+        out: {(out, i, 0): (finish, (name, i), asked, side) for i in parts}
         for side, out in enumerate(names)
     }
     layers: dict[str, Any] = {name: ContractionLayer(graph, c)} | picks
@@ -110,6 +103,22 @@ def top_k_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
     chunks = (tuple(s.stop - s.start for s in c.plan.rows), (ask.k,))
     position = da.Array(whole, names[0], chunks, dtype=np.int64)
     return position, da.Array(whole, names[1], chunks, dtype=c.dtype)
+
+
+def gather(
+    graph: dict[Any, Any], name: str, i: int, found: list[tuple[Any, int]], merge: tuple[Any, ...]
+) -> Any:
+    """Add the merges of one panel's parts, a few tiles at a time so that few are ever held.
+
+    Tiles are taken in the order in which they are made. Return the key of the last merge.
+    """
+    before: Any = None
+    for step in range(0, len(found), _MERGED):
+        keys, sides = zip(*found[step : step + _MERGED], strict=True)
+        key = (f"{name}-merge", i, step)
+        graph[key] = (*merge, before, list(keys), sides)
+        before = key
+    return before
 
 
 def _best_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Found, ...]:
@@ -175,9 +184,18 @@ def _merge(
     parts: list[tuple[Found, ...]],
     sides: tuple[int, ...],
 ) -> Found:
-    """Keep the ``k`` best of some tiles and those before; ties go to the lower column."""
+    """Keep the ``k`` best of some tiles and those before, and raise the rows' thresholds."""
     found = [] if before is None else [before]
     found += [part[side] for part, side in zip(parts, sides, strict=True)]
+    best = merge_found(found, ask.k)
+    least = THRESHOLDS.of(name, c)[c.plan.rows[i]]
+    full = np.flatnonzero(np.diff(best.starts) == ask.k)
+    least[full] = np.maximum(least[full], best.values[best.starts[full] + ask.k - 1])
+    return best
+
+
+def merge_found(found: list[Found], k: int) -> Found:
+    """Return the ``k`` best of each row, best first; ties go to the lower column."""
     rows = len(found[0].starts) - 1
     row = np.concatenate([np.repeat(np.arange(rows), np.diff(f.starts)) for f in found])
     column = np.concatenate([f.columns for f in found])
@@ -185,15 +203,12 @@ def _merge(
     order = np.lexsort((column, -value, row))
     row, column, value = row[order], column[order], value[order]
     starts = np.searchsorted(row, np.arange(rows + 1))
-    keep = np.arange(len(row)) - starts[row] < ask.k
-    counts = np.minimum(np.diff(starts), ask.k)
-    least = THRESHOLDS.of(name, c)[c.plan.rows[i]]
-    full = np.flatnonzero(counts == ask.k)
-    least[full] = np.maximum(least[full], value[starts[full] + ask.k - 1])
+    keep = np.arange(len(row)) - starts[row] < k
+    counts = np.minimum(np.diff(starts), k)
     return Found(np.concatenate(([0], np.cumsum(counts))), column[keep], value[keep])
 
 
-def _finish(found: Found, ask: Ask, side: int) -> np.ndarray:
+def finish(found: Found, ask: Ask, side: int) -> np.ndarray:
     """Return positions (0) or values (1), filled to ``k`` where there are fewer."""
     rows = len(found.starts) - 1
     row = np.repeat(np.arange(rows), np.diff(found.starts))

@@ -96,9 +96,13 @@ def neighbors(
         operand, memory=memory, sink=engine.TOP_K_BYTES, held=engine.top_k_held(n, k)
     )
     contraction = engine.Contraction(operand, None, plan)
+    if len(plan.pieces) == 1:
+        contraction = contraction.at_precision(precision, search=True)
+    low = contraction.precision != "float32"
     codes = _codes(x, rows, exclude) if isinstance(exclude, str) else None
     rule = _Positions(exclude, x, rows) if callable(exclude) else None
-    position, value = engine.top_k_arrays(contraction, engine.Ask(k, largest, codes, rule))
+    arrays = engine.search_arrays if low else engine.top_k_arrays
+    position, value = arrays(contraction, engine.Ask(k, largest, codes, rule))
     if index is not None:
         position = da.map_blocks(_labels, position, index=index, dtype=np.int64)
     coords = sample_coords(x, rows)
@@ -114,6 +118,7 @@ def neighbors(
             "largest": int(largest),
             "over": list(POSTERIOR),
             "center": center,
+            "precision": contraction.precision,
         },
     )
 

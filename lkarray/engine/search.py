@@ -1,0 +1,218 @@
+"""The top-k sink in two steps: candidates in low precision, ranks by float32 products.
+
+Rounding a row ``a`` of norm one to ``a'`` leaves ``|a - a'| = d_a``, which is measured, so an
+entry ``a . b`` differs from ``a' . b'`` by at most ``d_a + d_b + d_a d_b`` (Cauchy-Schwarz), and
+from what the product returns by its own rounding besides. An entry whose upper bound lies
+below the k-th best lower bound of its row cannot be among the k best: that is the certificate.
+All others are computed again from float32 panels. Tiles in which too few can be ruled out are
+computed again whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+
+from lkarray.engine.blas import product_slot
+from lkarray.engine.contraction import Contraction, ContractionLayer, Tile, compute_tile
+from lkarray.engine.lowprecision import multiply_coarse, turn
+from lkarray.engine.numbers import finish_cosine, top_k
+from lkarray.engine.top_k import THRESHOLDS, Ask, Found, finish, gather, leave_out, merge_found
+
+_ROUNDING = 2.0**-8  # of a product's result: bfloat16 keeps 8 bits, and some slack
+_SUMS = 1e-5  # of float32 sums, in either precision
+_DENSE = 0.05  # share of a tile's entries from which it is computed again whole
+
+
+class Maybe(NamedTuple):
+    """Entries that may be among the best of some rows, in compressed rows, with bounds.
+
+    ``whole`` lists the panels of columns that must be computed again as whole tiles.
+    """
+
+    starts: np.ndarray
+    columns: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    whole: tuple[int, ...]
+
+
+def search_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
+    """Return what `lkarray.engine.top_k.top_k_arrays` returns, found through bfloat16."""
+    graph: dict[Any, Any] = {}
+    name = f"search-{tokenize(c, ask)}"
+    node, asked = f"{name}-contraction", f"{name}-ask"
+    graph[node], graph[asked] = c, ask
+    sides: dict[int, list[tuple[Any, int]]] = {i: [] for i in range(len(c.plan.rows))}
+    for tile in c.tiles():
+        part = (f"{name}-part", tile.i, tile.j)
+        graph[part] = (_maybe_of_tile, node, asked, name, tile)
+        sides[tile.i].append((part, 0))
+        if tile.i < tile.j:
+            sides[tile.j].append((part, 1))
+    for i, found in sides.items():
+        before = gather(graph, name, i, found, (_merge, node, asked, name, i))
+        graph[(name, i)] = (_rank, node, asked, i, before)
+    names = (f"{name}-position", f"{name}-value")
+    picks = {
+        out: {(out, i, 0): (finish, (name, i), asked, side) for i in sides}
+        for side, out in enumerate(names)
+    }
+    layers: dict[str, Any] = {name: ContractionLayer(graph, c)} | picks
+    whole = HighLevelGraph(layers, {name: set()} | {out: {name} for out in names})
+    chunks = (tuple(s.stop - s.start for s in c.plan.rows), (ask.k,))
+    position = da.Array(whole, names[0], chunks, dtype=np.int64)
+    return position, da.Array(whole, names[1], chunks, dtype=c.dtype)
+
+
+def _maybe_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Maybe, ...]:
+    rows, cols = c.plan.rows[tile.i], c.plan.cols[tile.j]
+    a = c.x.low_panel(tile.at, rows, c.plan.pieces, 0, c.plan.cache)
+    b = a if tile.i == tile.j else c.x.low_panel(tile.at, cols, c.plan.pieces, 0, c.plan.cache)
+    with product_slot(many=False):
+        values = multiply_coarse(a, b)
+    leave_out(values, c, ask, tile)
+    least = THRESHOLDS.of(name, c)
+    error = a.error.max(initial=0) + b.error.max(initial=0) * (1 + a.error.max(initial=0)) + _SUMS
+    best = [_maybe(values, ask.k, cols.start, tile.j, least[rows], error)]
+    if tile.i != tile.j:
+        best.append(_maybe(values.T, ask.k, rows.start, tile.i, least[cols], error))
+    return tuple(best)
+
+
+def _maybe(
+    values: np.ndarray, k: int, start: int, panel: int, least: np.ndarray, error: float
+) -> Maybe:
+    """Return the entries whose upper bound reaches the row's threshold, and raise that."""
+    rows, columns = values.shape
+    if np.isneginf(least).mean() > 0.5 and k < columns:
+        square = np.ascontiguousarray(values)
+        kth = np.take_along_axis(square, top_k(square, k)[:, -1:], axis=1)[:, 0]
+        np.maximum(least, _lower(kth, error), out=least)
+    # The smallest value whose upper bound reaches the threshold.
+    reach = least - error
+    reach = np.where(reach > 0, reach / (1 + _ROUNDING), reach / (1 - _ROUNDING))
+    reach[np.isneginf(least)] = np.finfo(values.dtype).min
+    if values.flags.c_contiguous:
+        mask = values >= reach[:, None]
+        if np.count_nonzero(mask) > _DENSE * mask.size:
+            return _whole(rows, panel)
+        row, column = np.nonzero(mask)
+    else:
+        mask = reach <= values.T
+        if np.count_nonzero(mask) > _DENSE * mask.size:
+            return _whole(rows, panel)
+        column, row = np.nonzero(mask)
+        order = np.argsort(row, kind="stable")
+        row, column = row[order], column[order]
+    found = values[row, column]
+    starts = np.searchsorted(row, np.arange(rows + 1))
+    lower, upper = _lower(found, error), found + error + _ROUNDING * np.abs(found)
+    return Maybe(starts, (column + start).astype(np.int32), lower, upper.astype("f4"), ())
+
+
+def _whole(rows: int, panel: int) -> Maybe:
+    none = np.zeros(0, np.float32)
+    return Maybe(np.zeros(rows + 1, int), np.zeros(0, np.int32), none, none, (panel,))
+
+
+def _lower(values: np.ndarray, error: float) -> np.ndarray:
+    # One step of float32 down, so that rounding this bound cannot raise it.
+    bound = (values - error - _ROUNDING * np.abs(values)).astype(np.float32)
+    low: np.ndarray = np.nextafter(bound, np.float32(-np.inf))
+    return low
+
+
+def _merge(
+    c: Contraction,
+    ask: Ask,
+    name: str,
+    i: int,
+    before: Maybe | None,
+    parts: list[tuple[Maybe, ...]],
+    sides: tuple[int, ...],
+) -> Maybe:
+    """Keep what may be among the ``k`` best of some tiles and those before."""
+    found = [] if before is None else [before]
+    found += [part[side] for part, side in zip(parts, sides, strict=True)]
+    rows = len(found[0].starts) - 1
+    row = np.concatenate([np.repeat(np.arange(rows), np.diff(f.starts)) for f in found])
+    lower = np.concatenate([f.lower for f in found])
+    order = np.lexsort((-lower, row))
+    row, lower = row[order], lower[order]
+    starts = np.searchsorted(row, np.arange(rows + 1))
+    least = THRESHOLDS.of(name, c)[c.plan.rows[i]]
+    full = np.flatnonzero(np.diff(starts) >= ask.k)
+    least[full] = np.maximum(least[full], lower[starts[full] + ask.k - 1])
+    upper = np.concatenate([f.upper for f in found])[order]
+    column = np.concatenate([f.columns for f in found])[order]
+    keep = upper >= least[row]
+    counts = np.bincount(row[keep], minlength=rows)
+    whole = tuple(panel for f in found for panel in f.whole)
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    return Maybe(starts, column[keep], lower[keep], upper[keep], whole)
+
+
+def _rank(c: Contraction, ask: Ask, i: int, maybe: Maybe) -> Found:
+    """Return the ``k`` best of a panel's rows, by float32 products of what may be among them."""
+    best: Found | None = None
+    for part in _exact(c, ask, i, maybe):
+        best = merge_found([part] if best is None else [best, part], ask.k)
+    rows = c.plan.rows[i].stop - c.plan.rows[i].start
+    return best or Found(np.zeros(rows + 1, int), np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+
+def _exact(c: Contraction, ask: Ask, i: int, maybe: Maybe) -> Iterator[Found]:
+    """Yield exact values, one panel of columns at a time."""
+    plan = c.plan
+    rows = plan.rows[i].stop - plan.rows[i].start
+    row = np.repeat(np.arange(rows), np.diff(maybe.starts))
+    bounds = np.array([s.start for s in plan.cols] + [plan.cols[-1].stop])
+    panel_of = np.searchsorted(bounds, maybe.columns, side="right") - 1
+    sign = 1 if ask.largest else -1
+    mine: np.ndarray | None = None
+    for j in range(len(plan.cols)):
+        at = np.flatnonzero(panel_of == j)
+        if j in maybe.whole:
+            yield _whole_tile(c, ask, i, j)
+        elif len(at):
+            if mine is None:
+                mine = _turned(c, i)
+            order = at[np.argsort(row[at], kind="stable")]
+            theirs = mine if i == j else _turned(c, j)
+            value = _dots(mine, theirs, row[order], maybe.columns[order] - bounds[j]) * sign
+            starts = np.searchsorted(row[order], np.arange(rows + 1))
+            yield Found(starts, maybe.columns[order], value)
+
+
+def _turned(c: Contraction, i: int) -> np.ndarray:
+    return c.x.turned_panel(c.plan.rows[i], c.plan.pieces, c.plan.cache, turn)
+
+
+def _dots(a: np.ndarray, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return ``a[i] . b[j]`` for pairs of rows: gathering them first costs more than the loop."""
+    out = np.empty(len(i), a.dtype)
+    for p, (row, column) in enumerate(zip(i.tolist(), j.tolist(), strict=True)):
+        out[p] = np.dot(a[row], b[column])
+    finish_cosine(out, diagonal=False)
+    return out
+
+
+def _whole_tile(c: Contraction, ask: Ask, i: int, j: int) -> Found:
+    exact = replace(c, precision="float32")
+    tile = Tile((), min(i, j), max(i, j))
+    values = compute_tile(exact, tile)
+    leave_out(values, exact, ask, tile)
+    if i > j:
+        values = np.ascontiguousarray(values.T)
+    k = min(ask.k, values.shape[1])
+    index = top_k(values, k)
+    starts = np.arange(len(values) + 1) * k
+    columns = (index + c.plan.cols[j].start).astype(np.int32).ravel()
+    return Found(starts, columns, np.take_along_axis(values, index, axis=1).ravel())
