@@ -7,7 +7,7 @@ from typing import Any
 import xarray as xr
 
 from lkarray import kernels
-from lkarray.schema import Losses
+from lkarray.schema import POSTERIOR, Losses, as_losses
 
 
 class LossAccessor:
@@ -35,6 +35,18 @@ class LossAccessor:
     def neighbors(self, k: int = 30, **options: Any) -> xr.Dataset:
         """See `lkarray.neighbors`."""
         return kernels.neighbors(self._losses, k, **options)
+
+    def svd(self, k: int, **options: Any) -> xr.Dataset:
+        """See `lkarray.svd`; ``over`` is ``("chain", "draw")``."""
+        return kernels.svd(as_losses(self._losses), k, **({"over": POSTERIOR} | options))
+
+    def cka(self, other: Losses, **options: Any) -> xr.DataArray:
+        """See `lkarray.cka`."""
+        return kernels.cka(self._losses, other, **options)
+
+    def group_mean(self, groups: Any, **options: Any) -> xr.DataArray:
+        """See `lkarray.group_mean`."""
+        return kernels.group_mean(self._losses, groups, **options)
 
     def loss_gain(self) -> xr.DataArray:
         """See `lkarray.loss_gain`."""

@@ -1,6 +1,8 @@
 """The named kernels: a few lines each on the engine."""
 
+from lkarray.kernels.alignment import cka, cka_curve, frobenius
 from lkarray.kernels.gram import gram
+from lkarray.kernels.groups import group_mean, linear_operator
 from lkarray.kernels.losses import (
     correlation,
     covariance,
@@ -11,15 +13,25 @@ from lkarray.kernels.losses import (
     singular_fluctuation,
 )
 from lkarray.kernels.neighbors import neighbors
+from lkarray.kernels.spectra import eigh, energy_rank, participation_ratio, svd
 
 __all__ = [
+    "cka",
+    "cka_curve",
     "correlation",
     "covariance",
+    "eigh",
+    "energy_rank",
+    "frobenius",
     "gram",
+    "group_mean",
     "influence",
+    "linear_operator",
     "llc",
     "loss_gain",
     "loss_variance",
     "neighbors",
+    "participation_ratio",
     "singular_fluctuation",
+    "svd",
 ]

@@ -94,7 +94,7 @@ def gram(
     rows = free_dim(x, "x", over, each)
     columns = rows if y is None else free_dim(y, "y", over, each)
     if y is not None:
-        _check_shared(x, y, (*over, *each))
+        check_shared(x, y, (*over, *each))
     degrees = degrees_of_freedom(x, over, center)
     options: dict[str, Any] = {
         "over": over,
@@ -151,7 +151,8 @@ def free_dim(x: xr.DataArray, name: str, over: tuple[str, ...], each: tuple[str,
     return free[0]
 
 
-def _check_shared(x: xr.DataArray, y: xr.DataArray, dims: tuple[str, ...]) -> None:
+def check_shared(x: xr.DataArray, y: xr.DataArray, dims: tuple[str, ...]) -> None:
+    """Raise unless two tensors have the same entries along some dims; name the first difference."""
     for dim in dims:
         if x.sizes[dim] != y.sizes[dim]:
             raise SchemaError(

@@ -1,0 +1,316 @@
+"""The matrix in strips along its longer side: whatever is linear in it, in passes over the data.
+
+A Gram of n rows contracted over S elements has a thin side, the shorter of the two. Spectra,
+norms, alignments and group means need only arrays of that side, which sums over strips give:
+each strip ``b`` is ``(short, part of the long side)``, standardised, read once a pass. Nothing
+here is n x n unless n is the shorter side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+from dask.utils import format_bytes
+
+from lkarray.engine.blas import product_slot
+from lkarray.engine.operand import Operand, Piece
+from lkarray.engine.plan import _BUFFERS, _concurrent_tasks, _workers_threads, memory_budget, split
+from lkarray.errors import MemoryBudgetError
+
+_MOST = 2048  # of the long side in a strip: wider ones multiply no faster
+_HELD = 2  # strips of a task in memory: one in use, one being standardised
+
+#: What a pass calls on each strip: the blocks of all operands, the strip's place along the
+#: long side, and whatever else the pass was given.
+Step = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Operands that share their long side, cut along it.
+
+    Attributes
+    ----------
+    operands
+        One or several. Several share their rows, which are then the long side.
+    rows
+        Whether the rows are the long side; otherwise the contracted dims are.
+    cuts
+        Panels of rows, or pieces of the contracted dims, in the order of the long side.
+    cache
+        Bytes of strips that a process may keep.
+    groups
+        Tasks of a pass.
+    """
+
+    operands: tuple[Operand, ...]
+    rows: bool
+    cuts: tuple[Any, ...]
+    cache: int
+    groups: int
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        tokens = tuple(x.token for x in self.operands)
+        return (tokens, self.rows, self.cuts, self.cache, self.groups)
+
+    @property
+    def short(self) -> int:
+        """Size of the short side of the first operand."""
+        x = self.operands[0]
+        return prod(x.shape) if self.rows else x.n
+
+    @property
+    def spans(self) -> list[slice]:
+        """Place of each strip along the long side."""
+        if self.rows:
+            return list(self.cuts)
+        ends = np.cumsum([_volume(piece) for piece in self.cuts]).tolist()
+        return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+    @property
+    def parts(self) -> list[range]:
+        """Strips of each task of a pass: neighbours, so that its results are contiguous."""
+        bounds = np.linspace(0, len(self.cuts), self.groups + 1).astype(int).tolist()
+        return [range(a, b) for a, b in pairwise(bounds)]
+
+    def blocks(self, k: int) -> tuple[np.ndarray, ...]:
+        """Return strip ``k`` of each operand, ``(short, part)``."""
+        if self.rows:
+            return tuple(
+                x.panel((), self.cuts[k], (tuple((0, size) for size in x.shape),), 0, self.cache)
+                for x in self.operands
+            )
+        (x,) = self.operands
+        return (x.panel((), slice(0, x.n), self.cuts, k, self.cache).T,)
+
+
+def make_strips(
+    *operands: Operand,
+    memory: int | str | None = None,
+    rows: bool | None = None,
+    held: int = 0,
+    once: int = 0,
+) -> Strips:
+    """Cut operands into strips that fit a byte budget.
+
+    Parameters
+    ----------
+    operands
+        One, or several with the same rows.
+    memory
+        Byte budget of a process; see `lkarray.engine.plan.memory_budget`.
+    rows
+        Whether to cut along the rows; by default, along the longer side.
+    held
+        Bytes that each task holds besides its strips: its sums.
+    once
+        Bytes that a process holds besides.
+
+    Raises
+    ------
+    MemoryBudgetError
+        No strip fits; the message says what would.
+    """
+    budget = memory_budget(memory)
+    length, n = max(prod(x.shape) for x in operands), operands[0].n
+    if rows is None:
+        rows = n >= length
+    tasks = _concurrent_tasks()
+    widths = [x.grain()[1] if rows else prod(x.grain()[0][1:]) for x in operands]
+
+    def peak(tasks: int, cuts: tuple[Any, ...]) -> int:
+        most = sum(_strip_bytes(x, rows, cuts) for x in operands)
+        return tasks * (most + held) + once + _moments(operands, rows)
+
+    allowed = 3 * budget // 4
+    while True:
+        for width in _widths(n if rows else length, widths):
+            cuts = _cut(operands[0], rows, width)
+            needed = peak(tasks, cuts)
+            if needed <= allowed:
+                groups = min(_workers_threads() or tasks, len(cuts))
+                cache = max(9 * budget // 10 - _BUFFERS - needed, 0)
+                return Strips(operands, rows, cuts, cache, max(groups, 1))
+        if tasks == 1 or _workers_threads():
+            break
+        tasks //= 2  # fewer sums at once
+    raise MemoryBudgetError(
+        f"{format_bytes(budget)} cannot hold strips of {operands[0].name!r} and the sums over "
+        f"them; {ceil(needed * 4 / 3 / 2**10) + 1} KiB can: set memory= or LKARRAY_MEMORY"
+    )
+
+
+def _strip_bytes(x: Operand, rows: bool, cuts: tuple[Any, ...]) -> int:
+    """Return the bytes of a task for one operand's strips, and the chunks they are read from."""
+    grain, width = x.grain()
+    if rows:
+        side = max(cut.stop - cut.start for cut in cuts)
+        read = min(x.n, ceil(side / width) * width)
+        area, source = side * prod(x.shape), read * prod(x.shape)
+    else:
+        area = max(map(_volume, cuts)) * x.n
+        source = area * max(1, grain[0])
+        source = min(source, prod(x.shape) * x.n)
+    return int(_HELD * area * x.dtype.itemsize + source * x.variable.dtype.itemsize)
+
+
+def _moments(operands: tuple[Operand, ...], rows: bool) -> int:
+    return (
+        0 if rows else sum(16 * x.n * (x.shape[0] if x.center == "chain" else 1) for x in operands)
+    )
+
+
+def _widths(long: int, chunks: list[int]) -> Iterator[int]:
+    """Yield widths to try, widest first: whole chunks, then parts of them."""
+    width = min(_MOST, long)
+    chunk = max(chunks)
+    if 1 < chunk < width:
+        width -= width % chunk
+    while True:
+        yield width
+        if width == 1:
+            return
+        width = max(1, width // 2)
+
+
+def _cut(x: Operand, rows: bool, width: int) -> tuple[Any, ...]:
+    if rows:
+        return tuple(slice(a, min(a + width, x.n)) for a in range(0, x.n, width))
+    # Cut the outermost dim at will, so that pieces follow the order of the flattened side.
+    return split(x.shape, width, (1, *x.grain()[0][1:]))
+
+
+def _volume(piece: Piece) -> int:
+    return prod(stop - start for start, stop in piece)
+
+
+def total(
+    graph: dict[Any, Any],
+    name: str,
+    node: str,
+    strips: Strips,
+    step: Step,
+    *args: Any,
+    turn: int = 0,
+) -> str:
+    """Add a pass that sums ``step(blocks, span, *args)`` over all strips; return its key.
+
+    Sums are float64 (of arrays, or of tuples of arrays), in a fixed order. A pass of odd
+    ``turn`` visits each task's strips backwards, so that a cache of
+    some of them is hit on the next pass.
+    """
+    keys = []
+    for g, part in enumerate(strips.parts):
+        keys.append((f"{name}-sum", g))
+        graph[keys[-1]] = (_sum_strips, node, step, part, turn % 2 == 1, list(args))
+    graph[name] = (_add_all, keys)
+    return name
+
+
+def joined(
+    graph: dict[Any, Any],
+    name: str,
+    node: str,
+    strips: Strips,
+    step: Step,
+    *args: Any,
+    turn: int = 0,
+) -> list[Any]:
+    """Add a pass that joins ``step(blocks, span, *args)`` along the long side; return its keys.
+
+    One key, and one chunk of the result, for each task.
+    """
+    keys = []
+    for g, part in enumerate(strips.parts):
+        keys.append((f"{name}-join", g))
+        graph[keys[-1]] = (_join_strips, node, step, part, turn % 2 == 1, list(args))
+    return keys
+
+
+def joined_chunks(strips: Strips) -> tuple[int, ...]:
+    """Return the lengths of what `joined` gives."""
+    spans = strips.spans
+    return tuple(spans[p[-1]].stop - spans[p[0]].start for p in strips.parts)
+
+
+def _visit(strips: Strips, step: Step, k: int, args: list[Any]) -> Any:
+    blocks = strips.blocks(k)
+    with product_slot(many=False):
+        return step(blocks, strips.spans[k], *args)
+
+
+def _sum_strips(strips: Strips, step: Step, part: range, back: bool, args: list[Any]) -> Any:
+    out: Any = None
+    for k in reversed(part) if back else part:
+        found = _visit(strips, step, k, args)
+        if found is None:  # the pass is not needed any more
+            return None
+        out = _add(out, found)
+    return out
+
+
+def _join_strips(strips: Strips, step: Step, part: range, back: bool, args: list[Any]) -> Any:
+    found = {k: _visit(strips, step, k, args) for k in (reversed(part) if back else part)}
+    return np.concatenate([found[k] for k in part])
+
+
+def _add(total: Any, part: Any) -> Any:
+    if isinstance(part, tuple):
+        return tuple(_add(None if total is None else total[i], p) for i, p in enumerate(part))
+    if total is None:
+        return np.asarray(part, np.float64)
+    total += part
+    return total
+
+
+def _add_all(parts: list[Any]) -> Any:
+    if parts[0] is None:
+        return None
+    out = parts[0]
+    for part in parts[1:]:
+        out = (
+            tuple(a + b for a, b in zip(out, part, strict=True))
+            if isinstance(out, tuple)
+            else out + part
+        )
+    return out
+
+
+# --- steps ------------------------------------------------------------------------------------
+
+
+def gram_step(blocks: tuple[np.ndarray, ...], span: slice, exact: bool = False) -> np.ndarray:
+    """Return ``b b'``, the Gram of the short side, in float64 where ``exact``."""
+    b = blocks[0].astype(np.float64) if exact else blocks[0]
+    product: np.ndarray = b @ b.T
+    return product
+
+
+def cross_step(blocks: tuple[np.ndarray, ...], span: slice) -> np.ndarray:
+    """Return ``a b'`` of two operands that share their rows."""
+    product: np.ndarray = blocks[0] @ blocks[1].T
+    return product
+
+
+def times_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
+    """Return ``b M`` for a matrix along the long side."""
+    product: np.ndarray = blocks[0] @ matrix[span].astype(blocks[0].dtype, copy=False)
+    return product
+
+
+def project_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
+    """Return ``b' M`` for a matrix along the short side."""
+    product: np.ndarray = blocks[0].T @ matrix.astype(blocks[0].dtype, copy=False)
+    return product
+
+
+def apply_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
+    """Return ``b b' M`` for a matrix along the short side: both products in one reading."""
+    b = blocks[0]
+    product: np.ndarray = b @ (b.T @ matrix.astype(b.dtype, copy=False))
+    return product

@@ -1,0 +1,373 @@
+"""Frobenius products of kernels and centred kernel alignment, without n x n."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+
+from lkarray.engine import Operand
+from lkarray.engine.strips import make_strips, total
+from lkarray.errors import SchemaError
+from lkarray.kernels.gram import CENTERS, check_shared, degrees_of_freedom, free_dim, one_of
+from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
+
+_NORMALIZERS = ("count", "cosine")
+Pair = tuple[int, int]
+
+
+def frobenius(
+    a: Losses,
+    b: Losses | None = None,
+    *,
+    center: str = "pooled",
+    normalize: str = "count",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return the Frobenius product of two kernels, ``sum_ij K_ij L_ij``, lazily.
+
+    Parameters
+    ----------
+    a, b
+        Loss tensors ``(chain, draw, sample)`` of the same samples; their draws may differ.
+        ``b=None`` gives the squared norm of one kernel.
+    center
+        ``"pooled"`` or ``"chain"``; see `lkarray.covariance`.
+    normalize
+        ``"count"`` for covariances, ``"cosine"`` for correlations.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.DataArray
+        0-d float64.
+
+    Notes
+    -----
+    One pass over the data, ``2 n S_a S_b`` operations and ``S_a x S_b`` numbers where n exceeds
+    the draws, otherwise n x n numbers.
+    """
+    tensors = [as_losses(a, name="a"), as_losses(a if b is None else b, name="b")]
+    if b is None:
+        tensors.pop()
+    found = _Products(tensors, center, normalize, memory).compute([(0, len(tensors) - 1)], None)
+    return _scalar(found[0], "frobenius", center=center, normalize=normalize)
+
+
+def cka(
+    a: Losses,
+    b: Losses,
+    *,
+    debiased: bool | str = False,
+    center: str = "pooled",
+    normalize: str = "count",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    r"""Return the centred kernel alignment of two kernels (loss-kernel appendix D.3), lazily.
+
+    .. math:: \langle HKH, HLH \rangle_F / (|HKH|_F |HLH|_F), \quad H = I - 11'/n
+
+    Parameters
+    ----------
+    a, b
+        Loss tensors ``(chain, draw, sample)`` of the same samples; their draws may differ.
+    debiased
+        ``"samples"`` uses the unbiased HSIC_1 of Song et al. (2012), which a small number of
+        samples does not inflate. ``"draws"`` takes each squared norm as the product of the
+        kernels from even and odd chains, whose Monte-Carlo errors are independent (and the
+        product too, where a and b are one tensor), so that noise does not lower the
+        alignment; it may exceed 1 by noise.
+    center, normalize
+        As for `frobenius`.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``cka``, 0-d float64. NaN where a kernel is constant.
+
+    Raises
+    ------
+    SchemaError
+        The samples differ (the first difference is named), or dims are missing.
+    ValueError
+        ``"draws"`` with fewer than two chains, or ``"samples"`` with fewer than four samples.
+
+    Notes
+    -----
+    Two passes over the data: the mean over samples, which is subtracted before any product, and
+    the products, ``2 n S**2`` operations each. Memory: three ``S x S`` float64 arrays a task, or
+    n x n where n is smaller than the draws; never n x n otherwise.
+    """
+    if debiased not in (False, "samples", "draws"):
+        raise ValueError(f"debiased must be False, 'samples' or 'draws', not {debiased!r}")
+    x, y = as_losses(a, name="a"), as_losses(b, name="b")
+    if debiased == "draws":
+        parts = [part for z in (x, y) for part in _halves(z)]
+        same = x.identical(y) if x.chunks is None else x.data is y.data
+        if same:
+            return _align(parts[:2], [(0, 1)] * 3, None, center, normalize, memory)
+        pairs = [(0, 1), (2, 3), (4, 5)]
+        return _align([x, y, *parts], pairs, None, center, normalize, memory)
+    if debiased == "samples":
+        rows = free_dim(x, "a", POSTERIOR, ())
+        if x.sizes[rows] < 4:
+            raise ValueError(f"debiased='samples' needs four samples, found {x.sizes[rows]}")
+    kind = "unbiased" if debiased else "centred"
+    if x is y or (x.chunks is not None and x.data is y.data):
+        return _align([x], [(0, 0)] * 3, kind, center, normalize, memory)
+    return _align([x, y], [(0, 1), (0, 0), (1, 1)], kind, center, normalize, memory)
+
+
+def cka_curve(
+    losses: Losses,
+    draws: int | Iterable[int] = 20,
+    *,
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return how the covariance kernel converges: its CKA with the final one (figure 6A), lazily.
+
+    Parameters
+    ----------
+    losses
+        Loss tensor ``(chain, draw, sample)``.
+    draws
+        Draws of each chain to stop at, or how many such numbers, evenly spaced.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``cka(draws)``, float64: the kernel of the first ``draws`` draws of every chain against
+        that of all, both pooled. Multiply the coordinate by the chains for figure 6's axis.
+
+    Notes
+    -----
+    One pass for the means over samples and one for the ``S x S`` Gram of the draws, from which
+    every point follows; memory is that of a few such arrays in float64.
+    """
+    x = as_losses(losses).transpose(*POSTERIOR, ...)
+    rows = free_dim(x, "losses", POSTERIOR, ())
+    degrees_of_freedom(x, POSTERIOR, "pooled")
+    chains, length = x.sizes[CHAIN], x.sizes[DRAW]
+    first = 1 if chains > 1 else 2
+    if isinstance(draws, int):
+        points = np.unique(np.linspace(first, length, max(draws, 1)).round().astype(int))
+    else:
+        points = np.asarray(sorted(draws))
+    if not len(points) or points[0] < first or points[-1] > length:
+        raise ValueError(f"draws must lie between {first} and {length}, the draws of each chain")
+    options: dict[str, Any] = {"over": POSTERIOR, "each": (), "center": "pooled", "cosine": False}
+    operand = Operand(x, rows=rows, **options)
+    size = chains * length
+    strips = make_strips(operand, memory=memory, rows=True, held=12 * size**2, once=24 * size**2)
+    name = f"cka-curve-{tokenize(strips, points)}"
+    graph: dict[Any, Any] = {f"{name}-strips": strips}
+    mean = total(graph, f"{name}-mean", f"{name}-strips", strips, _mean_step)
+    args = (mean, operand.n, ((0, 0),), "centred")
+    found = total(graph, f"{name}-gram", f"{name}-strips", strips, _gram_step, *args, turn=1)
+    graph[(name, 0)] = (_curve, found, points, chains, length)
+    whole = HighLevelGraph.from_collections(name, graph)
+    data = da.Array(whole, name, ((len(points),),), dtype=np.float64)
+    return xr.DataArray(data, dims="draws", coords={"draws": points}, name="cka")
+
+
+def _curve(
+    found: tuple[np.ndarray, ...], points: np.ndarray, chains: int, length: int
+) -> np.ndarray:
+    gram = found[0]
+    norm = np.linalg.norm(gram)
+    draw = np.tile(np.arange(length), chains)
+    out = np.empty(len(points))
+    for p, t in enumerate(points):
+        first = draw < t
+        part = gram[first] - gram[first].mean(0)
+        own = part[:, first] - part[:, first].mean(1, keepdims=True)
+        out[p] = (part**2).sum() / (np.linalg.norm(own) * norm)
+    return out
+
+
+def _align(
+    tensors: Sequence[xr.DataArray],
+    pairs: Sequence[Pair],
+    kind: str | None,
+    center: str,
+    normalize: str,
+    memory: int | str | None,
+) -> xr.DataArray:
+    label = "draws" if kind is None else "samples" if kind == "unbiased" else "none"
+    products = _Products(tensors, center, normalize, memory).compute(pairs, kind or "centred")
+    value = products[0] / da.sqrt(products[1] * products[2])
+    return _scalar(value, "cka", debiased=label, center=center, normalize=normalize)
+
+
+def _scalar(value: da.Array, name: str, **attrs: str) -> xr.DataArray:
+    return xr.DataArray(value, name=name, attrs={"over": list(POSTERIOR)} | attrs)
+
+
+def _halves(x: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    if x.sizes[CHAIN] < 2:
+        raise ValueError(
+            f"debiased='draws' needs at least two chains, found {x.sizes[CHAIN]}; take more"
+        )
+    return x.isel(chain=slice(0, None, 2)), x.isel(chain=slice(1, None, 2))
+
+
+class _Products:
+    """Inner products of kernels of tensors that share their samples."""
+
+    def __init__(
+        self,
+        tensors: Sequence[xr.DataArray],
+        center: str,
+        normalize: str,
+        memory: int | str | None,
+    ) -> None:
+        one_of("center", center, CENTERS)
+        one_of("normalize", normalize, _NORMALIZERS)
+        self.memory = memory
+        first = tensors[0]
+        rows = free_dim(first, "a", POSTERIOR, ())
+        options: dict[str, Any] = {"over": POSTERIOR, "each": (), "center": center}
+        self.operands, self.scale = [], []
+        for x in tensors:
+            if free_dim(x, "b", POSTERIOR, ()) != rows:
+                raise SchemaError(f"a and b must share {rows!r}; b has dims {x.dims}")
+            check_shared(first, x, (rows,))
+            degrees = degrees_of_freedom(x, POSTERIOR, center)
+            self.operands.append(Operand(x, rows=rows, cosine=normalize == "cosine", **options))
+            self.scale.append(1 / degrees if normalize == "count" else 1.0)
+
+    def compute(self, pairs: Sequence[Pair], kind: str | None) -> da.Array:
+        """Return the products of pairs, lazily: plain, of centred kernels, or unbiased HSIC."""
+        n = self.operands[0].n
+        sizes = [int(np.prod(x.shape)) for x in self.operands]
+        wide = n >= max(sizes)
+        scale = np.array([self.scale[i] * self.scale[j] for i, j in pairs])
+        distinct = tuple(dict.fromkeys(pairs))
+        name = f"inner-{tokenize(self.operands, pairs, kind, self.memory)}"
+        graph: dict[Any, Any] = {}
+        if wide:
+            found = self._wide(graph, name, distinct, kind, sizes)
+        else:
+            found = self._narrow(graph, name, distinct, kind)
+        graph[(name, 0)] = (_pick, found, distinct, list(pairs), scale)
+        whole = HighLevelGraph.from_collections(name, graph)
+        return da.Array(whole, name, ((len(pairs),),), dtype=np.float64)
+
+    def _wide(
+        self,
+        graph: dict[Any, Any],
+        name: str,
+        pairs: tuple[Pair, ...],
+        kind: str | None,
+        sizes: list[int],
+    ) -> str:
+        held = 12 * sum(sizes[i] * sizes[j] for i, j in pairs)
+        strips = make_strips(*self.operands, memory=self.memory, rows=True, held=held, once=held)
+        node = f"{name}-strips"
+        graph[node] = strips
+        n = self.operands[0].n
+        mean = None
+        if kind is not None:
+            mean = total(graph, f"{name}-mean", node, strips, _mean_step)
+        args = (mean, n, pairs, kind)
+        sums = total(graph, f"{name}-sums", node, strips, _gram_step, *args, turn=1)
+        graph[f"{name}-found"] = (_from_sums, sums, n, len(pairs), kind)
+        return f"{name}-found"
+
+    def _narrow(
+        self, graph: dict[Any, Any], name: str, pairs: tuple[Pair, ...], kind: str | None
+    ) -> str:
+        n, kernels = self.operands[0].n, []
+        for i, operand in enumerate(self.operands):
+            held, once = 12 * n * n, 8 * n * n * (2 + len(self.operands))
+            strips = make_strips(operand, memory=self.memory, rows=False, held=held, once=once)
+            graph[f"{name}-strips-{i}"] = strips
+            args = (f"{name}-kernel-{i}", f"{name}-strips-{i}", strips, _kernel_step)
+            kernels.append(total(graph, *args, kind is not None))
+        graph[f"{name}-found"] = (_from_kernels, kernels, pairs, kind)
+        return f"{name}-found"
+
+
+def _mean_step(blocks: tuple[np.ndarray, ...], span: slice) -> tuple[np.ndarray, ...]:
+    return tuple(b.sum(1, dtype=np.float64) for b in blocks)
+
+
+def _gram_step(
+    blocks: tuple[np.ndarray, ...],
+    span: slice,
+    sums: tuple[np.ndarray, ...] | None,
+    n: int,
+    pairs: tuple[Pair, ...],
+    kind: str | None,
+) -> tuple[np.ndarray, ...]:
+    """Cross Grams of the draws, of centred blocks; and for HSIC the sums over diagonals."""
+    if sums is not None:
+        blocks = tuple(
+            b - (s / n).astype(b.dtype)[:, None] for b, s in zip(blocks, sums, strict=True)
+        )
+    products = tuple(blocks[i] @ blocks[j].T for i, j in pairs)
+    if kind != "unbiased":
+        return products
+    diagonal = [np.einsum("ij,ij->j", b, b, dtype=np.float64) for b in blocks]
+    extra = [(diagonal[i] @ diagonal[j], diagonal[i].sum(), diagonal[j].sum()) for i, j in pairs]
+    return (*products, np.array(extra))
+
+
+def _kernel_step(blocks: tuple[np.ndarray, ...], span: slice, centred: bool) -> np.ndarray:
+    (b,) = blocks
+    if centred:
+        b = b - b.mean(0, dtype=np.float64).astype(b.dtype)
+    product: np.ndarray = b @ b.T
+    return product
+
+
+def _from_sums(sums: tuple[np.ndarray, ...], n: int, count: int, kind: str | None) -> np.ndarray:
+    squares = np.array([(c**2).sum() for c in sums[:count]])
+    if kind != "unbiased":
+        return squares
+    return _unbiased(squares, *sums[count].T, n=n)
+
+
+def _from_kernels(
+    kernels: list[np.ndarray], pairs: tuple[Pair, ...], kind: str | None
+) -> np.ndarray:
+    products = np.array([(kernels[i] * kernels[j]).sum() for i, j in pairs])
+    if kind != "unbiased":
+        return products
+    diagonal = [np.diagonal(k) for k in kernels]
+    extra = np.array(
+        [(diagonal[i] @ diagonal[j], diagonal[i].sum(), diagonal[j].sum()) for i, j in pairs]
+    )
+    return _unbiased(products, *extra.T, n=len(kernels[0]))
+
+
+def _unbiased(
+    products: np.ndarray, both: np.ndarray, first: np.ndarray, second: np.ndarray, *, n: int
+) -> np.ndarray:
+    """Return HSIC_1 (Song et al. 2012) from kernels whose rows sum to zero.
+
+    The estimate does not change when the features are centred over the samples; then a row of the
+    kernel without its diagonal sums to minus that diagonal.
+    """
+    trace = products - both
+    sums = first * second / ((n - 1) * (n - 2))
+    out: np.ndarray = (trace + sums - 2 * both / (n - 2)) / (n * (n - 3))
+    return out
+
+
+def _pick(
+    found: np.ndarray, distinct: tuple[Pair, ...], pairs: list[Pair], scale: np.ndarray
+) -> np.ndarray:
+    at = [distinct.index(tuple(pair)) for pair in pairs]
+    picked: np.ndarray = found[at] * scale
+    return picked

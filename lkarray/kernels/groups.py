@@ -1,0 +1,241 @@
+"""Mean kernels between groups, and kernels as operators, without n x n."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import dask
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.base import tokenize
+from dask.delayed import Delayed
+from dask.highlevelgraph import HighLevelGraph
+
+from lkarray.engine import Operand
+from lkarray.engine.strips import Strips, apply_step, joined, make_strips, project_step, total
+from lkarray.errors import SchemaError
+from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of
+from lkarray.schema import POSTERIOR, Losses, as_losses, second
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+KERNELS = ("correlation", "covariance")
+
+
+def kernel_operand(losses: Losses, kernel: str, center: str) -> tuple[xr.DataArray, Operand, float]:
+    """Return the tensor, its operand, and the factor of every entry of one of `KERNELS`."""
+    one_of("kernel", kernel, KERNELS)
+    one_of("center", center, CENTERS)
+    x = as_losses(losses)
+    rows = free_dim(x, "losses", POSTERIOR, ())
+    degrees = degrees_of_freedom(x, POSTERIOR, center)
+    cosine = kernel == "correlation"
+    operand = Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=cosine)
+    return x, operand, 1.0 if cosine else 1 / degrees
+
+
+def group_codes(
+    x: xr.DataArray, rows: str, groups: Hashable | Any
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return the name of a grouping, its values in order, and each sample's number in them.
+
+    Raises
+    ------
+    SchemaError
+        There is no such coordinate, or there is not one label for each sample.
+    """
+    if isinstance(groups, str):
+        if groups not in x.coords or x.coords[groups].dims != (rows,):
+            labels = sorted(str(name) for name, c in x.coords.items() if c.dims == (rows,))
+            raise SchemaError(f"{groups!r} is no coordinate of {rows!r}; there are {labels}")
+        name, labels_ = groups, np.asarray(x.coords[groups].values)
+    else:
+        name = str(getattr(groups, "name", None) or "group")
+        labels_ = np.asarray(groups)
+        if labels_.shape != (x.sizes[rows],):
+            raise SchemaError(
+                f"groups has shape {labels_.shape}; expected ({x.sizes[rows]},): one label a sample"
+            )
+    values, codes = np.unique(labels_, return_inverse=True)
+    return name, values, codes
+
+
+def group_mean(
+    losses: Losses,
+    groups: Hashable | Any,
+    *,
+    kernel: str = "correlation",
+    self_pairs: bool = True,
+    center: str = "pooled",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return the mean kernel between groups of samples, lazily.
+
+    Parameters
+    ----------
+    losses
+        Loss tensor ``(chain, draw, sample)``.
+    groups
+        A coordinate of the samples, such as ``"label"``, or one label for each sample.
+    kernel
+        ``"correlation"`` or ``"covariance"``.
+    self_pairs
+        Whether a sample's entry with itself counts (1 in a correlation).
+    center
+        ``"pooled"`` or ``"chain"``.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``KERNEL(label, label_2)`` (named after the coordinate; ``group`` for a bare array),
+        float64, with the groups' values, sorted. Without self pairs, a group of one sample
+        has NaN with itself.
+
+    Raises
+    ------
+    SchemaError
+        There is no such coordinate, or not one label for each sample.
+
+    Notes
+    -----
+    Samples are averaged within groups first, so it costs one pass over the data and ``2 n S g``
+    operations for g groups, and ``S x g`` numbers; never n x n unless n is below S.
+    """
+    x, operand, scale = kernel_operand(losses, kernel, center)
+    name, values, codes = group_codes(x, operand.rows, groups)
+    counts = np.bincount(codes, minlength=len(values))
+    size = int(np.prod(operand.shape))
+    held = 8 * len(values) * (min(size, operand.n) + len(values))
+    strips = make_strips(operand, memory=memory, held=held, once=held)
+    key = f"group-mean-{tokenize(strips, codes, scale, self_pairs)}"
+    graph: dict[Any, Any] = {f"{key}-strips": strips, f"{key}-codes": codes}
+    step = _group_rows if strips.rows else _group_draws
+    args = (f"{key}-codes", counts)
+    sums = total(graph, f"{key}-sums", f"{key}-strips", strips, step, *args)
+    graph[(key, 0, 0)] = (_group_finish, sums, counts, strips.rows, scale, self_pairs)
+    whole = HighLevelGraph.from_collections(key, graph)
+    data = da.Array(whole, key, ((len(values),), (len(values),)), dtype=np.float64)
+    return xr.DataArray(
+        data,
+        dims=(name, second(name)),
+        coords={name: values, second(name): values},
+        name=kernel,
+        attrs={"over": list(POSTERIOR), "center": center, "self_pairs": int(self_pairs)},
+    )
+
+
+def _group_rows(
+    blocks: tuple[np.ndarray, ...], span: slice, codes: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the rows of each group, and the sums of their squared norms."""
+    (b,) = blocks
+    own = codes[span]
+    member = np.zeros((len(own), len(counts)), b.dtype)
+    member[np.arange(len(own)), own] = 1 / counts[own]
+    squares = np.einsum("ij,ij->j", b, b, dtype=np.float64)
+    return b @ member, np.bincount(own, squares, minlength=len(counts))
+
+
+def _group_draws(
+    blocks: tuple[np.ndarray, ...], span: slice, codes: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Products of the group means over a piece of the draws, and the same sums."""
+    (b,) = blocks
+    member = np.zeros((len(counts), len(codes)), b.dtype)
+    member[codes, np.arange(len(codes))] = 1 / counts[codes]
+    mean = (member @ b).astype(np.float64)
+    squares = np.einsum("ij,ij->i", b, b, dtype=np.float64)
+    return mean @ mean.T, np.bincount(codes, squares, minlength=len(counts))
+
+
+def _group_finish(
+    sums: tuple[np.ndarray, np.ndarray],
+    counts: np.ndarray,
+    rows: bool,
+    scale: float,
+    self_pairs: bool,
+) -> np.ndarray:
+    mean, squares = sums
+    out = mean.T @ mean if rows else mean.copy()
+    if not self_pairs:
+        pairs = counts * (counts - 1.0)
+        own = np.diagonal(out) * counts**2 - squares
+        np.fill_diagonal(out, np.divide(own, pairs, out=np.full(len(own), np.nan), where=pairs > 0))
+    finished: np.ndarray = out * scale
+    return finished
+
+
+def linear_operator(
+    losses: Losses,
+    *,
+    kernel: str = "covariance",
+    center: str = "pooled",
+    memory: int | str | None = None,
+) -> LinearOperator:
+    """Return the kernel as a SciPy operator, for `scipy.sparse.linalg.eigsh` and its like.
+
+    Parameters
+    ----------
+    losses
+        Loss tensor ``(chain, draw, sample)``.
+    kernel
+        ``"covariance"`` or ``"correlation"``.
+    center
+        ``"pooled"`` or ``"chain"``.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    scipy.sparse.linalg.LinearOperator
+        n x n, symmetric, float64. Each product with a vector or a block of them reads the
+        data once or twice, on the Dask scheduler of the moment, and costs ``4 n S`` operations a
+        vector; products are float32 for float32 losses, so ask for tolerances above 1e-6.
+    """
+    from scipy.sparse.linalg import LinearOperator
+
+    _, operand, scale = kernel_operand(losses, kernel, center)
+    strips = make_strips(operand, memory=memory)
+
+    def multiply(vectors: np.ndarray) -> np.ndarray:
+        block = np.asarray(vectors, np.float64).reshape(operand.n, -1)
+        product = _multiply(strips, block) * scale
+        return product.reshape(np.shape(vectors))
+
+    return LinearOperator(
+        (operand.n, operand.n),
+        matvec=multiply,
+        rmatvec=multiply,
+        matmat=multiply,
+        rmatmat=multiply,
+        dtype=np.float64,
+    )
+
+
+def _multiply(strips: Strips, block: np.ndarray) -> np.ndarray:
+    name = f"operator-{tokenize(strips, block)}"
+    node = f"{name}-strips"
+    graph: dict[Any, Any] = {node: strips, f"{name}-block": block}
+    if strips.rows:
+        inner = total(graph, f"{name}-inner", node, strips, _times, f"{name}-block")
+        keys = joined(graph, f"{name}-outer", node, strips, project_step, inner, turn=1)
+        graph[name] = (_join, keys)
+    else:
+        total(graph, name, node, strips, apply_step, f"{name}-block")
+    (out,) = dask.compute(Delayed(name, HighLevelGraph.from_collections(name, graph), layer=name))
+    product: np.ndarray = np.asarray(out, np.float64)
+    return product
+
+
+def _times(blocks: tuple[np.ndarray, ...], span: slice, block: np.ndarray) -> np.ndarray:
+    product: np.ndarray = blocks[0] @ block[span].astype(blocks[0].dtype)
+    return product
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts)

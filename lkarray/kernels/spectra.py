@@ -1,0 +1,448 @@
+"""Singular values and vectors of unfoldings, eigenvalues of kernels, and what sums them up."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+
+from lkarray.engine import Operand
+from lkarray.engine.strips import (
+    Strips,
+    apply_step,
+    gram_step,
+    joined,
+    joined_chunks,
+    make_strips,
+    project_step,
+    total,
+)
+from lkarray.errors import SchemaError
+from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of, sample_coords
+
+MODE = "mode"
+_EXTRA = 10  # vectors beyond those asked for (Halko, Martinsson and Tropp 2011)
+_EXACT_OPERATIONS = 1e11  # of the short side's Gram, up to which it is decomposed at once
+_EXACT = 1000  # a short side up to which its Gram is made in float64
+_SEED = 0
+_ROWS = "lkarray_rows"  # of a tensor whose several free dims are stacked
+
+
+def svd(
+    x: xr.DataArray,
+    k: int,
+    *,
+    over: str | Iterable[str],
+    center: str | None = None,
+    normalize: str | None = None,
+    tolerance: float = 1e-3,
+    max_passes: int = 4,
+    memory: int | str | None = None,
+) -> xr.Dataset:
+    r"""Return the ``k`` largest singular values and vectors of an unfolding, lazily.
+
+    The tensor is the matrix ``X`` with rows ``free dims`` and columns ``over``, and
+    :math:`X \approx \sum_m u_m s_m v_m'`.
+
+    Parameters
+    ----------
+    x
+        Any tensor.
+    k
+        Modes.
+    over
+        Dims of the columns; all others are rows.
+    center, normalize
+        As for `gram` (``"count"`` divides ``X`` by the root of the degrees of freedom).
+    tolerance
+        Passes stop once :math:`|XX'u - s^2 u| \le` tolerance :math:`s^2` for every mode (the
+        values themselves are then off by about the square of it).
+    max_passes
+        Passes of the iteration at most.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``u(*free dims, mode)``, ``singular_value(mode)``, ``v(*over, mode)``, ``residual(mode)``
+        (relative, of the last pass before the final one; 0 where the short side was decomposed at
+        once) and ``passes``. The entry of each ``u`` of largest magnitude is positive. Modes
+        beyond the rank have zero vectors. Compute it at once: ``svd(...).compute()``.
+
+    Raises
+    ------
+    SchemaError, ValueError
+        Dims are missing, or ``k`` exceeds the shorter side.
+    MemoryBudgetError
+        The budget cannot hold the iterates.
+
+    Notes
+    -----
+    Where the Gram of the shorter side q takes at most 1e11 operations (or q is little more than
+    the iteration would span), two passes: its Gram (in float64 up to q = 1,000), and the
+    projection. Otherwise a block Krylov iteration with full reorthogonalisation (Musco and
+    Musco 2015) on k + 10 vectors of the short side,
+    each pass of which reads the data once and costs ``4 n S (k + 10)`` operations; at most
+    ``max_passes``, and one more for the projection, whose own singular values are taken, so that
+    their error is of the order of float32 rounding of the largest, not of its square. Memory:
+    strips, and ``q (k + 10) max_passes`` float64.
+    """
+    k = operator.index(k)
+    over = (over,) if isinstance(over, str) else tuple(over)
+    operand, free, scale = _operand(x, over, center, normalize)
+    short = min(operand.n, prod(operand.shape))
+    if not 1 <= k <= short:
+        raise ValueError(
+            f"k must be between 1 and {short}, the shorter side of the unfolding, not {k}"
+        )
+    width = min(k + _EXTRA, short)
+    operations = 2 * operand.n * prod(operand.shape) * short
+    exact = short <= 2 * width * max_passes or operations <= _EXACT_OPERATIONS
+    held = 8 * short * (short if exact else 2 * width)
+    once = 8 * short * (short if exact else width * (max_passes + 2))
+    strips = make_strips(operand, memory=memory, held=held, once=once)
+    name = f"svd-{tokenize(strips, k, exact, tolerance, max_passes, scale)}"
+    graph: dict[Any, Any] = {f"{name}-strips": strips}
+    node = f"{name}-strips"
+    if exact:
+        gram = total(graph, f"{name}-gram", node, strips, gram_step, short <= _EXACT)
+        state: Any = f"{name}-state"
+        graph[state] = (_decompose, gram, width)
+        turn = 1
+    else:
+        state, turn = _iterate(graph, name, node, strips, (k, width, tolerance, max_passes))
+    return _assemble(graph, name, node, strips, (state, turn, k, scale), x, free)
+
+
+def eigh(
+    x: xr.DataArray,
+    *,
+    over: str | Iterable[str],
+    center: str | None = None,
+    normalize: str | None = None,
+    memory: int | str | None = None,
+) -> xr.Dataset:
+    """Return all eigenvalues and vectors of a Gram that may differ from zero, lazily.
+
+    Parameters
+    ----------
+    x, over, center, normalize, memory
+        As for `gram`; the Gram itself is made only where n is the shorter side.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``eigenvalue(mode)``, descending, and ``eigenvector(row, mode)``, for min(n, S) modes; the
+        entry of each vector of largest magnitude is positive, and vectors of zero eigenvalues
+        are zero where S is the shorter side.
+
+    Notes
+    -----
+    Two passes over the data, ``2 n S q`` operations for the shorter side q, and a dense
+    ``q x q`` decomposition (``O(q**3)``: minutes beyond q = 10,000; for a few modes use `svd`).
+    """
+    over = (over,) if isinstance(over, str) else tuple(over)
+    operand, free, scale = _operand(x, over, center, normalize)
+    short = min(operand.n, prod(operand.shape))
+    strips = make_strips(operand, memory=memory, held=8 * short * short, once=24 * short * short)
+    name = f"eigh-{tokenize(strips, scale)}"
+    node, state = f"{name}-strips", f"{name}-state"
+    graph: dict[Any, Any] = {node: strips}
+    gram = total(graph, f"{name}-gram", node, strips, gram_step, short <= _EXACT)
+    graph[state] = (_decompose, gram, short)
+    out = _assemble(graph, name, node, strips, (state, 1, short, scale), x, free)
+    values = (out["singular_value"] ** 2).rename("eigenvalue")
+    vectors = out["u"].rename("eigenvector")
+    return xr.Dataset({"eigenvalue": values, "eigenvector": vectors})
+
+
+def participation_ratio(s: Any) -> Any:
+    """Return the effective number of modes, ``(sum w)^2 / sum w^2`` with ``w = s^2``.
+
+    1 if one mode holds all the energy, K if K modes share it equally (PLGK section 6.3).
+
+    Parameters
+    ----------
+    s
+        Singular values: a DataArray with the dim ``mode``, or an array with modes last.
+
+    Returns
+    -------
+    DataArray or array
+        Without the modes; lazy if ``s`` is. NaN where all are zero.
+    """
+    if isinstance(s, xr.DataArray):
+        weight = s.astype(np.float64) ** 2
+        out = weight.sum(MODE) ** 2 / (weight**2).sum(MODE)
+        return out.rename("participation_ratio")
+    weights = np.asarray(s, np.float64) ** 2
+    return weights.sum(-1) ** 2 / (weights**2).sum(-1)
+
+
+def energy_rank(s: Any, share: float = 0.9) -> Any:
+    """Return how many leading modes hold at least ``share`` of the energy, the sum of ``s^2``.
+
+    Parameters
+    ----------
+    s
+        Singular values in descending order: a DataArray with the dim ``mode``, or an array with
+        modes last. The energy is that of the modes given.
+    share
+        Between 0 and 1.
+
+    Returns
+    -------
+    DataArray or array
+        int64, without the modes; lazy if ``s`` is.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, not {share}")
+    if isinstance(s, xr.DataArray):
+        return xr.apply_ufunc(
+            _energy_rank,
+            s,
+            input_core_dims=[[MODE]],
+            kwargs={"share": share},
+            dask="parallelized",
+            dask_gufunc_kwargs={"allow_rechunk": True},
+            output_dtypes=[np.int64],
+        ).rename("energy_rank")
+    return _energy_rank(np.asarray(s), share)
+
+
+def _energy_rank(s: np.ndarray, share: float) -> np.ndarray:
+    energy = np.cumsum(s.astype(np.float64) ** 2, axis=-1)
+    needed = share * energy[..., -1:] * (1 - 1e-12)
+    rank: np.ndarray = (energy < needed).sum(-1) + 1
+    return rank
+
+
+def _operand(
+    x: xr.DataArray, over: tuple[str, ...], center: str | None, normalize: str | None
+) -> tuple[Operand, tuple[str, ...], float]:
+    """Return the unfolding, the dims of its rows, and the factor of its entries."""
+    if not isinstance(x, xr.DataArray):
+        raise TypeError(f"x must be an xarray.DataArray, not {type(x).__name__}")
+    one_of("center", center, (None, *CENTERS))
+    one_of("normalize", normalize, (None, "count", "cosine"))
+    free = tuple(str(dim) for dim in x.dims if dim not in over)
+    if not free:
+        raise SchemaError(f"over={over} leaves no dim of {x.dims} for the rows")
+    flat, rows = x, free[0]
+    if len(free) > 1:
+        flat = xr.DataArray(x.variable.stack({_ROWS: free}), name=x.name)
+        rows = _ROWS
+    free_dim(flat, "x", over, ())
+    degrees = degrees_of_freedom(x, over, center)
+    cosine = normalize == "cosine"
+    operand = Operand(flat, over=over, each=(), rows=rows, center=center, cosine=cosine)
+    return operand, free, degrees**-0.5 if normalize == "count" else 1.0
+
+
+@dataclass
+class _State:
+    """The Krylov iteration: its basis, the operator in it, and the best vectors so far."""
+
+    basis: np.ndarray  # (short, vectors), orthonormal
+    operator: np.ndarray  # of the vectors that were multiplied
+    ritz: np.ndarray
+    residual: np.ndarray
+    passes: int
+    done: bool
+
+
+def _start(short: int, width: int) -> _State:
+    generator = np.random.Generator(np.random.Philox(_SEED))
+    first = np.linalg.qr(generator.standard_normal((short, width)))[0]
+    return _State(first, np.zeros((0, 0)), first, np.full(width, np.inf), 0, False)
+
+
+def _iterate(
+    graph: dict[Any, Any],
+    name: str,
+    node: str,
+    strips: Strips,
+    options: tuple[int, int, float, int],
+) -> tuple[Any, int]:
+    """Add the passes; return the key of the last state and the number of passes."""
+    k, width, tolerance, passes = options
+    state = f"{name}-state-0"
+    graph[state] = (_start, strips.short, width)
+    for p in range(passes):
+        image = total(graph, f"{name}-pass-{p}", node, strips, _krylov_step, state, turn=p)
+        last, state = state, f"{name}-state-{p + 1}"
+        graph[state] = (_advance, last, image, k, width, tolerance)
+    return state, passes
+
+
+def _krylov_step(blocks: tuple[np.ndarray, ...], span: slice, state: _State) -> np.ndarray | None:
+    if state.done:
+        return None
+    return apply_step(blocks, span, state.basis[:, len(state.operator) :])
+
+
+def _advance(
+    state: _State, image: np.ndarray | None, k: int, width: int, tolerance: float
+) -> _State:
+    """Extend the Krylov space by the image of its last block, and find its best vectors."""
+    if image is None:
+        return state
+    basis, known = state.basis, len(state.operator)
+    size = basis.shape[1]
+    inner = basis.T @ image
+    operator_ = np.zeros((size, size))
+    operator_[:known, :known] = state.operator
+    operator_[:, known:] = inner
+    operator_[known:, :] = inner.T
+    operator_[known:, known:] = (inner[known:] + inner[known:].T) / 2
+    rest = image - basis @ inner
+    rest -= basis @ (basis.T @ rest)
+    block, factor = np.linalg.qr(rest)
+    value, vector = np.linalg.eigh(operator_)
+    value, vector = value[::-1], vector[:, ::-1]
+    norms = np.linalg.norm(factor @ vector[known:, :k], axis=0)
+    residual = norms / np.maximum(value[:k], np.finfo(np.float64).tiny)
+    room = min(width, len(basis) - size)
+    done = bool((residual <= tolerance).all()) or room == 0
+    grown = basis if done else np.hstack((basis, block[:, :room]))
+    ritz = basis @ vector[:, :width]
+    return _State(grown, operator_, ritz, residual, state.passes + 1, done)
+
+
+def _decompose(gram: np.ndarray, width: int) -> _State:
+    """Return the leading eigenvectors of the short side's whole Gram."""
+    vector = np.linalg.eigh(gram)[1][:, ::-1][:, :width]
+    return _State(vector, gram, vector, np.zeros(width), 1, True)
+
+
+def _project(blocks: tuple[np.ndarray, ...], span: slice, state: _State) -> np.ndarray:
+    return project_step(blocks, span, state.ritz)
+
+
+def _assemble(
+    graph: dict[Any, Any],
+    name: str,
+    node: str,
+    strips: Strips,
+    how: tuple[Any, int, int, float],
+    x: xr.DataArray,
+    free: tuple[str, ...],
+) -> xr.Dataset:
+    """Project onto the vectors of the short side, and decompose the projection."""
+    state, turn, k, scale = how
+    keys = joined(graph, f"{name}-project", node, strips, _project, state, turn=turn)
+    squares = []
+    for g, key in enumerate(keys):
+        squares.append((f"{name}-squares", g))
+        graph[squares[-1]] = (_square, key)
+    small = f"{name}-small"
+    graph[small] = (_small, squares, state, k)
+    tops = []
+    for g, key in enumerate(keys):
+        tops.append((f"{name}-long", g))
+        graph[tops[-1]] = (_long_side, key, small)
+    sign = f"{name}-sign"
+    graph[sign] = (
+        _signs,
+        [(f"{name}-long", g) for g in range(len(keys))] if strips.rows else small,
+    )
+    dtype = strips.operands[0].dtype
+    out: dict[str, Any] = {
+        f"{name}-l": {(f"{name}-l", g, 0): (_signed, top, sign) for g, top in enumerate(tops)},
+        f"{name}-q": {(f"{name}-q", 0, 0): (_signed_short, small, sign, dtype)},
+        f"{name}-s": {(f"{name}-s", 0): (_values, small, scale)},
+        f"{name}-r": {(f"{name}-r", 0): (_residual, state, k)},
+        f"{name}-p": {(f"{name}-p",): (_passes, state)},
+    }
+    needs: dict[str, set[str]] = {name: set()} | {layer: {name} for layer in out}
+    whole = HighLevelGraph({name: graph} | out, needs)
+    long = da.Array(whole, f"{name}-l", (joined_chunks(strips), (k,)), dtype=dtype)
+    short = da.Array(whole, f"{name}-q", ((strips.short,), (k,)), dtype=dtype)
+    u, v = (long, short) if strips.rows else (short, long)
+    operand = strips.operands[0]
+    sizes = [x.sizes[dim] for dim in free]
+    vectors = {
+        "u": ((*free, MODE), u.reshape((*sizes, k)) if len(free) > 1 else u),
+        "v": (
+            (*operand.over, MODE),
+            v.reshape((*operand.shape, k)) if len(operand.over) > 1 else v,
+        ),
+        "singular_value": (MODE, da.Array(whole, f"{name}-s", ((k,),), dtype=np.float64)),
+        "residual": (MODE, da.Array(whole, f"{name}-r", ((k,),), dtype=np.float64)),
+        "passes": ((), da.Array(whole, f"{name}-p", (), dtype=np.int64)),
+    }
+    coords: dict[Hashable, Any] = sample_coords(x, *free) | sample_coords(x, *operand.over)
+    attrs = {"over": list(operand.over), "center": operand.center or "none"}
+    return xr.Dataset(vectors, coords=coords | {MODE: np.arange(k)}, attrs=attrs)
+
+
+def _square(part: np.ndarray) -> np.ndarray:
+    part = part.astype(np.float64)
+    square: np.ndarray = part.T @ part
+    return square
+
+
+@dataclass
+class _Small:
+    """The decomposition of the projection: values, its own vectors, those of the short side."""
+
+    value: np.ndarray
+    vector: np.ndarray
+    short: np.ndarray
+
+
+def _small(squares: list[np.ndarray], state: _State, k: int) -> _Small:
+    gram = squares[0]
+    for part in squares[1:]:
+        gram = gram + part
+    square, vector = np.linalg.eigh(gram)
+    square, vector = square[::-1][:k], vector[:, ::-1][:, :k]
+    value = np.sqrt(np.maximum(square, 0))
+    value[value <= value[:1] * 1e-10] = 0
+    return _Small(value, vector, (state.ritz @ vector) * (value > 0))
+
+
+def _long_side(part: np.ndarray, small: _Small) -> np.ndarray:
+    inverse = np.divide(1.0, small.value, out=np.zeros_like(small.value), where=small.value > 0)
+    turned: np.ndarray = (part @ (small.vector * inverse).astype(part.dtype)).astype(part.dtype)
+    return turned
+
+
+def _signs(rows: list[np.ndarray] | _Small) -> np.ndarray:
+    """Return the sign of the entry of largest magnitude of each vector of the rows."""
+    parts = [rows.short] if isinstance(rows, _Small) else rows
+    best = np.stack([np.take_along_axis(p, np.abs(p).argmax(0)[None], 0)[0] for p in parts])
+    top = np.take_along_axis(best, np.abs(best).argmax(0)[None], 0)[0]
+    return np.where(top < 0, -1, 1)
+
+
+def _signed(part: np.ndarray, sign: np.ndarray) -> np.ndarray:
+    signed: np.ndarray = part * sign.astype(part.dtype)
+    return signed
+
+
+def _signed_short(small: _Small, sign: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    signed: np.ndarray = (small.short * sign).astype(dtype)
+    return signed
+
+
+def _values(small: _Small, scale: float) -> np.ndarray:
+    values: np.ndarray = small.value * scale
+    return values
+
+
+def _residual(state: _State, k: int) -> np.ndarray:
+    return state.residual[:k]
+
+
+def _passes(state: _State) -> np.ndarray:
+    return np.asarray(state.passes + 1)

@@ -1,0 +1,138 @@
+import dask
+import numpy as np
+import pytest
+
+import lkarray as lk
+from lkarray import errors
+from tests.conftest import numpy_correlation, numpy_covariance, random_losses
+from tests.engine.test_engine import counting
+
+
+def pair(rng, samples, chains=3, draws=20):
+    """Two runs on the same samples that share some structure, of unlike length."""
+    a = random_losses(rng, chains=chains, draws=draws, samples=samples)
+    b = random_losses(rng, chains=2, draws=draws + 3, samples=samples)
+    b[:, :draws] = b[:, :draws] + 2 * a[:2]
+    return a, b
+
+
+def centred(kernel):
+    h = np.eye(len(kernel)) - 1 / len(kernel)
+    return h @ kernel @ h
+
+
+def plain_cka(k, j):
+    k, j = centred(k), centred(j)
+    return (k * j).sum() / np.sqrt((k**2).sum() * (j**2).sum())
+
+
+def hsic_1(k, j):
+    """Song et al. 2012, as printed."""
+    n, k, j = len(k), k - np.diag(np.diag(k)), j - np.diag(np.diag(j))
+    one = np.ones(n)
+    middle = (one @ k @ one) * (one @ j @ one) / ((n - 1) * (n - 2))
+    return (np.trace(k @ j) + middle - 2 / (n - 2) * (one @ k @ j @ one)) / (n * (n - 3))
+
+
+def unbiased_cka(k, j):
+    return hsic_1(k, j) / np.sqrt(hsic_1(k, k) * hsic_1(j, j))
+
+
+@pytest.mark.parametrize("samples", [15, 120])
+@pytest.mark.parametrize("normalize", ["count", "cosine"])
+@pytest.mark.parametrize("memory", [None, "700 KiB"])
+def test_cka__equals_its_definition(rng, samples, normalize, memory):
+    a, b = pair(rng, samples)
+    kernel = numpy_covariance if normalize == "count" else numpy_correlation
+    options = {"normalize": normalize, "memory": memory}
+    lazy = a.chunk(draw=6, sample=40), b.chunk(sample=7)
+    for k, l_, x, y in ((kernel(a), kernel(b), *lazy), (kernel(a), kernel(b), a, b)):
+        assert float(lk.cka(x, y, **options)) == pytest.approx(plain_cka(k, l_), rel=1e-4)
+        found = lk.cka(x, y, debiased="samples", **options)
+        assert float(found) == pytest.approx(unbiased_cka(k, l_), rel=1e-3)
+        assert found.dims == ()
+        assert found.name == "cka"
+    assert float(lk.cka(a, a)) == pytest.approx(1)
+    expected = (kernel(a) * kernel(b)).sum()
+    assert float(lk.frobenius(a, b, **options)) == pytest.approx(expected, rel=1e-5)
+    assert float(lk.frobenius(a, **options)) == pytest.approx((kernel(a) ** 2).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("samples", [15, 120])
+def test_cka__debiased_over_draws_takes_disjoint_chains(rng, samples):
+    a, b = pair(rng, samples, chains=5)
+    halves = [numpy_covariance(x.isel(chain=slice(i, None, 2))) for x in (a, b) for i in (0, 1)]
+    own = [(centred(halves[i]) * centred(halves[i + 1])).sum() for i in (0, 2)]
+    expected = (centred(numpy_covariance(a)) * centred(numpy_covariance(b))).sum()
+    found = float(lk.cka(a, b, debiased="draws"))
+    assert found == pytest.approx(expected / np.sqrt(own[0] * own[1]), rel=1e-4)
+    assert float(lk.cka(a, a, debiased="draws")) == pytest.approx(1)
+    with pytest.raises(ValueError, match="two chains"):
+        lk.cka(a.isel(chain=[0]), b, debiased="draws")
+
+
+def test_cka__does_not_cancel_where_a_common_mode_dominates(rng):
+    """All losses rise together: K is nearly constant, and what is left decides."""
+    a, b = pair(rng, 200)
+    common = 300 * rng.normal(size=(3, 20, 1)).astype("f4")
+    k = numpy_covariance((a + common).astype("f4"))
+    expected = plain_cka(k, numpy_covariance(b))
+    assert float(lk.cka((a + common).astype("f4"), b)) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("samples", [15, 120])
+def test_curve__equals_cka_of_the_first_draws(rng, samples):
+    losses = random_losses(rng, samples=samples)
+    lazy, reads = counting(losses, (1, 20, 5))
+    with dask.config.set(scheduler="synchronous"):
+        curve = lk.cka_curve(lazy, [1, 5, 12, 20], memory="64 MiB").compute()
+    assert set(reads.values()) == {1}
+    for t in (1, 5, 12, 20):
+        k = numpy_covariance(losses.isel(draw=slice(0, t)))
+        expected = plain_cka(k, numpy_covariance(losses))
+        assert float(curve.sel(draws=t)) == pytest.approx(expected, rel=1e-4)
+    assert float(curve.sel(draws=20)) == pytest.approx(1)
+    with pytest.raises(ValueError, match="between 1 and 20"):
+        lk.cka_curve(losses, [30])
+
+
+def test_cka__refuses_other_samples_and_names_the_first(rng):
+    a, b = pair(rng, 15)
+    moved = b.assign_coords(sample=np.arange(15) + (np.arange(15) > 6))
+    with pytest.raises(errors.SchemaError, match="first at position 7: 7 and 8"):
+        lk.cka(a, moved)
+    with pytest.raises(errors.SchemaError, match="15 and 9 entries"):
+        lk.cka(a, b.isel(sample=slice(9)))
+    with pytest.raises(ValueError, match="debiased"):
+        lk.cka(a, b, debiased=True)
+
+
+@pytest.mark.parametrize("samples", [30, 150])
+@pytest.mark.parametrize("kernel", ["correlation", "covariance"])
+@pytest.mark.parametrize("self_pairs", [True, False])
+def test_group_mean__equals_the_mean_of_the_blocks(rng, samples, kernel, self_pairs):
+    losses = random_losses(rng, samples=samples)
+    label = np.array(["cat", "dog", "eel"])[rng.integers(0, 3, samples)]
+    label[4] = "ox"
+    losses = losses.assign_coords(animal=("sample", label)).chunk(draw=7, sample=40)
+    found = lk.group_mean(
+        losses, "animal", kernel=kernel, self_pairs=self_pairs, memory="500 KiB"
+    ).compute()
+    assert found.dims == ("animal", "animal_2")
+    whole = (numpy_correlation if kernel == "correlation" else numpy_covariance)(losses.compute())
+    if not self_pairs:
+        np.fill_diagonal(whole, np.nan)
+    for a in found["animal"].values:
+        for b in found["animal"].values:
+            block = whole[np.ix_(label == a, label == b)]
+            block = block[np.isfinite(block)]
+            expected = block.mean() if len(block) else np.nan
+            np.testing.assert_allclose(
+                found.sel(animal=a, animal_2=b), expected, rtol=1e-4, atol=1e-5
+            )
+    bare = lk.group_mean(losses, label, kernel=kernel)
+    assert bare.dims == ("group", "group_2")
+    with pytest.raises(errors.SchemaError, match="no coordinate.*'animal', 'label'"):
+        lk.group_mean(losses, "colour")
+    with pytest.raises(errors.SchemaError, match="one label"):
+        lk.group_mean(losses, label[:3])
