@@ -22,6 +22,7 @@ SAMPLE = "sample"
 RANK = "rank"
 COMPONENT = "component"
 QUERY = "query"
+MODE = "mode"
 
 LOSSES = "losses"
 SAMPLE_STATS = "sample_stats"

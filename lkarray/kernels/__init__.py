@@ -13,7 +13,8 @@ from lkarray.kernels.losses import (
     singular_fluctuation,
 )
 from lkarray.kernels.neighbors import neighbors
-from lkarray.kernels.spectra import eigh, energy_rank, participation_ratio, svd
+from lkarray.kernels.ranks import energy_rank, participation_ratio
+from lkarray.kernels.spectra import eigh, svd
 
 __all__ = [
     "cka",

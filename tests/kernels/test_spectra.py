@@ -89,9 +89,9 @@ def test_svd__stops_once_it_has_converged(rng, monkeypatch):
     low = rng.normal(size=(300, 4)) @ rng.normal(size=(4, 1200))
     lazy, reads = counting(tensor(low.astype("f4")), (2, 150, 300))
     with dask.config.set(scheduler="synchronous"):
-        found = lk.svd(lazy, 4, over=OVER, memory="2 MiB").compute()
+        found = lk.svd(lazy, 4, over=OVER, memory="64 MiB").compute()
     assert int(found["passes"]) == 3
-    assert max(reads.values()) <= 3
+    assert set(reads.values()) == {1}  # the cache holds it all
     np.testing.assert_allclose(
         found["singular_value"], np.linalg.svd(low, compute_uv=False)[:4], rtol=1e-5
     )

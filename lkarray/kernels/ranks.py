@@ -1,0 +1,71 @@
+"""How many modes a spectrum has, effectively."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lkarray.schema import MODE
+
+
+def participation_ratio(s: Any) -> Any:
+    """Return the effective number of modes, ``(sum w)^2 / sum w^2`` with ``w = s^2``.
+
+    1 if one mode holds all the energy, K if K modes share it equally (PLGK section 6.3).
+
+    Parameters
+    ----------
+    s
+        Singular values: a DataArray with the dim ``mode``, or an array with modes last.
+
+    Returns
+    -------
+    DataArray or array
+        Without the modes; lazy if ``s`` is. NaN where all are zero.
+    """
+    if isinstance(s, xr.DataArray):
+        weight = s.astype(np.float64) ** 2
+        out = weight.sum(MODE) ** 2 / (weight**2).sum(MODE)
+        return out.rename("participation_ratio")
+    weights = np.asarray(s, np.float64) ** 2
+    return weights.sum(-1) ** 2 / (weights**2).sum(-1)
+
+
+def energy_rank(s: Any, share: float = 0.9) -> Any:
+    """Return how many leading modes hold at least ``share`` of the energy, the sum of ``s^2``.
+
+    Parameters
+    ----------
+    s
+        Singular values in descending order: a DataArray with the dim ``mode``, or an array with
+        modes last. The energy is that of the modes given.
+    share
+        Between 0 and 1.
+
+    Returns
+    -------
+    DataArray or array
+        int64, without the modes; lazy if ``s`` is.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, not {share}")
+    if isinstance(s, xr.DataArray):
+        return xr.apply_ufunc(
+            _energy_rank,
+            s,
+            input_core_dims=[[MODE]],
+            kwargs={"share": share},
+            dask="parallelized",
+            dask_gufunc_kwargs={"allow_rechunk": True},
+            output_dtypes=[np.int64],
+        ).rename("energy_rank")
+    return _energy_rank(np.asarray(s), share)
+
+
+def _energy_rank(s: np.ndarray, share: float) -> np.ndarray:
+    energy = np.cumsum(s.astype(np.float64) ** 2, axis=-1)
+    needed = share * energy[..., -1:] * (1 - 1e-12)
+    rank: np.ndarray = (energy < needed).sum(-1) + 1
+    return rank
