@@ -7,7 +7,7 @@ through low precision.
 """
 
 from lkarray.engine.contraction import Contraction, contraction_of, gram_array
-from lkarray.engine.operand import Operand
+from lkarray.engine.operand import Operand, Piece
 from lkarray.engine.plan import Plan, make_plan
 from lkarray.engine.search import search_arrays
 from lkarray.engine.top_k import TOP_K_BYTES, Ask, top_k_arrays, top_k_held
@@ -17,6 +17,7 @@ __all__ = [
     "Ask",
     "Contraction",
     "Operand",
+    "Piece",
     "Plan",
     "contraction_of",
     "gram_array",

@@ -3,6 +3,7 @@
 from lkarray.kernels.alignment import cka, cka_curve, frobenius
 from lkarray.kernels.gram import gram
 from lkarray.kernels.groups import group_mean, linear_operator
+from lkarray.kernels.histogram import histogram
 from lkarray.kernels.losses import (
     correlation,
     covariance,
@@ -12,8 +13,10 @@ from lkarray.kernels.losses import (
     loss_variance,
     singular_fluctuation,
 )
+from lkarray.kernels.montecarlo import mcse
 from lkarray.kernels.neighbors import neighbors
 from lkarray.kernels.ranks import energy_rank, participation_ratio
+from lkarray.kernels.shrinkage import ledoit_wolf
 from lkarray.kernels.spectra import eigh, svd
 
 __all__ = [
@@ -26,11 +29,14 @@ __all__ = [
     "frobenius",
     "gram",
     "group_mean",
+    "histogram",
     "influence",
+    "ledoit_wolf",
     "linear_operator",
     "llc",
     "loss_gain",
     "loss_variance",
+    "mcse",
     "neighbors",
     "participation_ratio",
     "singular_fluctuation",

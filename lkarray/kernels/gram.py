@@ -111,7 +111,7 @@ def gram(
     out = xr.DataArray(
         data,
         dims=(*each, rows, second(columns) if columns == rows else columns),
-        coords=_coords(x, x if y is None else y, each, rows, columns),
+        coords=kernel_coords(x, x if y is None else y, each, rows, columns),
         name="gram",
         attrs={
             "over": list(over),
@@ -197,7 +197,7 @@ def sample_coords(x: xr.DataArray | xr.Dataset, *dims: str) -> dict[Hashable, xr
     return found
 
 
-def _coords(
+def kernel_coords(
     x: xr.DataArray, y: xr.DataArray, each: tuple[str, ...], rows: str, columns: str
 ) -> dict[Hashable, xr.Variable]:
     """Return the coordinates of the result: those of x, and those of y's columns, renamed.

@@ -10,6 +10,7 @@ import xarray as xr
 from lkarray import schema
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import CENTERS, free_dim, gram, one_of
+from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
 from lkarray.schema import POSTERIOR, Losses, as_losses, losses_node
 
 
@@ -18,6 +19,7 @@ def covariance(
     y: Losses | None = None,
     *,
     center: str = "pooled",
+    shrinkage: str | float | None = None,
     precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
@@ -30,6 +32,9 @@ def covariance(
     center
         ``"pooled"`` subtracts one mean over all chains and divides by CT - 1, as the papers
         do; ``"chain"`` subtracts each chain's mean and divides by C(T - 1).
+    shrinkage
+        ``"ledoit-wolf"`` (see `ledoit_wolf`) or a share d in [0, 1] returns
+        ``(1 - d) K + d mean(diag K) I``, whose error is smaller when draws are few.
     precision
         ``"float32"`` or ``"auto"``; see `gram`.
     memory
@@ -41,7 +46,7 @@ def covariance(
         ``covariance(sample, sample_2)`` in nats squared, lazy; see `gram` for cost, memory
         and errors.
     """
-    return _kernel(
+    out = _kernel(
         "covariance",
         losses,
         y,
@@ -50,6 +55,20 @@ def covariance(
         precision=precision,
         memory=memory,
     )
+    if shrinkage is None:
+        return out
+    if y is not None:
+        raise ValueError("shrinkage is for the covariance of one tensor with itself, without y")
+    if shrinkage == "ledoit-wolf":
+        share: xr.DataArray | float = ledoit_wolf(losses, center=center, memory=memory)
+    elif isinstance(shrinkage, str) or not 0 <= shrinkage <= 1:
+        raise ValueError(f"shrinkage must be 'ledoit-wolf' or in [0, 1], not {shrinkage!r}")
+    else:
+        share = float(shrinkage)
+    if center == "chain":
+        raise ValueError("shrinkage is for pooled covariances")
+    level = loss_variance(losses).mean(skipna=False)
+    return shrunk(out, share, level).assign_attrs(shrinkage=shrinkage)
 
 
 def correlation(

@@ -1,0 +1,100 @@
+"""Histograms of kernel entries by pairs of groups, without n x n."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lkarray import engine
+from lkarray.engine.histograms import HISTOGRAM_BYTES, Bins, histogram_array
+from lkarray.kernels.groups import group_codes, kernel_operand
+from lkarray.schema import POSTERIOR, Losses, second
+
+
+def histogram(
+    losses: Losses,
+    groups: Hashable | Any | None = None,
+    *,
+    bins: int = 100,
+    bounds: tuple[float, float] | None = None,
+    kernel: str = "correlation",
+    center: str = "pooled",
+    memory: int | str | None = None,
+) -> xr.Dataset:
+    """Count kernel entries in bins, by pairs of groups (loss-kernel figure 3D), lazily.
+
+    Parameters
+    ----------
+    losses
+        Loss tensor ``(chain, draw, sample)``.
+    groups
+        A coordinate of the samples, one label for each sample, or ``None`` for one group.
+    bins
+        Even bins between the bounds.
+    bounds
+        ``(-1, 1)`` by default for correlations; required for covariances: twice the largest
+        `lkarray.loss_variance` either way holds every entry.
+    kernel
+        ``"correlation"`` or ``"covariance"``.
+    center
+        ``"pooled"`` or ``"chain"``.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``count(label, label_2, bin)`` (named after the grouping), int64, over ordered pairs of
+        different samples; ``below`` and ``above (label, label_2)``, the entries outside the
+        bounds; coordinates ``bin`` (the middle), ``bin_left`` and ``bin_right``.
+
+    Raises
+    ------
+    ValueError
+        Bounds are missing for a covariance, or are not ascending.
+    SchemaError
+        There is no such coordinate, or not one label for each sample.
+
+    Notes
+    -----
+    ``n**2 S`` operations, and counts instead of the kernel.
+    """
+    bins = operator.index(bins)
+    if bounds is None:
+        if kernel == "covariance":
+            raise ValueError(
+                "histograms of covariances need bounds; lk.loss_variance(losses).max() bounds "
+                "every entry's magnitude"
+            )
+        bounds = (-1.0, 1.0)
+    if bins < 1 or not bounds[0] < bounds[1]:
+        raise ValueError(f"histograms need a bin and ascending bounds, not {bins} and {bounds}")
+    x, operand, scale = kernel_operand(losses, kernel, center)
+    labels = np.zeros(operand.n, int) if groups is None else groups
+    name, values, codes = group_codes(x, operand.rows, labels)
+    held = 16 * 8 * len(values) ** 2 * (bins + 2)
+    plan = engine.make_plan(operand, memory=memory, sink=HISTOGRAM_BYTES, held=held)
+    contraction = engine.Contraction(operand, None, plan, scale)
+    asked = Bins(float(bounds[0]), float(bounds[1]), bins, codes, len(values))
+    data = histogram_array(contraction, asked)
+    edges = np.linspace(*bounds, bins + 1)
+    pair = (name, second(name))
+    return xr.Dataset(
+        {
+            "count": ((*pair, "bin"), data[..., 1:-1]),
+            "below": (pair, data[..., 0]),
+            "above": (pair, data[..., -1]),
+        },
+        coords={
+            name: values,
+            second(name): values,
+            "bin": (edges[:-1] + edges[1:]) / 2,
+            "bin_left": ("bin", edges[:-1]),
+            "bin_right": ("bin", edges[1:]),
+        },
+        attrs={"kernel": kernel, "center": center, "over": list(POSTERIOR)},
+    )

@@ -1,0 +1,95 @@
+"""Ledoit-Wolf shrinkage of covariance kernels, without n x n where n exceeds the draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+
+from lkarray.engine.strips import make_strips, total
+from lkarray.kernels.groups import kernel_operand
+from lkarray.schema import Losses
+
+
+def ledoit_wolf(
+    losses: Losses, *, center: str = "pooled", memory: int | str | None = None
+) -> xr.DataArray:
+    """Return the shrinkage intensity of Ledoit and Wolf (2004), lazily.
+
+    Parameters
+    ----------
+    losses
+        Loss tensor ``(chain, draw, sample)``.
+    center
+        ``"pooled"`` or ``"chain"``.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``shrinkage``, 0-d float64 in [0, 1], as ``sklearn.covariance.ledoit_wolf_shrinkage``; 0
+        where nothing varies. It takes draws for independent: for correlated ones it is too
+        small, so thin the losses first.
+
+    Notes
+    -----
+    One pass, ``2 n S q`` operations for the shorter side q, and ``q x q`` numbers.
+    """
+    _, operand, _ = kernel_operand(losses, "covariance", center)
+    draws = int(np.prod(operand.shape))
+    short = min(draws, operand.n)
+    strips = make_strips(operand, memory=memory, held=12 * short**2, once=8 * short**2)
+    name = f"ledoit-wolf-{tokenize(strips)}"
+    graph: dict[Any, Any] = {f"{name}-strips": strips}
+    step = _rows_step if strips.rows else _draws_step
+    sums = total(graph, f"{name}-sums", f"{name}-strips", strips, step)
+    graph[(name,)] = (_intensity, sums, draws, operand.n, strips.rows)
+    data = da.Array(HighLevelGraph.from_collections(name, graph), name, (), dtype=np.float64)
+    return xr.DataArray(data, name="shrinkage")
+
+
+def _rows_step(blocks: tuple[np.ndarray, ...], span: slice) -> tuple[np.ndarray, float]:
+    return blocks[0] @ blocks[0].T, 0.0
+
+
+def _draws_step(blocks: tuple[np.ndarray, ...], span: slice) -> tuple[np.ndarray, float]:
+    (b,) = blocks
+    norms = np.einsum("ij,ij->j", b, b, dtype=np.float64)
+    return b @ b.T, float(norms @ norms)
+
+
+def _intensity(sums: tuple[np.ndarray, Any], draws: int, n: int, rows: bool) -> np.ndarray:
+    gram, fourth = sums
+    own = np.diagonal(gram)
+    if rows:
+        fourth = own @ own
+    mean = own.sum() / (draws * n)
+    square = (gram**2).sum() / draws**2
+    distance = square / n - mean**2
+    error = (float(fourth) / draws - square) / (n * draws)
+    share = min(max(error, 0.0), distance) / distance if distance > 0 else 0.0
+    return np.asarray(share)
+
+
+def shrunk(kernel: xr.DataArray, share: Any, mean: xr.DataArray) -> xr.DataArray:
+    """Return ``(1 - share) K + share * mean * I``, lazily, tile by tile."""
+    amount = da.asarray(share.data if isinstance(share, xr.DataArray) else np.float64(share))
+    level = da.asarray(mean.data)
+    data = da.map_blocks(_shrink, kernel.data, amount, level, dtype=kernel.dtype)
+    return kernel.copy(data=data)
+
+
+def _shrink(
+    tile: np.ndarray, share: np.ndarray, mean: np.ndarray, block_info: Any = None
+) -> np.ndarray:
+    out: np.ndarray = tile * tile.dtype.type(1 - share)
+    rows, cols = block_info[0]["array-location"]
+    if rows == cols:
+        own = np.einsum("ii->i", out)
+        own += tile.dtype.type(share * mean)
+    return out
