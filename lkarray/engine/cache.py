@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 
@@ -72,12 +75,28 @@ class PanelCache:
             for key in [key for key in self._panels if key[0] == owner]:
                 self._bytes -= self._panels.pop(key)[1]
 
+    def forget(self, *start: Hashable) -> None:
+        """Forget now the panels whose keys start so, and give their memory back."""
+        with self._lock:
+            keys = [key for key in self._panels if key[: len(start)] == start]
+            for key in keys:
+                self._bytes -= self._panels.pop(key)[1]
+        if keys:
+            _trim()
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         with self._lock:
             self._forget()
             return self._bytes
+
+
+def _trim() -> None:
+    """Have the allocator return what was freed: glibc keeps blocks of up to 32 MiB otherwise."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 #: Panels, bounded by the plan; and the moments of panels that are read in pieces, which are

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -40,22 +43,61 @@ class LowPanel:
         """Round a float32 panel ``(contracted, rows)``."""
         import torch
 
-        exact = torch.from_numpy(panel)
-        low = exact.to(torch.bfloat16)
-        # In slabs, so that the difference is never held whole.
-        squares = torch.zeros(panel.shape[1], dtype=torch.float64)
-        for start in range(0, len(exact), 256):
-            difference = exact[start : start + 256] - low[start : start + 256].float()
-            squares += difference.square_().sum(0)
-        return cls(low.T.contiguous(), squares.sqrt_().numpy())
+        with _one_thread():
+            exact = torch.from_numpy(panel)
+            low = exact.to(torch.bfloat16)
+            # In slabs, so that the difference is never held whole.
+            squares = torch.zeros(panel.shape[1], dtype=torch.float64)
+            for start in range(0, len(exact), 64):
+                difference = exact[start : start + 64] - low[start : start + 64].float()
+                squares += difference.square_().sum(0)
+            return cls(low.T.contiguous(), squares.sqrt_().numpy())
 
 
 def turn(panel: np.ndarray) -> np.ndarray:
     """Return the transpose in its own memory, which torch makes twice as fast as numpy."""
     import torch
 
-    turned: np.ndarray = torch.from_numpy(panel).T.contiguous().numpy()
+    with _one_thread():
+        turned: np.ndarray = torch.from_numpy(panel).T.contiguous().numpy()
     return turned
+
+
+def products_of_pairs(
+    a: np.ndarray, b: np.ndarray, starts: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Return ``a[i] . b[j]`` in float32, clipped to [-1, 1], for the pairs of a sparse matrix.
+
+    Those of row ``i`` are with the rows ``columns[starts[i]:starts[i + 1]]`` of ``b``, sorted.
+    """
+    import torch
+
+    _expect_warning()
+    with _one_thread(), torch.inference_mode():
+        values = torch.zeros(len(columns))
+        pairs = torch.sparse_csr_tensor(
+            torch.from_numpy(starts.astype(np.int64)),
+            torch.from_numpy(columns.astype(np.int64)),
+            values,
+            (len(a), len(b)),
+            check_invariants=True,
+        )
+        found = torch.sparse.sampled_addmm(
+            pairs, torch.from_numpy(a), torch.from_numpy(b).T, beta=0
+        )
+        products: np.ndarray = found.values().clamp_(-1, 1).numpy()
+        return products
+
+
+@lru_cache(maxsize=1)
+def _expect_warning() -> None:
+    """Have torch say once, unheard, that its sparse tensors are in beta."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        none = torch.zeros(1, dtype=torch.int64)
+        torch.sparse_csr_tensor(none, none[:0], none[:0], (0, 0), check_invariants=True)
 
 
 def multiply_low(a: LowPanel, b: LowPanel) -> np.ndarray:
@@ -72,12 +114,39 @@ def multiply_low(a: LowPanel, b: LowPanel) -> np.ndarray:
         return high.float().add_(low).numpy()
 
 
-def multiply_coarse(a: LowPanel, b: LowPanel) -> np.ndarray:
-    """Return ``a.T @ b``, rounded to bfloat16 (relative error 2**-8) and given as float32."""
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch use one thread for what this thread asks of it: others have work of their own."""
     import torch
 
-    with torch.inference_mode():
-        return torch.mm(a.values, b.values.T).float().numpy()
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(found)
+
+
+@dataclass(frozen=True)
+class CoarseTile:
+    """A product rounded to bfloat16 (relative error 2**-8), widened slab by slab."""
+
+    bits: np.ndarray
+
+    def slab(self, start: int, stop: int) -> np.ndarray:
+        """Return some rows as float32, without torch's threads, which are busy elsewhere."""
+        wide = self.bits[start:stop].astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+
+
+def multiply_coarse(a: LowPanel, b: LowPanel) -> CoarseTile:
+    """Return ``a.T @ b``, rounded to bfloat16."""
+    import torch
+
+    with _one_thread(), torch.inference_mode():
+        product = torch.mm(a.values, b.values.T)
+        return CoarseTile(product.view(torch.int16).numpy().view(np.uint16))
 
 
 def choose(precision: str, operations: float, dtype: np.dtype, *, search: bool = False) -> str:
@@ -114,12 +183,15 @@ def _is_faster() -> bool:
     panel = np.random.default_rng(0).standard_normal((2048, 1024), dtype=np.float32)
     low = LowPanel.of(panel)
     other = panel.copy()
-    return _seconds(lambda: multiply(panel, other)) > 1.3 * _seconds(lambda: multiply_low(low, low))
+    # Rounded first, and after a pause: idle threads of a BLAS spin for a while, and torch's wait.
+    time.sleep(0.1)
+    rounded = _seconds(lambda: multiply_low(low, low))
+    return _seconds(lambda: multiply(panel, other)) > 1.3 * rounded
 
 
-def _seconds(work: Any) -> float:
+def _seconds(work: Callable[[], Any]) -> float:
     found = []
-    for _ in range(8):
+    for _ in range(16):
         began = time.perf_counter()
         work()
         found.append(time.perf_counter() - began)

@@ -6,15 +6,16 @@ import sys
 import uuid
 import weakref
 from collections.abc import Callable, Hashable, Mapping
+from itertools import islice
 from math import prod
 from typing import Any
 
-import dask
 import dask.base
 import numpy as np
 import xarray as xr
 from dask.array.optimization import optimize
-from dask.core import flatten
+from dask.core import flatten, get_dependencies
+from dask.core import get as core_get
 
 from lkarray.engine.cache import CACHE, MOMENTS
 from lkarray.engine.lowprecision import LowPanel
@@ -135,6 +136,10 @@ class Operand:
         )
         return panel
 
+    def forget_low_panels(self) -> None:
+        """Free the panels in bfloat16 that this process keeps."""
+        CACHE.forget(self.token, "bfloat16")
+
     def _cached(
         self, key: tuple[Hashable, ...], load: Callable[[], Any], *, size: int, limit: int
     ) -> Any:
@@ -241,18 +246,45 @@ def read(
         return block
     keys = list(flatten(part.data.__dask_keys__()))
     graph = optimize(part.data.__dask_graph__(), keys)
-    try:
-        values = dask.get(graph, keys)
-    except _UNREADABLE as error:
-        raise _damaged(name, *_culprit(part, graph, keys, select, error)) from error
+    # One at a time where chunks share no work: memory freed by one serves the next.
+    groups = [keys] if _shares_work(graph) else [[key] for key in keys]
     starts = [np.cumsum((0, *lengths[:-1])) for lengths in part.chunks]
-    for index, value in zip(np.ndindex(*part.data.numblocks), values, strict=True):
-        place = tuple(
-            slice(begin[i], begin[i] + lengths[i])
-            for i, begin, lengths in zip(index, starts, part.chunks, strict=True)
-        )
-        block[place] = value
+    places = np.ndindex(*part.data.numblocks)
+    for group in groups:
+        try:
+            values = core_get(_below(graph, group), group)
+        except _UNREADABLE as error:
+            raise _damaged(name, *_culprit(part, graph, keys, select, error)) from error
+        for index, value in zip(islice(places, len(group)), values, strict=True):
+            place = tuple(
+                slice(begin[i], begin[i] + lengths[i])
+                for i, begin, lengths in zip(index, starts, part.chunks, strict=True)
+            )
+            block[place] = value
+        del value, values
     return block
+
+
+def _below(graph: Mapping[Any, Any], keys: list[Any]) -> dict[Any, Any]:
+    """Return the part of a graph that some keys need."""
+    found: dict[Any, Any] = {}
+    left = list(keys)
+    while left:
+        task = left.pop()
+        found[task] = graph[task]
+        left += get_dependencies(graph, task)
+    return found
+
+
+def _shares_work(graph: Mapping[Any, Any]) -> bool:
+    """Say whether any task, other than data at hand, is used by several others."""
+    used: set[Any] = set()
+    for task in graph:
+        for key in get_dependencies(graph, task):
+            if key in used and (hasattr(graph[key], "func") or isinstance(graph[key], tuple)):
+                return True
+            used.add(key)
+    return False
 
 
 #: What Zarr's codecs and stores raise on a chunk that is cut short, changed or unreadable.
@@ -270,7 +302,7 @@ def _culprit(
     assert part.chunks is not None
     for index, key in zip(np.ndindex(*part.data.numblocks), keys, strict=True):
         try:
-            dask.get(graph, key)
+            core_get(_below(graph, [key]), [key])
         except _UNREADABLE as alone:
             where = dict(select)
             for dim, i, lengths in zip(part.dims, index, part.chunks, strict=True):

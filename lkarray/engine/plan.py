@@ -24,6 +24,7 @@ _PANELS = 110  # at most, so that their pairs, and merges, stay under ten thousa
 _CUTS = 8  # of a source chunk along rows, at most: each part computes the chunk again
 _BUFFERS = 16 << 20  # of Zarr, BLAS and threads: left free, with a tenth for the allocator
 _SHARED = 16 << 20  # bytes of an operand, at least, before its contraction is shared out
+_TASK = 2 << 20  # bytes that could be read in the time which a tile's task takes besides
 _HELD = 2  # pieces of panels that a task holds, besides the chunks that one is made from
 
 
@@ -191,7 +192,7 @@ def make_plan(
     tiles *= prod(x.variable.sizes[dim] for dim in x.each)
     pieces, shared = _share(sizes, pieces, tiles, max(_workers_threads(), 1))
     peak = sizes.peak(side, max(map(_volume, pieces)))
-    cache = max(9 * budget // 10 - _BUFFERS - peak, 0)
+    cache = _cache(budget, peak)
     panels = sum(part.n for part in parts_of(x, y)) * sizes.length * sizes.item
     # Whatever is not cache may reach the budget: Zarr's buffers, BLAS, the allocator.
     most = min(budget, peak + min(cache, panels) + _BUFFERS + budget // 10)
@@ -233,11 +234,15 @@ def _fit(sizes: _Shape, budget: int, given: int | None) -> tuple[int, tuple[Piec
     allowed = 3 * budget // 4
     side = _largest(lambda s: sizes.peak(s, sizes.length), least, min(n, _SIDE), allowed)
     if side >= min(n, _WHOLE) and given is None:
-        return _align(side, n, sizes.width, least), whole
+        return _cheapest(sizes, side, least, budget), whole
     most = _largest(
         lambda s: sizes.tasks * sizes.tile(s, pieces=True), least, min(n, _SIDE // 2), allowed // 3
     )
-    side = _align(max(most, least), n, sizes.width, least) if given is None else given
+    if given is None:
+        most = max(most, least)
+        side = _align(ceil(n / ceil(n / most)), n, sizes.width, least, most)
+    else:
+        side = given
     while True:
         slope = sizes.peak(side, 1) - sizes.peak(side, 0)
         length = max((allowed - sizes.peak(side, 0)) // slope, 1)
@@ -260,6 +265,29 @@ def _fit(sizes: _Shape, budget: int, given: int | None) -> tuple[int, tuple[Piec
         f"{format_bytes(budget)} cannot hold the tiles of {n} rows with {sizes.tasks} tasks at "
         f"once; {ceil(needed / 2**10)} KiB can: set memory= or LKARRAY_MEMORY{chunks}"
     )
+
+
+def _cheapest(sizes: _Shape, most: int, least: int, budget: int) -> int:
+    """Return the side, at most ``most``, with which the fewest bytes are read.
+
+    Larger tiles need each panel less often, but leave the cache room for fewer of them. Rows
+    of tiles are swept to and fro, so that what the cache kept of the last is used by the next.
+    """
+    n, best = sizes.n, (float("inf"), 0)
+    for panels in range(ceil(n / most), min(4 * ceil(n / most), _PANELS) + 1):
+        even = ceil(n / panels)
+        side = _align(even, n, sizes.width, least, most)
+        kept = _cache(budget, sizes.peak(side, sizes.length)) // (side * sizes.length * sizes.item)
+        missed = max(ceil(n / side) - kept, 0)
+        read = (n + side * missed**2 / 2) * sizes.length * sizes.item
+        best = min(best, (read + (n / side) ** 2 / 2 * _TASK, -side))
+        if not missed:
+            break
+    return -best[1]
+
+
+def _cache(budget: int, peak: int) -> int:
+    return max(9 * budget // 10 - _BUFFERS - peak, 0)
 
 
 def split(
@@ -302,16 +330,16 @@ def _largest(cost: Callable[[int], int], least: int, most: int, budget: int) -> 
     return low
 
 
-def _align(side: int, n: int, chunk: int, least: int) -> int:
-    """Shrink ``side`` so that panels are even, and whole chunks or whole parts of chunks."""
-    side = ceil(n / ceil(n / side))
-    if chunk < side < n:
-        aligned = side - side % chunk
-    elif side < chunk:
-        aligned = ceil(chunk / ceil(chunk / side))
-    else:
+def _align(side: int, n: int, chunk: int, least: int, most: int) -> int:
+    """Return the side nearest to ``side`` of whole chunks, or of whole parts of a chunk."""
+    if side >= n or chunk <= 1:
         return side
-    return aligned if aligned >= least else side
+    if side < chunk:
+        near = [ceil(chunk / parts) for parts in (chunk // side, ceil(chunk / side))]
+    else:
+        near = [(side // chunk + more) * chunk for more in (0, 1)]
+    near = [aligned for aligned in near if least <= aligned <= most]
+    return min(near, key=lambda aligned: abs(aligned - side), default=side)
 
 
 def _panels(n: int, side: int) -> tuple[slice, ...]:

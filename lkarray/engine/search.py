@@ -21,9 +21,20 @@ from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.engine.blas import product_slot
 from lkarray.engine.contraction import Contraction, ContractionLayer, Tile, compute_tile
-from lkarray.engine.lowprecision import multiply_coarse, turn
-from lkarray.engine.numbers import finish_cosine, top_k
-from lkarray.engine.top_k import THRESHOLDS, Ask, Found, finish, gather, leave_out, merge_found
+from lkarray.engine.lowprecision import multiply_coarse, products_of_pairs, turn
+from lkarray.engine.numbers import top_k
+from lkarray.engine.top_k import (
+    THRESHOLDS,
+    Ask,
+    Entries,
+    Found,
+    finish,
+    gather,
+    is_fresh,
+    leave_out,
+    merge_found,
+    reaching,
+)
 
 _ROUNDING = 2.0**-8  # of a product's result: bfloat16 keeps 8 bits, and some slack
 _SUMS = 1e-5  # of float32 sums, in either precision
@@ -56,9 +67,14 @@ def search_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
         sides[tile.i].append((part, 0))
         if tile.i < tile.j:
             sides[tile.j].append((part, 1))
-    for i, found in sides.items():
-        before = gather(graph, name, i, found, (_merge, node, asked, name, i))
-        graph[(name, i)] = (_rank, node, asked, i, before)
+    merge = (_merge, node, asked, name)
+    before = {i: gather(graph, name, i, found, (*merge, i)) for i, found in sides.items()}
+    # Candidates first, all of them: both steps keep panels, of different kinds.
+    over = f"{name}-over"
+    graph |= {(f"{name}-done", i): (_done, key) for i, key in before.items()}
+    graph[over] = (_done, [(f"{name}-done", i) for i in before])
+    for i, key in before.items():
+        graph[(name, i)] = (_rank, node, asked, i, key, over)
     names = (f"{name}-position", f"{name}-value")
     picks = {
         out: {(out, i, 0): (finish, (name, i), asked, side) for i in sides}
@@ -71,50 +87,66 @@ def search_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
     return position, da.Array(whole, names[1], chunks, dtype=c.dtype)
 
 
+def _done(_: Any) -> None:
+    """Say that a task is over, without its result, which stays where it is."""
+
+
 def _maybe_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Maybe, ...]:
-    rows, cols = c.plan.rows[tile.i], c.plan.cols[tile.j]
+    places = rows, cols = c.plan.rows[tile.i], c.plan.cols[tile.j]
     a = c.x.low_panel(tile.at, rows, c.plan.pieces, 0, c.plan.cache)
     b = a if tile.i == tile.j else c.x.low_panel(tile.at, cols, c.plan.pieces, 0, c.plan.cache)
-    with product_slot(many=False):
-        values = multiply_coarse(a, b)
-    leave_out(values, c, ask, tile)
-    least = THRESHOLDS.of(name, c)
+    with product_slot(many=True):
+        coarse = multiply_coarse(a, b)
     error = a.error.max(initial=0) + b.error.max(initial=0) * (1 + a.error.max(initial=0)) + _SUMS
-    best = [_maybe(values, ask.k, cols.start, tile.j, least[rows], error)]
-    if tile.i != tile.j:
-        best.append(_maybe(values.T, ask.k, rows.start, tile.i, least[cols], error))
+
+    def slab(start: int, stop: int) -> np.ndarray:
+        values = coarse.slab(start, stop)
+        leave_out(values, c, ask, slice(rows.start + start, rows.start + stop), cols)
+        return values
+
+    sides = 1 if tile.i == tile.j else 2
+    least = [THRESHOLDS.of(name, c)[place] for place in places[:sides]]
+    shape = coarse.bits.shape
+    if any(is_fresh(bound) for bound in least):
+        values = slab(0, shape[0])
+        for side, bound in enumerate(least):
+            if is_fresh(bound):
+                _begin(values if side == 0 else values.T, ask.k, bound, error)
+        del values
+    best = []
+    for side, entries in enumerate(reaching(slab, shape, [_reach(x, error) for x in least])):
+        assert entries is not None
+        panel = (tile.j, tile.i)[side]
+        best.append(_maybe(entries, shape[side], shape[1 - side], places[1 - side], panel, error))
     return tuple(best)
 
 
-def _maybe(
-    values: np.ndarray, k: int, start: int, panel: int, least: np.ndarray, error: float
-) -> Maybe:
-    """Return the entries whose upper bound reaches the row's threshold, and raise that."""
-    rows, columns = values.shape
-    if np.isneginf(least).mean() > 0.5 and k < columns:
+def _begin(values: np.ndarray, k: int, least: np.ndarray, error: float) -> None:
+    """Set thresholds from the lower bounds of a tile's ``k`` best."""
+    if k <= values.shape[1]:
         square = np.ascontiguousarray(values)
         kth = np.take_along_axis(square, top_k(square, k)[:, -1:], axis=1)[:, 0]
         np.maximum(least, _lower(kth, error), out=least)
-    # The smallest value whose upper bound reaches the threshold.
+
+
+def _reach(least: np.ndarray, error: float) -> np.ndarray:
+    """Return the smallest values whose upper bounds reach the thresholds."""
     reach = least - error
-    reach = np.where(reach > 0, reach / (1 + _ROUNDING), reach / (1 - _ROUNDING))
-    reach[np.isneginf(least)] = np.finfo(values.dtype).min
-    if values.flags.c_contiguous:
-        mask = values >= reach[:, None]
-        if np.count_nonzero(mask) > _DENSE * mask.size:
-            return _whole(rows, panel)
-        row, column = np.nonzero(mask)
-    else:
-        mask = reach <= values.T
-        if np.count_nonzero(mask) > _DENSE * mask.size:
-            return _whole(rows, panel)
-        column, row = np.nonzero(mask)
-        order = np.argsort(row, kind="stable")
-        row, column = row[order], column[order]
-    found = values[row, column]
-    starts = np.searchsorted(row, np.arange(rows + 1))
+    out: np.ndarray = np.where(reach > 0, reach / (1 + _ROUNDING), reach / (1 - _ROUNDING))
+    return np.nextafter(out.astype(np.float32), np.float32(-np.inf))
+
+
+def _maybe(
+    entries: Entries, rows: int, columns: int, place: slice, panel: int, error: float
+) -> Maybe:
+    """Return entries with bounds, or the wish for the whole tile where they are many."""
+    if len(entries.row) > _DENSE * rows * columns:
+        return _whole(rows, panel)
+    found = entries.value
+    starts = np.searchsorted(entries.row, np.arange(rows + 1))
     lower, upper = _lower(found, error), found + error + _ROUNDING * np.abs(found)
-    return Maybe(starts, (column + start).astype(np.int32), lower, upper.astype("f4"), ())
+    column = (entries.column + place.start).astype(np.int32)
+    return Maybe(starts, column, lower, upper.astype(np.float32), ())
 
 
 def _whole(rows: int, panel: int) -> Maybe:
@@ -159,8 +191,9 @@ def _merge(
     return Maybe(starts, column[keep], lower[keep], upper[keep], whole)
 
 
-def _rank(c: Contraction, ask: Ask, i: int, maybe: Maybe) -> Found:
+def _rank(c: Contraction, ask: Ask, i: int, maybe: Maybe, over: None) -> Found:
     """Return the ``k`` best of a panel's rows, by float32 products of what may be among them."""
+    c.x.forget_low_panels()
     best: Found | None = None
     for part in _exact(c, ask, i, maybe):
         best = merge_found([part] if best is None else [best, part], ask.k)
@@ -177,38 +210,30 @@ def _exact(c: Contraction, ask: Ask, i: int, maybe: Maybe) -> Iterator[Found]:
     panel_of = np.searchsorted(bounds, maybe.columns, side="right") - 1
     sign = 1 if ask.largest else -1
     mine: np.ndarray | None = None
-    for j in range(len(plan.cols)):
+    for j in range(len(plan.cols))[:: -1 if i % 2 else 1]:
         at = np.flatnonzero(panel_of == j)
         if j in maybe.whole:
             yield _whole_tile(c, ask, i, j)
         elif len(at):
-            if mine is None:
-                mine = _turned(c, i)
-            order = at[np.argsort(row[at], kind="stable")]
+            mine = _turned(c, i) if mine is None else mine
             theirs = mine if i == j else _turned(c, j)
-            value = _dots(mine, theirs, row[order], maybe.columns[order] - bounds[j]) * sign
-            starts = np.searchsorted(row[order], np.arange(rows + 1))
-            yield Found(starts, maybe.columns[order], value)
+            columns = maybe.columns[at] - bounds[j]
+            order = np.lexsort((columns, row[at]))
+            at, columns = at[order], columns[order]
+            starts = np.searchsorted(row[at], np.arange(rows + 1))
+            value = products_of_pairs(mine, theirs, starts, columns) * sign
+            yield Found(starts, maybe.columns[at], value)
 
 
 def _turned(c: Contraction, i: int) -> np.ndarray:
     return c.x.turned_panel(c.plan.rows[i], c.plan.pieces, c.plan.cache, turn)
 
 
-def _dots(a: np.ndarray, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Return ``a[i] . b[j]`` for pairs of rows: gathering them first costs more than the loop."""
-    out = np.empty(len(i), a.dtype)
-    for p, (row, column) in enumerate(zip(i.tolist(), j.tolist(), strict=True)):
-        out[p] = np.dot(a[row], b[column])
-    finish_cosine(out, diagonal=False)
-    return out
-
-
 def _whole_tile(c: Contraction, ask: Ask, i: int, j: int) -> Found:
     exact = replace(c, precision="float32")
     tile = Tile((), min(i, j), max(i, j))
     values = compute_tile(exact, tile)
-    leave_out(values, exact, ask, tile)
+    leave_out(values, exact, ask, c.plan.rows[tile.i], c.plan.cols[tile.j])
     if i > j:
         values = np.ascontiguousarray(values.T)
     k = min(ask.k, values.shape[1])

@@ -8,7 +8,7 @@ here is n x n unless n is the shorter side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod
@@ -93,8 +93,7 @@ def make_strips(
     *operands: Operand,
     memory: int | str | None = None,
     rows: bool | None = None,
-    held: int = 0,
-    once: int = 0,
+    needs: Mapping[str, int] | None = None,
 ) -> Strips:
     """Cut operands into strips that fit a byte budget.
 
@@ -106,10 +105,10 @@ def make_strips(
         Byte budget of a process; see `lkarray.engine.plan.memory_budget`.
     rows
         Whether to cut along the rows; by default, along the longer side.
-    held
-        Bytes that each task holds besides its strips: its sums.
-    once
-        Bytes that a process holds besides.
+    needs
+        Bytes besides the strips: ``widened`` for each element of a strip in use, ``held`` by each
+        task (its sums), ``kept`` by the process while passes run, and ``alone``, at most,
+        between and after them.
 
     Raises
     ------
@@ -117,6 +116,7 @@ def make_strips(
         No strip fits; the message says what would.
     """
     budget = memory_budget(memory)
+    needs = {"widened": 0, "held": 0, "kept": 0, "alone": 0} | dict(needs or {})
     length, n = max(prod(x.shape) for x in operands), operands[0].n
     if rows is None:
         rows = n >= length
@@ -124,8 +124,9 @@ def make_strips(
     widths = [x.grain()[1] if rows else prod(x.grain()[0][1:]) for x in operands]
 
     def peak(tasks: int, cuts: tuple[Any, ...]) -> int:
-        most = sum(_strip_bytes(x, rows, cuts) for x in operands)
-        return tasks * (most + held) + once + _moments(operands, rows)
+        most = sum(_strip_bytes(x, rows, cuts, needs["widened"]) for x in operands)
+        passing = tasks * (most + needs["held"]) + needs["kept"]
+        return max(passing, needs["alone"]) + _moments(operands, rows)
 
     allowed = 3 * budget // 4
     while True:
@@ -145,7 +146,7 @@ def make_strips(
     )
 
 
-def _strip_bytes(x: Operand, rows: bool, cuts: tuple[Any, ...]) -> int:
+def _strip_bytes(x: Operand, rows: bool, cuts: tuple[Any, ...], widened: int) -> int:
     """Return the bytes of a task for one operand's strips, and the chunks they are read from."""
     grain, width = x.grain()
     if rows:
@@ -156,7 +157,7 @@ def _strip_bytes(x: Operand, rows: bool, cuts: tuple[Any, ...]) -> int:
         area = max(map(_volume, cuts)) * x.n
         source = area * max(1, grain[0])
         source = min(source, prod(x.shape) * x.n)
-    return int(_HELD * area * x.dtype.itemsize + source * x.variable.dtype.itemsize)
+    return int(area * (_HELD * x.dtype.itemsize + widened) + source * x.variable.dtype.itemsize)
 
 
 def _moments(operands: tuple[Operand, ...], rows: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import dask.array as da
@@ -16,6 +17,7 @@ from lkarray.engine.numbers import top_k
 
 #: Bytes that the sink needs for each element of a tile: a partitioned copy and masks, once.
 TOP_K_BYTES = 8
+_SLAB = 64  # rows of a tile compared at once
 _MERGED = 8  # tiles whose best are merged at once
 
 
@@ -110,9 +112,12 @@ def gather(
 ) -> Any:
     """Add the merges of one panel's parts, a few tiles at a time so that few are ever held.
 
-    Tiles are taken in the order in which they are made. Return the key of the last merge.
+    Tiles are taken in the order in which they are made, every other row of them backwards, so
+    that panels which the cache kept from one row serve the next. Return the key of the last
+    merge.
     """
     before: Any = None
+    found = found[::-1] if i % 2 else found
     for step in range(0, len(found), _MERGED):
         keys, sides = zip(*found[step : step + _MERGED], strict=True)
         key = (f"{name}-merge", i, step)
@@ -123,18 +128,29 @@ def gather(
 
 def _best_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Found, ...]:
     values = compute_tile(c, tile)
-    rows, cols = c.plan.rows[tile.i], c.plan.cols[tile.j]
-    leave_out(values, c, ask, tile)
-    least = THRESHOLDS.of(name, c)
-    best = [_candidates(values, ask.k, cols.start, least[rows])]
-    if not c.is_diagonal(tile):
-        best.append(_candidates(values.T, ask.k, rows.start, least[cols]))
-    return tuple(best)
+    places = c.plan.rows[tile.i], c.plan.cols[tile.j]
+    leave_out(values, c, ask, *places)
+    sides = 1 if c.is_diagonal(tile) else 2
+    least = [THRESHOLDS.of(name, c)[place] for place in places[:sides]]
+    best: list[Found | None] = [
+        _best(values if side == 0 else values.T, ask.k, places[1 - side].start, least[side])
+        if is_fresh(least[side])
+        else None
+        for side in range(sides)
+    ]
+    wanted = [bound if found is None else None for bound, found in zip(least, best, strict=True)]
+    for side, entries in enumerate(reaching(lambda a, b: values[a:b], values.shape, wanted)):
+        if entries is not None:
+            starts = np.searchsorted(entries.row, np.arange(values.shape[side] + 1))
+            columns = (entries.column + places[1 - side].start).astype(np.int32)
+            found = Found(starts, columns, entries.value)
+            _raise(least[side], found, ask.k)
+            best[side] = found
+    return tuple(found for found in best if found is not None)
 
 
-def leave_out(values: np.ndarray, c: Contraction, ask: Ask, tile: Tile) -> None:
-    """Make larger better, and worst what does not count, in place."""
-    rows, cols = c.plan.rows[tile.i], c.plan.cols[tile.j]
+def leave_out(values: np.ndarray, c: Contraction, ask: Ask, rows: slice, cols: slice) -> None:
+    """Make larger better, and worst what does not count, in place, in a part of the Gram."""
     if not ask.largest:
         np.negative(values, out=values)
     if ask.groups is not None:
@@ -142,30 +158,79 @@ def leave_out(values: np.ndarray, c: Contraction, ask: Ask, tile: Tile) -> None:
     if ask.rule is not None:
         i, j = np.arange(rows.start, rows.stop), np.arange(cols.start, cols.stop)
         values[np.broadcast_to(ask.rule(i[:, None], j[None, :]), values.shape)] = -np.inf
-    if c.is_diagonal(tile):
-        np.fill_diagonal(values, -np.inf)
+    same = np.arange(max(rows.start, cols.start), min(rows.stop, cols.stop))
+    if c.symmetric:
+        values[same - rows.start, same - cols.start] = -np.inf
 
 
-def _candidates(values: np.ndarray, k: int, start: int, least: np.ndarray) -> Found:
-    """Return what may be among the ``k`` best of each row, and raise the rows' thresholds."""
-    rows, columns = values.shape
-    if np.isneginf(least).mean() > 0.5 and k < columns:
-        index = top_k(np.ascontiguousarray(values), k)
-        best = np.take_along_axis(values, index, axis=1)
+def is_fresh(least: np.ndarray) -> bool:
+    """Say whether most rows have no threshold yet, so that a tile's own best set one."""
+    return bool(np.isneginf(least).mean() > 0.5)
+
+
+class Entries(NamedTuple):
+    """Entries of a tile, sorted by row."""
+
+    row: np.ndarray
+    column: np.ndarray
+    value: np.ndarray
+
+
+def reaching(
+    slab: Callable[[int, int], np.ndarray],
+    shape: tuple[int, ...],
+    least: list[np.ndarray | None],
+) -> list[Entries | None]:
+    """Return the entries of a tile that reach the threshold of their row, and of their column.
+
+    Parameters
+    ----------
+    slab
+        Gives the rows from one up to another: few at a time stay in the processor's cache.
+    shape
+        Of the tile.
+    least
+        Thresholds of the rows and, where wanted, of the columns; None leaves a side out.
+
+    Returns
+    -------
+    list
+        For each side its entries, those of columns as entries of the transposed tile.
+    """
+    columns = shape[1]
+    found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in least]
+    for start in range(0, shape[0], _SLAB):
+        values = slab(start, min(start + _SLAB, shape[0]))
+        for side, bounds in enumerate(least):
+            if bounds is not None:
+                bound = bounds[start : start + _SLAB, None] if side == 0 else bounds
+                # What was left out is -inf, and below whatever threshold there is.
+                bound = np.maximum(bound, np.finfo(values.dtype).min)
+                at = np.flatnonzero((values >= bound).ravel())
+                found[side].append((at + start * columns, values.ravel()[at]))
+    out: list[Entries | None] = []
+    for side, bounds in enumerate(least):
+        if bounds is None:
+            out.append(None)
+            continue
+        row, column = np.divmod(np.concatenate([at for at, _ in found[side]]), columns)
+        value = np.concatenate([values for _, values in found[side]])
+        if side == 1:
+            order = np.argsort(column, kind="stable")
+            row, column, value = column[order], row[order], value[order]
+        out.append(Entries(row, column, value))
+    return out
+
+
+def _best(values: np.ndarray, k: int, start: int, least: np.ndarray) -> Found:
+    """Return the ``k`` best of each row of a tile, and raise the rows' thresholds."""
+    values = np.ascontiguousarray(values)
+    index = top_k(values, min(k, values.shape[1]))
+    best = np.take_along_axis(values, index, axis=1)
+    if index.shape[1] == k:
         np.maximum(least, best[:, -1], out=least)
-        starts = np.arange(rows + 1) * k
-        return Found(starts, (index + start).astype(np.int32).ravel(), best.ravel())
-    # One compare; of a transposed tile in its own order, for speed.
-    if values.flags.c_contiguous:
-        row, column = np.nonzero(values >= least[:, None])
-    else:
-        column, row = np.nonzero(least <= values.T)
-        order = np.argsort(row, kind="stable")
-        row, column = row[order], column[order]
-    starts = np.searchsorted(row, np.arange(rows + 1))
-    found = Found(starts, (column + start).astype(np.int32), values[row, column])
-    _raise(least, found, k)
-    return found
+    starts = np.arange(len(values) + 1) * index.shape[1]
+    return Found(starts, (index + start).astype(np.int32).ravel(), best.ravel())
 
 
 def _raise(least: np.ndarray, found: Found, k: int) -> None:

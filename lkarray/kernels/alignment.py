@@ -168,7 +168,8 @@ def cka_curve(
     options: dict[str, Any] = {"over": POSTERIOR, "each": (), "center": "pooled", "cosine": False}
     operand = Operand(x, rows=rows, **options)
     size = chains * length
-    strips = make_strips(operand, memory=memory, rows=True, held=12 * size**2, once=24 * size**2)
+    needs = {"held": 12 * size**2, "alone": 24 * size**2}
+    strips = make_strips(operand, memory=memory, rows=True, needs=needs)
     name = f"cka-curve-{tokenize(strips, points)}"
     graph: dict[Any, Any] = {f"{name}-strips": strips}
     mean = total(graph, f"{name}-mean", f"{name}-strips", strips, _mean_step)
@@ -272,7 +273,9 @@ class _Products:
         sizes: list[int],
     ) -> str:
         held = 12 * sum(sizes[i] * sizes[j] for i, j in pairs)
-        strips = make_strips(*self.operands, memory=self.memory, rows=True, held=held, once=held)
+        strips = make_strips(
+            *self.operands, memory=self.memory, rows=True, held=held, alone=2 * held
+        )
         node = f"{name}-strips"
         graph[node] = strips
         n = self.operands[0].n
@@ -289,8 +292,9 @@ class _Products:
     ) -> str:
         n, kernels = self.operands[0].n, []
         for i, operand in enumerate(self.operands):
-            held, once = 12 * n * n, 8 * n * n * (2 + len(self.operands))
-            strips = make_strips(operand, memory=self.memory, rows=False, held=held, once=once)
+            kept = 8 * n * n * len(self.operands)
+            needs = {"held": 12 * n * n, "kept": kept, "alone": kept + 16 * n * n}
+            strips = make_strips(operand, memory=self.memory, rows=False, needs=needs)
             graph[f"{name}-strips-{i}"] = strips
             args = (f"{name}-kernel-{i}", f"{name}-strips-{i}", strips, _kernel_step)
             kernels.append(total(graph, *args, kind is not None))

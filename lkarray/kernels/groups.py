@@ -111,7 +111,7 @@ def group_mean(
     counts = np.bincount(codes, minlength=len(values))
     size = int(np.prod(operand.shape))
     held = 8 * len(values) * (min(size, operand.n) + len(values))
-    strips = make_strips(operand, memory=memory, held=held, once=held)
+    strips = make_strips(operand, memory=memory, needs={"held": held, "alone": 2 * held})
     key = f"group-mean-{tokenize(strips, codes, scale, self_pairs)}"
     graph: dict[Any, Any] = {f"{key}-strips": strips, f"{key}-codes": codes}
     step = _group_rows if strips.rows else _group_draws

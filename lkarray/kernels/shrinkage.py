@@ -43,7 +43,8 @@ def ledoit_wolf(
     _, operand, _ = kernel_operand(losses, "covariance", center)
     draws = int(np.prod(operand.shape))
     short = min(draws, operand.n)
-    strips = make_strips(operand, memory=memory, held=12 * short**2, once=8 * short**2)
+    needs = {"held": 12 * short**2, "alone": 16 * short**2}
+    strips = make_strips(operand, memory=memory, needs=needs)
     name = f"ledoit-wolf-{tokenize(strips)}"
     graph: dict[Any, Any] = {f"{name}-strips": strips}
     step = _rows_step if strips.rows else _draws_step

@@ -15,6 +15,7 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.engine import Operand
+from lkarray.engine.plan import memory_budget
 from lkarray.engine.strips import (
     Strips,
     apply_step,
@@ -32,6 +33,7 @@ from lkarray.schema import MODE
 _EXTRA = 10  # vectors beyond those asked for (Halko, Martinsson and Tropp 2011)
 _EXACT_OPERATIONS = 1e11  # of the short side's Gram, up to which it is decomposed at once
 _EXACT = 1000  # a short side up to which its Gram is made in float64
+_DECOMPOSE = 5  # matrices that a dense decomposition holds: its own, vectors, work space
 _SEED = 0
 _ROWS = "lkarray_rows"  # of a tensor whose several free dims are stacked
 
@@ -106,10 +108,19 @@ def svd(
         )
     width = min(k + _EXTRA, short)
     operations = 2 * operand.n * prod(operand.shape) * short
-    exact = short <= 2 * width * max_passes or operations <= _EXACT_OPERATIONS
-    held = 8 * short * (short if exact else 2 * width)
-    once = 8 * short * (short if exact else width * (max_passes + 2))
-    strips = make_strips(operand, memory=memory, held=held, once=once)
+    fits = _DECOMPOSE * 8 * short**2 <= 3 * memory_budget(memory) // 4
+    exact = fits and (short <= 2 * width * max_passes or operations <= _EXACT_OPERATIONS)
+    long = operand.n * prod(operand.shape) // max(short, 1)
+    if exact:
+        needs = _exact_needs(short, width, long)
+    else:
+        vectors = 8 * short * width
+        needs = {
+            "held": 2 * vectors,
+            "kept": vectors * (max_passes + 1),
+            "alone": max(vectors * (2 * max_passes + 8), 16 * long * width),
+        }
+    strips = make_strips(operand, memory=memory, needs=needs)
     name = f"svd-{tokenize(strips, k, exact, tolerance, max_passes, scale)}"
     graph: dict[Any, Any] = {f"{name}-strips": strips}
     node = f"{name}-strips"
@@ -153,7 +164,8 @@ def eigh(
     over = (over,) if isinstance(over, str) else tuple(over)
     operand, free, scale = _operand(x, over, center, normalize)
     short = min(operand.n, prod(operand.shape))
-    strips = make_strips(operand, memory=memory, held=8 * short * short, once=24 * short * short)
+    long = operand.n * prod(operand.shape) // max(short, 1)
+    strips = make_strips(operand, memory=memory, needs=_exact_needs(short, short, long))
     name = f"eigh-{tokenize(strips, scale)}"
     node, state = f"{name}-strips", f"{name}-state"
     graph: dict[Any, Any] = {node: strips}
@@ -163,6 +175,17 @@ def eigh(
     values = (out["singular_value"] ** 2).rename("eigenvalue")
     vectors = out["u"].rename("eigenvector")
     return xr.Dataset({"eigenvalue": values, "eigenvector": vectors})
+
+
+def _exact_needs(short: int, width: int, long: int) -> dict[str, int]:
+    """Return the bytes of decomposing the whole Gram of the short side."""
+    gram = 8 * short**2
+    return {
+        "widened": 8 if short <= _EXACT else 0,
+        "held": 2 * gram,
+        "kept": 8 * short * width,
+        "alone": max(_DECOMPOSE * gram, 16 * long * width),
+    }
 
 
 def _operand(

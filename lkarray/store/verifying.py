@@ -137,7 +137,16 @@ def _whole_arrays(root: zarr.Group, arrays: dict[str, zarr.Array]) -> Iterator[P
         for name in sorted(group.array_keys()):
             if f"{group_name}/{name}" not in arrays:
                 found = _open_array(root, f"{group_name}/{name}")
-                yield from [found] if isinstance(found, Problem) else _chunks(found, ())
+                problems = [found] if isinstance(found, Problem) else _chunks(found, ())
+                yield from (p for p in problems if not _left_out(found, p))
+
+
+def _left_out(array: zarr.Array | Problem, problem: Problem) -> bool:
+    """Say whether a missing chunk is one below the diagonal of a kernel saved as a triangle."""
+    if isinstance(array, Problem) or array.attrs.get("triangle") != "upper":
+        return False
+    i, j = map(int, problem.path.split("/")[-2:])
+    return problem.kind == "missing" and i > j
 
 
 def _chain(arrays: dict[str, zarr.Array], chain: int, record: Record) -> Iterator[Problem]:

@@ -58,8 +58,9 @@ def test_search__finds_what_float32_finds(seed, largest, kind):
 def test_search__ranks_only_what_the_bound_cannot_rule_out(monkeypatch):
     losses = random_losses(np.random.default_rng(0), chains=4, draws=100, samples=600)
     pairs, whole = [], []
-    dots, tile = search._dots, search._whole_tile
-    monkeypatch.setattr(search, "_dots", lambda *args: pairs.append(len(args[2])) or dots(*args))
+    dots, tile = search.products_of_pairs, search._whole_tile
+    count = lambda *args: pairs.append(len(args[3])) or dots(*args)  # noqa: E731
+    monkeypatch.setattr(search, "products_of_pairs", count)
     monkeypatch.setattr(search, "_whole_tile", lambda *args: whole.append(args) or tile(*args))
     found(losses, engine.Ask(5, True, None, None), "bfloat16", side=300)
     assert 600 * 5 <= sum(pairs) < 600 * 600 / 10
@@ -73,6 +74,7 @@ def test_bound__holds_for_every_entry():
     x = (x / np.linalg.norm(x, axis=0)).astype("f4")
     low = lowprecision.LowPanel.of(x)
     coarse = lowprecision.multiply_coarse(low, low)
+    coarse = coarse.slab(0, len(coarse.bits))
     exact = x.astype(np.float64).T @ x
     error = low.error[:, None] + low.error * (1 + low.error[:, None])
     assert (np.abs(coarse - exact) <= error + search._ROUNDING * np.abs(coarse) + 1e-5).all()
