@@ -16,7 +16,7 @@ from lkarray.engine.contraction import Contraction, ContractionLayer, Tile, comp
 from lkarray.engine.numbers import top_k
 
 #: Bytes that the sink needs for each element of a tile: a partitioned copy and masks, once.
-TOP_K_BYTES = 8
+TOP_K_BYTES = 12
 _SLAB = 64  # rows of a tile compared at once
 _MERGED = 8  # tiles whose best are merged at once
 

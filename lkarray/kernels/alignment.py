@@ -273,9 +273,8 @@ class _Products:
         sizes: list[int],
     ) -> str:
         held = 12 * sum(sizes[i] * sizes[j] for i, j in pairs)
-        strips = make_strips(
-            *self.operands, memory=self.memory, rows=True, held=held, alone=2 * held
-        )
+        needs = {"held": held, "alone": 2 * held}
+        strips = make_strips(*self.operands, memory=self.memory, rows=True, needs=needs)
         node = f"{name}-strips"
         graph[node] = strips
         n = self.operands[0].n

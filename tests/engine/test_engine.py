@@ -169,7 +169,10 @@ if kind == "neighbors":
 elif kind == "search":
     from lkarray.engine import lowprecision
     lowprecision._WORTH, lowprecision._is_faster = 0, lambda: True
-    torch = lowprecision.LowPanel.of(np.ones((64, 64), "f4")) and None
+    low = lowprecision.LowPanel.of(np.ones((512, 512), "f4"))  # load torch and its products
+    lowprecision.multiply_coarse(low, low)
+    lowprecision.products_of_pairs(np.ones((1, 1), "f4"), np.ones((1, 1), "f4"),
+                                   np.array([0, 1]), np.array([0]))
     base = resident()
     projected = lk.plan(near("auto")).peak
     assert near("auto").compute().attrs["precision"] == "bfloat16"
