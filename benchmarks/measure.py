@@ -19,7 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent.parent / "runs" / "benchmarks"
+#: Where inputs and results go: several GB at full size.
+FOLDER = Path(
+    os.environ.get("LKARRAY_BENCHMARKS", Path(__file__).parent.parent / "runs" / "benchmarks")
+)
 
 
 def losses(n: int, chains: int, draws: int, seed: int = 0) -> Path:
@@ -32,6 +35,7 @@ def losses(n: int, chains: int, draws: int, seed: int = 0) -> Path:
     if path.exists():
         return path
     part = path.with_suffix(".partial")
+    FOLDER.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(part, ignore_errors=True)
     rng = np.random.default_rng(seed)
     modes = 200

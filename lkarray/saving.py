@@ -19,7 +19,7 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync
 
 from lkarray.engine.contraction import Contraction, Tile, compute_tile, contraction_of, gram_array
-from lkarray.engine.plan import make_plan
+from lkarray.engine.plan import WRITTEN_BYTES, make_plan
 from lkarray.errors import SchemaError, StoreError
 from lkarray.progress import dask_bar
 from lkarray.store.layout import CODECS
@@ -116,7 +116,7 @@ class _Work:
             c = None  # something was computed from the tiles
         if c is not None and side != data.chunksize[-2]:
             # Begun under another budget: go on with its tiles.
-            plan = make_plan(c.x, c.y, memory=c.plan.budget, side=side)
+            plan = make_plan(c.x, c.y, memory=c.plan.budget, side=side, sink=WRITTEN_BYTES)
             c = replace(c, plan=plan)
             data = gram_array(c)
         if data.chunksize != array.chunks:

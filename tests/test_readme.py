@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import zarr
 
 import lkarray as lk
 from tests.conftest import classification, small_network
@@ -48,6 +50,15 @@ def test_readme__the_lines_for_ones_own_model_run(tmp_path, monkeypatch):
     code = BLOCKS[1].replace("draws=500", "draws=3, progress=False")
     exec(compile(code, "README.md", "exec"), names)
     assert names["tree"]["losses"].sizes == {"chain": 4, "draw": 3, "sample": 10}
+
+
+def test_readme__the_lines_about_memory_run_on_the_demo_store(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = lk.open(digits / "runs/digits/store.zarr")
+    names = {"lk": lk, "tree": tree}
+    exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    saved = zarr.open_group(tmp_path / "kernel.zarr", mode="r")[f"derived/{names['R'].name}"]
+    np.testing.assert_allclose(saved[names["R"].name][3, :9], names["R"][3, :9], atol=1e-6)
 
 
 def test_readme__gives_both_commands_first_and_they_exist():

@@ -52,14 +52,21 @@ class PanelCache:
             del self._loading[key]
             self._panels[key] = (panel, size)
             self._bytes += size
-            self._evict(limit)
+            evicted = self._evict(limit)
         mine.set_result(panel)
+        if evicted:
+            del evicted[:]
+            _trim()
         return panel
 
-    def _evict(self, limit: int) -> None:
+    def _evict(self, limit: int) -> list[Any]:
+        """Take out the least recently used panels; return them, to be freed without the lock."""
+        evicted = []
         while self._bytes > limit and self._panels:
-            _, (_, size) = self._panels.popitem(last=False)
+            _, (panel, size) = self._panels.popitem(last=False)
             self._bytes -= size
+            evicted.append(panel)
+        return evicted
 
     def drop(self, owner: Hashable) -> None:
         """Have the panels whose key starts with ``owner`` forgotten before the next use.

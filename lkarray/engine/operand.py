@@ -95,6 +95,19 @@ class Operand:
         chunks = self.variable.chunksizes
         return tuple(max(chunks.get(d, (1,))) for d in self.over), max(chunks.get(self.rows, (1,)))
 
+    def source_chunk(self) -> int | None:
+        """Return the bytes of the largest chunk of the variable, if it is read chunk by chunk."""
+        if self.variable.chunks is None:
+            return 0 if self.variable._in_memory else None
+        first: dict[Hashable, Any] = dict.fromkeys(self.each, 0)
+        first[self.rows] = slice(0, self.grain()[1])
+        part = self.variable.isel(first)
+        keys = list(flatten(part.data.__dask_keys__()))
+        if _shares_work(optimize(part.data.__dask_graph__(), keys)):
+            return None
+        lengths, width = self.grain()
+        return int(prod(lengths) * width * self.variable.dtype.itemsize)
+
     def panel(
         self, at: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int, limit: int
     ) -> np.ndarray:

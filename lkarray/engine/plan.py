@@ -17,7 +17,10 @@ from lkarray.engine.blas import products_at_once
 from lkarray.engine.operand import Operand, Piece
 from lkarray.errors import MemoryBudgetError
 
+#: Bytes for each element of a tile that is written: its transpose, and what that is encoded to.
+WRITTEN_BYTES = 8
 _SIDE = 4096  # of a tile, at most: larger ones multiply no faster and select more coarsely
+_FAST = 1024  # side from which products are at full speed
 _WHOLE = 512  # below this side, contract in pieces rather than make tiles smaller
 _LEAST = 8
 _PANELS = 110  # at most, so that their pairs, and merges, stay under ten thousand tasks
@@ -119,6 +122,7 @@ class _Shape:
     length: int  # contracted elements
     item: int  # bytes of an element in memory
     source: int  # bytes of an element as stored
+    chunk: int | None  # bytes of a source chunk, where they are read one by one
     groups: int  # centring groups
     shape: tuple[int, ...]
     grain: tuple[int, ...]  # largest source chunk along each contracted dim
@@ -134,10 +138,16 @@ class _Shape:
     def peak(self, side: int, length: int) -> int:
         """Return the bytes of all tasks, each with tiles of ``side`` in pieces of ``length``."""
         pieces = length < self.length
-        read = min(self.n, ceil(side / self.width) * self.width)
-        task = _HELD * length * side * self.item + length * read * self.source
+        read = source_bytes(length, side, self.n, self.width, self.source, self.chunk)
+        task = _HELD * length * side * self.item + read
         moments = 16 * self.n * self.groups if pieces else 0
         return self.tasks * (task + self.tile(side, pieces=pieces)) + moments + self.held
+
+
+def source_bytes(length: int, side: int, n: int, width: int, item: int, chunk: int | None) -> int:
+    """Return the bytes of a source's chunks that a task holds while it reads a panel."""
+    whole = length * min(n, ceil(side / width) * width) * item
+    return whole if chunk is None else min(whole, 2 * chunk)  # as stored, and decoded
 
 
 def make_plan(
@@ -177,6 +187,7 @@ def make_plan(
         length=prod(x.shape),
         item=max(part.dtype.itemsize for part in parts),
         source=max(part.variable.dtype.itemsize for part in parts),
+        chunk=_largest_chunk(parts),
         groups=x.shape[0] if x.center == "chain" else 1,
         shape=x.shape,
         grain=tuple(map(max, zip(*(grain for grain, _ in grains), strict=True))),
@@ -198,6 +209,11 @@ def make_plan(
     most = min(budget, peak + min(cache, panels) + _BUFFERS + budget // 10)
     many = tiles >= 4 * products_at_once()
     return Plan(rows, cols, pieces, budget, cache, max(most, peak), shared, many)
+
+
+def _largest_chunk(parts: list[Operand]) -> int | None:
+    chunks = [part.source_chunk() for part in parts]
+    return None if None in chunks else max(chunk for chunk in chunks if chunk is not None)
 
 
 def parts_of(x: Operand, y: Operand | None) -> list[Operand]:
@@ -274,12 +290,16 @@ def _cheapest(sizes: _Shape, most: int, least: int, budget: int) -> int:
     of tiles are swept to and fro, so that what the cache kept of the last is used by the next.
     """
     n, best = sizes.n, (float("inf"), 0)
-    for panels in range(ceil(n / most), min(4 * ceil(n / most), _PANELS) + 1):
+    # Tiles enough that all cores have work to the end, while they multiply at full speed.
+    enough = min(ceil((8 * products_at_once()) ** 0.5), n // _FAST)
+    fewest = max(ceil(n / most), enough)
+    for panels in range(fewest, max(fewest, min(4 * fewest, _PANELS)) + 1):
         even = ceil(n / panels)
         side = _align(even, n, sizes.width, least, most)
         kept = _cache(budget, sizes.peak(side, sizes.length)) // (side * sizes.length * sizes.item)
         missed = max(ceil(n / side) - kept, 0)
-        read = (n + side * missed**2 / 2) * sizes.length * sizes.item
+        again = max(ceil(sizes.width / side), 1)  # a chunk wider than a panel
+        read = (n + side * missed**2 / 2) * again * sizes.length * sizes.item
         best = min(best, (read + (n / side) ** 2 / 2 * _TASK, -side))
         if not missed:
             break

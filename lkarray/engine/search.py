@@ -36,6 +36,8 @@ from lkarray.engine.top_k import (
     reaching,
 )
 
+#: Bytes a process must be allowed: what torch keeps for its own products is not planned for.
+SEARCH_BUDGET = 160 << 20
 _ROUNDING = 2.0**-8  # of a product's result: bfloat16 keeps 8 bits, and some slack
 _SUMS = 1e-5  # of float32 sums, in either precision
 _DENSE = 0.05  # share of a tile's entries from which it is computed again whole

@@ -19,7 +19,14 @@ from dask.utils import format_bytes
 
 from lkarray.engine.blas import product_slot
 from lkarray.engine.operand import Operand, Piece
-from lkarray.engine.plan import _BUFFERS, _concurrent_tasks, _workers_threads, memory_budget, split
+from lkarray.engine.plan import (
+    _BUFFERS,
+    _concurrent_tasks,
+    _workers_threads,
+    memory_budget,
+    source_bytes,
+    split,
+)
 from lkarray.errors import MemoryBudgetError
 
 _MOST = 2048  # of the long side in a strip: wider ones multiply no faster
@@ -149,15 +156,16 @@ def make_strips(
 def _strip_bytes(x: Operand, rows: bool, cuts: tuple[Any, ...], widened: int) -> int:
     """Return the bytes of a task for one operand's strips, and the chunks they are read from."""
     grain, width = x.grain()
+    item, chunk, length = x.variable.dtype.itemsize, x.source_chunk(), prod(x.shape)
     if rows:
         side = max(cut.stop - cut.start for cut in cuts)
-        read = min(x.n, ceil(side / width) * width)
-        area, source = side * prod(x.shape), read * prod(x.shape)
+        area = side * length
+        source = source_bytes(length, side, x.n, width, item, chunk)
     else:
-        area = max(map(_volume, cuts)) * x.n
-        source = area * max(1, grain[0])
-        source = min(source, prod(x.shape) * x.n)
-    return int(area * (_HELD * x.dtype.itemsize + widened) + source * x.variable.dtype.itemsize)
+        piece = max(map(_volume, cuts))
+        area = piece * x.n
+        source = source_bytes(min(piece * max(1, grain[0]), length), x.n, x.n, width, item, chunk)
+    return int(area * (_HELD * x.dtype.itemsize + widened) + source)
 
 
 def _moments(operands: tuple[Operand, ...], rows: bool) -> int:

@@ -96,7 +96,7 @@ def neighbors(
         operand, memory=memory, sink=engine.TOP_K_BYTES, held=engine.top_k_held(n, k)
     )
     contraction = engine.Contraction(operand, None, plan)
-    if len(plan.pieces) == 1:
+    if len(plan.pieces) == 1 and plan.budget >= engine.SEARCH_BUDGET:
         contraction = contraction.at_precision(precision, search=True)
     low = contraction.precision != "float32"
     codes = _codes(x, rows, exclude) if isinstance(exclude, str) else None

@@ -1,0 +1,23 @@
+"""Every benchmark of the engine runs at reduced size, and what it compares agrees."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize("name", ["dense", "top_k", "spectra", "growth"])
+def test_benchmark__runs_small(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / f"{name}.py", "--small"],
+        env=os.environ | {"LKARRAY_BENCHMARKS": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bar" in done.stdout
