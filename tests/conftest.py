@@ -125,7 +125,12 @@ def numpy_correlation(losses: xr.DataArray, center: str = "pooled") -> np.ndarra
     scale = np.sqrt(np.diag(k))
     with np.errstate(divide="ignore", invalid="ignore"):
         r = k / np.outer(scale, scale)
-    return np.where(np.outer(scale, scale) > 0, r, 0.0)
+    # A mean may miss a constant by rounding: no variance is told by the values themselves.
+    dims = ("draw",) if center == "chain" else ("chain", "draw")
+    same = losses.max(dims) == losses.min(dims)
+    constant = (same.all("chain") if center == "chain" else same).values
+    varies = (scale > 0) & ~constant
+    return np.where(np.outer(varies, varies), r, 0.0)
 
 
 class Forbidding:
