@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.engine.blas import product_slot
-from lkarray.engine.contraction import Contraction, ContractionLayer, Tile, compute_tile
+from lkarray.engine.contraction import Contraction, Tile, compute_tile
 from lkarray.engine.lowprecision import multiply_coarse, products_of_pairs, turn
 from lkarray.engine.numbers import top_k
 from lkarray.engine.top_k import (
@@ -28,7 +27,7 @@ from lkarray.engine.top_k import (
     Ask,
     Entries,
     Found,
-    finish,
+    best_arrays,
     gather,
     is_fresh,
     leave_out,
@@ -77,16 +76,7 @@ def search_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
     graph[over] = (_done, [(f"{name}-done", i) for i in before])
     for i, key in before.items():
         graph[(name, i)] = (_rank, node, asked, i, key, over)
-    names = (f"{name}-position", f"{name}-value")
-    picks = {
-        out: {(out, i, 0): (finish, (name, i), asked, side) for i in sides}
-        for side, out in enumerate(names)
-    }
-    layers: dict[str, Any] = {name: ContractionLayer(graph, c)} | picks
-    whole = HighLevelGraph(layers, {name: set()} | {out: {name} for out in names})
-    chunks = (tuple(s.stop - s.start for s in c.plan.rows), (ask.k,))
-    position = da.Array(whole, names[0], chunks, dtype=np.int64)
-    return position, da.Array(whole, names[1], chunks, dtype=c.dtype)
+    return best_arrays(graph, name, asked, c, ask.k)
 
 
 def _done(_: Any) -> None:

@@ -95,14 +95,21 @@ def top_k_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
             parts[tile.j].append((part, 1))
     for i, found in parts.items():
         graph[(name, i)] = gather(graph, name, i, found, (_merge, node, asked, name, i))
+    return best_arrays(graph, name, asked, c, ask.k)
+
+
+def best_arrays(
+    graph: dict[Any, Any], name: str, asked: Any, c: Contraction, k: int
+) -> tuple[da.Array, da.Array]:
+    """Return positions and values as arrays, from the `Found` of each panel, ``(name, i)``."""
     names = (f"{name}-position", f"{name}-value")
     picks = {
-        out: {(out, i, 0): (finish, (name, i), asked, side) for i in parts}
+        out: {(out, i, 0): (finish, (name, i), asked, side) for i in range(len(c.plan.rows))}
         for side, out in enumerate(names)
     }
     layers: dict[str, Any] = {name: ContractionLayer(graph, c)} | picks
     whole = HighLevelGraph(layers, {name: set()} | {out: {name} for out in names})
-    chunks = (tuple(s.stop - s.start for s in c.plan.rows), (ask.k,))
+    chunks = (tuple(s.stop - s.start for s in c.plan.rows), (k,))
     position = da.Array(whole, names[0], chunks, dtype=np.int64)
     return position, da.Array(whole, names[1], chunks, dtype=c.dtype)
 
