@@ -85,7 +85,7 @@ def plan(kernel: xr.DataArray | xr.Dataset) -> KernelPlan:
     -------
     KernelPlan
         Tiles, tasks, operations, bytes, projected peak memory and time; printable. The first
-        call in a process measures the rate of a product, for a tenth of a second.
+        call in a process measures the rate of a product, for a quarter of a second.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The contraction engine: every kernel is a Gram over named dims. Knows nothing of torch.
+"""The contraction engine: every kernel is a Gram over named dims. Only low precision loads torch.
 
 `numbers` multiplies plain arrays; `operand` reads panels of a labelled variable; `cache`
 holds them; `plan` fits tiles to a byte budget; `contraction` makes the tiles and their lazy

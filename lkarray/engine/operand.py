@@ -284,8 +284,9 @@ def _below(graph: Mapping[Any, Any], keys: list[Any]) -> dict[Any, Any]:
     left = list(keys)
     while left:
         task = left.pop()
-        found[task] = graph[task]
-        left += get_dependencies(graph, task)
+        if task not in found:
+            found[task] = graph[task]
+            left += get_dependencies(graph, task)
     return found
 
 

@@ -210,14 +210,10 @@ def total(
     """Add a pass that sums ``step(blocks, span, *args)`` over all strips; return its key.
 
     Sums are float64 (of arrays, or of tuples of arrays), in a fixed order. A pass of odd
-    ``turn`` visits each task's strips backwards, so that a cache of
-    some of them is hit on the next pass.
+    ``turn`` visits each task's strips backwards, so that a cache of some of them is hit.
     """
-    keys = []
-    for g, part in enumerate(strips.parts):
-        keys.append((f"{name}-sum", g))
-        graph[keys[-1]] = (_sum_strips, node, step, part, turn % 2 == 1, list(args))
-    graph[name] = (_add_all, keys)
+    run = (_sum_strips, node, step)
+    graph[name] = (_add_all, _tasks(graph, f"{name}-sum", run, strips, args, turn))
     return name
 
 
@@ -234,10 +230,21 @@ def joined(
 
     One key, and one chunk of the result, for each task.
     """
-    keys = []
-    for g, part in enumerate(strips.parts):
-        keys.append((f"{name}-join", g))
-        graph[keys[-1]] = (_join_strips, node, step, part, turn % 2 == 1, list(args))
+    return _tasks(graph, f"{name}-join", (_join_strips, node, step), strips, args, turn)
+
+
+def _tasks(
+    graph: dict[Any, Any],
+    name: str,
+    run: tuple[Any, ...],
+    strips: Strips,
+    args: tuple[Any, ...],
+    turn: int,
+) -> list[Any]:
+    """Add the tasks of a pass, one for each group of strips; return their keys."""
+    keys = [(name, g) for g in range(len(strips.parts))]
+    for key, part in zip(keys, strips.parts, strict=True):
+        graph[key] = (*run, part, turn % 2 == 1, list(args))
     return keys
 
 

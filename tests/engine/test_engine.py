@@ -126,6 +126,18 @@ def test_source__each_chunk_is_computed_once_when_the_budget_allows(rng):
     assert len(reads) == 16
 
 
+def test_source__work_shared_by_chunks_is_walked_once(rng):
+    """Forty steps, each of which needs two chunks of the last: 2**40 paths, 160 tasks."""
+    losses = random_losses(rng, chains=4, draws=10, samples=8)
+    data = da.from_array(losses.values, chunks=(1, 10, 8))
+    values = losses.values.astype("f8")
+    for _ in range(40):
+        data = (data + 0.5 * da.roll(data, 1, axis=0)) / 1.2
+        values = (values + 0.5 * np.roll(values, 1, axis=0)) / 1.2
+    result = lk.correlation(losses.copy(data=data))
+    np.testing.assert_allclose(result, numpy_correlation(losses.copy(data=values)), atol=1e-4)
+
+
 def test_source__moments_are_kept_while_pieces_come_and_go(rng):
     """Standardising in pieces takes one pass more than multiplying, not one for each piece."""
     losses = random_losses(rng, chains=8, draws=100, samples=400)
