@@ -5,7 +5,7 @@ computes kernels, neighbours and maps from them with Dask, larger than memory.
 
 >>> import lkarray as lk
 >>> lk.SGLD(step_size=1e-5)
-SGLD(step_size=1e-05)
+SGLD(step_size=1e-05, schedule=None)
 
 The names below are the public ones. Those of the torch half (`LocalPosterior`, `SGLD`,
 `sample`), `embed` and `plots` load their libraries on first use.
@@ -50,18 +50,33 @@ from lkarray.store import verify
 if TYPE_CHECKING:
     from lkarray import plots
     from lkarray.embedding import embed
-    from lkarray.sampling import SGLD, LocalPosterior, sample
+    from lkarray.sampling import (
+        SGHMC,
+        SGLD,
+        LocalPosterior,
+        RMSpropSGLD,
+        observe,
+        sample,
+        schedules,
+    )
 
 _LAZY = {
     "LocalPosterior": "lkarray.sampling",
+    "RMSpropSGLD": "lkarray.sampling",
+    "SGHMC": "lkarray.sampling",
     "SGLD": "lkarray.sampling",
+    "observe": "lkarray.sampling",
     "sample": "lkarray.sampling",
     "embed": "lkarray.embedding",
 }
 
+_MODULES = {"plots": "lkarray.plots", "schedules": "lkarray.sampling.schedules"}
+
 __all__ = [
+    "SGHMC",
     "SGLD",
     "LocalPosterior",
+    "RMSpropSGLD",
     "__version__",
     "cka",
     "cka_curve",
@@ -83,12 +98,14 @@ __all__ = [
     "loss_variance",
     "mcse",
     "neighbors",
+    "observe",
     "open",
     "participation_ratio",
     "plan",
     "plots",
     "sample",
     "save",
+    "schedules",
     "singular_fluctuation",
     "svd",
     "verify",
@@ -102,8 +119,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_LAZY[name]), name)
         globals()[name] = value
         return value
-    if name == "plots":
-        return importlib.import_module("lkarray.plots")
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'lkarray' has no attribute {name!r}")
 
 

@@ -6,7 +6,16 @@ from dask.utils import format_bytes
 
 from lkarray import schema
 from lkarray.errors import DivergedError
-from lkarray.store import describe, open_root, read_record, stored, stored_fingerprint
+from lkarray.store import (
+    describe,
+    open_root,
+    part_store,
+    parts_of,
+    read_record,
+    stored,
+    stored_fingerprint,
+)
+from lkarray.store.layout import recorded
 from lkarray.store.location import StoreLike, local_path
 from lkarray.store.reading import DERIVED, open_store
 
@@ -19,12 +28,23 @@ def describe_store(path: StoreLike) -> str:
     if folder is not None:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         lines.append(f"  {format_bytes(size)} on disk")
+    parts = parts_of(root)
+    if parts is not None:
+        for label in parts["labels"]:
+            inside = describe_store(part_store(root.store, parts["dim"], label)).splitlines()
+            lines += ["", f"  {parts['dim']} {label}:", *(f"  {line}" for line in inside[1:])]
+        return "\n".join(lines)
     fingerprint = stored_fingerprint(root)
     if fingerprint is None:
         return "\n".join([*lines, "  no losses yet: sampling was stopped before it began"])
+    lines.append("")
+    for at, array in recorded(root).items():
+        group, name = at.split("/")
+        if group != schema.SAMPLE_STATS:
+            dims = array.metadata.dimension_names  # type: ignore[union-attr]
+            sizes = ", ".join(f"{d} {n:,}" for d, n in zip(dims or (), array.shape, strict=True))
+            lines.append(f"  /{group}  {name}({sizes}), chunks {array.chunks}, {array.dtype}")
     loss = stored(root, schema.LOSSES, schema.LOSS)
-    sizes = ", ".join(f"{d} {n:,}" for d, n in zip(schema.LOSS.dims, loss.shape, strict=True))
-    lines += ["", f"  /losses  loss({sizes}), chunks {loss.chunks}, {loss.dtype}"]
     records = [read_record(root, chain) for chain in range(loss.shape[0])]
     lines.append(f"  draws committed by chain: {[record.draws for record in records]}")
     try:

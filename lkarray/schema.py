@@ -21,11 +21,14 @@ DRAW = "draw"
 SAMPLE = "sample"
 RANK = "rank"
 COMPONENT = "component"
+CHECKPOINT = "checkpoint"
+TOKEN = "token"
 QUERY = "query"
 MODE = "mode"
 
 LOSSES = "losses"
 SAMPLE_STATS = "sample_stats"
+OBSERVABLES = "observables"
 STATE = "state"
 COMMIT = "commit"
 
@@ -64,6 +67,13 @@ GRADIENT_NORM = VariableSpec(
 )
 DISTANCE = VariableSpec("distance", POSTERIOR, "float32", "", "Euclidean distance from w*")
 STEP_SIZE = VariableSpec("step_size", POSTERIOR, "float32", "", "step size of the draw's step")
+ACCEPTANCE = VariableSpec(
+    "acceptance",
+    POSTERIOR,
+    "float32",
+    "",
+    "probability that a Metropolis test accepts the draw's step; NaN where it was not measured",
+)
 DIVERGED = VariableSpec("diverged", POSTERIOR, "bool", "", "the chain turned non-finite here")
 
 PARAMETERS = VariableSpec(
@@ -73,7 +83,7 @@ RECORD = VariableSpec(
     "record", (CHAIN, "field"), "int64", "", "committed draws, steps taken, slot of the state"
 )
 
-STATS = (MINIBATCH_LOSS, GRADIENT_NORM, DISTANCE, STEP_SIZE, DIVERGED)
+STATS = (MINIBATCH_LOSS, GRADIENT_NORM, DISTANCE, STEP_SIZE, ACCEPTANCE, DIVERGED)
 
 #: Variables of each group of a sampled store.
 GROUPS: dict[str, tuple[VariableSpec, ...]] = {
@@ -83,9 +93,31 @@ GROUPS: dict[str, tuple[VariableSpec, ...]] = {
     COMMIT: (RECORD,),
 }
 
-_RESERVED = {CHAIN, DRAW, second(SAMPLE), RANK, COMPONENT, QUERY, "neighbor", "similarity"} | {
-    spec.name for spec in GROUPS[LOSSES]
-}
+
+def observable(name: str, shape: tuple[int, ...], samples: int) -> VariableSpec:
+    """Return the spec of an observable with ``shape`` at one draw.
+
+    One with as many entries as there are observed samples is about these.
+    """
+    dims = tuple(f"{name}_dim{axis or ''}" for axis in range(len(shape)))
+    if shape == (samples,):
+        dims = (SAMPLE,)
+    return VariableSpec(name, (*POSTERIOR, *dims), "float32", "", f"observable {name}")
+
+
+#: Names that no label and no observable may take.
+RESERVED = {
+    CHAIN,
+    DRAW,
+    second(SAMPLE),
+    RANK,
+    COMPONENT,
+    CHECKPOINT,
+    TOKEN,
+    QUERY,
+    "neighbor",
+    "similarity",
+} | {spec.name for spec in GROUPS[LOSSES]}
 
 Losses = xr.DataTree | xr.Dataset | xr.DataArray
 
@@ -164,7 +196,7 @@ def validate(ds: xr.Dataset, specs: Iterable[VariableSpec], *, where: str) -> No
                 f"found {sorted(map(str, ds.data_vars))}"
             )
         var = ds[spec.name]
-        if var.dims != spec.dims:
+        if var.dims[: len(spec.dims)] != spec.dims:
             raise SchemaError(
                 f"{where}: variable {spec.name!r} has dims {var.dims}, expected {spec.dims}"
             )
@@ -191,7 +223,7 @@ def sample_coords(coords: Mapping[str, Any] | None, n: int) -> dict[str, np.ndar
                 f"coords: {name!r} must be a string without spaces and slashes, which does not "
                 "begin with a dot"
             )
-        if name in _RESERVED:
+        if name in RESERVED:
             raise SchemaError(f"coords: {name!r} is a name of lkarray itself; choose another")
         if array.shape != (n,):
             raise SchemaError(

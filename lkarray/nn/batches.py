@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,9 +15,14 @@ from lkarray.nn.flat import tensor_bytes
 
 #: Datasets up to this size are held in memory; larger ones are read item by item.
 CACHE_BYTES = 2 << 30
-_EVAL_BYTES = 64 << 20
-_EVAL_ROWS = 4096
 _HASHED_ITEMS = 64
+
+#: What a model is called with, and what its loss is told beside the output.
+Inputs = Tensor | dict[str, Tensor]
+Target = Tensor | dict[str, Tensor]
+Columns = dict[str, Tensor]
+
+_INPUT, _TARGET, LABELS = "input", "target", "labels"
 
 
 class MapDataset(Protocol):
@@ -28,7 +33,11 @@ class MapDataset(Protocol):
 
 
 class Batches:
-    """A dataset of ``(input, target)`` as batches of tensors.
+    """A map-style dataset as batches of tensors.
+
+    An item is ``(input, target)``; or a dict of tensors, with which the model is called by
+    keyword, and whose ``labels``, where there are any, are the target (otherwise the whole dict
+    is); or a lone tensor, which is its own target (a token sequence).
 
     A dataset of up to 2 GiB is read once and kept on ``device``; a larger one is read item by
     item for each batch. Items must not change from one reading to the next: turn random
@@ -37,7 +46,7 @@ class Batches:
     Parameters
     ----------
     dataset
-        A map-style dataset of pairs.
+        A map-style dataset.
     name
         What to call it in errors.
     device
@@ -45,6 +54,8 @@ class Batches:
 
     Attributes
     ----------
+    n
+        Number of items.
     identity
         A hash of the data: of all of it where it is held in memory, of 64 evenly spaced items
         and the length otherwise.
@@ -52,96 +63,165 @@ class Batches:
     Raises
     ------
     TypeError
-        Not a map-style dataset, or its items are not pairs.
+        Not a map-style dataset, or its items are not as above.
     ValueError
-        It is empty, or an item changes between two readings.
+        It is empty, or an item or the length changes between two readings.
     """
 
     def __init__(self, dataset: MapDataset, *, name: str, device: torch.device) -> None:
         self._dataset, self._name, self._device = dataset, name, device
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise TypeError(
-                f"{name} must be a map-style dataset with len() and indexing, "
-                f"not {type(dataset).__name__}; wrap tensors in torch.utils.data.TensorDataset"
-            )
+        check_dataset(dataset, name)
         self.n = len(dataset)
-        if self.n == 0:
-            raise ValueError(f"{name} is empty; give at least one (input, target)")
         first, again = self._item(0), self._item(0)
-        if any(tensor_bytes(a) != tensor_bytes(b) for a, b in zip(first, again, strict=True)):
+        if any(tensor_bytes(first[key]) != tensor_bytes(again[key]) for key in first):
             raise ValueError(
                 f"{name}: item 0 differs between two readings; turn random augmentation off, so "
                 "that every step is a function of seed, chain and step"
             )
-        self.item_bytes = max(sum(part.nbytes for part in first), 1)
-        self._held: tuple[Tensor, Tensor] | None = None
-        self._views: list[tuple[Tensor, Tensor]] | None = None
+        self.item_bytes = max(sum(part.nbytes for part in first.values()), 1)
+        self._held: Columns | None = None
+        self._views: list[tuple[Inputs, Target]] | None = None
         if _plain(dataset) or self.item_bytes * self.n <= CACHE_BYTES:
-            self._held = self._read_all(dataset)
+            self._held = self._read_all(dataset, list(first))
         self.identity = self._hash()
 
-    def _item(self, index: int) -> tuple[Tensor, Tensor]:
+    def _item(self, index: int) -> Columns:
         item = self._dataset[index]
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
+        if isinstance(item, Mapping):
+            parts = {str(key): value for key, value in item.items()}
+        elif isinstance(item, (tuple, list)) and 1 <= len(item) <= 2:
+            parts = dict(zip((_INPUT, _TARGET), item, strict=False))
+        elif isinstance(item, (Tensor, np.ndarray)):
+            parts = {_INPUT: item}
+        else:
             raise TypeError(
                 f"{self._name}: item {index} is {type(item).__name__}, expected a pair "
-                "(input, target)"
+                "(input, target), a dict of tensors, or a tensor"
             )
-        inputs, target = default_collate([tuple(item)])
-        if not isinstance(inputs, Tensor) or not isinstance(target, Tensor):
+        columns = {key: default_collate([value]) for key, value in parts.items()}
+        bad = {key: type(parts[key]).__name__ for key in columns if not _is_tensor(columns[key])}
+        if bad or not columns:
             raise TypeError(
-                f"{self._name}: item {index} must hold tensors, arrays or numbers, not "
-                f"{type(item[0]).__name__} and {type(item[1]).__name__}"
+                f"{self._name}: item {index} must hold tensors, arrays or numbers, not {bad}"
             )
-        return inputs, target
+        return columns
 
-    def _read_all(self, dataset: MapDataset) -> tuple[Tensor, Tensor]:
+    def _read_all(self, dataset: MapDataset, names: list[str]) -> Columns:
         if _plain(dataset):
-            inputs, target = dataset.tensors  # type: ignore[attr-defined]
+            held = dict(zip(names, dataset.tensors, strict=True))  # type: ignore[attr-defined]
         else:
-            pairs = [self._item(i) for i in range(self.n)]
-            inputs, target = (torch.cat(part) for part in zip(*pairs, strict=True))
-        return inputs.detach().to(self._device), target.detach().to(self._device)
+            items = [self._item(i) for i in range(self.n)]
+            self._same_length()
+            held = _join(items, self._name)
+        return {key: part.detach().to(self._device) for key, part in held.items()}
+
+    def _same_length(self) -> None:
+        if len(self._dataset) != self.n:
+            raise ValueError(
+                f"{self._name} had {self.n} items and now has {len(self._dataset)}; a dataset must "
+                "not change while it is sampled: pass a finished copy"
+            )
 
     def _hash(self) -> str:
         digest = hashlib.sha256(str(self.n).encode())
         if self._held is not None:
-            parts = list(self._held)
+            parts = list(self._held.items())
         else:
             spread = np.linspace(0, self.n - 1, _HASHED_ITEMS).astype(int)
-            parts = [part for i in spread for part in self._item(int(i))]
-        for part in parts:
+            parts = [part for i in spread for part in self._item(int(i)).items()]
+        for key, part in parts:
+            if key not in (_INPUT, _TARGET):
+                digest.update(key.encode())
             digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
             digest.update(tensor_bytes(part))
         return digest.hexdigest()[:16]
 
-    def take(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return the items at ``indices``, as one batch."""
-        if self._held is not None:
-            rows = torch.from_numpy(indices).to(self._device)
-            return self._held[0].index_select(0, rows), self._held[1].index_select(0, rows)
-        pairs = [self._item(int(i)) for i in indices]
-        inputs, target = (torch.cat(part) for part in zip(*pairs, strict=True))
-        return inputs.to(self._device), target.to(self._device)
+    @property
+    def held(self) -> bool:
+        """Whether the data lie in memory, on the device."""
+        return self._held is not None
 
-    def slices(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over all items in order, ``rows`` at a time."""
+    def take(self, indices: np.ndarray | Tensor) -> tuple[Inputs, Target]:
+        """Return the items at ``indices`` as one batch, of the shape of ``indices``.
+
+        Parameters
+        ----------
+        indices
+            Shape ``(batch,)`` or ``(chain, batch)``. Where the data are held, a tensor on their
+            device avoids a copy there.
+        """
+        flat = indices.reshape(-1)
         if self._held is not None:
-            if self._views is None or len(self._views[0][1]) != min(rows, self.n):
-                parts = (part.split(rows) for part in self._held)
-                self._views = list(zip(*parts, strict=True))
-            yield from self._views
+            if isinstance(flat, np.ndarray):
+                flat = torch.from_numpy(flat).to(self._device)
+            columns = {key: part.index_select(0, flat) for key, part in self._held.items()}
         else:
+            self._same_length()
+            columns = _join([self._item(int(i)) for i in flat], self._name)
+            columns = {key: part.to(self._device) for key, part in columns.items()}
+        if indices.ndim > 1:
+            shape = tuple(indices.shape)
+            columns = {k: part.view(*shape, *part.shape[1:]) for k, part in columns.items()}
+        return as_batch(columns)
+
+    def slices(self, rows: int) -> Iterator[tuple[Inputs, Target]]:
+        """Iterate over all items in order, ``rows`` at a time."""
+        if self._held is None:
             for start in range(0, self.n, rows):
                 yield self.take(np.arange(start, min(start + rows, self.n)))
+            return
+        if self._views is None or batch_size(self._views[0]) != min(rows, self.n):
+            parts = {key: part.split(rows) for key, part in self._held.items()}
+            count = -(-self.n // rows)
+            self._views = [as_batch({k: p[i] for k, p in parts.items()}) for i in range(count)]
+        yield from self._views
 
-    def eval_rows(self) -> int:
-        """Return how many items to evaluate at once: up to 4,096 items or 64 MiB of them."""
-        return max(1, min(self.n, _EVAL_ROWS, _EVAL_BYTES // self.item_bytes))
+
+def check_dataset(dataset: object, name: str) -> None:
+    """Raise unless ``dataset`` is map-style and not empty."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"{name} must be a map-style dataset with len() and indexing, "
+            f"not {type(dataset).__name__}; wrap tensors in torch.utils.data.TensorDataset"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty; give at least one (input, target)")
+
+
+def as_batch(columns: Columns) -> tuple[Inputs, Target]:
+    """Return what a model is called with, and the target of its loss."""
+    if _INPUT in columns:
+        inputs = columns[_INPUT]
+        return inputs, columns.get(_TARGET, inputs)
+    if LABELS in columns:
+        return {key: part for key, part in columns.items() if key != LABELS}, columns[LABELS]
+    return columns, columns
+
+
+def batch_size(batch: tuple[Inputs, Target]) -> int:
+    """Return the number of items of a batch (of the first axis)."""
+    inputs = batch[0]
+    return len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+
+
+def _join(items: list[Columns], name: str) -> Columns:
+    try:
+        return {key: torch.cat([item[key] for item in items]) for key in items[0]}
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{name}: its items do not make a batch ({error}); give all of them the same keys and "
+            "shapes, for example by padding"
+        ) from None
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _plain(dataset: MapDataset) -> bool:
-    """Say whether the items are the rows of tensors and nothing else."""
-    return isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is (
-        TensorDataset.__getitem__
+    """Say whether the items are the rows of one or two tensors and nothing else."""
+    return (
+        isinstance(dataset, TensorDataset)
+        and type(dataset).__getitem__ is TensorDataset.__getitem__
+        and len(dataset.tensors) <= 2
     )

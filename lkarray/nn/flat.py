@@ -1,16 +1,20 @@
-"""A model whose trainable parameters are one vector."""
+"""A model whose trainable parameters are one vector, for one chain or a stack of them."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
-from lkarray.errors import NonFiniteError
+from lkarray.nn.losses import PerExampleLoss
+from lkarray.nn.trainable import moving_parts
+
+#: Weights of these are sampled in a float32 copy.
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 class FlatModel:
@@ -18,23 +22,27 @@ class FlatModel:
 
     The copy is in eval mode: dropout is off and BatchNorm uses its stored statistics. The
     user's module is never changed. Tied parameters are one stretch of the vector, so they
-    move together.
+    move together. A model in bfloat16 or float16 is copied to float32.
 
     Parameters
     ----------
     model
-        Any module. Parameters that move must be float32 or float64, on one device.
+        Any module, on one device.
     trainable
-        Names or patterns (``"fc*.weight"``) of parameters that move; ``None`` moves those
-        with ``requires_grad``.
+        Names or patterns of parameters that move, as in `lkarray.LocalPosterior`.
     device
         Where the copy lives; ``None`` leaves it where the model is.
+    width
+        Number of chains in the stack: of rows of ``theta``. More than one are evaluated at
+        once through ``torch.func``.
 
     Attributes
     ----------
     theta, grad
-        Shape ``(param,)``. The module's parameters and their gradients are views of these:
-        writing one moves the other.
+        Shape ``(width, param)``. Parameters and their gradients are views of these: writing
+        one moves the other.
+    mask
+        Boolean, shape ``(param,)``: the elements that move; ``None`` where all do.
     names, sizes
         Name and number of elements of each moving parameter, in the order of the vector.
 
@@ -43,7 +51,7 @@ class FlatModel:
     TypeError
         ``model`` is no module.
     ValueError
-        No parameter moves, a pattern matches none, or their dtypes differ or are too narrow.
+        No parameter moves, a pattern matches none, or their dtypes or devices differ.
     NonFiniteError
         A weight is NaN or infinite.
     """
@@ -54,89 +62,125 @@ class FlatModel:
         *,
         trainable: str | Iterable[str] | None = None,
         device: torch.device | str | None = None,
+        width: int = 1,
     ) -> None:
-        names = moving_parameters(model, trainable)
+        masks = moving_parts(model, trainable)
         self.module = copy.deepcopy(model).eval()
+        if any(p.dtype in _NARROW for p in self.module.parameters()):
+            self.module.float()
         if device is not None:
             self.module.to(device)
-        self.names = tuple(names)
+        self.names = tuple(masks)
         parameters = dict(self.module.named_parameters())
-        moving = [parameters[name] for name in names]
-        first = moving[0]
         for parameter in parameters.values():
             parameter.requires_grad_(False)
-        self.sizes = tuple(p.numel() for p in moving)
-        self.theta = torch.empty(sum(self.sizes), dtype=first.dtype, device=first.device)
+        self._moving = [parameters[name] for name in masks]
+        first = self._moving[0]
+        self.sizes = tuple(p.numel() for p in self._moving)
+        self.theta = first.new_empty((width, sum(self.sizes)))
         self.grad = torch.zeros_like(self.theta)
+        self.mask = _join_masks(list(masks.values()), self._moving)
+        for row in self.theta:
+            torch.cat([p.detach().flatten() for p in self._moving], out=row)
+        self._stretches: list[slice] = []
         start = 0
-        for parameter in moving:
-            stretch = slice(start, start + parameter.numel())
-            view = self.theta[stretch].view(parameter.shape)
-            view.copy_(parameter.detach())
-            parameter.data = view
-            parameter.requires_grad_(True)
-            # Backward adds to an existing .grad in place, so the vector fills by itself.
-            parameter.grad = self.grad[stretch].view(parameter.shape)
-            start = stretch.stop
+        for size in self.sizes:
+            self._stretches.append(slice(start, start + size))
+            start += size
+        self._leaves = self._make_leaves() if width > 1 else {}
+        for parameter in self._moving:
+            parameter.requires_grad_(width == 1)
+        self.bind(0)
+
+    def _make_leaves(self) -> dict[str, Tensor]:
+        """Return the stacked parameters: views of ``theta`` whose gradients are views of ``grad``.
+
+        Backward adds to an existing ``.grad`` in place, so the vectors fill by themselves.
+        """
+        leaves = {}
+        for name, stretch, like in zip(self.names, self._stretches, self._moving, strict=True):
+            shape = (self.width, *like.shape)
+            leaf = self.theta[:, stretch].view(shape).detach().requires_grad_()
+            leaf.grad = self.grad[:, stretch].view(shape)
+            leaves[name] = leaf
+        return leaves
+
+    def bind(self, row: int) -> nn.Module:
+        """Let the module's parameters be those of one row of the stack; return the module."""
+        for parameter, stretch in zip(self._moving, self._stretches, strict=True):
+            parameter.data = self.theta[row, stretch].view(parameter.shape)
+            if parameter.requires_grad:
+                parameter.grad = self.grad[row, stretch].view(parameter.shape)
+        return self.module
+
+    @property
+    def width(self) -> int:
+        """Number of chains in the stack."""
+        return len(self.theta)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.theta.device
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Run the module."""
-        out: Tensor = self.module(inputs)
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What a gradient is taken with respect to: parameters, stacked where there is a stack."""
+        return list(self._leaves.values()) or list(self._moving)
+
+    def flatten(self, parts: Iterable[Tensor]) -> Tensor:
+        """Return tensors shaped like ``leaves`` as one of shape ``(width, param)``."""
+        return torch.cat([part.reshape(self.width, -1) for part in parts], dim=1)
+
+    def unflatten(self, vectors: Tensor) -> list[Tensor]:
+        """Return ``(width, param)`` as tensors shaped like ``leaves``."""
+        pairs = zip(vectors.split(self.sizes, dim=1), self.leaves, strict=True)
+        return [part.reshape(leaf.shape) for part, leaf in pairs]
+
+    def __call__(self, inputs: Tensor | dict[str, Tensor]) -> object:
+        """Run the module, with the parameters of the row that is bound."""
+        return self.module(**inputs) if isinstance(inputs, dict) else self.module(inputs)
+
+    def losses(
+        self,
+        loss: PerExampleLoss,
+        inputs: Tensor | dict[str, Tensor],
+        target: Tensor | dict[str, Tensor],
+        *,
+        shared: bool,
+    ) -> Tensor:
+        """Return the losses of every chain, shape ``(width, batch, ...)``.
+
+        Parameters
+        ----------
+        loss
+            Of (output, target).
+        inputs, target
+            A batch of every chain's own, ``(width, batch, ...)``; or one for all,
+            ``(batch, ...)``, if ``shared``, as always where the width is 1.
+        shared
+            Whether all chains see the same batch.
+        """
+        if self.width == 1:
+            return loss(self(inputs), target).unsqueeze(0)
+
+        def one(parameters: dict[str, Tensor], x: object, y: object) -> Tensor:
+            args, kwargs = ((), x) if isinstance(x, dict) else ((x,), {})
+            return loss(functional_call(self.module, parameters, args, kwargs), y)
+
+        own = None if shared else 0
+        out: Tensor = vmap(one, in_dims=(0, own, own))(self._leaves, inputs, target)
         return out
 
 
-def moving_parameters(model: nn.Module, trainable: str | Iterable[str] | None) -> list[str]:
-    """Return the names of the parameters that move, checked; see `FlatModel`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    parameters = dict(model.named_parameters())
-    if trainable is None:
-        names = [name for name, p in parameters.items() if p.requires_grad]
-        if not names:
-            raise ValueError(
-                f"the model has no trainable parameters ({len(parameters)} in all); give it some, "
-                "call requires_grad_(True), or name them with trainable=[...]"
-            )
-    else:
-        patterns = [trainable] if isinstance(trainable, str) else list(trainable)
-        # A tied parameter has several names; it moves under the first if any of them matches.
-        first = {id(parameter): name for name, parameter in parameters.items()}
-        aliases = list(model.named_parameters(remove_duplicate=False))
-        chosen = set()
-        for pattern in patterns:
-            matches = {first[id(p)] for name, p in aliases if fnmatchcase(name, pattern)}
-            if not matches:
-                raise ValueError(
-                    f"trainable: {pattern!r} matches none of {sorted(name for name, _ in aliases)}"
-                )
-            chosen |= matches
-        names = [name for name in parameters if name in chosen]
-        if not names:
-            raise ValueError(f"trainable names no parameter; choose from {sorted(parameters)}")
-    _check(model, {name: parameters[name] for name in names})
-    return names
-
-
-def _check(model: nn.Module, moving: dict[str, nn.Parameter]) -> None:
-    kinds = {(p.dtype, p.device) for p in moving.values()}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"the moving parameters have several dtypes or devices: {sorted(map(str, kinds))}; "
-            "convert the model with .to(...) first"
-        )
-    ((dtype, _),) = kinds
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"parameters are {dtype}; sampling needs float32: convert with .float()")
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise NonFiniteError(
-                f"the model's {name!r} holds NaN or infinity; load a finite checkpoint"
-            )
+def _join_masks(masks: list[Tensor | None], moving: list[nn.Parameter]) -> Tensor | None:
+    if all(mask is None for mask in masks):
+        return None
+    parts = [
+        torch.ones(p.numel(), dtype=torch.bool) if mask is None else mask.flatten()
+        for mask, p in zip(masks, moving, strict=True)
+    ]
+    return torch.cat(parts).to(moving[0].device)
 
 
 def hash_weights(model: nn.Module) -> str:

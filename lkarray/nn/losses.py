@@ -7,32 +7,52 @@ import hashlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+#: Target of a position that does not count, as in torch and Hugging Face.
+IGNORED = -100
+
+LossFunction = Callable[[Any, Any], Tensor]
+
 
 @dataclass(frozen=True)
 class PerExampleLoss:
-    """A loss of ``(model_output, target)`` that returns shape ``(batch,)``, checked.
+    """A loss of ``(model_output, target)``, checked.
 
     Attributes
     ----------
     name
         The loss's name, and for a callable a hash of what it does: part of a run's fingerprint.
+    function
+        Gives what is observed, shape ``(batch, *dims)``.
+    dims
+        Names of the dims after the batch: ``("token",)`` for losses of single tokens.
+    mean
+        Gives one loss per example, shape ``(batch,)``, whose mean is what a step descends;
+        ``None`` where ``function`` does that.
     """
 
     name: str
-    function: Callable[[Tensor, Tensor], Tensor]
+    function: LossFunction
+    dims: tuple[str, ...] = ()
+    mean: LossFunction | None = None
 
-    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the losses in nats, shape ``(batch,)``."""
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        """Return the losses that are observed, in nats, shape ``(batch, *dims)``."""
         return self.function(output, target)
 
-    def check(self, output: Tensor, target: Tensor) -> None:
-        """Raise unless the loss gives one number per example.
+    @property
+    def per_example(self) -> PerExampleLoss:
+        """The loss with one number per example."""
+        return self if self.mean is None else PerExampleLoss(self.name, self.mean)
+
+    def check(self, output: Any, target: Any, batch: int) -> None:
+        """Raise unless the loss gives one number per example (and token).
 
         Raises
         ------
@@ -50,8 +70,7 @@ class PerExampleLoss:
             ) from error
         if not isinstance(losses, Tensor):
             raise TypeError(f"loss {self.name!r} returned {type(losses).__name__}, not a tensor")
-        batch = len(target)
-        if losses.shape != (batch,):
+        if losses.ndim != 1 + len(self.dims) or len(losses) != batch:
             raise ValueError(
                 f"loss {self.name!r} returned shape {tuple(losses.shape)} for a batch of {batch}; "
                 f"it must give one loss per example, shape ({batch},): use reduction='none', and "
@@ -59,25 +78,93 @@ class PerExampleLoss:
             )
 
 
-def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
     """Cross-entropy in nats of float32 logits ``(batch, class, ...)``, mean over the rest."""
-    return _mean_rest(F.cross_entropy(output.float(), target, reduction="none"))
+    return _mean_rest(F.cross_entropy(logits(output).float(), target, reduction="none"))
 
 
-def mse(output: Tensor, target: Tensor) -> Tensor:
+def mse(output: Any, target: Tensor) -> Tensor:
     """Squared error without the half, averaged over all dims but the first.
 
     The mean over a batch is then ``torch.nn.functional.mse_loss``.
     """
+    output = logits(output)
     if output.shape != target.shape:
         raise ValueError("mse needs output and target of one shape; reshape one of them")
     return _mean_rest((output - target).square())
 
 
-NAMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross_entropy": cross_entropy, "mse": mse}
+def next_token(output: Any, target: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Cross-entropy of each next token in nats, shape ``(batch, token)``, 0 where it is padding.
+
+    ``output`` has logits ``(batch, position, vocabulary)``; a loss belongs to the token that is
+    predicted, so there is one less than positions. Tokens that are `IGNORED`, or whose
+    ``attention_mask`` is 0, are padding.
+    """
+    return _token_losses(output, target)[0]
 
 
-def per_example_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> PerExampleLoss:
+def next_token_mean(output: Any, target: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Mean of `next_token` over the tokens of each sequence that are not padding."""
+    losses, counts = _token_losses(output, target)
+    return losses.sum(1) / counts.sum(1).clamp(min=1)
+
+
+def _token_losses(output: Any, target: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    scores = logits(output)
+    ids = token_ids(target)
+    if scores.ndim != 3 or scores.shape[:2] != ids.shape:
+        raise ValueError(
+            "a next-token loss needs logits (batch, position, vocabulary) and as many token ids "
+            "(batch, position)"
+        )
+    wanted = ids[:, 1:]
+    # The last position predicts nothing. Scoring it too spares a copy of all logits.
+    shifted = torch.cat([wanted, torch.full_like(ids[:, :1], IGNORED)], dim=1)
+    flat = F.cross_entropy(
+        scores.reshape(-1, scores.shape[-1]).float(),
+        shifted.reshape(-1),
+        reduction="none",
+        ignore_index=IGNORED,
+    )
+    return flat.reshape(ids.shape)[:, :-1], wanted != IGNORED
+
+
+def token_ids(target: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Return token ids ``(batch, position)``, those under a zero mask `IGNORED`."""
+    if isinstance(target, Tensor):
+        return target
+    if "input_ids" not in target:
+        raise ValueError(f"a next-token loss needs 'input_ids' or 'labels', not {list(target)}")
+    ids, mask = target["input_ids"], target.get("attention_mask")
+    return ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+
+
+def logits(output: Any) -> Tensor:
+    """Return the tensor that a model gives: itself, ``output.logits``, or the first of a tuple."""
+    found = getattr(output, "logits", output)
+    if isinstance(found, Mapping) and "logits" in found:
+        found = found["logits"]
+    if isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the model returned {type(output).__name__} without logits; pass a callable as the "
+            "loss, which takes the output as it is"
+        )
+    return found
+
+
+#: Losses by name.
+NAMED = {
+    "cross_entropy": PerExampleLoss("cross_entropy", cross_entropy),
+    "mse": PerExampleLoss("mse", mse),
+    "next_token": PerExampleLoss("next_token", next_token, ("token",), next_token_mean),
+    "next_token_mean": PerExampleLoss("next_token_mean", next_token_mean),
+}
+
+
+def per_example_loss(loss: str | LossFunction) -> PerExampleLoss:
     """Return the loss with that name, or the callable under a name of its own.
 
     Raises
@@ -90,16 +177,17 @@ def per_example_loss(loss: str | Callable[[Tensor, Tensor], Tensor]) -> PerExamp
     if isinstance(loss, str):
         if loss not in NAMED:
             raise ValueError(f"loss {loss!r} is not one of {sorted(NAMED)}; or pass a callable")
-        return PerExampleLoss(loss, NAMED[loss])
+        return NAMED[loss]
     if not callable(loss):
         raise TypeError(
             f"loss must be one of {sorted(NAMED)} or a callable (output, target) -> (batch,), "
             f"not {type(loss).__name__}"
         )
-    return PerExampleLoss(_identity(loss), loss)
+    return PerExampleLoss(identity(loss), loss)
 
 
-def _identity(function: Callable[..., object]) -> str:
+def identity(function: Callable[..., object]) -> str:
+    """Return a name for a callable, with a hash of what it does."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return f"{name}@{hashlib.sha256(repr(_content(function)).encode()).hexdigest()[:12]}"
 

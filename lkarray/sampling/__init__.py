@@ -1,7 +1,17 @@
 """Sampling the local posterior of a trained model. The torch half; meets Dask at the store."""
 
+from lkarray.sampling import schedules
 from lkarray.sampling.posterior import LocalPosterior
+from lkarray.sampling.replay import observe
 from lkarray.sampling.run import sample
-from lkarray.sampling.samplers import SGLD
+from lkarray.sampling.samplers import SGHMC, SGLD, RMSpropSGLD
 
-__all__ = ["SGLD", "LocalPosterior", "sample"]
+__all__ = [
+    "SGHMC",
+    "SGLD",
+    "LocalPosterior",
+    "RMSpropSGLD",
+    "observe",
+    "sample",
+    "schedules",
+]

@@ -1,9 +1,9 @@
-"""One chain on one device: step, observe, hand to the store."""
+"""The chains of one stack: step, observe, hand to the store."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,34 +11,18 @@ import torch
 from torch import Tensor
 
 from lkarray import schema
-from lkarray.nn import Batches, FlatModel, PerExampleLoss
+from lkarray.sampling.mailbox import Mailbox
 from lkarray.sampling.randomness import ChainRandomness
-from lkarray.sampling.samplers import SGLD
+from lkarray.sampling.samplers import Sampler
+from lkarray.sampling.target import Minibatch, Target
 from lkarray.store import ChainRegion
 
+#: Every so many draws a Metropolis test is evaluated, at the cost of one more gradient.
+TEST_EVERY = 50
 
-@dataclass(frozen=True)
-class Target:
-    """What is sampled and what is observed, on its device: shared by all chains."""
-
-    flat: FlatModel
-    center: Tensor
-    train: Batches
-    observed: Batches
-    loss: PerExampleLoss
-    nbeta: float
-    gamma: float
-    eval_rows: int
-
-    def observe(self) -> np.ndarray:
-        """Return the losses of all observed samples at the present weights, float32."""
-        with torch.inference_mode():
-            parts = [
-                self.loss(self.flat(inputs), targets).float()
-                for inputs, targets in self.observed.slices(self.eval_rows)
-            ]
-            losses = parts[0] if len(parts) == 1 else torch.cat(parts)
-            return losses.cpu().numpy()
+_LOSS = f"/{schema.LOSS.name}"
+_STATISTICS = {s.name: f"{schema.SAMPLE_STATS}/{s.name}" for s in schema.STATS}
+_ON_DEVICE = (schema.MINIBATCH_LOSS, schema.GRADIENT_NORM, schema.DISTANCE, schema.ACCEPTANCE)
 
 
 @dataclass(frozen=True)
@@ -58,82 +42,235 @@ class Schedule:
         """Say whether a draw follows when ``taken`` steps have been taken."""
         return taken > self.burn_in and (taken - self.burn_in) % self.thin == 0
 
+    def tests(self, taken: int) -> bool:
+        """Say whether the draw after ``taken`` steps is one whose step is tested."""
+        return (taken - self.burn_in) % (self.thin * TEST_EVERY) == self.thin
 
-def run_chain(
-    target: Target,
-    sampler: SGLD,
-    schedule: Schedule,
-    region: ChainRegion,
-    random: ChainRandomness,
-    tick: Callable[[], object],
-) -> bool:
-    """Run one chain from where its region stands to the end of the schedule.
 
-    Returns whether the chain stayed finite. ``tick`` is called after every step. The draw at
-    which the chain turned non-finite is stored and flagged, and the chain stops there.
+@dataclass(frozen=True)
+class Seat:
+    """One chain, and its row of the stack."""
+
+    row: int
+    chain: int
+    region: ChainRegion
+    random: ChainRandomness
+
+
+class Stack:
+    """Chains that share a stack, from where their regions stand to the end of the schedule.
+
+    Chains may stand at different steps, as a kill between their commits leaves them: those
+    behind run alone until the others' step is reached. A row without a running chain is
+    computed and dropped, so that the numbers of a chain depend on the width of the stack alone,
+    not on who else sits in it.
+
+    Parameters
+    ----------
+    target
+        What is sampled and observed.
+    sampler, schedule
+        How a step moves, and which steps give draws.
+    seats
+        The chains; none of them diverged or finished.
+    tick
+        Called after every step with the number of chains that moved.
+
+    Attributes
+    ----------
+    diverged
+        Chain and draw of each that turned non-finite. That draw is stored and flagged, the
+        chain stops there, and the others go on.
     """
-    if region.diverged():
-        return False
-    flat = target.flat
-    state = region.state()
-    flat.theta.copy_(target.center if state is None else torch.from_numpy(state))
-    taken, diverged = region.record.step, False
-    share = flat.theta.new_full((random.batch,), 1 / random.batch)
-    while taken < schedule.steps and not diverged:
-        minibatch = _step(target, sampler, random, taken, share)
-        taken += 1
-        if schedule.gives_draw(taken):
-            losses = target.observe()
-            stats = _statistics(target, sampler, minibatch)
-            # A float64 sum of float32 numbers is finite just when all of them are.
-            finite = math.isfinite(losses.sum(dtype=np.float64))
-            diverged = bool(stats[schema.DIVERGED.name]) or not finite
-            region.append(losses, stats | {schema.DIVERGED.name: diverged})
-        if region.due():
-            region.commit(taken, _state(flat))
-        tick()
-    if region.uncommitted():
-        region.commit(taken, _state(flat))
-    region.wait()
-    return not diverged
+
+    def __init__(
+        self,
+        target: Target,
+        sampler: Sampler,
+        schedule: Schedule,
+        seats: Sequence[Seat],
+        tick: Callable[[int], object],
+    ) -> None:
+        self._target, self._sampler, self._schedule = target, sampler, schedule
+        self._waiting = sorted(seats, key=lambda seat: (seat.region.record.step, seat.chain))
+        self._active: list[Seat] = []
+        self._tick = tick
+        self._mail = Mailbox()
+        self._sent: tuple[list[Seat], float] = [], 0.0
+        theta = target.flat.theta
+        self._vectors = {name: torch.zeros_like(theta) for name in sampler.carries}
+        self._noise = torch.zeros_like(theta)
+        self._noise_rows = self._noise.unbind()
+        self._untested = theta.new_full((len(theta),), math.nan)
+        self._signs = torch.zeros_like(theta) if sampler.needs_curvature else None
+        self._taken = 0
+        self.diverged: list[tuple[int, int]] = []
+
+    def run(self) -> None:
+        """Run to the end of the schedule, or until every chain has diverged."""
+        self._target.start()
+        while self._active or self._waiting:
+            if not self._active:
+                self._taken = self._waiting[0].region.record.step
+            self._admit()
+            self._step()
+            self._tick(len(self._active))
+            if self._taken == self._schedule.steps:
+                break
+        self._commit()
+        for seat in self._active:
+            seat.region.wait()
+
+    def _admit(self) -> None:
+        """Seat the chains that stand at the present step."""
+        while self._waiting and self._waiting[0].region.record.step == self._taken:
+            seat = self._waiting.pop(0)
+            theta = self._target.flat.theta
+            state = seat.region.state()
+            if state is None:
+                theta[seat.row] = self._target.center
+            else:
+                theta[seat.row] = torch.from_numpy(state[schema.PARAMETERS.name])
+            for name, vector in self._vectors.items():
+                vector[seat.row] = 0 if state is None else torch.from_numpy(state[name])
+            self._active.append(seat)
+
+    def _step(self) -> None:
+        """Take one step; where it gives a draw, observe and send it."""
+        target, sampler, step = self._target, self._sampler, self._taken
+        flat = target.flat
+        draws = self._schedule.gives_draw(step + 1)
+        tests = draws and self._schedule.tests(step + 1)
+        rows = self._rows(step)
+        curvature = None
+        if self._signs is not None:
+            for seat in self._active:
+                seat.random.signs(step, self._signs[seat.row])
+            curvature = target.curvature(rows, self._signs)
+        minibatch = target.gradient(rows)
+        for seat in self._active:
+            seat.random.noise(step, self._noise_rows[seat.row])
+        if flat.mask is not None:
+            self._noise.mul_(flat.mask)
+        statistics = [minibatch.mean(1), _norm(flat.grad)] if draws else []
+        before = (flat.theta.clone(), flat.grad.clone(), minibatch) if tests else None
+        sampler.step(
+            flat.theta,
+            flat.grad,
+            self._noise,
+            target.center,
+            nbeta=target.nbeta,
+            gamma=target.gamma,
+            step=step,
+            state=self._vectors,
+            curvature=curvature,
+        )
+        self._taken += 1
+        if draws:
+            accepted = self._untested
+            if before is not None:
+                accepted = self._acceptance(rows, step, *before)
+            self._send([*statistics, target.distance(), accepted])
+        if any(seat.region.due() for seat in self._active):
+            self._commit()
+
+    def _rows(self, step: int) -> Minibatch:
+        """Return the minibatch of each row; rows without a chain share the first one's."""
+        first = self._active[0]
+        if first.random.everything:
+            return None
+        held = self._target.train.held
+        pick = {seat.row: seat.random for seat in self._active}
+        width = self._target.flat.width
+        if held:
+            found = [pick.get(row, first.random).rows(step) for row in range(width)]
+            return found[0] if width == 1 else torch.stack(found)
+        read = [pick.get(row, first.random).indices(step) for row in range(width)]
+        return read[0] if width == 1 else np.stack(read)
+
+    def _acceptance(
+        self, rows: Minibatch, step: int, theta: Tensor, grad: Tensor, minibatch: Tensor
+    ) -> Tensor:
+        """Return the probability that a Metropolis test accepts the step just taken.
+
+        Of MALA (Roberts and Tweedie 1996), with the energy and both proposals evaluated on the
+        step's own minibatch: it measures the error of the step size, not of the minibatch.
+        """
+        target = self._target
+        scale = self._sampler.preconditioner(step, self._vectors)
+        if scale is None:
+            return self._untested
+        after = target.gradient(rows)
+        eps, moved, center = self._sampler.size(step), target.flat.theta, target.center
+        drop = target.nbeta * (minibatch.double().mean(1) - after.double().mean(1))
+        drop += target.gamma / 2 * _sum((theta - moved) * (theta + moved - 2 * center))
+        both = target.nbeta * (grad + target.flat.grad)
+        both += target.gamma * (theta + moved - 2 * center)
+        root = scale**0.5
+        # log q(w|w') - log q(w'|w), with the noise's own large square cancelled by hand.
+        drop += math.sqrt(eps) / 2 * _sum(root * self._noise * both)
+        drop -= eps / 8 * _sum(scale * both * both)
+        return drop.clamp(max=0).exp().to(minibatch.dtype)
+
+    def _send(self, statistics: Sequence[Tensor]) -> None:
+        parts = self._target.observe() | self._target.measure()
+        parts["statistics"] = torch.stack(list(statistics), dim=1)
+        self._receive()
+        self._mail.send(parts)
+        self._sent = list(self._active), self._sampler.size(self._taken - 1)
+        if any(seat.region.room() == 1 for seat in self._active):
+            self._receive()
+
+    def _receive(self) -> None:
+        """Hand the draw that is on its way to the regions, and retire chains that diverged."""
+        if self._mail.empty:
+            return
+        arrays = self._mail.receive()
+        statistics = arrays.pop("statistics")
+        seats, size = self._sent
+        for seat in seats:
+            row: dict[str, np.ndarray | float | bool] = {k: v[seat.row] for k, v in arrays.items()}
+            numbers = statistics[seat.row].tolist()
+            row |= {_STATISTICS[s.name]: v for s, v in zip(_ON_DEVICE, numbers, strict=True)}
+            row[_STATISTICS[schema.STEP_SIZE.name]] = size
+            finite = math.isfinite(sum(numbers[:3])) and all(
+                _finite(values[seat.row]) for path, values in arrays.items() if path.endswith(_LOSS)
+            )
+            row[_STATISTICS[schema.DIVERGED.name]] = not finite
+            seat.region.append(row)
+            if not finite:
+                self._retire(seat)
+
+    def _retire(self, seat: Seat) -> None:
+        seat.region.commit(self._taken, self._state(seat.row))
+        seat.region.wait()
+        self.diverged.append((seat.chain, seat.region.draws - 1))
+        self._active.remove(seat)
+        self._target.flat.theta[seat.row] = self._target.center
+        for vector in (self._noise, *self._vectors.values()):
+            vector[seat.row] = 0
+
+    def _commit(self) -> None:
+        """Commit every running chain at the present step."""
+        self._receive()
+        for seat in self._active:
+            if seat.region.uncommitted() or seat.region.record.step != self._taken:
+                seat.region.commit(self._taken, self._state(seat.row))
+
+    def _state(self, row: int) -> Mapping[str, np.ndarray]:
+        vectors = {schema.PARAMETERS.name: self._target.flat.theta} | self._vectors
+        return {k: v[row].detach().to("cpu", copy=True).numpy() for k, v in vectors.items()}
 
 
-def _step(
-    target: Target, sampler: SGLD, random: ChainRandomness, step: int, share: Tensor
-) -> Tensor:
-    """Take one step; return the losses of its minibatch before the move."""
-    flat = target.flat
-    inputs, targets = target.train.take(random.indices(step))
-    flat.grad.zero_()
-    losses = target.loss(flat(inputs), targets)
-    if share.shape != losses.shape or share.dtype != losses.dtype:
-        share = losses.new_full(losses.shape, 1 / len(losses))
-    # The gradient of the mean, without a node for the mean.
-    torch.autograd.backward(losses, share)
-    sampler.step(
-        flat.theta,
-        flat.grad,
-        random.noise(step),
-        target.center,
-        nbeta=target.nbeta,
-        gamma=target.gamma,
-    )
-    return losses.detach()
+def _norm(vectors: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1)
+    return norms
 
 
-def _statistics(target: Target, sampler: SGLD, minibatch: Tensor) -> dict[str, float | bool]:
-    grad, moved = target.flat.grad, target.flat.theta - target.center
-    # Dot products rather than norms: half the cost, which counts when each step gives a draw.
-    loss = float(minibatch.sum()) / len(minibatch)
-    gradient, distance = math.sqrt(float(grad.dot(grad))), math.sqrt(float(moved.dot(moved)))
-    return {
-        schema.MINIBATCH_LOSS.name: loss,
-        schema.GRADIENT_NORM.name: gradient,
-        schema.DISTANCE.name: distance,
-        schema.STEP_SIZE.name: sampler.step_size,
-        schema.DIVERGED.name: not math.isfinite(loss + gradient + distance),
-    }
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(1, dtype=torch.float64)
 
 
-def _state(flat: FlatModel) -> np.ndarray:
-    return flat.theta.detach().to("cpu", copy=True).numpy()
+def _finite(values: np.ndarray) -> bool:
+    # A float64 sum of float32 numbers is finite just when all of them are.
+    return math.isfinite(values.sum(dtype=np.float64))

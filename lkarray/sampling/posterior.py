@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from lkarray.nn.batches import MapDataset
-from lkarray.nn.flat import moving_parameters
-from lkarray.nn.losses import per_example_loss
+from lkarray.nn.losses import LossFunction, per_example_loss
+from lkarray.nn.trainable import moving_names
 
 
 class LocalPosterior:
@@ -23,17 +26,25 @@ class LocalPosterior:
     Parameters
     ----------
     model
-        Any trained module; its present weights are w*. It is never changed.
+        Any trained module; its present weights are w*. It is never changed. One in bfloat16 or
+        float16 is sampled in a float32 copy.
     train_set
-        Map-style dataset of ``(input, target)``: what the loss is averaged over.
+        Map-style dataset of what the loss is averaged over: of ``(input, target)``; of dicts,
+        with which the model is called by keyword, and whose ``labels`` are the target (the whole
+        dict is, where there are none); or of tensors, each its own target.
     loss
-        ``"cross_entropy"``, ``"mse"``, or a callable ``(output, target) -> (batch,)``.
+        ``"cross_entropy"``, ``"mse"``, ``"next_token"`` (of each token: ``loss(chain, draw,
+        sample, token)``), ``"next_token_mean"`` (its mean over each sequence), or a callable
+        ``(model_output, target) -> (batch,)``. Outputs with ``logits``, as Hugging Face's, need
+        no adapter.
     nbeta
         n times the inverse temperature beta of the papers: multiplies the *mean* loss.
     gamma
         Localisation strength, the precision of the Gaussian around w*.
     trainable
-        Names or patterns of the parameters that move; ``None`` moves all that require grad.
+        Names or patterns of the parameters that move (``"blocks.1.*"``), or parts of tensors
+        (``"attn.weight[0:32, :]"``, one head): the refined probe. ``None`` moves all that
+        require grad.
 
     Raises
     ------
@@ -50,7 +61,7 @@ class LocalPosterior:
         self,
         model: nn.Module,
         train_set: MapDataset,
-        loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+        loss: str | LossFunction = "cross_entropy",
         nbeta: float = 20.0,
         gamma: float = 4000.0,
         trainable: str | Iterable[str] | None = None,
@@ -60,12 +71,49 @@ class LocalPosterior:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
         if nbeta == 0 and gamma == 0:
             raise ValueError("nbeta and gamma are both 0, which leaves nothing to sample from")
-        self.trainable = moving_parameters(model, trainable)
+        self.trainable = moving_names(model, trainable)
         self.model = model
         self.train_set = train_set
         self.loss = per_example_loss(loss)
         self.nbeta = float(nbeta)
         self.gamma = float(gamma)
+
+    def moving(self, trainable: str | Iterable[str]) -> LocalPosterior:
+        """Return the same posterior with other parameters moving."""
+        return self._with(self.model, trainable)
+
+    def at(
+        self, weights: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
+    ) -> LocalPosterior:
+        """Return the same posterior around other weights.
+
+        Parameters
+        ----------
+        weights
+            A module of the same kind, a state dict, or a file that holds one (read with
+            ``weights_only=True``).
+
+        Raises
+        ------
+        ValueError
+            The state dict does not fit the model.
+        """
+        if isinstance(weights, nn.Module):
+            return self._with(weights, self.trainable)
+        if isinstance(weights, (str, os.PathLike)):
+            weights = torch.load(weights, weights_only=True, map_location="cpu")
+        assert isinstance(weights, Mapping)
+        model = copy.deepcopy(self.model)
+        try:
+            model.load_state_dict(weights)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"the weights do not fit {type(model).__name__}: {error}") from None
+        return self._with(model, self.trainable)
+
+    def _with(self, model: nn.Module, trainable: str | Iterable[str]) -> LocalPosterior:
+        other = copy.copy(self)
+        other.model, other.trainable = model, moving_names(model, trainable)
+        return other
 
     def __repr__(self) -> str:
         return (

@@ -50,7 +50,9 @@ class ChainRandomness:
         self._n = n
         self.batch = n if batch_size is None else min(batch_size, n)
         self._everything = np.arange(n)
-        self._block, self._rows = -1, [self._everything]
+        self._block, self._rows = -1, self._everything[None]
+        self._device = like.device
+        self._uploaded, self._uploaded_block = torch.empty(0), -2
         digest = hashlib.sha256(f"lkarray:{seed}".encode()).digest()
         words = np.frombuffer(digest, np.uint64)
         self._key = np.array([words[0] ^ np.uint64(chain), words[1]])
@@ -59,23 +61,50 @@ class ChainRandomness:
         self._generator = torch.Generator(like.device)
         self._noise = torch.empty_like(like)
 
+    @property
+    def everything(self) -> bool:
+        """Whether each step takes the whole training set."""
+        return self.batch == self._n
+
     def indices(self, step: int) -> np.ndarray:
         """Return the minibatch of a step: shape ``(batch,)``, distinct."""
-        if self.batch == self._n:
-            return self._everything
+        row = self._find(step)
+        found: np.ndarray = self._rows[row]
+        return found
+
+    def rows(self, step: int) -> Tensor:
+        """Return the minibatch of a step on the chain's device, uploaded 64 steps at a time."""
+        row = self._find(step)
+        if self._uploaded_block != self._block:
+            host = torch.from_numpy(self._rows)
+            if self._device.type == "cuda":
+                host = host.pin_memory()
+            self._uploaded = host.to(self._device, non_blocking=True)
+            self._uploaded_block = self._block
+        return self._uploaded[row]
+
+    def _find(self, step: int) -> int:
+        """Return the row of a step in ``_rows``, which it fills."""
+        if self.everything:
+            return 0
         block, row = divmod(step, _BLOCK)
         if block != self._block:
             # One generator for many steps: making one costs more than a small model's step.
             bits = np.random.Philox(key=self._key, counter=[0, 0, 0, block])
             choice = np.random.Generator(bits).choice
-            self._rows = [choice(self._n, self.batch, replace=False) for _ in range(_BLOCK)]
-            self._block = block
-        return self._rows[row]
+            picked = [choice(self._n, self.batch, replace=False) for _ in range(_BLOCK)]
+            self._rows, self._block = np.stack(picked), block
+        return row
 
-    def noise(self, step: int) -> Tensor:
-        """Return the standard normal vector of a step; the next call overwrites it."""
+    def noise(self, step: int, out: Tensor | None = None) -> Tensor:
+        """Return the standard normal vector of a step, in ``out`` or until the next call."""
         self._generator.manual_seed(self._scramble((self._chain << _STEP_BITS) + step))
-        return self._noise.normal_(generator=self._generator)
+        return (self._noise if out is None else out).normal_(generator=self._generator)
+
+    def signs(self, step: int, out: Tensor) -> Tensor:
+        """Fill ``out`` with random signs that are independent of the step's noise."""
+        self.noise(step)
+        return out.bernoulli_(0.5, generator=self._generator).mul_(2).sub_(1)
 
     def _scramble(self, word: int) -> int:
         """Map 32 bits one-to-one (two keyed rounds of the murmur3 finaliser)."""

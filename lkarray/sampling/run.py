@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import xarray as xr
 import zarr
@@ -15,25 +13,30 @@ import zarr
 from lkarray import progress as progress_bars
 from lkarray import schema
 from lkarray import store as stores
-from lkarray.errors import NonFiniteError, StoreError
-from lkarray.nn import Batches, FlatModel
+from lkarray.errors import StoreError
 from lkarray.nn.batches import MapDataset
-from lkarray.sampling import checks
-from lkarray.sampling.chain import Schedule, Target, run_chain
+from lkarray.sampling import checks, parts, workers
+from lkarray.sampling.chain import Schedule
+from lkarray.sampling.job import Job, Prepared, check_center, prepare, run_group
 from lkarray.sampling.posterior import LocalPosterior
-from lkarray.sampling.randomness import MAX_CHAINS, MAX_STEPS, ChainRandomness
-from lkarray.sampling.samplers import SGLD
+from lkarray.sampling.randomness import MAX_CHAINS, MAX_STEPS
+from lkarray.sampling.replay import remember
+from lkarray.sampling.samplers import Sampler
+from lkarray.sampling.target import Observable, Target
 from lkarray.store.location import StoreLike, exists
 from lkarray.store.reading import open_rectangle
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 logger = logging.getLogger("lkarray")
 
 
 def sample(
     posterior: LocalPosterior,
-    observed: MapDataset,
+    observed: MapDataset | Mapping[str, MapDataset],
     *,
-    sampler: SGLD,
+    sampler: Sampler,
     store: StoreLike,
     chains: int = 4,
     draws: int = 100,
@@ -42,15 +45,22 @@ def sample(
     batch_size: int | None = 256,
     coords: Mapping[str, Any] | None = None,
     seed: int = 0,
+    observables: Mapping[str, Observable] | None = None,
+    components: Mapping[str, Any] | None = None,
+    checkpoints: Mapping[Any, Any] | list[Any] | None = None,
+    chains_per_device: int | str = "auto",
+    autocast: str | None = None,
+    compile: bool = False,  # noqa: A002
     resume: bool = True,
     device: torch.device | str | None = None,
+    client: Client | None = None,
     progress: bool = True,
 ) -> xr.DataTree:
     """Sample the local posterior and stream per-sample losses to a store.
 
-    The chains run one after another on one device. Each draw evaluates every observed sample
-    under ``inference_mode``, in eval mode, and its losses go to the store while sampling goes
-    on; memory does not grow with the number of draws.
+    Each draw evaluates every observed sample under ``inference_mode``, in eval mode. Its losses
+    leave the device and go to the store while sampling goes on; memory does not grow with the
+    number of draws.
 
     A process may be killed at any moment: the same call continues from the last commit and
     gives the same numbers, bit for bit, on the same kind of device. A store that is already
@@ -61,9 +71,10 @@ def sample(
     posterior
         What to sample.
     observed
-        Map-style dataset of ``(input, target)`` whose losses are recorded: n samples.
+        Map-style dataset whose losses are recorded: n samples. Or several by name: the first
+        goes to the group ``losses``, each further one to ``losses_<name>``.
     sampler
-        How a step moves, for example ``lk.SGLD(step_size=5e-5)``.
+        How a step moves: ``lk.SGLD(step_size=5e-5)``, ``lk.RMSpropSGLD``, ``lk.SGHMC``.
     store
         Folder, URL or Zarr store to write.
     chains, draws
@@ -73,13 +84,38 @@ def sample(
     batch_size
         Training items per step, drawn without replacement; ``None`` takes all of them.
     coords
-        Labels of the observed samples, each of length n; ``sample`` sets the index.
+        Labels of the observed samples, each of length n; ``sample`` sets the index. With several
+        observed sets, a mapping of these by the sets' names.
     seed
         Noise and minibatches are pure functions of seed, chain and step.
+    observables
+        Functions of the model (the module, with the weights of the draw) that return a number or
+        a small tensor, by name: recorded at each draw as float32 in the group ``observables``. A
+        tensor of length n is taken to be about the first observed set.
+    components
+        Parameters that move (as ``trainable``), by name: each is sampled on its own, and the
+        results share a dim ``component``: refined learning coefficients, kernels of heads.
+    checkpoints
+        Weights (modules, state dicts or files of them) by label, or a list: the posterior is
+        sampled around each, and the results share a dim ``checkpoint``.
+    chains_per_device
+        How many chains are stacked with ``torch.func`` and stepped as one. ``"auto"`` stacks
+        where the run takes long enough to matter, the model allows it and it was measured to be
+        decisively faster; the choice is kept in the store, and a resume keeps to it. Last bits
+        depend on it, so give a number where two runs must agree in them.
+    autocast
+        ``"bfloat16"`` or ``"float16"`` runs the observed forward passes in that precision; steps
+        and losses stay float32.
+    compile
+        Whether to ``torch.compile`` the observed forward pass (needs a C++ compiler on CPUs).
     resume
         Whether an existing store may be continued; ``False`` refuses one.
     device
         Where to run; ``None`` takes what the store was made on, or CUDA where there is one.
+    client
+        A Dask client: the stacks of chains are spread over its workers, one at a time on each
+        thread, or on each unit of the workers' resource ``GPU`` where they have one. Workers must
+        see the store's path.
     progress
         Whether to show a progress bar when it takes longer than two seconds.
 
@@ -97,7 +133,7 @@ def sample(
     FingerprintError
         The store holds a run with other settings, weights or data, which are named.
     StoreError
-        The store cannot be written; draws committed before are safe.
+        The store cannot be written, or would not fit on the disk; draws committed before are safe.
     LockedError
         Another process is writing to the store.
     DivergedError
@@ -109,6 +145,7 @@ def sample(
     share their noise. The dataset's items must not change between readings.
     """
     checks.check_types(posterior, sampler)
+    checks.check_options(autocast, chains_per_device, observables)
     chains, draws = checks.at_least("chains", chains, 1), checks.at_least("draws", draws, 1)
     thin, burn_in = checks.at_least("thin", thin, 1), checks.at_least("burn_in", burn_in, 0)
     seed = checks.at_least("seed", seed, 0)
@@ -120,139 +157,166 @@ def sample(
             f"{chains} chains of {schedule.steps} steps are too many: at most {MAX_CHAINS} chains "
             f"of {MAX_STEPS} steps have noise that never repeats; take fewer, or another seed"
         )
-    place = stores.as_store(store)
-    before = _existing(place, resume)
-    target, labels = _target(posterior, observed, coords, device, before)
-    fingerprint = checks.make_fingerprint(
-        posterior,
-        target,
-        sampler,
-        schedule,
+    sets, labels = checks.observed_sets(observed, coords)
+    job = Job(
+        posterior=posterior,
+        observed=sets,
+        coords=labels,
+        sampler=sampler,
+        schedule=schedule,
         batch_size=batch_size,
         seed=seed,
-        labels=labels,
-        threads=int((before or {}).get("threads", torch.get_num_threads())),
+        device=device,
+        autocast=autocast,
+        compile=compile,
+        observables=dict(observables or {}),
     )
-    with checks.numerics(fingerprint["threads"]):
-        center_loss = _finite(target.observe()) if before is None else None
-        with stores.writer_lock(place):
-            # Another process may have written since: what counts is read under the lock.
-            before = _existing(place, resume)
-            if before is None:
-                center_loss = _finite(target.observe()) if center_loss is None else center_loss
-                root = _create(place, target, center_loss, labels, fingerprint, chains, draws)
-            else:
-                remedy = "use another path, or the stored settings"
-                stores.refuse_changes(before, fingerprint, stores.describe(place), remedy=remedy)
-                root = stores.open_root(place, mode="r+")
-            todo = _unfinished(root, chains, draws)
-            if todo:
-                if before is not None:
-                    kept = stores.stored(root, schema.LOSSES, schema.CENTER_LOSS)[:]
-                    checks.check_center(np.asarray(kept), target.observe(), stores.describe(place))
-                stores.grow(root, chains=chains, draws=draws)
-                _run(root, target, sampler, schedule, seed, batch_size, todo, progress)
-                stores.finish(root)
-            else:
-                logger.info(
-                    "%s already holds %d chains of %d draws made with these settings; reused",
-                    stores.describe(place),
-                    chains,
-                    draws,
-                )
-    return open_rectangle(place, chains=chains, draws=draws)
-
-
-def _target(
-    posterior: LocalPosterior,
-    observed: MapDataset,
-    coords: Mapping[str, Any] | None,
-    device: torch.device | str | None,
-    before: Mapping[str, Any] | None,
-) -> tuple[Target, dict[str, np.ndarray]]:
-    """Read the data and copy the model to the device, checked; and the observed samples' labels."""
-    where = checks.choose_device(device, before)
-    train = Batches(posterior.train_set, name="train_set", device=where)
-    same = observed is posterior.train_set
-    seen = train if same else Batches(observed, name="observed", device=where)
-    labels = schema.sample_coords(coords, seen.n)
-    flat = FlatModel(posterior.model, trainable=posterior.trainable, device=where)
-    checks.check_loss(posterior, flat, train, "train_set", gradient=True)
-    checks.check_loss(posterior, flat, seen, "observed", gradient=False)
-    target = Target(
-        flat=flat,
-        center=flat.theta.clone(),
-        train=train,
-        observed=seen,
-        loss=posterior.loss,
-        nbeta=posterior.nbeta,
-        gamma=posterior.gamma,
-        eval_rows=int((before or {}).get("eval_rows", seen.eval_rows())),
-    )
-    return target, labels
-
-
-def _finite(center_loss: np.ndarray) -> np.ndarray:
-    bad = np.flatnonzero(~np.isfinite(center_loss))
-    if len(bad):
-        raise NonFiniteError(
-            f"the loss at w* is not finite for {len(bad)} of {len(center_loss)} observed samples, "
-            f"first {bad[:5].tolist()}; check those inputs and targets. Nothing was written"
+    options: dict[str, Any] = {
+        "chains": chains,
+        "chains_per_device": chains_per_device,
+        "resume": resume,
+        "client": client,
+        "progress": progress,
+    }
+    if components is not None or checkpoints is not None:
+        return parts.sample_parts(
+            job, store, components=components, checkpoints=checkpoints, run=run_job, **options
         )
-    return center_loss
+    return run_job(job, store, **options)
 
 
-def _run(
-    root: zarr.Group,
-    target: Target,
-    sampler: SGLD,
-    schedule: Schedule,
-    seed: int,
-    batch_size: int | None,
-    todo: list[int],
-    progress: bool,
-) -> None:
-    done = sum(stores.read_record(root, chain).step for chain in todo)
-    total = len(todo) * schedule.steps
-    with (
-        ThreadPoolExecutor(1, thread_name_prefix="lkarray-writer") as writer,
-        progress_bars.bar("sampling", total=total, done=done, show=progress) as bar,
-    ):
-        for chain in todo:
-            region = stores.ChainRegion(root, chain, writer)
-            random = ChainRandomness(
-                seed, chain, n=target.train.n, batch_size=batch_size, like=target.center
-            )
-            if not run_chain(target, sampler, schedule, region, random, bar.update):
+def run_job(
+    job: Job,
+    store: StoreLike,
+    *,
+    chains: int,
+    chains_per_device: int | str = "auto",
+    resume: bool = True,
+    client: Client | None = None,
+    progress: bool = True,
+    fixed: Mapping[str, Any] | None = None,
+    same_as: Mapping[str, Any] | None = None,
+) -> xr.DataTree:
+    """Run a job into a store, or continue it there; see `sample`.
+
+    ``fixed`` holds the layout that a new store must keep to, and ``same_as`` what of the
+    fingerprint must agree with a run that is replayed.
+    """
+    place = stores.as_store(store)
+    if client is not None:
+        workers.check_place(place)
+    before = _existing(place, resume)
+    if before is None:
+        values = sum(len(dataset) for dataset in job.observed.values())
+        stores.require_space(place, 4 * chains * job.schedule.draws * values)
+    target: Target | None = None
+    request: dict[str, Any] = {
+        "chains": chains,
+        "chains_per_device": chains_per_device,
+        "fixed": before or fixed,
+    }
+    if client is None:
+        known, target = prepare(job, **request)
+    else:
+        known = workers.prepare_on(client, job, **request)
+    where = stores.describe(place)
+    if same_as is not None:
+        now = {name: known.fingerprint[name] for name in same_as}
+        remedy = "pass the posterior and the sampler that it was made with"
+        stores.refuse_changes(same_as, now, "the tree", remedy=remedy)
+    with stores.writer_lock(place):
+        # Another process may have written since: what counts is read under the lock.
+        fresh = _existing(place, resume) is None
+        if fresh:
+            root = _create(place, job, known, chains)
+        else:
+            root = stores.open_root(place, mode="r+")
+            now = stores.stored_fingerprint(root) or {}
+            remedy = "use another path, or the stored settings"
+            stores.refuse_changes(now, known.fingerprint, where, remedy=remedy)
+        todo = _unfinished(root, chains, job.schedule.draws)
+        if todo:
+            stores.grow(root, chains=chains, draws=job.schedule.draws)
+            width = known.fingerprint["chains_per_device"]
+            groups = [
+                [chain for chain in todo if chain // width == group]
+                for group in sorted({chain // width for chain in todo})
+            ]
+            steps = job.schedule.steps
+            done = sum(stores.read_record(root, chain).step for chain in todo)
+            with progress_bars.bar(
+                "sampling", total=len(todo) * steps, done=done, show=progress
+            ) as bar:
+                if client is not None:
+                    diverged = workers.run_on(client, root, job, known, groups, bar)
+                else:
+                    assert target is not None
+                    diverged = _run_here(root, job, known, target, groups, bar, fresh=fresh)
+            for chain, draw in diverged:
                 logger.warning(
                     "chain %d turned non-finite at draw %d and was stopped; it is flagged and "
                     "left out. Reduce the step size",
                     chain,
-                    region.draws - 1,
+                    draw,
                 )
+            stores.finish(root)
+        else:
+            logger.info(
+                "%s already holds %d chains of %d draws made with these settings; reused",
+                where,
+                chains,
+                job.schedule.draws,
+            )
+    remember(known.fingerprint, job)
+    return open_rectangle(place, chains=chains, draws=job.schedule.draws)
 
 
-def _create(
-    store: Any,
+def _run_here(
+    root: zarr.Group,
+    job: Job,
+    known: Prepared,
     target: Target,
-    center_loss: np.ndarray,
-    labels: Mapping[str, np.ndarray],
-    fingerprint: Mapping[str, Any],
-    chains: int,
-    draws: int,
-) -> zarr.Group:
+    groups: list[list[int]],
+    bar: Any,
+    *,
+    fresh: bool,
+) -> list[tuple[int, int]]:
+    with checks.numerics(known.fingerprint["threads"]):
+        if not fresh:
+            check_center(root, target)
+        return [found for g in groups for found in run_group(root, job, target, g, bar.update)]
+
+
+def _create(store: Any, job: Job, known: Prepared, chains: int) -> zarr.Group:
+    if not known.center_losses:
+        raise StoreError(
+            f"{stores.describe(store)} was removed while its data were read; run again"
+        )
     if exists(store):
         stores.drop_unfinished(stores.open_root(store, mode="r+"))
-    return stores.create_losses(
+    fingerprint = known.fingerprint
+    keys = ("loss", "nbeta", "gamma", "sampler", "burn_in", "thin", "batch_size", "seed")
+    attrs = {key: fingerprint[key] for key in keys} | {"n_train": known.n_train}
+    return stores.create_run(
         store,
         chains=chains,
-        draws=draws,
-        coords=labels,
-        center_loss=center_loss,
-        state_size=target.center.numel(),
-        state_dtype=str(target.center.dtype).removeprefix("torch."),
+        draws=job.schedule.draws,
+        sets=[
+            stores.LossSet(
+                group,
+                job.coords[group],
+                losses,
+                job.posterior.loss.dims,
+                attrs | {"observed_is_train": identity == fingerprint["train_data"]},
+            )
+            for (group, losses), identity in zip(
+                known.center_losses.items(), fingerprint["observed_data"].values(), strict=True
+            )
+        ],
+        observables={n: tuple(o["shape"]) for n, o in fingerprint["observables"].items()},
+        state=dict.fromkeys(fingerprint["state"], known.n_parameters),
+        state_dtype=fingerprint["precision"],
         fingerprint=fingerprint,
-        attrs=_attributes(fingerprint, target),
     )
 
 
@@ -273,6 +337,12 @@ def _existing(store: Any, resume: bool) -> dict[str, Any] | None:
     if not exists(store):
         return None
     root = stores.open_root(store)
+    parts = stores.parts_of(root)
+    if parts is not None:
+        raise StoreError(
+            f"{stores.describe(store)} holds several runs, by {parts['dim']}; nothing was "
+            "touched. Sample it with the same components or checkpoints, or choose another path"
+        )
     found = stores.stored_fingerprint(root)
     if found is not None and not resume:
         raise StoreError(
@@ -280,12 +350,3 @@ def _existing(store: Any, resume: bool) -> dict[str, Any] | None:
             "another path, delete it, or pass resume=True to continue it"
         )
     return found
-
-
-def _attributes(fingerprint: Mapping[str, Any], target: Target) -> dict[str, Any]:
-    """Return what kernels need to know of the posterior, kept with the losses."""
-    keys = ("loss", "nbeta", "gamma", "sampler", "burn_in", "thin", "batch_size", "seed")
-    return {key: fingerprint[key] for key in keys} | {
-        "n_train": target.train.n,
-        "observed_is_train": fingerprint["observed_data"] == fingerprint["train_data"],
-    }

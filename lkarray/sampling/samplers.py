@@ -1,15 +1,107 @@
-"""Samplers: how one step moves the weights."""
+"""Samplers: how one step moves the weights of a stack of chains.
+
+All vectors have shape ``(chain, param)`` or ``(param,)``; every update is a few fused,
+elementwise passes over them, so a chain's numbers do not depend on its neighbours'. ``grad``
+is that of the mean minibatch loss, and the force is ``nbeta * grad + gamma (w - w*)``.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
 
 from torch import Tensor
 
+from lkarray.nn.losses import identity
+from lkarray.sampling.schedules import SCHEDULES, Schedule
+
 
 @dataclass(frozen=True)
-class SGLD:
+class Sampler:
+    """What all samplers share: a step size and its schedule.
+
+    Parameters
+    ----------
+    step_size
+        eps of the papers, at the first step.
+    schedule
+        Factor of the step size as a function of the step (from 0, burn-in included), for
+        example ``lk.schedules.PolynomialDecay(1000)``; ``None`` keeps it constant.
+
+    Raises
+    ------
+    ValueError
+        A setting is out of its range.
+    """
+
+    step_size: float
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.step_size) or self.step_size <= 0:
+            raise ValueError(f"step_size must be a positive number, not {self.step_size!r}")
+        object.__setattr__(self, "step_size", float(self.step_size))
+        if self.schedule is not None and not callable(self.schedule):
+            raise TypeError(
+                f"schedule must map a step to a factor, not be {type(self.schedule).__name__}"
+            )
+
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """Names of the vectors that a chain carries from step to step beside its weights."""
+        return ()
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether a step needs an estimate of the Hessian's diagonal."""
+        return False
+
+    def size(self, step: int) -> float:
+        """Return the step size of a step."""
+        if self.schedule is None:
+            return self.step_size
+        size = self.step_size * float(self.schedule(step))
+        if not math.isfinite(size) or size <= 0:
+            raise ValueError(f"the schedule gave step {step} the size {size}; keep it positive")
+        return size
+
+    def step(
+        self,
+        theta: Tensor,
+        grad: Tensor,
+        noise: Tensor,
+        center: Tensor,
+        *,
+        nbeta: float,
+        gamma: float,
+        step: int = 0,
+        state: Mapping[str, Tensor] | None = None,
+        curvature: Tensor | None = None,
+    ) -> None:
+        """Move ``theta``, and ``state``, in place."""
+        raise NotImplementedError
+
+    def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
+        """Return what multiplied the last step's force; ``None`` if that was no Langevin step."""
+        return 1.0
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a store keeps of the sampler: plain values under their names."""
+        found: dict[str, Any] = {"name": type(self).__name__} | asdict(self)
+        if self.schedule is None:
+            del found["schedule"]
+        elif type(self.schedule).__name__ in SCHEDULES and is_dataclass(self.schedule):
+            name = {"name": type(self.schedule).__name__}
+            found["schedule"] = name | asdict(self.schedule)
+        else:
+            found["schedule"] = identity(self.schedule)
+        return found
+
+
+@dataclass(frozen=True)
+class SGLD(Sampler):
     """Stochastic gradient Langevin dynamics (Welling and Teh 2011; loss-kernel eq. 10).
 
     ``w <- w - (eps / 2) (nbeta * g + gamma (w - w*)) + sqrt(eps) * xi``, with g the gradient
@@ -21,19 +113,14 @@ class SGLD:
         eps. For a quadratic of curvature h the stationary variance is
         ``1 / (h (1 - eps h / 4))`` with ``h = nbeta * H + gamma``, and a step above 4 / h
         diverges.
+    schedule
+        Factor of the step size as a function of the step; ``None`` keeps it constant.
 
     Raises
     ------
     ValueError
         The step size is not a positive number.
     """
-
-    step_size: float
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.step_size) or self.step_size <= 0:
-            raise ValueError(f"step_size must be a positive number, not {self.step_size!r}")
-        object.__setattr__(self, "step_size", float(self.step_size))
 
     def step(
         self,
@@ -44,9 +131,194 @@ class SGLD:
         *,
         nbeta: float,
         gamma: float,
+        step: int = 0,
+        state: Mapping[str, Tensor] | None = None,
+        curvature: Tensor | None = None,
     ) -> None:
-        """Move ``theta`` in place; all vectors have shape ``(param,)``. Three fused passes."""
-        half = self.step_size / 2
-        theta.lerp_(center, half * gamma)
-        theta.add_(grad, alpha=-half * nbeta)
-        theta.add_(noise, alpha=math.sqrt(self.step_size))
+        """Move ``theta`` in place, in three passes."""
+        eps = self.size(step)
+        theta.lerp_(center, eps / 2 * gamma)
+        theta.add_(grad, alpha=-eps / 2 * nbeta)
+        theta.add_(noise, alpha=math.sqrt(eps))
+
+
+@dataclass(frozen=True)
+class RMSpropSGLD(Sampler):
+    r"""SGLD preconditioned as RMSprop (pSGLD: Li et al. 2016, algorithm 1).
+
+    ``V <- a V + (1 - a) g^2``, ``G = 1 / (sqrt(V / (1 - a^t)) + damping)``, and
+    ``w <- w - (eps / 2) (G (nbeta * g + gamma (w - w*)) - Gamma) + sqrt(eps G) * xi``.
+
+    Gamma is the drift that a preconditioner which depends on w needs for the chain to have the
+    right stationary distribution: ``Gamma_i = dG_i / dw_i``. The literature drops it, since it
+    needs second derivatives; then the variance is biased. With ``drift_correction`` it is
+    computed from the derivative of V along a common shift of the steps that V averages,
+    ``D <- a D + (1 - a) 2 g diag(H)``, with an unbiased estimate of the Hessian's diagonal
+    (Hutchinson's, one random sign vector a step; Bekas et al. 2007).
+
+    Parameters
+    ----------
+    step_size
+        eps, before the preconditioner.
+    schedule
+        Factor of the step size as a function of the step.
+    decay
+        a, the weight of the past in V.
+    damping
+        Added to the root of V; the largest G is one over it.
+    drift_correction
+        Whether to add Gamma. A step then costs a second backward pass.
+
+    Raises
+    ------
+    ValueError
+        A setting is out of its range.
+    """
+
+    decay: float = 0.99
+    damping: float = 0.1
+    drift_correction: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {self.decay!r}")
+        if not self.damping > 0 or not math.isfinite(self.damping):
+            raise ValueError(f"damping must be a positive number, not {self.damping!r}")
+
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """Names of the moments."""
+        names = ("second_moment", "second_moment_slope")
+        return names if self.drift_correction else names[:1]
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether a step needs an estimate of the Hessian's diagonal."""
+        return self.drift_correction
+
+    def step(
+        self,
+        theta: Tensor,
+        grad: Tensor,
+        noise: Tensor,
+        center: Tensor,
+        *,
+        nbeta: float,
+        gamma: float,
+        step: int = 0,
+        state: Mapping[str, Tensor] | None = None,
+        curvature: Tensor | None = None,
+    ) -> None:
+        """Move ``theta`` and the moments in place."""
+        assert state is not None
+        eps, moment = self.size(step), state["second_moment"]
+        moment.mul_(self.decay).addcmul_(grad, grad, value=1 - self.decay)
+        scale = self._scale(step, moment)
+        force = (theta - center).mul_(gamma).add_(grad, alpha=nbeta)
+        if curvature is not None:
+            slope = state["second_moment_slope"]
+            slope.mul_(self.decay).addcmul_(grad, curvature, value=2 * (1 - self.decay))
+            # dG/dw = -G^2 dV/dw / (2 sqrt(V)), where V is not zero.
+            root = (moment / self._bias(step)).sqrt_()
+            drift = slope.div(2 * self._bias(step)).div_(root).mul_(scale).mul_(scale)
+            theta.add_(drift.nan_to_num_(0.0, 0.0, 0.0), alpha=-eps / 2)
+        theta.addcmul_(force, scale, value=-eps / 2)
+        theta.addcmul_(noise, scale.sqrt_(), value=math.sqrt(eps))
+
+    def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
+        """Return G of the last step."""
+        return self._scale(step, state["second_moment"])
+
+    def _bias(self, step: int) -> float:
+        return 1 - self.decay ** (step + 1)
+
+    def _scale(self, step: int, moment: Tensor) -> Tensor:
+        return moment.div(self._bias(step)).sqrt_().add_(self.damping).reciprocal_()
+
+
+@dataclass(frozen=True)
+class SGHMC(Sampler):
+    """Stochastic gradient Hamiltonian Monte Carlo (Chen, Fox and Guestrin 2014, eq. 15).
+
+    ``v <- (1 - a) v - (eps / 2) (nbeta * g + gamma (w - w*)) + sqrt(a eps) * xi`` and
+    ``w <- w + v``; a friction of 1 is SGLD with the same eps. For a quadratic of curvature h
+    the stationary variance is ``1 / (h (1 - eps h / (4 (2 - a))))``, and a step above
+    ``4 (2 - a) / h`` diverges.
+
+    Parameters
+    ----------
+    step_size
+        eps, as for SGLD.
+    schedule
+        Factor of the step size as a function of the step.
+    friction
+        a, in (0, 1]: the share of the momentum that is lost at each step.
+
+    Raises
+    ------
+    ValueError
+        A setting is out of its range.
+    """
+
+    friction: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.friction <= 1:
+            raise ValueError(f"friction must be in (0, 1], not {self.friction!r}")
+
+    @property
+    def carries(self) -> tuple[str, ...]:
+        """Name of the momentum."""
+        return ("momentum",)
+
+    def step(
+        self,
+        theta: Tensor,
+        grad: Tensor,
+        noise: Tensor,
+        center: Tensor,
+        *,
+        nbeta: float,
+        gamma: float,
+        step: int = 0,
+        state: Mapping[str, Tensor] | None = None,
+        curvature: Tensor | None = None,
+    ) -> None:
+        """Move ``theta`` and the momentum in place, in five passes."""
+        assert state is not None
+        eps, momentum = self.size(step), state["momentum"]
+        momentum.mul_(1 - self.friction).add_(grad, alpha=-eps / 2 * nbeta)
+        momentum.add_(center - theta, alpha=eps / 2 * gamma)
+        momentum.add_(noise, alpha=math.sqrt(self.friction * eps))
+        theta.add_(momentum)
+
+    def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
+        """Return ``None``: the Metropolis test of a Langevin step does not apply."""
+        return None
+
+
+SAMPLERS = {kind.__name__: kind for kind in (SGLD, RMSpropSGLD, SGHMC)}
+
+
+def sampler_from(settings: Mapping[str, Any]) -> Sampler:
+    """Return the sampler that a store's settings describe.
+
+    Raises
+    ------
+    ValueError
+        Its schedule is a function of the user's own, which the store cannot hold.
+    """
+    options = dict(settings)
+    kind = SAMPLERS[options.pop("name")]
+    schedule = options.pop("schedule", None)
+    if isinstance(schedule, Mapping):
+        parts = dict(schedule)
+        schedule = SCHEDULES[parts.pop("name")](**parts)
+    elif isinstance(schedule, str):
+        raise ValueError(
+            f"the sampler's schedule, {schedule}, is a function that a store cannot hold; pass "
+            "sampler=, the one that sampled"
+        )
+    return kind(schedule=schedule, **options)

@@ -9,34 +9,46 @@ from lkarray.store.commit import ChainRegion, Record, read_record
 from lkarray.store.derived import put
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import (
-    create_losses,
+    LossSet,
+    create_parts,
+    create_run,
     drop_unfinished,
     finish,
     grow,
+    part_store,
+    parts_of,
+    require_space,
     stored,
     stored_fingerprint,
 )
 from lkarray.store.location import as_store, describe, open_root, writing
-from lkarray.store.locking import file_lock, writer_lock
-from lkarray.store.reading import open_store
+from lkarray.store.locking import file_lock, region_lock, writer_lock
+from lkarray.store.reading import open_rectangle, open_store
 from lkarray.store.verifying import Problem, verify
 
 __all__ = [
     "ChainRegion",
+    "LossSet",
     "Problem",
     "Record",
     "as_store",
-    "create_losses",
+    "create_parts",
+    "create_run",
     "describe",
     "drop_unfinished",
     "file_lock",
     "finish",
     "grow",
+    "open_rectangle",
     "open_root",
     "open_store",
+    "part_store",
+    "parts_of",
     "put",
     "read_record",
     "refuse_changes",
+    "region_lock",
+    "require_space",
     "stored",
     "stored_fingerprint",
     "verify",

@@ -19,12 +19,15 @@ import numpy as np
 import zarr
 
 from lkarray import schema
-from lkarray.store.layout import stored
+from lkarray.store.layout import carried, recorded, stored
 from lkarray.store.location import local_path, writing
 
 #: A chain commits when a block fills, or after this long and this many times the last cost.
 COMMIT_SECONDS = 30.0
 _COMMIT_SHARE = 50.0
+
+
+_DIVERGED = f"{schema.SAMPLE_STATS}/{schema.DIVERGED.name}"
 
 
 class Record(NamedTuple):
@@ -64,11 +67,10 @@ class ChainRegion:
 
     def __init__(self, root: zarr.Group, chain: int, executor: Executor) -> None:
         self._root, self._chain, self._executor = root, chain, executor
-        self._loss = stored(root, schema.LOSSES, schema.LOSS)
-        self._stats = {s.name: stored(root, schema.SAMPLE_STATS, s) for s in schema.STATS}
-        self._state = stored(root, schema.STATE, schema.PARAMETERS)
+        self._arrays = recorded(root)
+        self._vectors = carried(root)
         self._record = stored(root, schema.COMMIT, schema.RECORD)
-        self._depth = self._loss.chunks[1]
+        self._depth = stored(root, schema.LOSSES, schema.LOSS).chunks[1]
         self._pending: Future[float] | None = None
         self._last, self._cost = time.monotonic(), 0.0
         self.record = read_record(root, chain)
@@ -79,54 +81,56 @@ class ChainRegion:
 
     def _open_block(self, start: int) -> None:
         self._start = start
-        self._losses = np.full((self._depth, self._loss.shape[2]), np.nan, np.float32)
         self._rows = {
-            name: np.full(self._depth, array.fill_value, array.dtype)
-            for name, array in self._stats.items()
+            path: np.full((self._depth, *array.shape[2:]), array.fill_value, array.dtype)
+            for path, array in self._arrays.items()
         }
 
     def _refill(self) -> None:
         kept = slice(self._start, self.draws)
         count = self.draws - self._start
         if count:
-            self._losses[:count] = self._loss[self._chain, kept]
-            for name, array in self._stats.items():
-                self._rows[name][:count] = array[self._chain, kept]
+            for path, array in self._arrays.items():
+                self._rows[path][:count] = array[self._chain, kept]
 
-    def state(self) -> np.ndarray | None:
-        """Return the sampler's state at the last commit, ``None`` at the start."""
+    def state(self) -> dict[str, np.ndarray] | None:
+        """Return the vectors carried at the last commit, by name; ``None`` at the start."""
         if self.record.step == 0:
             return None
-        return np.asarray(self._state[self._chain, self.record.slot])
+        slot = self.record.slot
+        return {k: np.asarray(array[self._chain, slot]) for k, array in self._vectors.items()}
 
     def diverged(self) -> bool:
         """Say whether the last draw was flagged as non-finite."""
         if self.draws == 0:
             return False
         if self.draws > self._start:
-            return bool(self._rows[schema.DIVERGED.name][self.draws - self._start - 1])
-        return bool(self._stats[schema.DIVERGED.name][self._chain, self.draws - 1])
+            return bool(self._rows[_DIVERGED][self.draws - self._start - 1])
+        return bool(self._arrays[_DIVERGED][self._chain, self.draws - 1])
 
     def uncommitted(self) -> int:
         """Return how many draws are buffered and not yet handed to the writer."""
         return self.draws - self._committed.draws
 
-    def append(self, losses: np.ndarray, stats: Mapping[str, float | bool]) -> None:
-        """Add one draw to the open block."""
-        row = self.draws - self._start
-        self._losses[row] = losses
-        for name, value in stats.items():
-            self._rows[name][row] = value
+    def room(self) -> int:
+        """Return how many draws the open block still takes."""
+        return self._start + self._depth - self.draws
+
+    def append(self, row: Mapping[str, np.ndarray | float | bool]) -> None:
+        """Add one draw, by the paths of the arrays, to the open block; others stay missing."""
+        at = self.draws - self._start
+        for path, value in row.items():
+            self._rows[path][at] = value
         self.draws += 1
 
     def due(self) -> bool:
         """Say whether it is time to commit."""
-        if self.draws - self._start == self._depth:
+        if self.room() == 0:
             return True
         pause = max(COMMIT_SECONDS, _COMMIT_SHARE * self._cost)
         return time.monotonic() - self._last >= pause
 
-    def commit(self, step: int, state: np.ndarray) -> None:
+    def commit(self, step: int, state: Mapping[str, np.ndarray]) -> None:
         """Hand everything so far to the writer; ``state`` must not change afterwards.
 
         Raises
@@ -135,11 +139,10 @@ class ChainRegion:
             This or an earlier commit could not be written.
         """
         self.wait()
-        full = self.draws - self._start == self._depth
-        losses = self._losses if full else self._losses.copy()
-        rows = self._rows if full else {name: row.copy() for name, row in self._rows.items()}
+        full = self.room() == 0
+        rows = self._rows if full else {path: row.copy() for path, row in self._rows.items()}
         record = Record(self.draws, step, 1 - self._committed.slot)
-        self._pending = self._executor.submit(self._write, self._start, losses, rows, state, record)
+        self._pending = self._executor.submit(self._write, self._start, rows, state, record)
         self._committed, self._last = record, time.monotonic()
         if full:
             self._open_block(self._start + self._depth)
@@ -153,25 +156,23 @@ class ChainRegion:
     def _write(
         self,
         start: int,
-        losses: np.ndarray,
         rows: Mapping[str, np.ndarray],
-        state: np.ndarray,
+        state: Mapping[str, np.ndarray],
         record: Record,
     ) -> float:
         began = time.monotonic()
         safe = "The draws committed before are safe; run again to resume"
         with writing(self._root.store, safe=safe):
-            stop = min(start + self._depth, self._loss.shape[1])
             block, chain = start // self._depth, self._chain
             keys: list[str] = []
             if record.draws > start:
-                self._loss[chain, start:stop] = losses[: stop - start]
-                keys += chunk_keys(self._loss, (chain, block))
-                for name, array in self._stats.items():
-                    array[chain, start:stop] = rows[name][: stop - start]
+                for path, array in self._arrays.items():
+                    stop = min(start + self._depth, array.shape[1])
+                    array[chain, start:stop] = rows[path][: stop - start]
                     keys += chunk_keys(array, (chain, block))
-            self._state[chain, record.slot] = state
-            keys += chunk_keys(self._state, (chain, record.slot))
+            for name, array in self._vectors.items():
+                array[chain, record.slot] = state[name]
+                keys += chunk_keys(array, (chain, record.slot))
             self._flush(keys)
             self._record[chain] = record
             self._flush(chunk_keys(self._record, (chain,)))

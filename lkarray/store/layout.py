@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,10 @@ from lkarray.schema import VariableSpec
 from lkarray.store.location import (
     MARK,
     StoreLike,
+    as_store,
     create_root,
     describe,
+    inner_store,
     local_path,
     update_mark,
     writing,
@@ -34,21 +38,55 @@ CODECS = (Crc32cCodec(),)
 #: A chunk of nothing but zeros is written too, so that a missing one is always a fault.
 _WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
 
-#: Bytes of losses that one chain buffers before it must write a block.
+#: Bytes that one chain buffers before it must write a block; and the draws of a block beyond
+#: which it is not worth more than a few bytes, so that memory stays flat in draws.
 _BLOCK_BYTES = 64 << 20
+_BLOCK_DRAWS, _FEW_BYTES = 512, 8 << 20
 _STATE_CHUNK = 1 << 22
 
 
-def loss_chunks(draws: int, samples: int) -> tuple[int, int, int]:
-    """Return the chunk shape of ``loss(chain, draw, sample)`` (design section 2).
+@dataclass(frozen=True)
+class LossSet:
+    """An observed set, as the group that holds its losses.
 
-    A block of one chain, D draws and all samples is buffered, so D falls with the number of
-    samples; chunks stay near 2 MiB, large enough to read fast and small enough to select.
+    Attributes
+    ----------
+    group
+        ``losses``, or ``losses_<name>`` for a further set.
+    coords
+        Labels of its samples.
+    center_loss
+        Losses at w*, shape ``(sample, *dims)``.
+    dims
+        Names of the dims after ``sample``.
+    attrs
+        Attributes of the group: what kernels need to know of the posterior.
     """
-    block = max(100, _BLOCK_BYTES // (4 * max(samples, 1)))
-    depth = min(max(draws, 32), block)
+
+    group: str
+    coords: Mapping[str, np.ndarray]
+    center_loss: np.ndarray
+    dims: tuple[str, ...] = ()
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def block_draws(draws: int, values: int) -> int:
+    """Return the draws of a block: of one chain, with ``values`` recorded at each draw.
+
+    A block is buffered whole, so its depth falls with the number of values.
+    """
+    size = 4 * max(values, 1)
+    block = min(_BLOCK_BYTES // size, max(_BLOCK_DRAWS, _FEW_BYTES // size))
+    return min(max(draws, 32), max(100, block))
+
+
+def loss_chunks(depth: int, samples: int, tail: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """Return the chunk shape of ``loss(chain, draw, sample, ...)`` (design section 2).
+
+    Chunks stay near 2 MiB, large enough to read fast and small enough to select.
+    """
     width = 2048 if depth >= 200 or samples <= 2048 else 8192
-    return 1, depth, min(width, samples)
+    return 1, depth, min(max(width // prod(tail), 1), samples), *tail
 
 
 def create_array(
@@ -75,55 +113,66 @@ def create_array(
     )
 
 
-def create_losses(
+def create_run(
     path: StoreLike,
     *,
     chains: int,
     draws: int,
-    coords: Mapping[str, np.ndarray],
-    center_loss: np.ndarray,
-    state_size: int,
+    sets: Sequence[LossSet],
+    observables: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, int],
     state_dtype: Any,
     fingerprint: Mapping[str, Any],
-    attrs: Mapping[str, Any],
 ) -> zarr.Group:
     """Create the groups of a sampled store and return its root.
 
-    The fingerprint is written last: a store that has none was killed while it was being
-    made, holds no draw, and is made again by the next run.
+    ``observables`` gives the shape of each at one draw, ``state`` the length of each vector
+    that a chain carries. The fingerprint is written last: a store that has none was killed
+    while it was being made, holds no draw, and is made again by the next run.
     """
-    root = create_root(path)
-    store = root.store
-    samples = len(center_loss)
-    _require_space(store, 4 * chains * draws * samples)
-    with writing(store):
-        one, depth, width = loss_chunks(draws, samples)
-        losses = root.create_group(schema.LOSSES, attributes=dict(attrs))
-        labels = " ".join(name for name in coords if name != schema.SAMPLE)
-        extra = {"coordinates": labels} if labels else {}
-        create_array(
-            losses, schema.LOSS, (chains, draws, samples), (one, depth, width), attrs=extra
-        )
-        create_array(losses, schema.CENTER_LOSS, (samples,), (samples,), attrs=extra)[:] = (
-            center_loss
-        )
-        for name, values in coords.items():
-            _create_coord(losses, name, values)
+    store = as_store(path)
+    values = sum(s.center_loss.size for s in sets) + sum(map(prod, observables.values()))
+    depth = block_draws(draws, values)
+    require_space(store, 4 * chains * (draws * values + 2 * sum(state.values())))
+    root = create_root(store)
+    with writing(root.store):
+        for observed in sets:
+            _create_set(root, observed, chains, draws, depth)
         stats = root.create_group(schema.SAMPLE_STATS)
         for spec in schema.STATS:
-            create_array(stats, spec, (chains, draws), (one, depth))
-        create_array(
-            root.create_group(schema.STATE),
-            schema.PARAMETERS,
-            (chains, 2, state_size),
-            (1, 1, min(state_size, _STATE_CHUNK)),
-            dtype=state_dtype,
-        )
+            create_array(stats, spec, (chains, draws), (1, depth))
+        if observables:
+            group = root.create_group(schema.OBSERVABLES)
+            n = sets[0].center_loss.shape[0]
+            for name, tail in observables.items():
+                spec = schema.observable(name, tail, n)
+                create_array(group, spec, (chains, draws, *tail), (1, depth, *tail))
+        vectors = root.create_group(schema.STATE)
+        for name, size in state.items():
+            chunk = (1, 1, min(size, _STATE_CHUNK))
+            spec = replace(schema.PARAMETERS, name=name)
+            create_array(vectors, spec, (chains, 2, size), chunk, dtype=state_dtype)
         fields = {"fields": ["draws", "step", "slot"]}
         commit = root.create_group(schema.COMMIT)
         create_array(commit, schema.RECORD, (chains, 3), (1, 3), attrs=fields)
         update_mark(root, **{schema.LOSSES: dict(fingerprint)})
     return root
+
+
+def _create_set(root: zarr.Group, of: LossSet, chains: int, draws: int, depth: int) -> None:
+    samples, *tail = of.center_loss.shape
+    group = root.create_group(of.group, attributes=dict(of.attrs))
+    labels = " ".join(name for name in of.coords if name != schema.SAMPLE)
+    extra = {"coordinates": labels} if labels else {}
+    loss, center = (
+        replace(spec, dims=(*spec.dims, *of.dims)) for spec in (schema.LOSS, schema.CENTER_LOSS)
+    )
+    shape = (chains, draws, samples, *tail)
+    create_array(group, loss, shape, loss_chunks(depth, samples, tuple(tail)), attrs=extra)
+    whole = of.center_loss.shape
+    create_array(group, center, whole, whole, attrs=extra)[...] = of.center_loss
+    for name, values in of.coords.items():
+        _create_coord(group, name, values)
 
 
 def _create_coord(group: zarr.Group, name: str, values: np.ndarray) -> None:
@@ -149,38 +198,68 @@ def drop_unfinished(root: zarr.Group) -> None:
     """Remove the groups of a store whose making was interrupted: they hold no draw."""
     if stored_fingerprint(root) is not None:
         raise StoreError(f"{describe(root.store)} holds losses; nothing was removed")
-    for name in schema.GROUPS:
-        sync(root.store.delete_dir(name))  # even where its metadata was removed already
+    ours = {*schema.GROUPS, schema.OBSERVABLES}
+    for name in sync(_listed(root.store)):  # even groups whose metadata was removed already
+        if name in ours or name.startswith(f"{schema.LOSSES}_"):
+            sync(root.store.delete_dir(name))
+
+
+async def _listed(store: Store) -> list[str]:
+    return [name async for name in store.list_dir("")]
+
+
+def loss_groups(root: zarr.Group) -> list[str]:
+    """Return the groups of the observed sets, ``losses`` first."""
+    sets = (stored_fingerprint(root) or {}).get("observed_data")
+    return list(sets) if isinstance(sets, Mapping) else [schema.LOSSES]
+
+
+def recorded_paths(root: zarr.Group) -> dict[str, tuple[str, ...]]:
+    """Return what chains write a block of at each commit: paths, and their first dims."""
+    observables = (stored_fingerprint(root) or {}).get("observables", {})
+    found = {f"{group}/{schema.LOSS.name}": schema.LOSS.dims for group in loss_groups(root)}
+    found |= {f"{schema.SAMPLE_STATS}/{spec.name}": spec.dims for spec in schema.STATS}
+    return found | {f"{schema.OBSERVABLES}/{name}": schema.POSTERIOR for name in observables}
+
+
+def carried_paths(root: zarr.Group) -> dict[str, tuple[str, ...]]:
+    """Return the vectors that chains carry from step to step: paths and dims."""
+    names = (stored_fingerprint(root) or {}).get("state", [schema.PARAMETERS.name])
+    return {f"{schema.STATE}/{name}": schema.PARAMETERS.dims for name in names}
+
+
+def recorded(root: zarr.Group) -> dict[str, zarr.Array]:
+    """Return the arrays of `recorded_paths`."""
+    return {path: _stored(root, path) for path in recorded_paths(root)}
+
+
+def carried(root: zarr.Group) -> dict[str, zarr.Array]:
+    """Return the arrays of `carried_paths`, by name."""
+    return {path.split("/")[1]: _stored(root, path) for path in carried_paths(root)}
 
 
 def grow(root: zarr.Group, *, chains: int, draws: int) -> None:
     """Enlarge the arrays to at least ``chains`` and ``draws``; nothing stored is touched."""
     loss = stored(root, schema.LOSSES, schema.LOSS)
     want = {schema.CHAIN: max(chains, loss.shape[0]), schema.DRAW: max(draws, loss.shape[1])}
-    arrays = [(stored(root, group, spec), spec.dims) for group, spec in _GROWING]
-    grown = [
-        (array, tuple(max(n, want.get(dim, n)) for dim, n in zip(dims, array.shape, strict=True)))
-        for array, dims in arrays
-    ]
+    # The losses come last: readers take their sizes and cut the others to them, so that a kill
+    # in between is harmless.
+    arrays = [stored(root, schema.COMMIT, schema.RECORD), *carried(root).values()]
+    arrays += reversed(recorded(root).values())
+    grown = []
+    for array in arrays:
+        dims = array.metadata.dimension_names  # type: ignore[union-attr]
+        sizes = zip(dims or (), array.shape, strict=True)
+        grown.append((array, tuple(max(n, want.get(str(dim), n)) for dim, n in sizes)))
     if all(shape == array.shape for array, shape in grown):
         return
-    new = want[schema.CHAIN] * want[schema.DRAW] - loss.shape[0] * loss.shape[1]
-    _require_space(root.store, 4 * new * loss.shape[2])
+    new = [4 * (prod(shape) - prod(array.shape)) for array, shape in grown]
+    require_space(root.store, sum(new))
     with writing(root.store, safe="Nothing that was stored is lost"):
         root.update_attributes({})  # drops the consolidated metadata, which would be stale
         for array, shape in grown:
             if shape != array.shape:
                 array.resize(shape)
-
-
-#: Arrays that grow with chains and draws. The losses come last: readers take their sizes and
-#: cut the others to them, so that a kill in between is harmless.
-_GROWING = (
-    (schema.COMMIT, schema.RECORD),
-    (schema.STATE, schema.PARAMETERS),
-    *((schema.SAMPLE_STATS, spec) for spec in schema.STATS),
-    (schema.LOSSES, schema.LOSS),
-)
 
 
 def finish(root: zarr.Group) -> None:
@@ -194,16 +273,23 @@ def finish(root: zarr.Group) -> None:
 
 def stored(root: zarr.Group, group: str, spec: VariableSpec) -> zarr.Array:
     """Return the stored array of ``spec``, which writes chunks of nothing but zeros too."""
-    array = root[f"{group}/{spec.name}"]
+    return _stored(root, f"{group}/{spec.name}")
+
+
+def _stored(root: zarr.Group, path: str) -> zarr.Array:
+    array = root[path]
     assert isinstance(array, zarr.Array)
     whole: zarr.Array = array.with_config(_WRITE_ALL)
     return whole
 
 
-def _require_space(store: Store, needed: int) -> None:
+def require_space(store: Store, needed: int) -> None:
+    """Raise `StoreError` unless the disk of a local store has ``needed`` bytes free."""
     folder = local_path(store)
     if folder is None:
         return
+    while not folder.exists():
+        folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StoreError(
@@ -211,3 +297,29 @@ def _require_space(store: Store, needed: int) -> None:
             f"{free / 1e9:.2f} GB free; observe fewer samples, take fewer draws, or choose "
             "another disk"
         )
+
+
+def parts_of(root: zarr.Group) -> dict[str, Any] | None:
+    """Return what a store of several runs is made of: ``dim`` and ``labels``; or ``None``."""
+    return dict(root.attrs[MARK]).get("parts")  # type: ignore[arg-type, return-value]
+
+
+def create_parts(path: StoreLike, dim: str, labels: Sequence[Any]) -> zarr.Group:
+    """Create a store of several runs, or add labels to one; each run has a store in it."""
+    store = as_store(path)
+    root = create_root(store)
+    before = parts_of(root)
+    if stored_fingerprint(root) is not None or (before and before["dim"] != dim):
+        raise StoreError(
+            f"{describe(store)} holds another kind of run; nothing was touched. Choose another path"
+        )
+    known = before["labels"] if before else []
+    with writing(store):
+        root.require_group(dim)
+        update_mark(root, parts={"dim": dim, "labels": list(dict.fromkeys([*known, *labels]))})
+    return root
+
+
+def part_store(store: Store, dim: str, label: Any) -> Store:
+    """Return the store of one run among several."""
+    return inner_store(store, f"{dim}/{label}")

@@ -49,6 +49,24 @@ def local_path(store: Store) -> Path | None:
     return Path(store.root) if isinstance(store, LocalStore) else None
 
 
+def inner_store(store: Store, path: str) -> Store:
+    """Return the store at a path inside another.
+
+    Raises
+    ------
+    StoreError
+        It is neither a folder nor a URL.
+    """
+    folder = local_path(store)
+    if folder is not None:
+        return LocalStore(folder / path, read_only=store.read_only)
+    if isinstance(store, FsspecStore):
+        return FsspecStore(store.fs, path=f"{store.path}/{path}", read_only=store.read_only)
+    raise StoreError(
+        f"{describe(store)} cannot hold several runs; give a folder or a URL as the store"
+    )
+
+
 def describe(store: Store) -> str:
     """Return a name for the store that a user recognises."""
     folder = local_path(store)

@@ -25,7 +25,7 @@ _LOCK_NAME = ".lkarray.lock"
 
 
 @contextmanager
-def file_lock(folder: Path) -> Iterator[None]:
+def file_lock(folder: Path, name: str = _LOCK_NAME) -> Iterator[None]:
     """Hold the lock of ``folder`` (made if missing), or say who holds it.
 
     Raises
@@ -34,7 +34,7 @@ def file_lock(folder: Path) -> Iterator[None]:
         Another process holds it; the message names its process id, host and start.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _LOCK_NAME
+    path = folder / name
     with open(path, "a+", encoding="utf8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,6 +60,20 @@ def writer_lock(store: Store) -> Iterator[None]:
     with ExitStack() as stack:
         with writing(store):
             stack.enter_context(file_lock(folder))
+        yield
+
+
+@contextmanager
+def region_lock(store: Store, name: str) -> Iterator[None]:
+    """Hold the right to write to a region of a store, which outlives that to the whole.
+
+    A worker may go on for a while after the process that it works for was killed.
+    """
+    folder = local_path(store)
+    if folder is None:
+        yield
+        return
+    with file_lock(folder, f".lkarray.region-{name}.lock"):
         yield
 
 

@@ -12,12 +12,20 @@ import zarr
 from lkarray import schema
 from lkarray.errors import DivergedError, StoreError
 from lkarray.store.commit import Record, read_record
-from lkarray.store.layout import stored, stored_fingerprint
+from lkarray.store.layout import (
+    loss_groups,
+    part_store,
+    parts_of,
+    stored,
+    stored_fingerprint,
+)
 from lkarray.store.location import StoreLike, describe, open_root
 
 logger = logging.getLogger("lkarray")
 
 DERIVED = "derived"
+#: Attribute of a tree of several runs: in what they differ, and the attributes of each.
+PARTS = "parts"
 HIDDEN = "."  # begins the names of derived groups that are being written
 
 
@@ -57,6 +65,9 @@ def open_rectangle(
     """Open a store as `open_store` does, limited to the first ``chains`` and ``draws``."""
     root = open_root(path)
     store = root.store
+    parts = parts_of(root)
+    if parts is not None:
+        return _open_parts(root, parts, chains, draws)
     if stored_fingerprint(root) is None:
         raise StoreError(
             f"{describe(store)} holds no losses: its sampling was stopped before it began. "
@@ -64,26 +75,69 @@ def open_rectangle(
         )
     shown, depth, hidden = _rectangle(root, chains)
     depth = min(depth, draws) if draws is not None else depth
-    losses = _open_group(store, schema.LOSSES)
-    stats = _open_stats(store, losses)
-    schema.validate(losses, schema.GROUPS[schema.LOSSES], where=f"{describe(store)}/losses")
+    stats = _open_stats(store, stored(root, schema.LOSSES, schema.LOSS).shape)
     schema.validate(stats, schema.STATS, where=f"{describe(store)}/sample_stats")
-    whole = {schema.CHAIN: np.arange(stats.sizes[schema.CHAIN])}
-    whole[schema.DRAW] = np.arange(stats.sizes[schema.DRAW])
+    sampled = {group: _open_group(store, group) for group in loss_groups(root)}
+    for group, losses in sampled.items():
+        specs = schema.GROUPS[schema.LOSSES]
+        schema.validate(losses, specs, where=f"{describe(store)}/{group}")
+    sampled[schema.SAMPLE_STATS] = stats
+    if schema.OBSERVABLES in root:
+        sampled[schema.OBSERVABLES] = _open_group(store, schema.OBSERVABLES)
+        about = sampled[schema.LOSSES]
+        if schema.SAMPLE in sampled[schema.OBSERVABLES].dims:
+            labels = {k: v for k, v in about.coords.items() if v.dims == (schema.SAMPLE,)}
+            sampled[schema.OBSERVABLES] = sampled[schema.OBSERVABLES].assign_coords(labels)
+    whole = {dim: np.arange(stats.sizes[dim]) for dim in schema.POSTERIOR}
     select: dict[str, Any] = {schema.CHAIN: shown, schema.DRAW: slice(depth)}
     if shown == list(range(len(shown))):
         select[schema.CHAIN] = slice(len(shown))
-    groups = {
-        "/": xr.Dataset(attrs=dict(root.attrs)),
-        schema.LOSSES: losses.assign_coords(whole).isel(select),
-        schema.SAMPLE_STATS: stats.assign_coords(whole).isel(select),
-    }
+    groups = {"/": xr.Dataset(attrs=dict(root.attrs))}
+    for group, ds in sampled.items():
+        # Growth that was killed leaves some arrays larger than the losses.
+        fits = ds.isel({dim: slice(len(index)) for dim, index in whole.items()})
+        groups[group] = fits.assign_coords(whole).isel(select)
     groups |= {path: _open_group(store, path) for path in derived_groups(root)}
     tree = xr.DataTree.from_dict(groups, name="lkarray")
     if hidden:
         logger.warning("%s: %s", describe(store), "; ".join(hidden))
         tree.attrs["hidden"] = hidden
     return tree
+
+
+def _open_parts(
+    root: zarr.Group, parts: dict[str, Any], chains: int | None, draws: int | None
+) -> xr.DataTree:
+    """Open several runs as one, along the dim in which they differ."""
+    stores = [part_store(root.store, parts["dim"], label) for label in parts["labels"]]
+    trees = [open_rectangle(store, chains=chains, draws=draws) for store in stores]
+    tree = join_parts(trees, parts["dim"], parts["labels"])
+    tree.attrs = dict(root.attrs) | tree.attrs
+    for path in derived_groups(root):
+        tree[path] = xr.DataTree(_open_group(root.store, path))
+    return tree
+
+
+def join_parts(trees: list[xr.DataTree], dim: str, labels: list[Any]) -> xr.DataTree:
+    """Return trees of several runs as one, lazily; chains and draws are those that all have."""
+    groups = {}
+    for name in trees[0].children:
+        if name == DERIVED:
+            continue
+        joined = xr.concat(
+            [tree[name].to_dataset() for tree in trees],
+            dim=xr.DataArray(labels, dims=dim, name=dim),
+            data_vars="all",
+            coords="minimal",
+            compat="override",
+            join="inner",
+            combine_attrs="drop_conflicts",
+        )
+        groups[str(name)] = joined
+    tree = xr.DataTree.from_dict({"/": xr.Dataset(), **groups}, name="lkarray")
+    tree.attrs[PARTS] = {"dim": dim, "labels": labels, "marks": [t.attrs for t in trees]}
+    hidden = [line for t in trees for line in t.attrs.get("hidden", [])]
+    return tree.assign_attrs(hidden=hidden) if hidden else tree
 
 
 def _open_group(store: Any, group: str, *, only: str | None = None) -> xr.Dataset:
@@ -94,18 +148,19 @@ def _open_group(store: Any, group: str, *, only: str | None = None) -> xr.Datase
     for name in ds.coords:
         ds[name].load()
     # Zarr lists arrays in any order; the schema's own comes first, so that dims do too.
-    first = [spec.name for spec in schema.GROUPS.get(group, ()) if spec.name in ds]
+    of = schema.LOSSES if group.startswith(schema.LOSSES) else group
+    first = [spec.name for spec in schema.GROUPS.get(of, ()) if spec.name in ds]
     ds = ds[[*first, *sorted(set(map(str, ds.data_vars)) - set(first))]]
     if schema.CENTER_LOSS.name in ds:
         ds[schema.CENTER_LOSS.name].load()
     return ds
 
 
-def _open_stats(store: Any, losses: xr.Dataset) -> xr.Dataset:
+def _open_stats(store: Any, shape: tuple[int, ...]) -> xr.Dataset:
     """Open the statistics, cut to the sizes of the losses: growth may have been killed."""
     names = [spec.name for spec in schema.STATS]
     parts = [_open_group(store, schema.SAMPLE_STATS, only=name) for name in names]
-    sizes = {dim: slice(losses.sizes[dim]) for dim in schema.POSTERIOR}
+    sizes = {dim: slice(n) for dim, n in zip(schema.POSTERIOR, shape, strict=False)}
     return xr.merge([part.isel(sizes, missing_dims="ignore") for part in parts], join="exact")
 
 

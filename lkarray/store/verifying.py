@@ -13,9 +13,16 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from lkarray import schema
-from lkarray.errors import DamagedError
+from lkarray.errors import DamagedError, StoreError
 from lkarray.store.commit import Record, chunk_keys, read_record
-from lkarray.store.layout import stored_fingerprint
+from lkarray.store.layout import (
+    carried_paths,
+    loss_groups,
+    part_store,
+    parts_of,
+    recorded_paths,
+    stored_fingerprint,
+)
 from lkarray.store.location import StoreLike, open_root
 from lkarray.store.reading import derived_groups
 
@@ -67,6 +74,17 @@ def verify(path: StoreLike) -> list[Problem]:
         root = open_root(path)
     except DamagedError as error:
         return [Problem("corrupt", "zarr.json", str(error))]
+    parts = parts_of(root)
+    if parts is not None:
+        problems = []
+        for label in parts["labels"]:
+            at = f"{parts['dim']}/{label}"
+            try:
+                found = verify(part_store(root.store, parts["dim"], label))
+            except StoreError as error:
+                found = [Problem("missing", "zarr.json", str(error))]
+            problems += [p._replace(path=f"{at}/{p.path}") for p in found]
+        return problems
     if stored_fingerprint(root) is None:
         return [Problem("missing", schema.LOSSES, "sampling was stopped before it began")]
     return list(_problems(root))
@@ -74,17 +92,16 @@ def verify(path: StoreLike) -> list[Problem]:
 
 def _problems(root: zarr.Group) -> Iterator[Problem]:
     arrays: dict[str, zarr.Array] = {}
-    for group, specs in schema.GROUPS.items():
-        for spec in specs:
-            name = f"{group}/{spec.name}"
-            found = _open_array(root, name)
-            if isinstance(found, Problem):
-                yield found
-            else:
-                arrays[name] = found
-    if len(arrays) < sum(map(len, schema.GROUPS.values())):
+    expected = _expected(root)
+    for name in expected:
+        found = _open_array(root, name)
+        if isinstance(found, Problem):
+            yield found
+        else:
+            arrays[name] = found
+    if len(arrays) < len(expected):
         return
-    yield from _shapes(arrays)
+    yield from _shapes(arrays, expected)
     yield from _whole_arrays(root, arrays)
     loss = arrays[f"{schema.LOSSES}/{schema.LOSS.name}"]
     record_array = arrays[f"{schema.COMMIT}/{schema.RECORD.name}"]
@@ -98,7 +115,7 @@ def _problems(root: zarr.Group) -> Iterator[Problem]:
             detail = f"chain {chain} has {record.draws} draws, but the array {loss.shape[1]}"
             yield Problem("mismatch", record_array.path, detail)
         else:
-            yield from _chain(arrays, chain, record)
+            yield from _chain(root, arrays, chain, record)
 
 
 def _open_array(root: zarr.Group, name: str) -> zarr.Array | Problem:
@@ -113,25 +130,39 @@ def _open_array(root: zarr.Group, name: str) -> zarr.Array | Problem:
     return found
 
 
-def _shapes(arrays: dict[str, zarr.Array]) -> Iterator[Problem]:
-    sizes = dict(zip(schema.LOSS.dims, arrays["losses/loss"].shape, strict=True))
-    for group, specs in schema.GROUPS.items():
-        for spec in specs:
-            array = arrays[f"{group}/{spec.name}"]
-            # An array that is larger than the losses is one whose growth was killed: no fault.
-            fits = len(spec.dims) == array.ndim and all(
-                got == sizes.get(dim, got) or (dim in schema.POSTERIOR and got > sizes[dim])
-                for dim, got in zip(spec.dims, array.shape, strict=True)
-            )
-            if not fits:
-                detail = f"shape {array.shape} does not fit dims {spec.dims} of {sizes}"
-                yield Problem("mismatch", array.path, detail)
+def _expected(root: zarr.Group) -> dict[str, tuple[str, ...]]:
+    """Return the paths of all arrays of a run, and their first dims."""
+    found = recorded_paths(root) | carried_paths(root)
+    for group in loss_groups(root):
+        found[f"{group}/{schema.CENTER_LOSS.name}"] = schema.CENTER_LOSS.dims
+    return found | {f"{schema.COMMIT}/{schema.RECORD.name}": schema.RECORD.dims}
+
+
+def _shapes(
+    arrays: dict[str, zarr.Array], expected: dict[str, tuple[str, ...]]
+) -> Iterator[Problem]:
+    common = dict(zip(schema.LOSS.dims[:2], arrays["losses/loss"].shape, strict=False))
+    for path, dims in expected.items():
+        array, sizes = arrays[path], common
+        group = path.split("/")[0]
+        if schema.SAMPLE in dims and arrays[f"{group}/{schema.LOSS.name}"].ndim > 2:
+            sizes = common | {schema.SAMPLE: arrays[f"{group}/{schema.LOSS.name}"].shape[2]}
+        # An array that is larger than the losses is one whose growth was killed: no fault.
+        fits = array.ndim >= len(dims) and all(
+            got == sizes.get(dim, got) or (dim in schema.POSTERIOR and got > sizes[dim])
+            for dim, got in zip(dims, array.shape, strict=False)
+        )
+        if not fits:
+            detail = f"shape {array.shape} does not fit dims {dims} of {sizes}"
+            yield Problem("mismatch", array.path, detail)
 
 
 def _whole_arrays(root: zarr.Group, arrays: dict[str, zarr.Array]) -> Iterator[Problem]:
     """Check the arrays that are written at once: coordinates, center losses, derived."""
-    yield from _chunks(arrays[f"{schema.LOSSES}/{schema.CENTER_LOSS.name}"], ())
-    for group_name in (schema.LOSSES, *derived_groups(root)):
+    groups = loss_groups(root)
+    for group_name in groups:
+        yield from _chunks(arrays[f"{group_name}/{schema.CENTER_LOSS.name}"], ())
+    for group_name in (*groups, *derived_groups(root)):
         group = root[group_name]
         assert isinstance(group, zarr.Group)
         for name in sorted(group.array_keys()):
@@ -149,28 +180,28 @@ def _left_out(array: zarr.Array | Problem, problem: Problem) -> bool:
     return problem.kind == "missing" and i > j
 
 
-def _chain(arrays: dict[str, zarr.Array], chain: int, record: Record) -> Iterator[Problem]:
-    loss = arrays[f"{schema.LOSSES}/{schema.LOSS.name}"]
+def _chain(
+    root: zarr.Group, arrays: dict[str, zarr.Array], chain: int, record: Record
+) -> Iterator[Problem]:
+    depth = arrays[f"{schema.LOSSES}/{schema.LOSS.name}"].chunks[1]
     flags = arrays[f"{schema.SAMPLE_STATS}/{schema.DIVERGED.name}"]
-    if record.step:
-        state = arrays[f"{schema.STATE}/{schema.PARAMETERS.name}"]
-        yield from _chunks(state, (chain, record.slot))
-    depth = loss.chunks[1]
+    for path in carried_paths(root) if record.step else ():
+        yield from _chunks(arrays[path], (chain, record.slot))
     for block in range(-(-record.draws // depth)):
-        for spec in schema.STATS:
-            yield from _chunks(arrays[f"{schema.SAMPLE_STATS}/{spec.name}"], (chain, block))
-        faults = list(_chunks(loss, (chain, block)))
-        yield from faults
-        if not faults:
-            rows = slice(block * depth, min((block + 1) * depth, record.draws))
-            yield from _finite(loss, flags, chain, rows)
+        rows = slice(block * depth, min((block + 1) * depth, record.draws))
+        for path in recorded_paths(root):
+            faults = list(_chunks(arrays[path], (chain, block)))
+            yield from faults
+            if not faults and path.endswith(f"/{schema.LOSS.name}"):
+                yield from _finite(arrays[path], flags, chain, rows)
 
 
 def _finite(loss: zarr.Array, flags: zarr.Array, chain: int, rows: slice) -> Iterator[Problem]:
     width = loss.chunks[2]
     for start in range(0, loss.shape[2], width):
         values = np.asarray(loss[chain, rows, start : start + width])
-        bad = ~np.isfinite(values).all(axis=1) & ~np.asarray(flags[chain, rows])
+        bad = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        bad &= ~np.asarray(flags[chain, rows])
         if bad.any():
             draw = rows.start + int(np.argmax(bad))
             detail = f"non-finite losses at chain {chain}, draw {draw}, not flagged as diverged"

@@ -25,7 +25,8 @@ def sample_slowly(path: Path, pause: float) -> None:
 
     torch.set_num_threads(1)
     commit.COMMIT_SECONDS = commit._COMMIT_SHARE = 0.0
-    layout.loss_chunks = lambda draws, samples: (1, 32, 64)
+    layout.block_draws = lambda draws, values: 32
+    layout.loss_chunks = lambda depth, samples, tail: (1, depth, 64)
     data = classification(n=200)
     posterior = lk.LocalPosterior(small_network(), data, nbeta=10.0, gamma=50.0)
 

@@ -48,8 +48,13 @@ def test_posterior__refuses_a_model_without_trainable_parameters(model, data):
 
 
 def test_posterior__refuses_weights_it_cannot_sample(model, data):
-    with pytest.raises(ValueError, match="parameters are torch.bfloat16.*float32"):
-        lk.LocalPosterior(nn.Linear(6, 3).bfloat16(), data)
+    odd = nn.Linear(6, 3)
+    odd.weight = nn.Parameter(torch.zeros(3, 6, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"several dtypes|parameters are torch.complex64"):
+        lk.LocalPosterior(odd, data)
+    mixed = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3).double())
+    with pytest.raises(ValueError, match=r"several dtypes or devices.*convert the model"):
+        lk.LocalPosterior(mixed, data)
     with torch.no_grad():
         model[0].weight[0, 0] = np.nan
     with pytest.raises(errors.NonFiniteError, match="'0.weight' holds NaN"):
@@ -102,7 +107,7 @@ def test_sample__refuses_labels_of_the_wrong_length(tmp_path, sample):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"draws": 2.5}, "draws must be an integer, not float"),
         ({"draws": 2**24}, "noise that never repeats"),
-        ({"sampler": "sgld"}, "sampler must be lk.SGLD"),
+        ({"sampler": "sgld"}, "sampler must be one such as lk.SGLD"),
     ],
 )
 def test_sample__refuses_bad_counts(tmp_path, sample, option, message):
@@ -129,7 +134,7 @@ class Augmented(torch.utils.data.Dataset):
     [
         (TensorDataset(torch.zeros(0, 6), torch.zeros(0)), "observed is empty"),
         (Stream(), "map-style"),
-        (TensorDataset(torch.zeros(3, 6)), "expected a pair"),
+        (TensorDataset(*torch.zeros(3, 3, 6)), "expected a pair"),
         (Augmented(), "differs between two readings"),
         (TensorDataset(torch.zeros(3, 5), torch.zeros(3).long()), "the model failed on the first"),
     ],
@@ -250,15 +255,15 @@ def test_sample__leaves_a_store_alone_that_another_process_finished_meanwhile(
     """What a run found before it took the lock may be out of date by then."""
     from lkarray.sampling import run
 
-    target, late, path = run._target, [], tmp_path / "s"
+    target, late, path = run.prepare, [], tmp_path / "s"
 
-    def overtaken(*args):
+    def overtaken(*args, **options):
         if not late:
             late.append(1)
             sample(path, seed=7)
-        return target(*args)
+        return target(*args, **options)
 
-    monkeypatch.setattr(run, "_target", overtaken)
+    monkeypatch.setattr(run, "prepare", overtaken)
     with pytest.raises(errors.FingerprintError, match="seed: stored 7, now 0"):
         sample(path)
     late, path = [], tmp_path / "other"

@@ -13,23 +13,29 @@ import lkarray as lk
 from lkarray import errors, schema
 from lkarray import store as stores
 from lkarray.store import commit as commit_module
-from lkarray.store.layout import loss_chunks
+from lkarray.store.layout import block_draws, loss_chunks
 
 STATS = {"minibatch_loss": 1.0, "gradient_norm": 2.0, "distance": 3.0, "step_size": 0.1}
 
 
 def make(path, *, chains=2, draws=10, samples=5, coords=None):
-    return stores.create_losses(
+    labels = schema.sample_coords(coords, samples)
+    center = np.zeros(samples, np.float32)
+    return stores.create_run(
         path,
         chains=chains,
         draws=draws,
-        coords=schema.sample_coords(coords, samples),
-        center_loss=np.zeros(samples, np.float32),
-        state_size=3,
+        sets=[stores.LossSet("losses", labels, center, attrs={"nbeta": 2.0})],
+        observables={},
+        state={"parameters": 3},
         state_dtype="float32",
         fingerprint={"lkarray": "test"},
-        attrs={"nbeta": 2.0},
     )
+
+
+def row(losses, *, diverged=False):
+    stats = STATS | {"diverged": diverged}
+    return {"losses/loss": losses} | {f"sample_stats/{k}": v for k, v in stats.items()}
 
 
 def fill(root, chain, draws, *, diverged_at=None, offset=0.0):
@@ -37,13 +43,11 @@ def fill(root, chain, draws, *, diverged_at=None, offset=0.0):
     with ThreadPoolExecutor(1) as pool:
         region = stores.ChainRegion(root, chain, pool)
         for draw in range(region.draws, draws):
-            region.append(
-                np.full(samples, draw + offset, np.float32),
-                STATS | {"diverged": draw == diverged_at},
-            )
+            losses = np.full(samples, draw + offset, np.float32)
+            region.append(row(losses, diverged=draw == diverged_at))
             if region.due():
-                region.commit(draw + 1, np.full(3, draw, np.float32))
-        region.commit(draws, np.full(3, draws, np.float32))
+                region.commit(draw + 1, {"parameters": np.full(3, draw, np.float32)})
+        region.commit(draws, {"parameters": np.full(3, draws, np.float32)})
         region.wait()
 
 
@@ -57,7 +61,7 @@ def fill(root, chain, draws, *, diverged_at=None, offset=0.0):
     ],
 )
 def test_loss_chunks__match_the_layout_of_the_design(samples, draws, chunks):
-    assert loss_chunks(draws, samples) == chunks
+    assert loss_chunks(block_draws(draws, samples), samples) == chunks
 
 
 def test_open__gives_what_was_committed_lazily_with_labels(tmp_path):
@@ -118,7 +122,9 @@ def test_region__state_alternates_between_slots(tmp_path):
         slots.append(stores.read_record(root, 0).slot)
     assert slots == [1, 0, 1]
     with ThreadPoolExecutor(1) as pool:
-        np.testing.assert_array_equal(stores.ChainRegion(root, 0, pool).state(), [6, 6, 6])
+        np.testing.assert_array_equal(
+            stores.ChainRegion(root, 0, pool).state()["parameters"], [6, 6, 6]
+        )
 
 
 def test_region__a_commit_cut_off_before_its_record_does_not_count(tmp_path, monkeypatch):
@@ -143,7 +149,7 @@ def test_region__commits_when_time_has_passed(tmp_path, monkeypatch):
     root = make(tmp_path / "s")
     with ThreadPoolExecutor(1) as pool:
         region = stores.ChainRegion(root, 0, pool)
-        region.append(np.zeros(5), STATS | {"diverged": False})
+        region.append(row(np.zeros(5)))
         assert not region.due()
         monkeypatch.setattr(commit_module, "COMMIT_SECONDS", 0.0)
         assert region.due()

@@ -1,0 +1,94 @@
+"""Several runs in one store: by component of the model, or by checkpoint of its training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from lkarray import schema
+from lkarray import store as stores
+from lkarray.nn.trainable import moving_names
+from lkarray.sampling.job import Job
+from lkarray.sampling.posterior import LocalPosterior
+from lkarray.store.location import StoreLike, inner_store
+
+Posteriors = dict[Any, Callable[[], LocalPosterior]]
+
+
+def sample_parts(
+    job: Job,
+    store: StoreLike,
+    *,
+    components: Mapping[str, Any] | None,
+    checkpoints: Mapping[Any, Any] | Iterable[Any] | None,
+    run: Callable[..., xr.DataTree],
+    **options: Any,
+) -> xr.DataTree:
+    """Run a job once for each component or checkpoint, each into a store of its own inside.
+
+    Each is resumed on its own, and opens by itself too. With both, each checkpoint has its
+    components.
+    """
+    place = stores.as_store(store)
+    inner_store(place, "")  # refused here, before any work, where there can be none
+    if checkpoints is not None:
+        dim, posteriors = schema.CHECKPOINT, _checkpoints(job.posterior, checkpoints)
+    else:
+        dim, posteriors = schema.COMPONENT, _components(job.posterior, components or {})
+    if components is not None:
+        _components(job.posterior, components)
+    with stores.writer_lock(place):
+        stores.create_parts(place, dim, list(posteriors))
+    for label, make in posteriors.items():
+        part, where = replace(job, posterior=make()), stores.part_store(place, dim, label)
+        if checkpoints is not None and components is not None:
+            sample_parts(part, where, components=components, checkpoints=None, run=run, **options)
+        else:
+            run(part, where, **options)
+    return stores.open_rectangle(place, chains=options["chains"], draws=job.schedule.draws)
+
+
+def _components(posterior: LocalPosterior, components: Mapping[str, Any]) -> Posteriors:
+    if not isinstance(components, Mapping) or not components:
+        raise ValueError(
+            "components must map names to patterns of parameters, for example "
+            "{'first': 'layers.0.*', 'head 1': 'attn.weight[0:32, :]'}"
+        )
+    out: Posteriors = {}
+    for name, patterns in components.items():
+        _check_label("components", name)
+        moving_names(posterior.model, patterns)
+        out[name] = lambda patterns=patterns: posterior.moving(patterns)  # type: ignore[misc]
+    return out
+
+
+def _checkpoints(
+    posterior: LocalPosterior, checkpoints: Mapping[Any, Any] | Iterable[Any]
+) -> Posteriors:
+    if not isinstance(checkpoints, Mapping):
+        checkpoints = dict(enumerate(checkpoints))
+    if not checkpoints:
+        raise ValueError("checkpoints is empty; give weights by label, or a list of them")
+    out: Posteriors = {}
+    for label, weights in checkpoints.items():
+        _check_label("checkpoints", label)
+        if not isinstance(weights, Mapping) and not hasattr(weights, "state_dict"):
+            path = Path(weights)
+            if not path.is_file():
+                raise ValueError(f"checkpoints[{label!r}]: there is no file {path}")
+        out[label] = lambda weights=weights: posterior.at(weights)  # type: ignore[misc]
+    return out
+
+
+def _check_label(name: str, label: Any) -> None:
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise TypeError(f"{name}: label {label!r} must be a string or an integer")
+    if not re.fullmatch(r"[^/.][^/]*", str(label)):
+        raise ValueError(
+            f"{name}: label {label!r} must not be empty, hold a slash or begin with a dot"
+        )

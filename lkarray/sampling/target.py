@@ -1,0 +1,177 @@
+"""What is sampled and what is observed, on one device: shared by all chains there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lkarray import schema
+from lkarray.nn import Batches, FlatModel, PerExampleLoss
+from lkarray.nn.batches import Inputs
+
+#: A function of the model: a number or a tensor of a few.
+Observable = Callable[[nn.Module], Any]
+
+Minibatch = Tensor | np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ObservedSet:
+    """Inputs whose losses are recorded, and how many are evaluated at once."""
+
+    group: str
+    data: Batches
+    rows: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """The posterior on a device, with what is observed at each draw.
+
+    All tensors lead with the stack's axis, ``chain``, of length ``flat.width``. Nothing here
+    waits for the device.
+    """
+
+    flat: FlatModel
+    center: Tensor
+    train: Batches
+    train_rows: int
+    observed: tuple[ObservedSet, ...]
+    loss: PerExampleLoss
+    nbeta: float
+    gamma: float
+    autocast: torch.dtype | None = None
+    compiled: bool = False
+    observables: Mapping[str, Observable] = field(default_factory=dict)
+    _shares: dict[torch.Size, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def _observed_losses(self) -> Callable[[Inputs, Inputs], Tensor]:
+        """Losses of one batch, float32; compiled once where that was asked for."""
+
+        def losses(inputs: Inputs, target: Inputs) -> Tensor:
+            return self.flat.losses(self.loss, inputs, target, shared=True).float()
+
+        return torch.compile(losses, dynamic=False) if self.compiled else losses
+
+    def start(self) -> None:
+        """Put all chains at w*."""
+        self.flat.theta.copy_(self.center.expand_as(self.flat.theta))
+
+    def gradient(self, rows: Minibatch) -> Tensor:
+        """Set ``flat.grad`` to the gradient of the mean loss of a minibatch of each chain.
+
+        Parameters
+        ----------
+        rows
+            Indices ``(chain, batch)``, or ``(batch,)`` where one chain is alone; ``None`` takes
+            the whole training set, a slice at a time.
+
+        Returns
+        -------
+        Tensor
+            Losses of the minibatch, shape ``(chain, batch)``.
+        """
+        flat = self.flat
+        flat.grad.zero_()
+        parts = []
+        for inputs, target in self._batches(rows):
+            if flat.width == 1:  # spares the graph a node
+                losses = self._step_loss(flat(inputs), target)
+            else:
+                losses = flat.losses(self._step_loss, inputs, target, shared=rows is None)
+            # The gradient of the mean, without a node for the mean.
+            count = self.train.n if rows is None else losses.shape[-1]
+            torch.autograd.backward(losses, self._share(losses, count))
+            parts.append(losses.detach().view(flat.width, -1))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if flat.mask is not None:
+            flat.grad.mul_(flat.mask)
+        return out
+
+    @cached_property
+    def _step_loss(self) -> PerExampleLoss:
+        return self.loss.per_example
+
+    def _share(self, losses: Tensor, count: int) -> Tensor:
+        """Return ``1 / count`` in the shape of the losses."""
+        kept = self._shares.get(losses.shape)
+        if kept is None or kept.dtype != losses.dtype:
+            kept = self._shares[losses.shape] = torch.full_like(losses, 1 / count)
+        return kept
+
+    def curvature(self, rows: Minibatch, signs: Tensor) -> Tensor:
+        """Estimate the diagonal of the Hessian of the minibatch's mean loss (Hutchinson).
+
+        Parameters
+        ----------
+        rows
+            The minibatch, as for `gradient`.
+        signs
+            Random signs, shape ``(chain, param)``.
+
+        Returns
+        -------
+        Tensor
+            ``signs * (H @ signs)``, shape ``(chain, param)``; unbiased.
+        """
+        flat, leaves = self.flat, self.flat.leaves
+        out = torch.zeros_like(flat.grad)
+        parts = flat.unflatten(signs)
+        for inputs, target in self._batches(rows):
+            losses = flat.losses(self._step_loss, inputs, target, shared=rows is None)
+            count = self.train.n if rows is None else losses.shape[1]
+            slopes = torch.autograd.grad(
+                losses.sum() / count, leaves, create_graph=True, materialize_grads=True
+            )
+            pairs = zip(slopes, parts, strict=True)
+            products = [(slope * sign).sum() for slope, sign in pairs if slope.requires_grad]
+            if products:
+                total = torch.stack(products).sum()
+                out += flat.flatten(torch.autograd.grad(total, leaves, materialize_grads=True))
+        out.mul_(signs)
+        return out if flat.mask is None else out.mul_(flat.mask)
+
+    def _batches(self, rows: Minibatch) -> Iterable[tuple[Inputs, Inputs]]:
+        return self.train.slices(self.train_rows) if rows is None else [self.train.take(rows)]
+
+    def observe(self) -> dict[str, Tensor]:
+        """Return the losses of all observed samples, by the path of their array.
+
+        Shape ``(chain, sample, ...)``, float32, whatever the forward pass ran in.
+        """
+        out = {}
+        with torch.no_grad() if self.compiled else torch.inference_mode(), self._precision():
+            for observed in self.observed:
+                slices = observed.data.slices(observed.rows)
+                parts = [self._observed_losses(inputs, target) for inputs, target in slices]
+                path = f"{observed.group}/{schema.LOSS.name}"
+                out[path] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return out
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.flat.device.type, dtype=self.autocast)
+
+    def measure(self) -> dict[str, Tensor]:
+        """Return the observables at the present weights, by path: ``(chain, ...)``, float32."""
+        out = {}
+        for name, function in self.observables.items():
+            with torch.no_grad():
+                values = [function(self.flat.bind(row)) for row in range(self.flat.width)]
+                parts = [torch.as_tensor(value, device=self.flat.device) for value in values]
+            out[f"{schema.OBSERVABLES}/{name}"] = torch.stack([p.detach().float() for p in parts])
+        return out
+
+    def distance(self) -> Tensor:
+        """Return each chain's Euclidean distance from w*, shape ``(chain,)``."""
+        moved: Tensor = torch.linalg.vector_norm(self.flat.theta - self.center, dim=1)
+        return moved

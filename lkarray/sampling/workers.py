@@ -1,0 +1,142 @@
+"""Stacks of chains on the workers of a Dask cluster. Loads distributed on first use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import zarr
+from zarr.abc.store import Store
+from zarr.storage import MemoryStore
+
+from lkarray import store as stores
+from lkarray.errors import StoreError
+from lkarray.sampling import checks
+from lkarray.sampling.job import Job, Prepared, check_center, prepare, run_group
+from lkarray.store.location import local_path
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+logger = logging.getLogger("lkarray")
+
+_GPU = "GPU"
+_POLL_SECONDS = 0.5
+
+
+def check_place(store: Store) -> None:
+    """Raise unless other processes can reach the store."""
+    if isinstance(store, MemoryStore):
+        raise StoreError(
+            "a store in memory cannot be reached by Dask workers; give a folder that all of them "
+            "see, or a URL"
+        )
+
+
+def prepare_on(client: Client, job: Job, **request: Any) -> Prepared:
+    """Prepare a job where it will run: threads, device and layout are a worker's own."""
+    payload = _dumps(job)
+    known: Prepared = _submit(client, _prepare, payload, request).result()
+    return known
+
+
+def run_on(
+    client: Client,
+    root: zarr.Group,
+    job: Job,
+    known: Prepared,
+    groups: list[list[int]],
+    bar: Any,
+) -> list[tuple[int, int]]:
+    """Run each group as one task; return which chains diverged, and where.
+
+    A group whose worker dies is taken up by another worker, from its last commit.
+
+    Raises
+    ------
+    StoreError
+        Workers died again and again, or cannot see the store.
+    """
+    from distributed import wait
+    from distributed.scheduler import KilledWorker
+
+    place = local_path(root.store)
+    where: Any = str(place) if place is not None else root.store
+    payload = _dumps(job)
+    # One copy of the job for each worker; it is made anew from these bytes if that worker dies.
+    loaded = client.submit(_loads, payload, pure=False)
+    tasks = [_submit(client, _run, loaded, where, known.fingerprint, group) for group in groups]
+    shown = _steps(root, groups)
+    try:
+        while running := [task for task in tasks if not task.done()]:
+            with suppress(TimeoutError):
+                wait(running, timeout=_POLL_SECONDS)
+            now = _steps(root, groups)
+            bar.update(now - shown)
+            shown = now
+        return [found for task in tasks for found in task.result()]
+    except KilledWorker as error:
+        raise StoreError(
+            f"workers died while they sampled ({error}); look into their logs, for want of memory "
+            "perhaps. The draws committed are safe: run again to continue"
+        ) from None
+    finally:
+        client.cancel([task for task in tasks if not task.done()])
+
+
+def _submit(client: Client, function: Callable[..., Any], *args: Any) -> Any:
+    resources = {_GPU: 1} if _has_gpus(client) else None
+    return client.submit(function, *args, pure=False, resources=resources)
+
+
+def _has_gpus(client: Client) -> bool:
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    if not workers:
+        raise StoreError("the cluster has no workers; start some, or wait for them")
+    return any(worker.get("resources", {}).get(_GPU, 0) >= 1 for worker in workers)
+
+
+def _steps(root: zarr.Group, groups: list[list[int]]) -> int:
+    return sum(stores.read_record(root, chain).step for group in groups for chain in group)
+
+
+def _dumps(job: Job) -> bytes:
+    import cloudpickle
+
+    out: bytes = cloudpickle.dumps(job)
+    return out
+
+
+def _loads(payload: bytes) -> Job:
+    import pickle
+
+    job: Job = pickle.loads(payload)
+    return job
+
+
+def _prepare(payload: bytes, request: Mapping[str, Any]) -> Prepared:
+    known, _ = prepare(_loads(payload), **request)
+    return known
+
+
+def _run(
+    job: Job, where: Any, fingerprint: Mapping[str, Any], chains: list[int]
+) -> list[tuple[int, int]]:
+    """Run one group, in a worker."""
+    store = stores.as_store(where)
+    root = stores.open_root(store, mode="r+")
+    if stores.stored_fingerprint(root) != fingerprint:
+        raise StoreError(
+            f"a worker sees another store at {stores.describe(store)} than the client does; give "
+            "a path on storage that all of them share"
+        )
+    width = fingerprint["chains_per_device"]
+    known, target = prepare(job, chains=width, chains_per_device=width, fixed=fingerprint)
+    remedy = "use workers of one kind, with the same versions"
+    here = f"what a worker computes for {stores.describe(store)}"
+    stores.refuse_changes(fingerprint, known.fingerprint, here, remedy=remedy)
+    with checks.numerics(fingerprint["threads"]):
+        check_center(root, target)
+        return run_group(root, job, target, chains, lambda _: None)
