@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 from lkarray import accessor as _accessor
 from lkarray import errors
 from lkarray._version import __version__
+from lkarray.interop import to_arviz
 from lkarray.kernels import (
     cka,
     cka_curve,
     correlation,
     covariance,
+    diagnostics,
     eigh,
     energy_rank,
     frobenius,
@@ -43,6 +45,7 @@ from lkarray.kernels import (
     svd,
 )
 from lkarray.planning import plan
+from lkarray.presets import PRESETS, preset
 from lkarray.saving import save
 from lkarray.store import open_store as open  # noqa: A004
 from lkarray.store import verify
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
         observe,
         sample,
         schedules,
+        suggest,
     )
 
 _LAZY = {
@@ -67,12 +71,14 @@ _LAZY = {
     "SGLD": "lkarray.sampling",
     "observe": "lkarray.sampling",
     "sample": "lkarray.sampling",
+    "suggest": "lkarray.sampling",
     "embed": "lkarray.embedding",
 }
 
 _MODULES = {"plots": "lkarray.plots", "schedules": "lkarray.sampling.schedules"}
 
 __all__ = [
+    "PRESETS",
     "SGHMC",
     "SGLD",
     "LocalPosterior",
@@ -82,6 +88,7 @@ __all__ = [
     "cka_curve",
     "correlation",
     "covariance",
+    "diagnostics",
     "eigh",
     "embed",
     "energy_rank",
@@ -103,11 +110,14 @@ __all__ = [
     "participation_ratio",
     "plan",
     "plots",
+    "preset",
     "sample",
     "save",
     "schedules",
     "singular_fluctuation",
+    "suggest",
     "svd",
+    "to_arviz",
     "verify",
 ]
 

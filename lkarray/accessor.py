@@ -60,6 +60,10 @@ class LossAccessor:
         """See `lkarray.singular_fluctuation`."""
         return kernels.singular_fluctuation(self._losses, **options)
 
+    def diagnostics(self, **options: Any) -> xr.Dataset:
+        """See `lkarray.diagnostics`."""
+        return kernels.diagnostics(self._losses, **options)
+
     def llc(self, **options: Any) -> xr.DataArray:
         """See `lkarray.llc`."""
         return kernels.llc(self._losses, **options)

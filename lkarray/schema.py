@@ -34,6 +34,8 @@ COMMIT = "commit"
 
 #: Dims over which every loss kernel is contracted.
 POSTERIOR = (CHAIN, DRAW)
+#: Dims of several runs in one tree; kernels keep them in step.
+STACKED = (CHECKPOINT, COMPONENT)
 
 
 def second(dim: Hashable) -> str:
@@ -122,7 +124,7 @@ RESERVED = {
 Losses = xr.DataTree | xr.Dataset | xr.DataArray
 
 
-def as_losses(obj: Losses, *, name: str = "losses") -> xr.DataArray:
+def as_losses(obj: Losses, *, name: str = "losses", extra: tuple[str, ...] = ()) -> xr.DataArray:
     """Return the loss tensor inside ``obj``, checked: ``(chain, draw)`` and one more dim.
 
     Parameters
@@ -132,6 +134,8 @@ def as_losses(obj: Losses, *, name: str = "losses") -> xr.DataArray:
         variable that has the dims), or the DataArray itself.
     name
         What to call ``obj`` in an error.
+    extra
+        Dims that it may have besides, of `STACKED` and `TOKEN`.
 
     Raises
     ------
@@ -140,8 +144,45 @@ def as_losses(obj: Losses, *, name: str = "losses") -> xr.DataArray:
     SchemaError
         No variable has the dims; the message lists what there is.
     """
+    found = _variable(obj, name)
+    free = [str(dim) for dim in found.dims if dim not in (*POSTERIOR, *extra)]
+    for dim, remedy in _REMEDIES.items():
+        if dim in free and len(free) > 1:
+            raise SchemaError(
+                f"{name}: variable {found.name!r} has dims {found.dims}, and this takes one "
+                f"{dim} at a time: {remedy}"
+            )
+    if any(dim not in found.dims for dim in POSTERIOR) or len(free) != 1:
+        raise SchemaError(
+            f"{name}: variable {found.name!r} has dims {found.dims}, expected ('chain', 'draw') "
+            f"and one more; rename or select, for example x.rename({{...}}) or x.isel(...)"
+        )
+    return found
+
+
+#: What to do about a dim that a function does not take.
+_REMEDIES = {
+    CHECKPOINT: "select with .sel(checkpoint=...)",
+    COMPONENT: "select with .sel(component=...)",
+    TOKEN: "take .mean('token') for one loss a sequence, or "
+    ".stack(position=('sample', 'token')).reset_index('position') for one a token",
+}
+
+
+def as_observable(obj: Losses, *, name: str) -> xr.DataArray:
+    """Return a variable of dims ``(chain, draw)``, or these and one more; see `as_losses`."""
+    found = _variable(obj, name)
+    return found if set(found.dims) == set(POSTERIOR) else as_losses(obj, name=name, extra=STACKED)
+
+
+def _variable(obj: Losses, name: str) -> xr.DataArray:
     if isinstance(obj, xr.DataTree):
-        obj = losses_node(obj, name=name).to_dataset()
+        try:
+            obj = losses_node(obj, name=name).to_dataset()
+        except SchemaError:
+            if not obj.data_vars:
+                raise
+            obj = obj.to_dataset()
     if isinstance(obj, xr.Dataset):
         obj = _only_candidate(obj, name)
     if not isinstance(obj, xr.DataArray):
@@ -149,12 +190,6 @@ def as_losses(obj: Losses, *, name: str = "losses") -> xr.DataArray:
             f"{name} must be a DataTree, Dataset or DataArray, not {type(obj).__name__}; "
             "pass tree['losses'], or wrap an array as "
             "xr.DataArray(values, dims=('chain', 'draw', 'sample'))"
-        )
-    missing = [dim for dim in POSTERIOR if dim not in obj.dims]
-    if missing or obj.ndim != 3:
-        raise SchemaError(
-            f"{name}: variable {obj.name!r} has dims {obj.dims}, expected ('chain', 'draw') and "
-            f"one more; rename or select, for example x.rename({{...}}) or x.isel(...)"
         )
     if obj.dtype.kind not in "fiub":
         raise SchemaError(f"{name}: variable {obj.name!r} is {obj.dtype}, expected real numbers")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import xarray as xr
 
 from lkarray import schema
-from lkarray.errors import SchemaError
 from lkarray.kernels.gram import CENTERS, free_dim, gram, one_of
 from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
-from lkarray.schema import POSTERIOR, Losses, as_losses, losses_node
+from lkarray.kernels.summaries import attributes, loss_variance
+from lkarray.schema import POSTERIOR, STACKED, Losses, as_losses
 
 
 def covariance(
@@ -123,7 +120,9 @@ def influence(
     losses
         Losses of training samples, ``(chain, draw, sample)``.
     query
-        Losses of other inputs at the same draws.
+        Losses of other inputs at the same draws; or any observable ``(chain, draw)``, or with
+        one more dim: ``tree["observables"]["name"]`` gives its susceptibilities to the weights of
+        the samples (Baker et al. 2025), up to scale.
     precision
         ``"float32"`` or ``"auto"``; see `gram`.
     memory
@@ -132,10 +131,15 @@ def influence(
     Returns
     -------
     xarray.DataArray
-        ``influence(sample, query)`` in nats squared, lazy; see `gram`.
+        ``influence(sample, query)`` in nats squared (or nats times the observable's unit), lazy;
+        ``influence(sample)`` for an observable of dims (chain, draw). See `gram`.
     """
-    asked = as_losses(query, name="query")
-    dim = free_dim(asked, "query", POSTERIOR, ())
+    asked = schema.as_observable(query, name="query")
+    scalar = set(asked.dims) == set(POSTERIOR)
+    if scalar:
+        asked = asked.expand_dims(schema.QUERY, axis=-1)
+    each = tuple(dim for dim in STACKED if dim in asked.dims)
+    dim = free_dim(asked, "query", POSTERIOR, each)
     names = {
         name: f"{schema.QUERY}_{name}" for name, coord in asked.coords.items() if dim in coord.dims
     }
@@ -150,117 +154,10 @@ def influence(
         scale=-1.0,
         memory=memory,
     )
-    attrs = _attributes(losses)
+    attrs = attributes(losses)
     if "nbeta" in attrs and "n_train" in attrs:
         out.attrs["derivative_scale"] = attrs["nbeta"] / attrs["n_train"]
-    return out
-
-
-def loss_gain(tree: Losses) -> xr.DataArray:
-    """Return the posterior loss gain of each sample (Bayesian-probes eq. 4).
-
-    ``E_w[loss(x; w)] - loss(x; w*)``: how much a sample's loss rises, on average, when the
-    weights are perturbed.
-
-    Parameters
-    ----------
-    tree
-        A store's tree, or its ``losses``, with ``loss`` and ``center_loss``.
-
-    Returns
-    -------
-    xarray.DataArray
-        ``loss_gain(sample)`` in nats, float64, lazy; one pass over the losses. NaN draws
-        give NaN.
-
-    Raises
-    ------
-    SchemaError
-        ``center_loss`` is missing.
-    """
-    node = _dataset(tree)
-    if schema.CENTER_LOSS.name not in node:
-        raise SchemaError(
-            "a loss gain needs 'center_loss', the losses at w*, beside 'loss'; pass the tree or "
-            "tree['losses'], not the DataArray alone"
-        )
-    mean = as_losses(node).mean(POSTERIOR, dtype=np.float64, skipna=False)
-    gain = mean - node[schema.CENTER_LOSS.name].astype(np.float64)
-    return gain.rename("loss_gain").assign_attrs(units="nat", over=list(POSTERIOR))
-
-
-def loss_variance(tree: Losses) -> xr.DataArray:
-    """Return each sample's loss variance, the diagonal of K (loss-kernel section 2.3).
-
-    Parameters
-    ----------
-    tree
-        Losses, or what holds them.
-
-    Returns
-    -------
-    xarray.DataArray
-        ``loss_variance(sample)`` in nats squared, float64, lazy, divided by CT - 1; linear in
-        n, unlike taking the diagonal of the kernel.
-
-    Raises
-    ------
-    ValueError
-        There are fewer than two draws.
-    """
-    losses = as_losses(tree)
-    draws = losses.sizes[schema.CHAIN] * losses.sizes[schema.DRAW]
-    if draws < 2:
-        raise ValueError(f"a variance needs at least two draws, found {draws}; take more")
-    variance = losses.astype(np.float64).var(POSTERIOR, ddof=1, skipna=False)
-    return variance.rename("loss_variance").assign_attrs(
-        units="nat^2", over=list(POSTERIOR), center="pooled"
-    )
-
-
-def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
-    """Return the singular fluctuation, ``(nbeta / 2) mean_i K_ii`` (design section 6).
-
-    Meant for losses observed on the training set (loss-kernel A.1.3).
-
-    Parameters
-    ----------
-    tree
-        Losses, or what holds them.
-    nbeta
-        The posterior's; read from the store's attributes by default.
-
-    Returns
-    -------
-    xarray.DataArray
-        0-d, dimensionless, lazy.
-    """
-    scale = _nbeta(tree, nbeta) / 2
-    out: xr.DataArray = loss_variance(tree).mean(skipna=False) * scale
-    return out.rename("singular_fluctuation").assign_attrs(nbeta=2 * scale, over=list(POSTERIOR))
-
-
-def llc(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
-    """Return the local learning coefficient, ``nbeta * mean_i loss_gain_i``.
-
-    Meant for losses observed on the training set. The papers' printed formulas are n times
-    too large for an nbeta that multiplies the mean loss (design section 6).
-
-    Parameters
-    ----------
-    tree
-        A store's tree, or its ``losses``, with ``loss`` and ``center_loss``.
-    nbeta
-        The posterior's; read from the store's attributes by default.
-
-    Returns
-    -------
-    xarray.DataArray
-        0-d, dimensionless, lazy.
-    """
-    scale = _nbeta(tree, nbeta)
-    out: xr.DataArray = loss_gain(tree).mean(skipna=False) * scale
-    return out.rename("llc").assign_attrs(nbeta=scale, over=list(POSTERIOR))
+    return out.isel({schema.QUERY: 0}, drop=True) if scalar else out
 
 
 def _kernel(
@@ -275,10 +172,12 @@ def _kernel(
     scale: float = 1.0,
 ) -> xr.DataArray:
     one_of("center", center, CENTERS)
+    x = as_losses(losses, extra=STACKED)
     out = gram(
-        as_losses(losses),
-        None if y is None else as_losses(y, name="y"),
+        x,
+        None if y is None else as_losses(y, name="y", extra=STACKED),
         over=POSTERIOR,
+        each=[dim for dim in STACKED if dim in x.dims],
         center=center,
         normalize=normalize,
         precision=precision,
@@ -287,22 +186,3 @@ def _kernel(
     )
     out.attrs["units"] = "nat^2" if normalize == "count" else "1"
     return out.rename(name)
-
-
-def _dataset(tree: Losses) -> xr.Dataset:
-    if isinstance(tree, xr.DataTree):
-        return losses_node(tree).to_dataset()
-    if isinstance(tree, xr.DataArray):
-        return tree.to_dataset(name=tree.name or schema.LOSS.name)
-    return tree
-
-
-def _attributes(tree: Losses) -> dict[Any, Any]:
-    return losses_node(tree).attrs if isinstance(tree, xr.DataTree) else tree.attrs
-
-
-def _nbeta(tree: Losses, given: float | None) -> float:
-    found = given if given is not None else _attributes(tree).get("nbeta")
-    if found is None:
-        raise ValueError("nbeta is not among the attributes of the losses; pass nbeta=...")
-    return float(found)

@@ -38,9 +38,11 @@ class FlatModel:
 
     Attributes
     ----------
-    theta, grad
-        Shape ``(width, param)``. Parameters and their gradients are views of these: writing
-        one moves the other.
+    theta
+        Shape ``(width, param)``. Parameters are views of it: writing one moves the other.
+    grad
+        The same shape. Where the width is 1, gradients are views of it: backward adds to an
+        existing ``.grad`` in place, so it fills by itself.
     mask
         Boolean, shape ``(param,)``: the elements that move; ``None`` where all do.
     names, sizes
@@ -93,15 +95,11 @@ class FlatModel:
         self.bind(0)
 
     def _make_leaves(self) -> dict[str, Tensor]:
-        """Return the stacked parameters: views of ``theta`` whose gradients are views of ``grad``.
-
-        Backward adds to an existing ``.grad`` in place, so the vectors fill by themselves.
-        """
+        """Return the stacked parameters: views of ``theta``."""
         leaves = {}
         for name, stretch, like in zip(self.names, self._stretches, self._moving, strict=True):
             shape = (self.width, *like.shape)
             leaf = self.theta[:, stretch].view(shape).detach().requires_grad_()
-            leaf.grad = self.grad[:, stretch].view(shape)
             leaves[name] = leaf
         return leaves
 

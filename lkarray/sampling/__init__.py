@@ -1,6 +1,7 @@
 """Sampling the local posterior of a trained model. The torch half; meets Dask at the store."""
 
 from lkarray.sampling import schedules
+from lkarray.sampling.pilots import suggest
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.replay import observe
 from lkarray.sampling.run import sample
@@ -14,4 +15,5 @@ __all__ = [
     "observe",
     "sample",
     "schedules",
+    "suggest",
 ]

@@ -66,17 +66,25 @@ class LocalPosterior:
         gamma: float = 4000.0,
         trainable: str | Iterable[str] | None = None,
     ) -> None:
+        self._set(nbeta, gamma)
+        self.trainable = moving_names(model, trainable)
+        self.model = model
+        self.train_set = train_set
+        self.loss = per_example_loss(loss)
+
+    def tempered(self, *, nbeta: float | None = None, gamma: float | None = None) -> LocalPosterior:
+        """Return the same posterior with another nbeta or gamma."""
+        other = copy.copy(self)
+        other._set(self.nbeta if nbeta is None else nbeta, self.gamma if gamma is None else gamma)
+        return other
+
+    def _set(self, nbeta: float, gamma: float) -> None:
         for name, value in {"nbeta": nbeta, "gamma": gamma}.items():
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
         if nbeta == 0 and gamma == 0:
             raise ValueError("nbeta and gamma are both 0, which leaves nothing to sample from")
-        self.trainable = moving_names(model, trainable)
-        self.model = model
-        self.train_set = train_set
-        self.loss = per_example_loss(loss)
-        self.nbeta = float(nbeta)
-        self.gamma = float(gamma)
+        self.nbeta, self.gamma = float(nbeta), float(gamma)
 
     def moving(self, trainable: str | Iterable[str]) -> LocalPosterior:
         """Return the same posterior with other parameters moving."""

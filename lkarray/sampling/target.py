@@ -83,13 +83,17 @@ class Target:
         flat.grad.zero_()
         parts = []
         for inputs, target in self._batches(rows):
-            if flat.width == 1:  # spares the graph a node
+            # The gradient of the mean, without a node for the mean.
+            if flat.width == 1:
                 losses = self._step_loss(flat(inputs), target)
+                count = self.train.n if rows is None else len(losses)
+                torch.autograd.backward(losses, self._share(losses, count))
             else:
                 losses = flat.losses(self._step_loss, inputs, target, shared=rows is None)
-            # The gradient of the mean, without a node for the mean.
-            count = self.train.n if rows is None else losses.shape[-1]
-            torch.autograd.backward(losses, self._share(losses, count))
+                count = self.train.n if rows is None else losses.shape[1]
+                share = self._share(losses, count)
+                slopes = torch.autograd.grad(losses, flat.leaves, share, materialize_grads=True)
+                flat.grad.add_(flat.flatten(slopes))
             parts.append(losses.detach().view(flat.width, -1))
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if flat.mask is not None:

@@ -137,7 +137,9 @@ def join_parts(trees: list[xr.DataTree], dim: str, labels: list[Any]) -> xr.Data
     tree = xr.DataTree.from_dict({"/": xr.Dataset(), **groups}, name="lkarray")
     tree.attrs[PARTS] = {"dim": dim, "labels": labels, "marks": [t.attrs for t in trees]}
     hidden = [line for t in trees for line in t.attrs.get("hidden", [])]
-    return tree.assign_attrs(hidden=hidden) if hidden else tree
+    if hidden:
+        tree.attrs["hidden"] = hidden
+    return tree
 
 
 def _open_group(store: Any, group: str, *, only: str | None = None) -> xr.Dataset:

@@ -127,7 +127,7 @@ def test_view__writes_to_zarr_as_it_is(tmp_path, rng):
     [
         (lambda x: x.rename(chain="walker"), "dims .*'walker'.* expected"),
         (lambda x: x.isel(chain=0), "expected \\('chain', 'draw'\\) and one more"),
-        (lambda x: x.expand_dims(token=2), "one more"),
+        (lambda x: x.expand_dims(layer=2), "one more"),
         (lambda x: x.astype("complex64"), "complex64, expected real"),
         (lambda x: x.isel(sample=slice(0)), "empty along \\['sample'\\]"),
         (lambda x: x.isel(draw=slice(0)), "empty along \\['draw'\\]"),

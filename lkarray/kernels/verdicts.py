@@ -1,0 +1,207 @@
+"""What diagnostics mean: one plain line for each problem, with the setting to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import ceil, isfinite
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lkarray import schema
+
+_RHAT = 1.05  # above which a sample's chains disagree
+_SOME = 0.01  # of the samples: fewer exceed a threshold by chance
+_DRIFT = 4.0  # standard errors
+_HALF = 10  # draws of a half of a chain, from which its standard error can be trusted
+_KERNEL_ESS = 100  # below which entries of R carry an error above 0.1
+_LOW, _HIGH = 0.5, 0.999  # acceptance below and above which the step size is off
+_WORTH = 0.1  # effective draws for each draw, below which larger steps would pay
+_EXCESS = 0.1  # of a pooled variance over one centred by chain
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of a run that its verdicts speak of; ``None`` where they are not known."""
+
+    draws: int
+    chains: tuple[Any, ...]
+    burn_in: int | None = None
+    thin: int | None = None
+    gamma: float | None = None
+    sampler: Mapping[str, Any] = field(default_factory=dict)
+    hidden: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        losses: xr.DataArray,
+        attrs: Mapping[Any, Any],
+        hidden: list[str],
+    ) -> Run:
+        """Return the settings that losses carry, and what their store left out."""
+        return cls(
+            draws=losses.sizes[schema.DRAW],
+            chains=tuple(losses[schema.CHAIN].values.tolist()),
+            burn_in=attrs.get("burn_in"),
+            thin=attrs.get("thin"),
+            gamma=attrs.get("gamma"),
+            sampler=attrs.get("sampler") or {},
+            hidden=tuple(hidden),
+        )
+
+    @property
+    def step_size(self) -> float:
+        """The step size that was set; NaN where it is not known."""
+        return float(self.sampler.get("step_size", np.nan))
+
+    def now(self, name: str) -> str:
+        """Return a setting's name with its present value, where that is known."""
+        value = self.step_size if name == "step_size" else getattr(self, name)
+        known = value is not None and isfinite(value)
+        return f"{name} (now {value:g})" if known else name
+
+
+def verdicts(
+    report: xr.Dataset, run: Run, turned: xr.DataArray, places: list[dict[str, int]]
+) -> list[str]:
+    """Return a line for each problem of a report.
+
+    Parameters
+    ----------
+    report
+        What `diagnostics` found.
+    run
+        The settings of the run.
+    turned
+        The draw at which each chain turned non-finite, or -1.
+    places
+        Entries along the leading dims of the report, each judged by itself; lines that several
+        share are given once.
+    """
+    found: dict[str, list[str]] = {}
+    for at in places:
+        one = report.isel(at)
+        for line in _of_one(one, run, turned.isel(at).values):
+            label = ", ".join(f"{dim} {one[dim].item()}" for dim in at)
+            found.setdefault(line, []).append(label)
+    lines = list(_left_out(run))
+    for line, labels in found.items():
+        lines.append(f"{'; '.join(labels)}: {line}" if labels[0] else line)
+    return lines
+
+
+def summary(report: xr.Dataset, lines: list[str]) -> str:
+    """Return one line on a report: how many problems there are, or how well it stands."""
+    if lines:
+        return f"{len(lines)} problem{'s' * (len(lines) > 1)}: see the attribute verdicts"
+    worst, error = float(report["rhat"].max()), float(report["kernel_error"].max())
+    entries = f", entries of R err by about {error:.2g}" if isfinite(error) else ""
+    return f"all is well: R-hat at most {worst:.2f}{entries}"
+
+
+def _left_out(run: Run) -> Iterator[str]:
+    """Yield a line for whatever of the run is not among the losses."""
+    smaller = f"reduce {run.now('step_size')} or raise {run.now('gamma')}"
+    for line in run.hidden:
+        if "diverged" in line:
+            yield f"{line}: {smaller}, and sample into a new store"
+        else:
+            yield f"{line}: run lk.sample on the store again to take the rest"
+    said = any("chains" in line for line in run.hidden)
+    if all(isinstance(chain, int) for chain in run.chains) and not said:
+        gaps = sorted(set(range(max(run.chains))) - set(run.chains))
+        if gaps:
+            yield f"chains {gaps} are not among the losses: if they diverged, {smaller}"
+
+
+def _of_one(report: xr.Dataset, run: Run, turned: np.ndarray) -> Iterator[str]:
+    """Yield the lines of a report without leading dims."""
+    for chain, draw in zip(run.chains, turned, strict=True):
+        if draw >= 0:
+            yield (
+                f"chain {chain} turned non-finite at draw {draw} and is left out: reduce "
+                f"{run.now('step_size')} or raise {run.now('gamma')}"
+            )
+    chains = int((turned < 0).sum())
+    if chains == 1:
+        yield (
+            "there is only one chain, so nothing tells whether another would agree (no R-hat): "
+            "set chains=4"
+        )
+    if not bool((report["within_variance"] > 0).any() | (report["between_variance"] > 0).any()):
+        yield (
+            "no loss varies over the draws, so every kernel is zero: raise "
+            f"{run.now('step_size')}, or let other parameters move (trainable=)"
+        )
+        return
+    longer = f"raise {run.now('burn_in')}, take more draws (now {run.draws} a chain)"
+    bad, n = int((report["rhat"] > _RHAT).sum()), int(report["rhat"].count())
+    if bad > _SOME * n:
+        yield (
+            f"R-hat is above {_RHAT} for {bad} of {n} samples (up to "
+            f"{float(report['rhat'].max()):.2f}), so their chains do not agree yet: {longer}, or "
+            f"raise {run.now('thin')}"
+        )
+    total = run.draws * chains
+    yield from _of_settings(report, run, total)
+    drift = report["drift"].values
+    drifting = np.abs(np.nan_to_num(drift)) > _DRIFT
+    if drifting.any() and run.draws // 2 >= _HALF:
+        worst = drift[np.argmax(np.where(drifting, np.abs(drift), 0))]
+        way = "rises" if worst > 0 else "falls"
+        yield (
+            f"the mean loss {way} during {drifting.sum()} of {chains} chains (drift z = "
+            f"{worst:.1f}), so chains have not settled, or wander slowly: {longer}"
+        )
+    ess = float(report["kernel_ess"])
+    if ess < _KERNEL_ESS:
+        more = _KERNEL_ESS / max(ess, 1)
+        yield (
+            f"entries of R carry an error of about {1 / np.sqrt(ess):.2g} (effective sample size "
+            f"{ess:.0f} of {total} draws): take about {more:.1f} times as "
+            f"many draws or chains for 0.1, for example draws={ceil(run.draws * more)}"
+        )
+    excess = _median(report["pooling_excess"])
+    if chains > 1 and excess > _EXCESS:
+        yield (
+            f"differences between chains add {100 * excess:.0f}% to a typical loss variance, so "
+            f'pooled kernels mix in which chain a draw is from: {longer}, or use center="chain"'
+        )
+
+
+def _of_settings(report: xr.Dataset, run: Run, total: int) -> Iterator[str]:
+    """Yield what burn-in and step size are told by; ``total`` draws were used."""
+    relaxation = float(report["relaxation_steps"])
+    # The step size is stored in float32: do not let its rounding ask for a step more.
+    steps = ceil(relaxation * (1 - 1e-6)) if isfinite(relaxation) else 0
+    if run.burn_in is not None and run.burn_in < steps:
+        yield (
+            f"burn_in of {run.burn_in} steps is shorter than the relaxation time of flat "
+            f"directions, {steps} steps, so chains begin too near w*: raise burn_in to {steps}, "
+            f"or {run.now('step_size')} or {run.now('gamma')}"
+        )
+    accepted = report["acceptance"].values if "acceptance" in report else np.empty(0)
+    accepted = accepted[np.isfinite(accepted)]
+    if not len(accepted):
+        return
+    rate = float(accepted.mean())
+    ess = _median(report["ess_bulk"])
+    if rate < _LOW:
+        yield (
+            f"a Metropolis test would accept only {rate:.2g} of the steps, so discretisation "
+            f"biases the draws: reduce {run.now('step_size')}"
+        )
+    elif rate > _HIGH and ess < _WORTH * total:
+        yield (
+            f"a Metropolis test would accept {rate:.5g} of the steps while {total} draws are worth "
+            f"{ess:.0f}: {run.now('step_size')} could grow, or raise {run.now('thin')}"
+        )
+
+
+def _median(values: xr.DataArray) -> float:
+    """Return the median of the values that are not NaN, or NaN."""
+    known = values.values[~np.isnan(values.values)]
+    return float(np.median(known)) if len(known) else float("nan")

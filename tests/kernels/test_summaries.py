@@ -1,0 +1,124 @@
+"""Summaries and their standard errors; trees of several runs; observables."""
+
+import dask
+import numpy as np
+import pytest
+import xarray as xr
+
+import lkarray as lk
+from lkarray import errors
+from tests.conftest import Forbidding, numpy_correlation, random_losses
+
+
+def tree_of(losses, nbeta=3.0):
+    center = losses.isel(chain=0, draw=0, drop=True) * 0 + 1.0
+    return xr.Dataset({"loss": losses, "center_loss": center}, attrs={"nbeta": nbeta})
+
+
+def jackknife(values, statistic):
+    """The delete-one-chain standard error in float64, by its definition."""
+    chains = len(values)
+    without = np.array([statistic(np.delete(values, c, axis=0)) for c in range(chains)])
+    return np.sqrt((chains - 1) / chains * ((without - without.mean(0)) ** 2).sum(0))
+
+
+@pytest.mark.parametrize("chunks", [None, {"chain": 1, "sample": 5}, {"draw": 7}])
+def test_summaries__carry_the_jackknife_error(rng, chunks):
+    losses = random_losses(rng, chains=5, draws=20)
+    x = losses.values.astype("f8")
+    ds = tree_of(losses if chunks is None else losses.chunk(chunks))
+    gain = lk.loss_gain(ds)
+    np.testing.assert_allclose(gain, x.mean((0, 1)) - 1, rtol=1e-10)
+    np.testing.assert_allclose(
+        gain["standard_error"], jackknife(x, lambda v: v.mean((0, 1))), rtol=1e-10
+    )
+    llc = lk.llc(ds)
+    assert float(llc) == pytest.approx(3 * (x.mean() - 1), rel=1e-10)
+    expected = jackknife(x, lambda v: 3 * v.mean())
+    assert float(llc["standard_error"]) == pytest.approx(float(expected), rel=1e-10)
+    fluctuation = lk.singular_fluctuation(ds)
+
+    def half_trace(v):
+        return 1.5 * v.reshape(-1, v.shape[2]).var(0, ddof=1).mean()
+
+    assert float(fluctuation) == pytest.approx(half_trace(x), rel=1e-10)
+    expected = jackknife(x, half_trace)
+    assert float(fluctuation["standard_error"]) == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_summaries__of_a_lone_chain_leave_out_tenths(rng):
+    ds = tree_of(random_losses(rng, chains=1, draws=50))
+    blocks = ds["loss"].values.astype("f8")[0].reshape(10, 5, -1).mean(1)
+    expected = blocks.std(0, ddof=1) / np.sqrt(10)
+    np.testing.assert_allclose(lk.loss_gain(ds)["standard_error"], expected, rtol=1e-10)
+    one = tree_of(random_losses(rng, chains=1, draws=1))
+    assert np.isnan(lk.loss_gain(one)["standard_error"]).all()
+    assert float(lk.llc(one)) == pytest.approx(3 * (float(one["loss"].mean()) - 1), rel=1e-5)
+
+
+def test_summaries__errors_cover_the_truth(rng):
+    """Of correlated chains of mean zero: within two standard errors about 95% of the time."""
+    chains, draws, rho = 16, 60, 0.8
+    noise = rng.normal(size=(chains, draws + 50, 400))
+    for t in range(1, draws + 50):
+        noise[:, t] = rho * noise[:, t - 1] + np.sqrt(1 - rho**2) * noise[:, t]
+    losses = xr.DataArray(noise[:, 50:], dims=("chain", "draw", "sample"))
+    gain = lk.loss_gain(tree_of(losses)) + 1
+    within = abs(gain) < 2 * gain["standard_error"]
+    assert 0.9 < float(within.mean()) < 0.98
+
+
+def test_summaries__stay_lazy(rng):
+    ds = tree_of(random_losses(rng).chunk({"sample": 5}))
+    with dask.config.set(scheduler=Forbidding()):
+        found = lk.loss_gain(ds), lk.llc(ds), lk.singular_fluctuation(ds)
+    assert all(part.chunks is not None for part in found)
+    assert all(part["standard_error"].chunks is not None for part in found)
+
+
+def several(rng):
+    parts = [random_losses(rng, samples=9) for _ in range(2)]
+    joined = xr.concat(parts, xr.DataArray(["a", "b"], dims="component", name="component"))
+    return joined, parts
+
+
+def test_kernels__keep_components_in_step(rng):
+    losses, parts = several(rng)
+    r = lk.correlation(losses.chunk({"component": 1, "sample": 4}))
+    assert r.dims == ("component", "sample", "sample_2")
+    for name, part in zip("ab", parts, strict=True):
+        np.testing.assert_allclose(r.sel(component=name), numpy_correlation(part), atol=1e-5)
+    assert lk.covariance(losses).dims == ("component", "sample", "sample_2")
+    assert lk.llc(tree_of(losses)).dims == ("component",)
+    assert lk.loss_variance(losses).dims == ("component", "sample")
+    with pytest.raises(errors.SchemaError, match=r"select with .sel\(component"):
+        lk.neighbors(losses, k=3)
+    assert lk.neighbors(losses.sel(component="a"), k=3).sizes["rank"] == 3
+
+
+def test_kernels__say_what_to_do_about_tokens(rng):
+    losses = random_losses(rng, samples=12)
+    tokens = xr.DataArray(
+        losses.values.reshape(3, 20, 4, 3),
+        dims=("chain", "draw", "sample", "token"),
+        coords={"sample": np.arange(4)},
+    )
+    with pytest.raises(errors.SchemaError, match=r"mean\('token'\).*stack"):
+        lk.correlation(tokens)
+    assert lk.correlation(tokens.mean("token")).shape == (4, 4)
+    flat = tokens.stack(position=("sample", "token")).reset_index("position")
+    np.testing.assert_allclose(lk.correlation(flat), numpy_correlation(losses), atol=1e-5)
+    assert lk.loss_gain(tree_of(tokens)).dims == ("sample", "token")
+
+
+def test_influence__of_a_scalar_observable_is_a_susceptibility(rng):
+    losses = random_losses(rng)
+    values = rng.normal(size=(3, 20))
+    observable = xr.DataArray(values, dims=("chain", "draw"), name="size")
+    x = losses.values.reshape(60, -1).astype("f8")
+    y = values.reshape(60) - values.mean()
+    expected = -((x - x.mean(0)) * y[:, None]).sum(0) / 59
+    for asked in (observable, observable.to_dataset(), observable.chunk({"chain": 1})):
+        found = lk.influence(losses, asked)
+        assert found.dims == ("sample",)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
