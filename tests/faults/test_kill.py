@@ -17,7 +17,7 @@ KILLS = 10
 CHAINS, DRAWS = 3, 150
 
 
-def sample_slowly(path: Path, pause: float) -> None:
+def sample_slowly(path: Path, pause: float, width: int = 1) -> None:
     """Sample with a commit at every draw and blocks of 32, so that kills fall inside commits."""
     import torch
 
@@ -46,17 +46,19 @@ def sample_slowly(path: Path, pause: float) -> None:
         batch_size=16,
         coords={"label": data.tensors[1]},
         store=path,
+        chains_per_device=width,
         progress=False,
     )
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_sample__killed_ten_times_resumes_bit_for_bit(tmp_path, seed):
+@pytest.mark.parametrize(("seed", "width"), [(0, 1), (1, 2)])
+def test_sample__killed_ten_times_resumes_bit_for_bit(tmp_path, seed, width):
+    """One chain at a time, and in stacks of two of which the last has an empty seat."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "lkarray.sampling", "tests.conftest"])
 
     def start(path: Path, pause: float) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=sample_slowly, args=(path, pause))
+        process = context.Process(target=sample_slowly, args=(path, pause, width))
         process.start()
         return process
 
