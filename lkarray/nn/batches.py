@@ -150,7 +150,7 @@ class Batches:
             Shape ``(batch,)`` or ``(chain, batch)``. Where the data are held, a tensor on their
             device avoids a copy there.
         """
-        flat = indices.reshape(-1)
+        flat = indices if indices.ndim == 1 else indices.reshape(-1)
         if self._held is not None:
             if isinstance(flat, np.ndarray):
                 flat = torch.from_numpy(flat).to(self._device)

@@ -179,14 +179,14 @@ class Stack:
         first = self._active[0]
         if first.random.everything:
             return None
-        held = self._target.train.held
+        held, width = self._target.train.held, self._target.flat.width
+        if width == 1:
+            return first.random.rows(step) if held else first.random.indices(step)
         pick = {seat.row: seat.random for seat in self._active}
-        width = self._target.flat.width
+        random = [pick.get(row, first.random) for row in range(width)]
         if held:
-            found = [pick.get(row, first.random).rows(step) for row in range(width)]
-            return found[0] if width == 1 else torch.stack(found)
-        read = [pick.get(row, first.random).indices(step) for row in range(width)]
-        return read[0] if width == 1 else np.stack(read)
+            return torch.stack([one.rows(step) for one in random])
+        return np.stack([one.indices(step) for one in random])
 
     def _acceptance(
         self, rows: Minibatch, step: int, theta: Tensor, grad: Tensor, minibatch: Tensor

@@ -69,31 +69,41 @@ def at_least(name: str, value: object, least: int) -> int:
 
 
 def observed_sets(
-    observed: MapDataset | Mapping[str, MapDataset], coords: Mapping[str, Any] | None
-) -> tuple[dict[str, MapDataset], dict[str, dict[str, np.ndarray]]]:
-    """Return the observed sets and their labels by group: ``losses``, then ``losses_<name>``."""
+    observed: MapDataset | Mapping[str, MapDataset],
+) -> dict[str, MapDataset]:
+    """Return the observed sets by group: ``losses``, then ``losses_<name>``."""
     if not isinstance(observed, Mapping):
         check_dataset(observed, "observed")
-        return {schema.LOSSES: observed}, {
-            schema.LOSSES: schema.sample_coords(coords, len(observed))
-        }
+        return {schema.LOSSES: observed}
     if not observed:
         raise ValueError("observed is empty; give at least one dataset")
+    sets = {}
+    for place, (name, dataset) in enumerate(observed.items()):
+        if not re.fullmatch(r"\w+", str(name)):
+            raise ValueError(f"observed: {name!r} must be made of letters, digits and underscores")
+        check_dataset(dataset, f"observed[{name!r}]")
+        sets[f"{schema.LOSSES}_{name}" if place else schema.LOSSES] = dataset
+    return sets
+
+
+def observed_labels(
+    observed: MapDataset | Mapping[str, MapDataset],
+    sets: Mapping[str, MapDataset],
+    coords: Mapping[str, Any] | None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the labels of the observed sets by group."""
+    if not isinstance(observed, Mapping):
+        return {group: schema.sample_coords(coords, len(sets[group])) for group in sets}
     unknown = set(coords or {}) - set(observed)
     if unknown:
         raise ValueError(
             f"coords: {sorted(map(str, unknown))} name no observed set; with several sets, give "
             f"labels by their names, {list(observed)}"
         )
-    sets, labels = {}, {}
-    for place, (name, dataset) in enumerate(observed.items()):
-        if not re.fullmatch(r"\w+", str(name)):
-            raise ValueError(f"observed: {name!r} must be made of letters, digits and underscores")
-        group = f"{schema.LOSSES}_{name}" if place else schema.LOSSES
-        check_dataset(dataset, f"observed[{name!r}]")
-        sets[group] = dataset
-        labels[group] = schema.sample_coords((coords or {}).get(name), len(dataset))
-    return sets, labels
+    return {
+        group: schema.sample_coords((coords or {}).get(name), len(dataset))
+        for name, (group, dataset) in zip(observed, sets.items(), strict=True)
+    }
 
 
 def check_loss(

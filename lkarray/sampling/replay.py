@@ -144,7 +144,8 @@ def observe(
         sampler = known.sampler if known else sampler_from(fingerprint["sampler"])
     checks.check_types(posterior, sampler)
     checks.check_options(autocast, "auto", observables)
-    sets, labels = checks.observed_sets(new_set, coords)
+    sets = checks.observed_sets(new_set)
+    labels = checks.observed_labels(new_set, sets, coords)
     stats = tree[schema.SAMPLE_STATS].to_dataset()
     draws = int(stats[schema.DRAW].max()) + 1
     chains = int(stats[schema.CHAIN].max()) + 1

@@ -157,7 +157,11 @@ def sample(
             f"{chains} chains of {schedule.steps} steps are too many: at most {MAX_CHAINS} chains "
             f"of {MAX_STEPS} steps have noise that never repeats; take fewer, or another seed"
         )
-    sets, labels = checks.observed_sets(observed, coords)
+    sets = checks.observed_sets(observed)
+    place = stores.as_store(store)
+    if not exists(place):  # before anything of that size is read or made
+        stores.require_space(place, 4 * chains * draws * sum(map(len, sets.values())))
+    labels = checks.observed_labels(observed, sets, coords)
     job = Job(
         posterior=posterior,
         observed=sets,
@@ -206,9 +210,6 @@ def run_job(
     if client is not None:
         workers.check_place(place)
     before = _existing(place, resume)
-    if before is None:
-        values = sum(len(dataset) for dataset in job.observed.values())
-        stores.require_space(place, 4 * chains * job.schedule.draws * values)
     target: Target | None = None
     request: dict[str, Any] = {
         "chains": chains,

@@ -174,26 +174,79 @@ def test_disjoint_sub_models__the_test_notices_a_shared_weight():
     assert permutation_p_value(shared=True) <= 0.001
 
 
-def test_quadratic__local_learning_coefficient():
-    """LLC of w^2 / 2 under localisation and a finite step (design section 7)."""
-    nbeta, gamma, eps = 30.0, 10.0, 0.02
-    model = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(model.weight)
-    data = TensorDataset(torch.ones(1, 1), torch.zeros(1, 1))
-    posterior = lk.LocalPosterior(model, data, half_squared_error, nbeta, gamma)
+class Powers(nn.Module):
+    """``sum_i |w_i| ** p_i / 2``, whatever the input."""
+
+    def __init__(self, powers):
+        super().__init__()
+        self.powers = powers
+        self.weight = nn.Parameter(torch.zeros(len(powers)))
+
+    def forward(self, inputs):
+        terms = [w.abs() ** p for w, p in zip(self.weight, self.powers, strict=True)]
+        return torch.stack(terms).sum() / 2 + 0 * inputs[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("powers", "gamma"), [((2,), 10.0), ((2,), 0.0), ((2, 2), 0.0), ((4,), 0.0), ((4, 2), 0.0)]
+)
+def test_powers__local_learning_coefficient(powers, gamma):
+    """1/p of each, a square's under localisation and a finite step (design section 7)."""
+    nbeta, eps = 30.0, 0.002
+    data = TensorDataset(torch.ones(1, 1), torch.zeros(1))
+    posterior = lk.LocalPosterior(Powers(powers), data, lambda out, y: out, nbeta, gamma)
     tree = lk.sample(
         posterior,
         data,
         sampler=lk.SGLD(step_size=eps),
         chains=32,
         draws=400,
-        burn_in=50,
-        thin=10,
+        burn_in=500,
+        thin=25,
         batch_size=None,
+        chains_per_device=32,
+        seed=2,
         store=MemoryStore(),
         progress=False,
     )
-    expected = 0.5 * nbeta / (nbeta + gamma) / (1 - eps * (nbeta + gamma) / 4)
-    by_chain = nbeta * tree["losses"]["loss"].mean(("draw", "sample")).values
-    error = by_chain.std(ddof=1) / np.sqrt(32)
-    assert abs(float(lk.llc(tree)) - expected) < 4 * error + 0.01 * expected
+    square = nbeta / (nbeta + gamma) / (1 - eps * (nbeta + gamma) / 4)
+    expected = sum(square / 2 if p == 2 else 1 / p for p in powers)
+    llc = lk.llc(tree)
+    assert abs(float(llc) - expected) < 4 * float(llc["standard_error"]) + 0.01 * expected
+    assert float(llc["standard_error"]) < 0.02
+
+
+def test_sgld__without_noise_is_gradient_descent_exactly(monkeypatch):
+    from lkarray.sampling.randomness import ChainRandomness
+
+    def silent(self, step, out=None):
+        return (self._noise if out is None else out).zero_()
+
+    monkeypatch.setattr(ChainRandomness, "noise", silent)
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(64, 5), torch.randn(64, 2))
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
+    nbeta, eps, draws = 3.0, 0.1, 30
+    tree = lk.sample(
+        lk.LocalPosterior(model, data, "mse", nbeta, 0.0),
+        data,
+        sampler=lk.SGLD(step_size=eps),
+        chains=1,
+        draws=draws,
+        burn_in=0,
+        batch_size=16,
+        store=MemoryStore(),
+        observables={"weights": lambda m: torch.cat([p.flatten() for p in m.parameters()])},
+        progress=False,
+    )
+    like = torch.zeros(sum(p.numel() for p in model.parameters()))
+    random = ChainRandomness(0, 0, n=64, batch_size=16, like=like)
+    optimizer = torch.optim.SGD(model.parameters(), lr=eps / 2 * nbeta)
+    for step in range(draws):
+        rows = torch.from_numpy(random.indices(step))
+        optimizer.zero_grad()
+        loss = (model(data.tensors[0][rows]) - data.tensors[1][rows]).square().mean(1)
+        torch.autograd.backward(loss, torch.full_like(loss, 1 / 16))
+        optimizer.step()
+        now = torch.cat([p.detach().flatten() for p in model.parameters()])
+        np.testing.assert_array_equal(tree["observables/weights"][0, step], now)

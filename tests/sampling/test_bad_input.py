@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 import zarr
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
@@ -456,3 +457,141 @@ print("resumed:", dict(tree["losses"].sizes), lk.verify(path))
     assert "the disk is full; free some space. The draws committed before are safe" in said
     assert "problems: []" in said
     assert "resumed: {chain: 4, draw: 40, sample: 5000} []" in said
+
+
+class Noisy(nn.Module):
+    """Dropout that does not listen to ``eval``."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, inputs):
+        return self.inner(torch.nn.functional.dropout(inputs, 0.5, training=True))
+
+
+def coupled(output, target):
+    losses = torch.nn.functional.cross_entropy(output, target, reduction="none")
+    return losses - losses.mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "message"),
+    [
+        (Noisy(), "cross_entropy", "other losses for the same items.*dropout"),
+        (nn.Linear(6, 3), coupled, "change with the company.*mixes examples"),
+        (
+            nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, track_running_stats=False)),
+            "cross_entropy",
+            "BatchNorm without running statistics",
+        ),
+    ],
+)
+def test_sample__refuses_losses_that_are_no_single_examples_own(
+    tmp_path, data, model, loss, message
+):
+    posterior = lk.LocalPosterior(model, data, loss)
+    with pytest.raises(ValueError, match=message):
+        lk.sample(posterior, data, sampler=lk.SGLD(1e-3), store=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+class Growing(torch.utils.data.Dataset):
+    """A dataset to which somebody adds while it is read."""
+
+    def __init__(self):
+        self.n = 10
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        self.n += index == 5
+        return torch.full((6,), float(index)), index % 3
+
+
+@pytest.mark.parametrize("cache", [0, 2 << 30])
+def test_sample__refuses_a_dataset_whose_length_changes(tmp_path, posterior, monkeypatch, cache):
+    monkeypatch.setattr("lkarray.nn.batches.CACHE_BYTES", cache)
+    with pytest.raises(ValueError, match=r"observed had 10 items and now has 1\d"):
+        lk.sample(posterior, Growing(), sampler=lk.SGLD(1e-3), store=tmp_path / "s")
+
+
+def test_sample__refuses_an_observed_set_larger_than_the_disk_at_once(tmp_path, posterior):
+    class Vast(torch.utils.data.Dataset):
+        def __len__(self):
+            return 10**12
+
+        def __getitem__(self, index):
+            raise AssertionError("an item was read although nothing can be stored")
+
+    with pytest.raises(errors.StoreError, match=r"would grow by 1600000\.00 GB.*fewer samples"):
+        lk.sample(posterior, Vast(), sampler=lk.SGLD(1e-3), store=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"autocast": "int8"}, "autocast must be None or one of"),
+        ({"chains_per_device": 0}, "chains_per_device must be at least 1"),
+        ({"chains_per_device": "many"}, "chains_per_device must be an integer"),
+        ({"observables": {"loss": lambda m: 0.0}}, "must be a name"),
+        ({"observables": {"a b": lambda m: 0.0}}, "must be a name"),
+        ({"observables": {"x": 3}}, "must be a function of the model"),
+        ({"sampler": lk.SGLD(1e-3, schedule=lambda step: -1.0)}, "keep it positive"),
+    ],
+)
+def test_sample__refuses_bad_options(tmp_path, sample, option, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        sample(tmp_path / "s", **option)
+
+
+def test_sample__refuses_bad_sets(tmp_path, posterior, data):
+    for observed, coords, message in (
+        ({}, None, "observed is empty"),
+        ({"a": data, "b/c": data}, None, "letters, digits"),
+        ({"a": data}, {"label": np.arange(40)}, "name no observed set"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lk.sample(
+                posterior, observed, sampler=lk.SGLD(1e-3), coords=coords, store=tmp_path / "s"
+            )
+    assert not (tmp_path / "s").exists()
+
+
+def test_sample__one_chain_that_diverges_leaves_the_others_unharmed(tmp_path, model, data):
+    """In a stack, and alone: the chain is flagged, stopped, named and left out."""
+    from lkarray.sampling.randomness import ChainRandomness
+
+    noise = ChainRandomness.noise
+
+    def explosive(self, step, out=None):
+        found = noise(self, step, out)
+        if self._chain == 1 and step == 20:
+            found.fill_(float("inf"))
+        return found
+
+    posterior = lk.LocalPosterior(model, data, nbeta=10.0, gamma=50.0)
+    options = {"sampler": lk.SGLD(1e-3), "chains": 3, "draws": 40, "burn_in": 0, "batch_size": 16}
+    for width in (1, 3):
+        options["chains_per_device"] = width
+        fine = lk.sample(
+            posterior, data, store=tmp_path / f"fine{width}", progress=False, **options
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ChainRandomness, "noise", explosive)
+            tree = lk.sample(
+                posterior, data, store=tmp_path / f"bad{width}", progress=False, **options
+            )
+        assert tree["losses"]["chain"].values.tolist() == [0, 2]
+        assert "chains [1] diverged" in tree.attrs["hidden"][0]
+        np.testing.assert_array_equal(tree["losses/loss"], fine["losses/loss"].sel(chain=[0, 2]))
+        flags = zarr.open_group(tmp_path / f"bad{width}", mode="r")["sample_stats/diverged"][:]
+        assert np.argwhere(flags).tolist() == [[1, 20]]
+        assert any("chain" in line and "1" in line for line in lk.diagnostics(tree).verdicts)
+        raw = xr.open_zarr(
+            tmp_path / f"bad{width}", group="losses", consolidated=False, zarr_format=3
+        )
+        with pytest.raises(errors.NonFiniteError, match="chain"):
+            lk.correlation(raw).compute()

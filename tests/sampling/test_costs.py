@@ -47,3 +47,26 @@ def test_memory__does_not_grow_with_draws(tmp_path):
         return int(done.stdout) / 1024  # MiB on Linux
 
     assert peak(1600) - peak(320) < 20
+
+
+FLAT = """
+import resource, sys, torch, lkarray as lk
+from torch.utils.data import TensorDataset
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(2000, 20), torch.zeros(2000).long())
+posterior = lk.LocalPosterior(torch.nn.Linear(20, 5), data)
+lk.sample(posterior, data, sampler=lk.SGLD(1e-4), chains=2, draws=int(sys.argv[2]), burn_in=0,
+          batch_size=32, store=sys.argv[1] + "/s", progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory__of_ten_times_the_draws_is_within_five_percent(tmp_path):
+    def peak(draws: int) -> int:
+        folder = tmp_path / str(draws)
+        folder.mkdir()
+        command = [sys.executable, "-c", FLAT, str(folder), str(draws)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert peak(2000) < 1.05 * peak(200)
