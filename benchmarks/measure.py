@@ -133,15 +133,23 @@ def main(ways: dict[str, Callable[..., dict[str, Any]]], asked: argparse.Namespa
 
 
 def compare(
-    ways: list[str], options: dict[str, Any], repeats: int, once: tuple[str, ...] = ()
+    ways: list[str],
+    options: dict[str, Any],
+    repeats: int,
+    once: tuple[str, ...] = (),
+    pythons: dict[str, str | None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run ways of the calling script, interleaved; return the medians of each."""
+    """Run ways of the calling script, interleaved; return the medians of each.
+
+    ``pythons`` names the interpreters of ways that need another than this one.
+    """
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for repeat in range(repeats):
         for way in ways:
             if repeat and way in once:
                 continue
-            command = [sys.executable, sys.argv[0], "--way", way, "--options", json.dumps(options)]
+            python = (pythons or {}).get(way) or sys.executable
+            command = [python, sys.argv[0], "--way", way, "--options", json.dumps(options)]
             env = {k: v for k, v in os.environ.items() if k != "OPENBLAS_CORETYPE"}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
             runs[way].append(json.loads(done.stdout.splitlines()[-1]))

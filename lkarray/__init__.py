@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from lkarray import accessor as _accessor
 from lkarray import errors
 from lkarray._version import __version__
+from lkarray.devinterp import from_devinterp
 from lkarray.interop import to_arviz
 from lkarray.kernels import (
     cka,
@@ -94,6 +95,7 @@ __all__ = [
     "energy_rank",
     "errors",
     "frobenius",
+    "from_devinterp",
     "gram",
     "group_mean",
     "histogram",

@@ -230,7 +230,9 @@ def _statistics(flat: xr.Dataset, where: str) -> dict[str, xr.Dataset]:
         for name, (part, text) in parts.items()
     }
     return {
-        schema.SAMPLE_STATS: stats.assign_coords(chains, draw=np.arange(stats.sizes[_DRAW])),
+        schema.SAMPLE_STATS: stats.assign_coords(
+            chains | {schema.DRAW: np.arange(stats.sizes[_DRAW])}
+        ),
         TRAINING: xr.Dataset(training).assign_coords(chains),
     }
 
