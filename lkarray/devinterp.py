@@ -216,24 +216,23 @@ def _losses(flat: xr.Dataset, name: str, where: str) -> xr.Dataset:
 def _statistics(flat: xr.Dataset, where: str) -> dict[str, xr.Dataset]:
     """Return what was recorded of the minibatches, averaged over their sequences and tokens."""
     draws = _array(flat, "sampling_loss", (_CHAIN, _DRAW, "batch", _TOKEN_POS), where)
-    steps = _array(flat, "sampling_loss_micro", (_CHAIN, STEP, "batch_sampling", _TOKEN_POS), where)
+    dims = (_CHAIN, STEP, "batch_sampling", _TOKEN_POS)
+    steps = _array(flat, "sampling_loss_micro", dims, where)
     initial = _array(flat, "init_loss", (_CHAIN, _TOKEN_POS), where)
-    chains = {schema.CHAIN: np.arange(initial.sizes[_CHAIN])}
+    index = {dim: np.arange(draws.sizes[dim]) for dim in schema.POSTERIOR}
     spec = schema.MINIBATCH_LOSS
-    stats = draws.mean(["batch", _TOKEN_POS]).assign_attrs(spec.attrs()).to_dataset(name=spec.name)
-    parts = {
-        INIT_LOSS: (initial.rename({_TOKEN_POS: schema.TOKEN}), "mean training loss at the start"),
-        STEP_LOSS: (steps.mean(["batch_sampling", _TOKEN_POS]), "mean loss of a step's minibatch"),
-    }
+    stats = {spec.name: draws.mean(["batch", _TOKEN_POS]).assign_attrs(spec.attrs())}
     training = {
-        name: part.assign_attrs(long_name=text, units=spec.units)
-        for name, (part, text) in parts.items()
+        INIT_LOSS: initial.rename({_TOKEN_POS: schema.TOKEN}).assign_attrs(
+            long_name="mean loss of training minibatches at the start", units=spec.units
+        ),
+        STEP_LOSS: steps.mean(["batch_sampling", _TOKEN_POS]).assign_attrs(
+            long_name="mean loss of the step's minibatch", units=spec.units
+        ),
     }
     return {
-        schema.SAMPLE_STATS: stats.assign_coords(
-            chains | {schema.DRAW: np.arange(stats.sizes[_DRAW])}
-        ),
-        TRAINING: xr.Dataset(training).assign_coords(chains),
+        schema.SAMPLE_STATS: xr.Dataset(stats, index),
+        TRAINING: xr.Dataset(training, {schema.CHAIN: index[schema.CHAIN]}),
     }
 
 

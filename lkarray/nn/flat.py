@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,9 @@ class FlatModel:
         self.module = copy.deepcopy(model).eval()
         if any(p.dtype in _NARROW for p in self.module.parameters()):
             self.module.float()
+        config: Any = getattr(self.module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # Hugging Face's keys and values of past tokens: never read
         if device is not None:
             self.module.to(device)
         self.names = tuple(masks)

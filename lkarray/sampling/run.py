@@ -107,7 +107,8 @@ def sample(
         ``"bfloat16"`` or ``"float16"`` runs the observed forward passes in that precision; steps
         and losses stay float32.
     compile
-        Whether to ``torch.compile`` the observed forward pass (needs a C++ compiler on CPUs).
+        Whether to ``torch.compile`` the forward passes of draws, and the passes of the steps of
+        chains that are not stacked (needs a C++ compiler on CPUs; seconds to a minute at first).
     resume
         Whether an existing store may be continued; ``False`` refuses one.
     device

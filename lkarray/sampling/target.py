@@ -85,7 +85,7 @@ class Target:
         for inputs, target in self._batches(rows):
             # The gradient of the mean, without a node for the mean.
             if flat.width == 1:
-                losses = self._step_loss(flat(inputs), target)
+                losses = self._step_losses(inputs, target)
                 count = self.train.n if rows is None else len(losses)
                 torch.autograd.backward(losses, self._share(losses, count))
             else:
@@ -103,6 +103,15 @@ class Target:
     @cached_property
     def _step_loss(self) -> PerExampleLoss:
         return self.loss.per_example
+
+    @cached_property
+    def _step_losses(self) -> Callable[[Inputs, Inputs], Tensor]:
+        """Losses of one chain's minibatch, shape ``(batch,)``; compiled as those observed are."""
+
+        def losses(inputs: Inputs, target: Inputs) -> Tensor:
+            return self._step_loss(self.flat(inputs), target)
+
+        return torch.compile(losses, dynamic=False) if self.compiled else losses
 
     def _share(self, losses: Tensor, count: int) -> Tensor:
         """Return ``1 / count`` in the shape of the losses."""

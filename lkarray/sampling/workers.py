@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import zarr
@@ -15,6 +18,7 @@ from lkarray import store as stores
 from lkarray.errors import StoreError
 from lkarray.sampling import checks
 from lkarray.sampling.job import Job, Prepared, check_center, prepare, run_group
+from lkarray.sampling.target import Target
 from lkarray.store.location import local_path
 
 if TYPE_CHECKING:
@@ -24,6 +28,9 @@ logger = logging.getLogger("lkarray")
 
 _GPU = "GPU"
 _POLL_SECONDS = 0.5
+
+_idle: dict[str, list[Target]] = {}
+_lock = threading.Lock()
 
 
 def check_place(store: Store) -> None:
@@ -67,7 +74,9 @@ def run_on(
     payload = _dumps(job)
     # One copy of the job for each worker; it is made anew from these bytes if that worker dies.
     loaded = client.submit(_loads, payload, pure=False)
-    tasks = [_submit(client, _run, loaded, where, known.fingerprint, group) for group in groups]
+    key = hashlib.sha256(payload).hexdigest()
+    common = (loaded, key, where, known.fingerprint)
+    tasks = [_submit(client, _run, *common, group) for group in groups]
     shown = _steps(root, groups)
     try:
         while running := [task for task in tasks if not task.done()]:
@@ -121,8 +130,29 @@ def _prepare(payload: bytes, request: Mapping[str, Any]) -> Prepared:
     return known
 
 
+@contextmanager
+def _prepared(job: Job, key: str, fingerprint: Mapping[str, Any]) -> Iterator[Target]:
+    """Lend a target of the job: one that a task of this process has done with, or a new one.
+
+    Reading the data, and compiling, can take longer than a group of chains.
+    """
+    with _lock:
+        kept = _idle.get(key, [])
+        target = kept.pop() if kept else None
+    if target is None:
+        width = fingerprint["chains_per_device"]
+        known, target = prepare(job, chains=width, chains_per_device=width, fixed=fingerprint)
+        remedy = "use workers of one kind, with the same versions"
+        stores.refuse_changes(fingerprint, known.fingerprint, "the store", remedy=remedy)
+    yield target
+    with _lock:
+        if key not in _idle:
+            _idle.clear()
+        _idle.setdefault(key, []).append(target)
+
+
 def _run(
-    job: Job, where: Any, fingerprint: Mapping[str, Any], chains: list[int]
+    job: Job, key: str, where: Any, fingerprint: Mapping[str, Any], chains: list[int]
 ) -> list[tuple[int, int]]:
     """Run one group, in a worker."""
     store = stores.as_store(where)
@@ -132,11 +162,10 @@ def _run(
             f"a worker sees another store at {stores.describe(store)} than the client does; give "
             "a path on storage that all of them share"
         )
-    width = fingerprint["chains_per_device"]
-    known, target = prepare(job, chains=width, chains_per_device=width, fixed=fingerprint)
-    remedy = "use workers of one kind, with the same versions"
-    here = f"what a worker computes for {stores.describe(store)}"
-    stores.refuse_changes(fingerprint, known.fingerprint, here, remedy=remedy)
-    with checks.numerics(fingerprint["threads"]):
+    key += json.dumps(fingerprint, sort_keys=True)
+    with (
+        _prepared(job, key, fingerprint) as target,
+        checks.numerics(fingerprint["threads"]),
+    ):
         check_center(root, target)
         return run_group(root, job, target, chains, lambda _: None)
