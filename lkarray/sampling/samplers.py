@@ -8,6 +8,7 @@ is that of the mean minibatch loss, and the force is ``nbeta * grad + gamma (w -
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from lkarray.sampling.schedules import SCHEDULES, Schedule
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Sampler(ABC):
     """What all samplers share: a step size and its schedule.
 
     Parameters
@@ -67,6 +68,7 @@ class Sampler:
             raise ValueError(f"the schedule gave step {step} the size {size}; keep it positive")
         return size
 
+    @abstractmethod
     def step(
         self,
         theta: Tensor,
@@ -81,7 +83,6 @@ class Sampler:
         curvature: Tensor | None = None,
     ) -> None:
         """Move ``theta``, and ``state``, in place."""
-        raise NotImplementedError
 
     def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
         """Return what multiplied the last step's force; ``None`` if that was no Langevin step."""
