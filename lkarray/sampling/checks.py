@@ -43,9 +43,17 @@ def check_types(posterior: object, sampler: object) -> None:
 
 
 def check_options(
-    autocast: str | None, chains_per_device: int | str, observables: Mapping[str, Any] | None
+    autocast: str | None,
+    chains_per_device: int | str,
+    observables: Mapping[str, Any] | None,
+    *,
+    compiled: bool,
 ) -> None:
     """Raise unless the options of `sample` are among those there are."""
+    if compiled and chains_per_device not in ("auto", 1):
+        raise ValueError(
+            "compile=True is for chains that run one at a time; use chains_per_device=1 with it"
+        )
     if autocast not in (None, *AUTOCAST):
         raise ValueError(f"autocast must be None or one of {list(AUTOCAST)}, not {autocast!r}")
     if chains_per_device != "auto":

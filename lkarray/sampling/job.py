@@ -85,6 +85,10 @@ def prepare(
         asked = fixed.get("chains_per_device", chains_per_device)
         if job.compile and asked == "auto":
             asked = 1
+        elif job.compile and asked != 1:
+            raise ValueError(
+                "the run's chains are stacked, which cannot be compiled: compile=False"
+            )
         target = layout.choose_target(
             asked, chains, make, job.sampler, job.schedule, batch_size=job.batch_size
         )

@@ -143,7 +143,7 @@ def observe(
     if sampler is None:
         sampler = known.sampler if known else sampler_from(fingerprint["sampler"])
     checks.check_types(posterior, sampler)
-    checks.check_options(autocast, "auto", observables)
+    checks.check_options(autocast, "auto", observables, compiled=compile)
     sets = checks.observed_sets(new_set)
     labels = checks.observed_labels(new_set, sets, coords)
     stats = tree[schema.SAMPLE_STATS].to_dataset()

@@ -146,7 +146,7 @@ def sample(
     share their noise. The dataset's items must not change between readings.
     """
     checks.check_types(posterior, sampler)
-    checks.check_options(autocast, chains_per_device, observables)
+    checks.check_options(autocast, chains_per_device, observables, compiled=compile)
     chains, draws = checks.at_least("chains", chains, 1), checks.at_least("draws", draws, 1)
     thin, burn_in = checks.at_least("thin", thin, 1), checks.at_least("burn_in", burn_in, 0)
     seed = checks.at_least("seed", seed, 0)

@@ -56,8 +56,10 @@ class Target:
     def _observed_losses(self) -> Callable[[Inputs, Inputs], Tensor]:
         """Losses of one batch, float32; compiled once where that was asked for."""
 
+        flat, loss = self.flat, self.loss
+
         def losses(inputs: Inputs, target: Inputs) -> Tensor:
-            return self.flat.losses(self.loss, inputs, target, shared=True).float()
+            return flat.losses(loss, inputs, target, shared=True).float()
 
         return torch.compile(losses, dynamic=False) if self.compiled else losses
 
@@ -108,8 +110,10 @@ class Target:
     def _step_losses(self) -> Callable[[Inputs, Inputs], Tensor]:
         """Losses of one chain's minibatch, shape ``(batch,)``; compiled as those observed are."""
 
+        flat, loss = self.flat, self._step_loss  # looked up here: compilers do not follow locks
+
         def losses(inputs: Inputs, target: Inputs) -> Tensor:
-            return self._step_loss(self.flat(inputs), target)
+            return loss(flat(inputs), target)
 
         return torch.compile(losses, dynamic=False) if self.compiled else losses
 

@@ -534,6 +534,7 @@ def test_sample__refuses_an_observed_set_larger_than_the_disk_at_once(tmp_path, 
     ("option", "message"),
     [
         ({"autocast": "int8"}, "autocast must be None or one of"),
+        ({"compile": True, "chains_per_device": 2}, "use chains_per_device=1 with it"),
         ({"chains_per_device": 0}, "chains_per_device must be at least 1"),
         ({"chains_per_device": "many"}, "chains_per_device must be an integer"),
         ({"observables": {"loss": lambda m: 0.0}}, "must be a name"),

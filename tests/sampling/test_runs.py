@@ -1,5 +1,7 @@
 """What one run can record, how chains are laid out, and runs of several parts."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,9 @@ def test_sample__records_observables_of_the_model(tmp_path, posterior, data, wid
     assert found["size"].dims == ("chain", "draw")
     assert found["own"].dims == ("chain", "draw", "sample")
     assert found["table"].shape == (3, 55, 2, 3)
+    from lkarray.inspect import describe_store
+
+    assert "/observables  own(chain 3, draw 55, sample 40)" in describe_store(tmp_path / "s")
     np.testing.assert_allclose(found["own"], losses_of(tree), rtol=1e-4, atol=1e-5)
     center = [p.detach() for p in posterior.model.parameters()]
     size = float(sum(p.square().sum() for p in center))
@@ -235,6 +240,19 @@ def test_layout__evaluation_rows_follow_the_largest_layer(data):
     assert layout.evaluation_rows(FlatModel(small_network()), batches) == 40
 
 
+def test_compile__gives_the_losses_of_plain_passes(posterior, data):
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    if shutil.which(get_cxx_compiler()) is None:
+        pytest.skip("torch.compile needs a C++ compiler, and there is none")
+    few = OPTIONS | {"draws": 5, "chains": 1}
+    plain, compiled = (
+        lk.sample(posterior, data, store=MemoryStore(), compile=asked, **few)
+        for asked in (False, True)
+    )
+    np.testing.assert_allclose(losses_of(compiled), losses_of(plain), rtol=1e-4, atol=1e-5)
+
+
 # --- several parts ------------------------------------------------------------
 
 
@@ -249,6 +267,11 @@ def test_sample__probes_components_into_one_tree(tmp_path, posterior, data):
     assert lk.verify(tmp_path / "s") == []
     again = lk.open(tmp_path / "s")
     np.testing.assert_array_equal(losses_of(again), losses_of(tree))
+    from lkarray.inspect import describe_store
+
+    said = describe_store(tmp_path / "s")
+    assert "component row:" in said
+    assert "trainable: ['2.weight[1:2, :]']" in said
     assert float(lk.llc(tree).sel(component="first")) > float(lk.llc(tree).sel(component="row"))
     with pytest.raises(errors.StoreError, match="holds several runs, by component"):
         lk.sample(posterior, data, store=tmp_path / "s", **OPTIONS)
