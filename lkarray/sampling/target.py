@@ -55,7 +55,6 @@ class Target:
     @cached_property
     def _observed_losses(self) -> Callable[[Inputs, Inputs], Tensor]:
         """Losses of one batch, float32; compiled once where that was asked for."""
-
         flat, loss = self.flat, self.loss
 
         def losses(inputs: Inputs, target: Inputs) -> Tensor:
@@ -109,7 +108,6 @@ class Target:
     @cached_property
     def _step_losses(self) -> Callable[[Inputs, Inputs], Tensor]:
         """Losses of one chain's minibatch, shape ``(batch,)``; compiled as those observed are."""
-
         flat, loss = self.flat, self._step_loss  # looked up here: compilers do not follow locks
 
         def losses(inputs: Inputs, target: Inputs) -> Tensor:
