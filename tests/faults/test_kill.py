@@ -68,9 +68,11 @@ def test_sample__killed_ten_times_resumes_bit_for_bit(tmp_path, seed, width):
     rng = np.random.default_rng(seed)
     path = tmp_path / "killed.zarr"
     committed = []
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         process = start(path, 0.004)
-        time.sleep(rng.uniform(0.05, 0.9))
+        if kill % 4:  # else at any moment, starting included
+            wait_for_draws(path, process)
+        time.sleep(rng.uniform(0.0, 0.4))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -86,6 +88,13 @@ def test_sample__killed_ten_times_resumes_bit_for_bit(tmp_path, seed, width):
     for group in ("losses", "sample_stats"):
         assert found[group].to_dataset().compute().identical(expected[group].to_dataset().compute())
     assert lk.verify(path) == []
+
+
+def wait_for_draws(path: Path, process: multiprocessing.process.BaseProcess) -> None:
+    """Wait until the process has committed something, however slow this machine is."""
+    before, limit = draws_of(path), time.monotonic() + 60
+    while draws_of(path) == before and process.is_alive() and time.monotonic() < limit:
+        time.sleep(0.02)
 
 
 def draws_of(path: Path) -> tuple[int, ...]:
