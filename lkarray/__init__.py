@@ -8,7 +8,7 @@ computes kernels, neighbours and maps from them with Dask, larger than memory.
 SGLD(step_size=1e-05, schedule=None)
 
 The names below are the public ones. Those of the torch half (`LocalPosterior`, `SGLD`,
-`sample`), `embed` and `plots` load their libraries on first use.
+`sample`), of hierarchies (`Taxonomy`), `embed` and `plots` load their libraries on first use.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from lkarray.kernels import (
     mcse,
     neighbors,
     participation_ratio,
+    residualize,
     singular_fluctuation,
     svd,
 )
@@ -64,6 +65,14 @@ if TYPE_CHECKING:
         schedules,
         suggest,
     )
+    from lkarray.taxonomy import (
+        Taxonomy,
+        attribute_lift,
+        color_groups,
+        correlation_by_distance,
+        taxonomic_lift,
+        taxonomy_distance,
+    )
 
 _LAZY = {
     "LocalPosterior": "lkarray.sampling",
@@ -74,6 +83,12 @@ _LAZY = {
     "sample": "lkarray.sampling",
     "suggest": "lkarray.sampling",
     "embed": "lkarray.embedding",
+    "Taxonomy": "lkarray.taxonomy",
+    "attribute_lift": "lkarray.taxonomy",
+    "color_groups": "lkarray.taxonomy",
+    "correlation_by_distance": "lkarray.taxonomy",
+    "taxonomic_lift": "lkarray.taxonomy",
+    "taxonomy_distance": "lkarray.taxonomy",
 }
 
 _MODULES = {"plots": "lkarray.plots", "schedules": "lkarray.sampling.schedules"}
@@ -84,10 +99,14 @@ __all__ = [
     "SGLD",
     "LocalPosterior",
     "RMSpropSGLD",
+    "Taxonomy",
     "__version__",
+    "attribute_lift",
     "cka",
     "cka_curve",
+    "color_groups",
     "correlation",
+    "correlation_by_distance",
     "covariance",
     "diagnostics",
     "eigh",
@@ -113,12 +132,15 @@ __all__ = [
     "plan",
     "plots",
     "preset",
+    "residualize",
     "sample",
     "save",
     "schedules",
     "singular_fluctuation",
     "suggest",
     "svd",
+    "taxonomic_lift",
+    "taxonomy_distance",
     "to_arviz",
     "verify",
 ]

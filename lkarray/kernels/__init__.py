@@ -13,6 +13,7 @@ from lkarray.kernels.losses import (
 from lkarray.kernels.montecarlo import mcse
 from lkarray.kernels.neighbors import neighbors
 from lkarray.kernels.ranks import energy_rank, participation_ratio
+from lkarray.kernels.residuals import residualize
 from lkarray.kernels.shrinkage import ledoit_wolf
 from lkarray.kernels.spectra import eigh, svd
 from lkarray.kernels.summaries import llc, loss_gain, loss_variance, singular_fluctuation
@@ -38,6 +39,7 @@ __all__ = [
     "mcse",
     "neighbors",
     "participation_ratio",
+    "residualize",
     "singular_fluctuation",
     "svd",
 ]
