@@ -132,7 +132,7 @@ def test_constructors__agree(tmp_path):
         lk.Taxonomy.from_csv(table),
         lk.Taxonomy.from_json(plain),
         lk.Taxonomy.from_json(tmp_path / "own.json"),
-        lk.Taxonomy({k: v for k, v in ANIMALS.items()}),
+        lk.Taxonomy(ANIMALS),
     ):
         assert set(found.labels) == set(expected.labels)
         for label in expected.nodes:
@@ -183,9 +183,7 @@ def test_imagenet__is_wordnets_own(wordnet):
     rng = np.random.default_rng(0)
     far = lk.taxonomy_distance(found)
     for i, j in rng.integers(0, 1000, (50, 2)):
-        a, b = (
-            wordnet.synset_from_pos_and_offset("n", int(found.labels[at][1:])) for at in (i, j)
-        )
+        a, b = (wordnet.synset_from_pos_and_offset("n", int(found.labels[at][1:])) for at in (i, j))
         assert far[i, j] == a.shortest_path_distance(b)
 
 
