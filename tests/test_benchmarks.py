@@ -1,4 +1,4 @@
-"""Every benchmark of the engine runs at reduced size, and what it compares agrees."""
+"""Every benchmark of the engine and of lift runs at reduced size, and what it compares agrees."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["dense", "top_k", "spectra", "growth"])
+@pytest.mark.parametrize("name", ["dense", "top_k", "spectra", "growth", "lift"])
 def test_benchmark__runs_small(name, tmp_path):
     done = subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", "--small"],

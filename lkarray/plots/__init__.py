@@ -1,5 +1,22 @@
 """Figures: one function each, returning a Matplotlib ``Figure`` and touching no global state."""
 
 from lkarray.plots.figures import gain_against_loss, kernel_matrix, neighbor_map, top_correlated
+from lkarray.plots.hierarchy import (
+    correlation_against_distance,
+    hierarchy_matrices,
+    lift_by_depth,
+    lift_curves,
+    transitions,
+)
 
-__all__ = ["gain_against_loss", "kernel_matrix", "neighbor_map", "top_correlated"]
+__all__ = [
+    "correlation_against_distance",
+    "gain_against_loss",
+    "hierarchy_matrices",
+    "kernel_matrix",
+    "lift_by_depth",
+    "lift_curves",
+    "neighbor_map",
+    "top_correlated",
+    "transitions",
+]

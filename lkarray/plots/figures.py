@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from matplotlib import color_sequences, colormaps
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -20,7 +21,13 @@ _MARK = "#111111"
 _MOST = 2000  # samples of a kernel that a figure can show
 
 
-def neighbor_map(points: xr.DataArray, *, by: str, mark: str | None = None) -> Figure:
+def neighbor_map(
+    points: xr.DataArray,
+    *,
+    by: str,
+    mark: str | None = None,
+    hues: Mapping[Any, float] | None = None,
+) -> Figure:
     """Draw a map of samples, coloured by a label (loss-kernel figure 1; figure 7A).
 
     Parameters
@@ -31,10 +38,14 @@ def neighbor_map(points: xr.DataArray, *, by: str, mark: str | None = None) -> F
         Coordinate that gives the colour; up to twenty classes are named in a legend.
     mark
         Boolean coordinate of points to ring in black.
+    hues
+        Hue of each class, 0 to 1, such as ``taxonomy.hues()``, so that related ones look alike.
     """
     values = _coordinate(points, by)
     classes, codes = np.unique(values, return_inverse=True)
     colours = _palette(len(classes))
+    if hues is not None:
+        colours = [hsv_to_rgb((hues[name], 0.85, 0.85)) for name in classes.tolist()]
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.add_subplot()
     xy = points.transpose(..., COMPONENT).values

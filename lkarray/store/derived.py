@@ -31,6 +31,9 @@ def put(path: StoreLike, name: str, result: xr.Dataset | xr.DataArray) -> None:
     root = open_root(path, mode="r+")
     ds = result.to_dataset() if isinstance(result, xr.DataArray) else result
     ds = ds.drop_encoding()
+    # Text of any length, as labels are stored: Zarr specifies no text of a fixed one.
+    ds = ds.assign({name: ds[name].astype(object) for name in ds.variables
+                    if ds[name].dtype.kind == "U"})  # fmt: skip
     encoding = {v: {"compressors": CODECS} for v in ds.variables if ds[v].dtype.kind in "fiub"}
     folder = local_path(root.store)
     group = f"{DERIVED}/{name}" if folder is None else f"{DERIVED}/{HIDDEN}{name}"
