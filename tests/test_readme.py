@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 import zarr
 
 import lkarray as lk
@@ -16,6 +17,12 @@ from tests.conftest import classification, small_network
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def block(word):
+    """The only block of code with a word in it."""
+    (found,) = [text for text in BLOCKS if word in text]
+    return compile(found, "README.md", "exec")
 
 
 def test_readme__the_ten_lines_run_on_the_demo_store(digits):
@@ -47,18 +54,38 @@ def test_readme__the_lines_for_ones_own_model_run(tmp_path, monkeypatch):
         "observed": torch.utils.data.Subset(data, range(10)),
         "labels": data.tensors[1][:10],
     }
-    code = BLOCKS[1].replace("draws=500", "draws=3, progress=False")
+    code = BLOCKS[1].replace("draws=500", "draws=6, progress=False")
     exec(compile(code, "README.md", "exec"), names)
-    assert names["tree"]["losses"].sizes == {"chain": 4, "draw": 3, "sample": 10}
+    assert names["tree"]["losses"].sizes == {"chain": 4, "draw": 6, "sample": 10}
+    exec(block("lk.diagnostics"), names | {"other_inputs": torch.utils.data.Subset(data, [11, 12])})
 
 
 def test_readme__the_lines_about_memory_run_on_the_demo_store(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tree = lk.open(digits / "runs/digits/store.zarr")
     names = {"lk": lk, "tree": tree}
-    exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    exec(block("lk.save"), names)
     saved = zarr.open_group(tmp_path / "kernel.zarr", mode="r")[f"derived/{names['R'].name}"]
     np.testing.assert_allclose(saved[names["R"].name][3, :9], names["R"][3, :9], atol=1e-6)
+
+
+def test_readme__the_lines_about_hierarchies_run():
+    rng = np.random.default_rng(0)
+    wnids = list(lk.Taxonomy.imagenet().labels[:200:4])
+    losses = xr.DataArray(
+        rng.normal(size=(3, 30, 50)).astype("float32"),
+        dims=("chain", "draw", "sample"),
+        coords={"sample": np.arange(50), "wnid": ("sample", wnids)},
+        name="loss",
+    )
+    names = {
+        "lk": lk,
+        "tree": xr.DataTree.from_dict({"/losses": losses.to_dataset()}),
+        "near": lk.neighbors(losses, k=5),
+        "images": rng.integers(0, 255, (50, 4, 4, 3)),
+    }
+    exec(block("taxonomic_lift"), names)
+    assert names["lift"]["lift"].sel(depth=0).dropna("query_depth").values.tolist()
 
 
 def test_readme__gives_both_commands_first_and_they_exist():
