@@ -21,6 +21,7 @@ def make(n: int, k: int) -> Path:
     import xarray as xr
 
     path = FOLDER / f"neighbors-{n}-{k}.zarr"
+    part = path.with_suffix(".partial")
     if not path.exists():
         rng = np.random.default_rng(0)
         near = rng.integers(0, n, (n, k))
@@ -32,7 +33,8 @@ def make(n: int, k: int) -> Path:
                 "sample": np.arange(n),
                 "label": ("sample", rng.integers(0, 1000, n)),
             },
-        ).chunk(sample=2**16).to_zarr(path, consolidated=False, zarr_format=3)
+        ).chunk(sample=2**16).to_zarr(part, mode="w", consolidated=False, zarr_format=3)
+        part.replace(path)
     return path
 
 

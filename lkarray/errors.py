@@ -43,5 +43,9 @@ class LockedError(StoreError):
     """Another process is writing to the store, or running in the folder."""
 
 
+class MissingCorpusError(LkarrayError, LookupError):
+    """A corpus that a taxonomy is read from is not installed."""
+
+
 class DivergedError(LkarrayError, ArithmeticError):
     """Every chain turned non-finite, so there is nothing to compute from."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from scipy import sparse
 
 from lkarray.kernels.groups import group_codes
 from lkarray.schema import SAMPLE, second
@@ -123,13 +124,14 @@ def _other_pairs(
     queries = np.bincount(block * count + codes, minlength=blocks * count)
     out: np.ndarray = queries.reshape(blocks, count, 1) * every.astype(float)
     # Pairs within one excluded value (or of a sample with itself), which share a block.
-    keys, sizes = np.unique(apart * count + codes, return_counts=True)
-    start = np.flatnonzero(np.r_[True, np.diff(keys // count) > 0])
+    ones = np.ones(len(codes))
+    inside = sparse.csr_array((ones, (apart, codes)), shape=(apart.max() + 1, count))
+    inside.sum_duplicates()
     of = np.empty(apart.max() + 1, np.int64)
     of[apart] = block
-    for a, b in zip(start, [*start[1:], len(keys)], strict=True):
-        own, size = keys[a:b] % count, sizes[a:b].astype(float)
-        out[np.ix_([of[keys[a] // count]], own, own)] -= np.outer(size, size)
+    for at in range(blocks):
+        part = inside[np.flatnonzero(of == at)]
+        out[at] -= (part.T @ part).toarray()
     return out
 
 

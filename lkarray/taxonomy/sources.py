@@ -9,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lkarray.errors import MissingCorpusError
+
 _GET_WORDNET = "python -m nltk.downloader wordnet"
 
 Parents = dict[Any, list[Any]]
@@ -59,7 +61,7 @@ def open_wordnet() -> Any:
 
     Raises
     ------
-    LookupError
+    MissingCorpusError
         It is not installed; the message says the command that gets it.
     """
     from nltk.corpus import wordnet
@@ -67,7 +69,7 @@ def open_wordnet() -> Any:
     try:
         wordnet.ensure_loaded()
     except LookupError as error:
-        raise LookupError(
+        raise MissingCorpusError(
             f"nltk's WordNet corpus is missing; get it with: {_GET_WORDNET} (or set NLTK_DATA to "
             "a folder that has corpora/wordnet)"
         ) from error

@@ -134,7 +134,7 @@ class Taxonomy:
         ------
         ValueError
             A synset is unknown (all that are get listed).
-        LookupError
+        MissingCorpusError
             nltk's WordNet corpus is missing; the message says the command that gets it.
         """
         named = (

@@ -1,13 +1,16 @@
 """Taxonomies: against networkx-free brute force, WordNet through nltk, and known facts."""
 
 import os
+import pickle
 
 import numpy as np
 import pytest
+from dask.base import tokenize
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lkarray as lk
+from lkarray.errors import MissingCorpusError
 from lkarray.taxonomy import sources
 
 ANIMALS = {
@@ -113,6 +116,17 @@ def test_taxonomy__cannot_be_changed():
         found.labels = ()
     with pytest.raises(ValueError, match="read-only"):
         found.depths()[0] = 3
+
+
+def test_taxonomy__travels_to_workers():
+    found = lk.Taxonomy.from_parents(ANIMALS, {7: "dog", 3: "trout"})
+    found.depths()
+    again = pickle.loads(pickle.dumps(found))
+    assert again.labels == (7, 3)
+    assert again.distance(7, 3) == 4
+    assert tokenize(again) == tokenize(found)
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        again.nodes = ()
 
 
 def test_constructors__agree(tmp_path):
@@ -231,5 +245,5 @@ def test_wordnet__missing_corpus_says_the_command(monkeypatch, tmp_path):
         raise LookupError
 
     monkeypatch.setattr(corpus, "ensure_loaded", missing)
-    with pytest.raises(LookupError, match="python -m nltk.downloader wordnet"):
+    with pytest.raises(MissingCorpusError, match="python -m nltk.downloader wordnet"):
         lk.Taxonomy.wordnet(["dog.n.01"])
