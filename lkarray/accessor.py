@@ -48,6 +48,24 @@ class LossAccessor:
         """See `lkarray.group_mean`."""
         return kernels.group_mean(self._losses, groups, **options)
 
+    def residualize(self, groups: Any = "label") -> xr.DataArray:
+        """See `lkarray.residualize`."""
+        return kernels.residualize(self._losses, groups)
+
+    def taxonomic_lift(self, taxonomy: Any, label: str = "label", **options: Any) -> xr.Dataset:
+        """See `lkarray.taxonomic_lift`; ``k=`` neighbours of other labels are searched."""
+        from lkarray.taxonomy import taxonomic_lift
+
+        return taxonomic_lift(self._losses, taxonomy, label, **options)
+
+    def correlation_by_distance(
+        self, taxonomy: Any, label: str = "label", **options: Any
+    ) -> xr.Dataset:
+        """See `lkarray.correlation_by_distance`."""
+        from lkarray.taxonomy import correlation_by_distance
+
+        return correlation_by_distance(self._losses, taxonomy, label, **options)
+
     def loss_gain(self) -> xr.DataArray:
         """See `lkarray.loss_gain`."""
         return kernels.loss_gain(self._losses)

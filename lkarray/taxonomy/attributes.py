@@ -13,13 +13,13 @@ from scipy import sparse
 from lkarray.kernels.groups import group_codes
 from lkarray.schema import SAMPLE, second
 from lkarray.taxonomy.lift import interval, jackknife, ratio
-from lkarray.taxonomy.pairs import count_pairs, labels_of, table_rows
+from lkarray.taxonomy.pairs import as_table, count_pairs, labels_of, table_rows
 
 _CHANNELS = ("red", "green", "blue")
 
 
 def attribute_lift(
-    neighbors: xr.Dataset,
+    neighbors: xr.Dataset | xr.DataTree,
     attribute: Hashable | Any,
     *,
     exclude: str | None = None,
@@ -71,6 +71,7 @@ def attribute_lift(
     blocks = operator.index(blocks)
     if blocks < 2:
         raise ValueError(f"blocks must be at least 2, not {blocks}")
+    neighbors = as_table(neighbors)
     rows = table_rows(neighbors)
     name, values, codes = group_codes(neighbors["neighbor"], rows, attribute)
     stated = neighbors.attrs.get("exclude", "none")

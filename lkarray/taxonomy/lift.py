@@ -16,7 +16,7 @@ from lkarray.kernels.gram import one_of
 from lkarray.kernels.neighbors import neighbors as find_neighbors
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses
 from lkarray.taxonomy import graph
-from lkarray.taxonomy.pairs import count_pairs, labels_of, table_rows
+from lkarray.taxonomy.pairs import as_table, count_pairs, labels_of, table_rows
 from lkarray.taxonomy.taxonomy import Taxonomy
 
 BASES = ("matched", "dataset")
@@ -163,6 +163,7 @@ def taxonomic_lift(
         raise ValueError(
             f"replicates must be at least 0 and level between 0 and 1, not {replicates}, {level}"
         )
+    neighbors = as_table(neighbors)
     if isinstance(neighbors, xr.Dataset) and "neighbor" in neighbors:
         parts: list[xr.Dataset] = []
         table = neighbors

@@ -17,6 +17,13 @@ _PAIRS = 2**22  # in memory, at a time
 _DENSE = 2**24  # entries of a table of counts that are counted without sorting
 
 
+def as_table(obj: Any) -> Any:
+    """Return a node that holds a neighbour table as its Dataset, anything else as it is."""
+    if isinstance(obj, xr.DataTree) and "neighbor" in obj.data_vars:
+        return obj.to_dataset()
+    return obj
+
+
 def table_rows(neighbors: xr.Dataset) -> str:
     """Return the samples' dim of a neighbour table.
 

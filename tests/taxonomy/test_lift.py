@@ -169,6 +169,8 @@ def test_lift__is_the_same_however_the_table_comes(monkeypatch):
     taxonomy = uneven()
     near = random_table(taxonomy, 200, 4, rng)
     expected = lk.taxonomic_lift(near, taxonomy, replicates=5)
+    node = xr.DataTree.from_dict({"/derived/near": near})["derived/near"]
+    assert lk.taxonomic_lift(node, taxonomy, replicates=5).identical(expected)
     lazy = near.chunk(sample=37, rank=2)
     assert lk.taxonomic_lift(lazy, taxonomy, replicates=5).identical(expected)
     named = near.assign_coords(sample=np.arange(200) * 3 + 5)
@@ -217,6 +219,7 @@ def test_lift__from_losses_searches_and_deletes_chains():
     np.testing.assert_allclose(
         found["standard_error_chains"].sel(query_depth=3, depth=2), error, rtol=1e-9, atol=1e-12
     )
+    assert losses.lk.taxonomic_lift(taxonomy, k=4, replicates=20).identical(found)
     far = lk.taxonomic_lift(losses, taxonomy, k=4, largest=False, delete_chains=False)
     assert far["lift"].sel(query_depth=3, depth=2) < 0.5
     assert far.attrs["chains_deleted"] == 0
