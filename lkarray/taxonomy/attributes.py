@@ -71,21 +71,19 @@ def attribute_lift(
     blocks = operator.index(blocks)
     if blocks < 2:
         raise ValueError(f"blocks must be at least 2, not {blocks}")
-    neighbors = as_table(neighbors)
-    rows = table_rows(neighbors)
-    name, values, codes = group_codes(neighbors["neighbor"], rows, attribute)
-    stated = neighbors.attrs.get("exclude", "none")
-    exclude = exclude or (stated if stated in neighbors.coords else None)
+    near: xr.Dataset = as_table(neighbors)
+    rows = table_rows(near)
+    name, values, codes = group_codes(near["neighbor"], rows, attribute)
+    stated = near.attrs.get("exclude", "none")
+    exclude = exclude or (stated if stated in near.coords else None)
     n, count = len(codes), len(values)
     apart = (
         np.arange(n)
         if exclude is None
-        else np.unique(labels_of(neighbors, rows, exclude), return_inverse=True)[1]
+        else np.unique(labels_of(near, rows, exclude), return_inverse=True)[1]
     )
     block = np.random.default_rng(seed).integers(0, blocks, apart.max() + 1)[apart]
-    table, missing = count_pairs(
-        neighbors, rows, block * count + codes, codes, (blocks * count, count)
-    )
+    table, missing = count_pairs(near, rows, block * count + codes, codes, (blocks * count, count))
     found = table.toarray().reshape(blocks, count, count).astype(float)
     chance = _other_pairs(codes, apart, block, (blocks, count))
     out: dict[str, Any] = {}
@@ -107,7 +105,7 @@ def attribute_lift(
         coords={name: values, second(name): values},
         attrs={
             "exclude": exclude or "none",
-            "largest": int(neighbors.attrs.get("largest", 1)),
+            "largest": int(near.attrs.get("largest", 1)),
             "missing_pairs": missing,
             "blocks": blocks,
             "level": level,
