@@ -309,7 +309,8 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
         "held_out": first["loss"].sizes["sample"],
         "draws": first["loss"].sizes["draw"] * first["loss"].sizes["chain"],
         "pooled_lift": {name: curve(lift) for name, lift in (lifts | printed).items()},
-        "trained_minus_untrained": differences(lifts, config),
+        "trained_minus_untrained": differences(lifts[HEADLINE], untrained_of(lifts)),
+        "trained_minus_inputs": differences(lifts[HEADLINE], [lifts["inputs"]]),
         "rank_correlation_with_distance": {
             name: float(by_distance[name]) for name in ("rank_correlation", "rank_low", "rank_high")
         },
@@ -332,13 +333,12 @@ def untrained_of(lifts: dict[str, xr.Dataset]) -> list[xr.Dataset]:
     return [lift for name, lift in lifts.items() if name.startswith("untrained")]
 
 
-def differences(lifts: dict[str, xr.Dataset], config: Config) -> list[dict[str, Any]]:
-    """Return pooled lift of the trained network minus that of each control, by depth.
+def differences(trained: xr.Dataset, plain: list[xr.Dataset]) -> list[dict[str, Any]]:
+    """Return pooled lift of the trained network minus the mean of a control's, by depth.
 
-    Errors: of labels, replicate by replicate, since both were resampled alike; of the chains of
-    both; and of which untrained networks there were.
+    Errors: of labels, replicate by replicate, since both were resampled alike; of the trained
+    network's chains; and of which untrained networks there were, their own chains included.
     """
-    trained, plain = lifts[HEADLINE], untrained_of(lifts)
     out = []
     for depth in trained["depth"].values:
         at = {"depth": depth}
@@ -349,14 +349,14 @@ def differences(lifts: dict[str, xr.Dataset], config: Config) -> list[dict[str, 
         mean = sum(lift["pooled_replicate"].sel(at).values for lift in plain) / len(plain)
         labels = np.nanstd(trained["pooled_replicate"].sel(at).values - mean, ddof=1)
         chains = float(trained["pooled_standard_error_chains"].sel(at))
-        seeds = values.std(ddof=1) / np.sqrt(len(values))
+        seeds = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
         error = float(np.sqrt(labels**2 + chains**2 + seeds**2))
         shared = float((trained["pairs"] * trained["base_rate"].fillna(0)).sel(at).sum())
         out.append(
             {
                 "depth": int(depth),
                 "trained": float(trained["pooled_lift"].sel(at)),
-                "untrained": float(values.mean()),
+                "control": float(values.mean()),
                 "difference": value,
                 "low": value - 1.96 * error,
                 "high": value + 1.96 * error,
@@ -400,11 +400,11 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     compared = {"trained": lift["trained"], **{
         f"untrained ({at})": part for at, part in enumerate(untrained_of(lift))
     }, "inputs": lift["inputs"], "random": lift["random"]}  # fmt: skip
-    settings = {
+    settings = {"trained": lift["trained"], **{
         name: part for name, part in lift.items()
-        if name in ("trained", "early", "free head", "trained label component removed")
+        if name in ("early", "free head", "trained label component removed")
         or name.startswith("gamma")
-    }  # fmt: skip
+    }}  # fmt: skip
     figures = [
         workflow.Figure(
             "controls", "Trained, and the controls",
@@ -433,10 +433,11 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         ),
     ]  # fmt: skip
     rows = [
-        (f"Pooled lift at depth {d['depth']}: trained minus untrained",
-         f"{d['difference']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})",
-         f"{d['trained']:.3f} against {d['untrained']:.3f}")
-        for d in metrics["trained_minus_untrained"]
+        (f"Pooled lift at depth {d['depth']}: trained minus {name}",
+         f"{d['difference']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})",
+         f"{d['trained']:.2f} against {d['control']:.2f}")
+        for name in ("untrained", "inputs")
+        for d in metrics[f"trained_minus_{name}"]
         if d["depth"] >= 1 and d["pairs_expected_to_share"] >= 100
     ]  # fmt: skip
     rows += [

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 _LEAST = 30  # pairs behind a point that is drawn
 
@@ -45,7 +46,9 @@ def lift_by_depth(lift: xr.Dataset, *, least: int = _LEAST) -> Figure:
     return figure
 
 
-def lift_curves(lifts: Mapping[str, xr.Dataset], *, title: str = "Taxonomic lift") -> Figure:
+def lift_curves(
+    lifts: Mapping[str, xr.Dataset], *, title: str = "Taxonomic lift", least: int = _LEAST
+) -> Figure:
     """Draw the pooled lift of several kernels with their intervals, side by side.
 
     Parameters
@@ -54,13 +57,15 @@ def lift_curves(lifts: Mapping[str, xr.Dataset], *, title: str = "Taxonomic lift
         What `lkarray.taxonomic_lift` returned for each, by name.
     title
         Of the figure.
+    least
+        Depths at which chance has fewer pairs of the table share an ancestor are left out.
     """
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
     colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for at, (name, lift) in enumerate(lifts.items()):
         expected = (lift["pairs"] * lift["base_rate"].fillna(0)).sum("query_depth")
-        part = lift.where((expected >= 5) & np.isfinite(lift["pooled_lift"]), drop=True)
+        part = lift.where((expected >= least) & (lift["pooled_lift"] > 0), drop=True)
         colour = colours[at % 10]
         x = part["depth"] + 0.06 * (at - (len(lifts) - 1) / 2)
         half = np.stack([
@@ -69,10 +74,18 @@ def lift_curves(lifts: Mapping[str, xr.Dataset], *, title: str = "Taxonomic lift
         axes.errorbar(x, part["pooled_lift"], half, fmt="o-", ms=3.5, lw=1.4, elinewidth=1,
                       capsize=2, color=colour, label=name)  # fmt: skip
     axes.axhline(1, color="black", lw=0.8, ls=":")
+    axes.set_yscale("log")
+    bottom, top = max(axes.get_ylim()[0], 0.25), axes.get_ylim()[1]
+    axes.set_ylim(bottom, top)
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(
         xlabel="depth of the shared ancestor (edges from the root)",
-        ylabel="pooled lift, 95% interval" if lifts else "",
+        ylabel="pooled lift and its interval",
         title=title,
+    )
+    axes.set_yticks(
+        [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if max(bottom, 0.25) <= t <= top]
     )
     axes.legend(frameon=False)
     return figure
