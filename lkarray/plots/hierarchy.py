@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 _LEAST = 30  # pairs behind a point that is drawn
 
@@ -77,7 +77,7 @@ def lift_curves(
     axes.set_yscale("log")
     bottom, top = max(axes.get_ylim()[0], 0.25), axes.get_ylim()[1]
     axes.set_ylim(bottom, top)
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(
         xlabel="depth of the shared ancestor (edges from the root)",
