@@ -96,7 +96,10 @@ def test_readme__gives_both_commands_first_and_they_exist():
     assert all(f"\n{name}:" in makefile for name in commands)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/hierarchies.md"]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_docs__local_links_and_files_exist(name):
     text = (ROOT / name).read_text()
     folder = (ROOT / name).parent
