@@ -25,8 +25,16 @@ CHECKPOINT = "checkpoint"
 TOKEN = "token"
 QUERY = "query"
 MODE = "mode"
+TIME = "time"
+EXAMPLE = "example"
+PARAM = "param"
+OUTPUT = "output"
+TENSOR = "tensor"
+STEP = "step"
 
 LOSSES = "losses"
+GRADIENTS = "gradients"
+TRAJECTORY = "trajectory"
 SAMPLE_STATS = "sample_stats"
 OBSERVABLES = "observables"
 STATE = "state"
@@ -84,6 +92,17 @@ PARAMETERS = VariableSpec(
 RECORD = VariableSpec(
     "record", (CHAIN, "field"), "int64", "", "committed draws, steps taken, slot of the state"
 )
+
+GRADIENT = VariableSpec(
+    "gradient", (TIME, EXAMPLE, PARAM), "float32", "nat", "gradient of an example's loss"
+)
+LEARNING_RATE = VariableSpec(
+    "learning_rate", (TIME,), "float64", "", "learning rate of the step taken at this time"
+)
+#: Where each named tensor lies along ``param``: its first element, and the one after its last.
+START = VariableSpec("start", (TENSOR,), "int64", "", "first parameter of the tensor")
+STOP = VariableSpec("stop", (TENSOR,), "int64", "", "one beyond the tensor's last parameter")
+MODULE = VariableSpec("module", (TENSOR,), "T", "", "module that the tensor belongs to")
 
 STATS = (MINIBATCH_LOSS, GRADIENT_NORM, DISTANCE, STEP_SIZE, ACCEPTANCE, DIVERGED)
 
@@ -220,6 +239,66 @@ def _only_candidate(ds: xr.Dataset, name: str) -> xr.DataArray:
             f"found {found}. Pass the DataArray you mean, for example ds['loss']"
         )
     return ds[fits[0]]
+
+
+def as_gradients(
+    obj: Losses, *, name: str = "G", need: tuple[str, ...] = (PARAM,)
+) -> xr.DataArray:
+    """Return the gradient tensor inside ``obj``, checked: ``param``, and what else it needs.
+
+    Parameters
+    ----------
+    obj
+        A tree that has ``gradients``, that node, a Dataset with ``gradient`` (or with a single
+        variable that has the dims), or the DataArray itself. ``learning_rate(time)`` stays
+        beside it as a coordinate.
+    name
+        What to call ``obj`` in an error.
+    need
+        Dims that it must have.
+
+    Raises
+    ------
+    TypeError
+        ``obj`` is none of these, or not of real numbers.
+    SchemaError
+        No variable has the dims; the message lists what there is.
+    """
+    if isinstance(obj, xr.DataTree):
+        node = obj if GRADIENT.name in obj.data_vars else obj.children.get(GRADIENTS)
+        if node is None:
+            raise SchemaError(
+                f"{name} has neither a variable 'gradient' nor a group 'gradients' (groups: "
+                f"{sorted(obj.children)}); write one with lk.gradient_features"
+            )
+        obj = node.to_dataset()
+    if isinstance(obj, xr.Dataset):
+        fits = [v for v in obj.data_vars if {PARAM, *need} <= set(obj[v].dims)]
+        chosen = [GRADIENT.name] if GRADIENT.name in fits else fits
+        if len(chosen) != 1:
+            found = {str(v): obj[v].dims for v in obj.data_vars}
+            raise SchemaError(
+                f"{name}: expected a variable 'gradient' with dims {need}; found {found}. Pass "
+                "the DataArray you mean"
+            )
+        rate = obj.get(LEARNING_RATE.name)
+        obj = obj[chosen[0]]
+        if rate is not None and set(rate.dims) <= set(obj.dims):
+            obj = obj.assign_coords({LEARNING_RATE.name: rate})
+    if not isinstance(obj, xr.DataArray):
+        raise TypeError(
+            f"{name} must be a DataTree, Dataset or DataArray, not {type(obj).__name__}; pass what "
+            "lk.gradient_features returned"
+        )
+    if obj.dtype.kind not in "fiub":
+        raise SchemaError(f"{name}: variable {obj.name!r} is {obj.dtype}, expected real numbers")
+    missing = [dim for dim in need if dim not in obj.dims]
+    if missing:
+        raise SchemaError(
+            f"{name}: variable {obj.name!r} has dims {obj.dims}, which lack {missing}; rename, or "
+            "do not select a single one"
+        )
+    return obj
 
 
 def validate(ds: xr.Dataset, specs: Iterable[VariableSpec], *, where: str) -> None:
