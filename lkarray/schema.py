@@ -136,6 +136,10 @@ RESERVED = {
     CHECKPOINT,
     TOKEN,
     QUERY,
+    second(EXAMPLE),
+    TIME,
+    PARAM,
+    TENSOR,
     "neighbor",
     "similarity",
 } | {spec.name for spec in GROUPS[LOSSES]}
@@ -241,9 +245,7 @@ def _only_candidate(ds: xr.Dataset, name: str) -> xr.DataArray:
     return ds[fits[0]]
 
 
-def as_gradients(
-    obj: Losses, *, name: str = "G", need: tuple[str, ...] = (PARAM,)
-) -> xr.DataArray:
+def as_gradients(obj: Losses, *, name: str = "G", need: tuple[str, ...] = (PARAM,)) -> xr.DataArray:
     """Return the gradient tensor inside ``obj``, checked: ``param``, and what else it needs.
 
     Parameters
@@ -320,8 +322,14 @@ def validate(ds: xr.Dataset, specs: Iterable[VariableSpec], *, where: str) -> No
             )
 
 
-def sample_coords(coords: Mapping[str, Any] | None, n: int) -> dict[str, np.ndarray]:
-    """Return the coordinates of the ``sample`` dim as arrays, index first.
+def sample_coords(
+    coords: Mapping[str, Any] | None,
+    n: int,
+    *,
+    dim: str = SAMPLE,
+    index: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Return the coordinates of the ``sample`` dim, or of another, as arrays, index first.
 
     Raises
     ------
@@ -329,7 +337,7 @@ def sample_coords(coords: Mapping[str, Any] | None, n: int) -> dict[str, np.ndar
         A coordinate has another length than the observed set, more than one dim, or takes
         the name of a dim or variable; or ``sample`` is not a list of distinct integers.
     """
-    out: dict[str, np.ndarray] = {SAMPLE: np.arange(n)}
+    out: dict[str, np.ndarray] = {dim: np.arange(n) if index is None else index}
     for name, values in (coords or {}).items():
         array = np.asarray(values)
         if not isinstance(name, str) or not re.fullmatch(r"[^\s/.][^\s/]*", name):
@@ -341,8 +349,8 @@ def sample_coords(coords: Mapping[str, Any] | None, n: int) -> dict[str, np.ndar
             raise SchemaError(f"coords: {name!r} is a name of lkarray itself; choose another")
         if array.shape != (n,):
             raise SchemaError(
-                f"coords[{name!r}] has shape {array.shape}, but the observed set has {n} samples; "
-                "give one value per observed sample, in order"
+                f"coords[{name!r}] has shape {array.shape}, but there are {n} {dim}s; "
+                f"give one value per {dim}, in order"
             )
         if array.dtype.kind not in "biufUOTM":
             raise SchemaError(f"coords[{name!r}] has dtype {array.dtype}; use numbers or strings")
@@ -353,7 +361,6 @@ def sample_coords(coords: Mapping[str, Any] | None, n: int) -> dict[str, np.ndar
         if array.dtype.kind in "UO":
             array = array.astype(np.dtypes.StringDType())
         out[str(name)] = array
-    index = out[SAMPLE]
-    if index.dtype.kind not in "iu" or len(np.unique(index)) != n:
-        raise SchemaError("coords['sample'] must be distinct integers, one per observed sample")
+    if out[dim].dtype.kind not in "iu" or len(np.unique(out[dim])) != n:
+        raise SchemaError(f"coords[{dim!r}] must be distinct integers, one per {dim}")
     return out

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import zarr
+from zarr.abc.store import Store
 
 from lkarray import schema
 from lkarray.store.layout import carried, recorded, stored
@@ -173,22 +174,24 @@ class ChainRegion:
             for name, array in self._vectors.items():
                 array[chain, record.slot] = state[name]
                 keys += chunk_keys(array, (chain, record.slot))
-            self._flush(keys)
+            flush(self._root.store, keys)
             self._record[chain] = record
-            self._flush(chunk_keys(self._record, (chain,)))
+            flush(self._root.store, chunk_keys(self._record, (chain,)))
         return time.monotonic() - began
 
-    def _flush(self, keys: Iterable[str]) -> None:
-        folder = local_path(self._root.store)
-        if folder is None:
-            return
-        files = [path for key in keys if (path := folder / key).exists()]
-        for path in [*files, *{path.parent for path in files}]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+
+def flush(store: Store, keys: Iterable[str]) -> None:
+    """Make the operating system put some keys of a local store, and their folders, on the disk."""
+    folder = local_path(store)
+    if folder is None:
+        return
+    files = [path for key in keys if (path := folder / key).exists()]
+    for path in [*files, *{path.parent for path in files}]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def chunk_keys(array: zarr.Array, leading: tuple[int, ...]) -> list[str]:

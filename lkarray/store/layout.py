@@ -96,16 +96,19 @@ def create_array(
     chunks: tuple[int, ...],
     *,
     dtype: Any = None,
+    fill: Any = None,
     attrs: Mapping[str, Any] | None = None,
 ) -> zarr.Array:
-    """Create the array of ``spec``: NaN (or zero) where nothing was written."""
+    """Create the array of ``spec``: NaN, zero or ``fill`` where nothing was written."""
     dtype = np.dtype(dtype or spec.dtype)
+    if fill is None:
+        fill = np.nan if dtype.kind == "f" else 0
     return group.create_array(
         spec.name,
         shape=shape,
         chunks=chunks,
         dtype=dtype,
-        fill_value=np.nan if dtype.kind == "f" else dtype.type(0),
+        fill_value=dtype.type(fill),
         compressors=CODECS,
         dimension_names=spec.dims,
         attributes=spec.attrs() | dict(attrs or {}),
@@ -172,10 +175,11 @@ def _create_set(root: zarr.Group, of: LossSet, chains: int, draws: int, depth: i
     whole = of.center_loss.shape
     create_array(group, center, whole, whole, attrs=extra)[...] = of.center_loss
     for name, values in of.coords.items():
-        _create_coord(group, name, values)
+        create_coord(group, name, values, schema.SAMPLE)
 
 
-def _create_coord(group: zarr.Group, name: str, values: np.ndarray) -> None:
+def create_coord(group: zarr.Group, name: str, values: np.ndarray, dim: str) -> None:
+    """Write a coordinate of one dim, whole."""
     text = values.dtype.kind == "T"
     array = group.create_array(
         name,
@@ -183,7 +187,7 @@ def _create_coord(group: zarr.Group, name: str, values: np.ndarray) -> None:
         chunks=values.shape,
         dtype=str if text else values.dtype,
         compressors=None if text else CODECS,
-        dimension_names=(schema.SAMPLE,),
+        dimension_names=(dim,),
         config=_WRITE_ALL,
     )
     array[:] = values
@@ -230,12 +234,12 @@ def carried_paths(root: zarr.Group) -> dict[str, tuple[str, ...]]:
 
 def recorded(root: zarr.Group) -> dict[str, zarr.Array]:
     """Return the arrays of `recorded_paths`."""
-    return {path: _stored(root, path) for path in recorded_paths(root)}
+    return {path: stored_at(root, path) for path in recorded_paths(root)}
 
 
 def carried(root: zarr.Group) -> dict[str, zarr.Array]:
     """Return the arrays of `carried_paths`, by name."""
-    return {path.split("/")[1]: _stored(root, path) for path in carried_paths(root)}
+    return {path.split("/")[1]: stored_at(root, path) for path in carried_paths(root)}
 
 
 def grow(root: zarr.Group, *, chains: int, draws: int) -> None:
@@ -273,10 +277,11 @@ def finish(root: zarr.Group) -> None:
 
 def stored(root: zarr.Group, group: str, spec: VariableSpec) -> zarr.Array:
     """Return the stored array of ``spec``, which writes chunks of nothing but zeros too."""
-    return _stored(root, f"{group}/{spec.name}")
+    return stored_at(root, f"{group}/{spec.name}")
 
 
-def _stored(root: zarr.Group, path: str) -> zarr.Array:
+def stored_at(root: zarr.Group, path: str) -> zarr.Array:
+    """Return the array at a path, likewise."""
     array = root[path]
     assert isinstance(array, zarr.Array)
     whole: zarr.Array = array.with_config(_WRITE_ALL)

@@ -1,0 +1,183 @@
+"""Where gradient tensors are stored, and when a shard of one counts.
+
+A tensor is written by shards: one time, some hundred examples, all parameters, as whole chunks.
+Shards are marked in ``done(time, shard)`` after their chunks were flushed; what is not marked is
+computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from lkarray import schema
+from lkarray.schema import EXAMPLE, OUTPUT, PARAM, TIME, VariableSpec
+from lkarray.store.commit import chunk_keys, flush
+from lkarray.store.fingerprints import refuse_changes
+from lkarray.store.layout import create_array, create_coord, require_space, stored_at
+from lkarray.store.location import MARK, as_store, create_root, describe, update_mark, writing
+
+_ROWS, _COLUMNS = 128, 16384
+DONE = VariableSpec("done", (TIME, "shard"), "int8", "", "shards that are stored whole")
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """A gradient tensor to be stored.
+
+    Attributes
+    ----------
+    group
+        Of the store.
+    times, rates
+        Step of each time, and its learning rate.
+    examples, outputs, params
+        Sizes; ``outputs=None`` where there is no such dim.
+    rows
+        Examples of a shard.
+    dtype
+        Of the gradient.
+    coords
+        Labels: name to dim and values.
+    attrs
+        Of the group.
+    """
+
+    group: str
+    times: np.ndarray
+    rates: np.ndarray
+    examples: int
+    outputs: int | None
+    params: int
+    rows: int
+    dtype: str
+    coords: Mapping[str, tuple[str, np.ndarray]]
+    attrs: Mapping[str, Any]
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Dims of the gradient."""
+        return (TIME, EXAMPLE, PARAM) if self.outputs is None else (TIME, EXAMPLE, OUTPUT, PARAM)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the gradient."""
+        middle = () if self.outputs is None else (self.outputs,)
+        return (len(self.times), self.examples, *middle, self.params)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Chunks of the gradient: near 8 MiB."""
+        rows = min(_ROWS, self.rows, self.examples)
+        columns = min(_COLUMNS, self.params)
+        if self.outputs is None:
+            return 1, rows, columns
+        return 1, max(rows // self.outputs, 1), self.outputs, columns
+
+    @property
+    def shards(self) -> list[slice]:
+        """Examples of each shard."""
+        n, rows = self.examples, self.rows
+        return [slice(a, min(a + rows, n)) for a in range(0, n, rows)]
+
+
+def gradient_group(name: str | None) -> str:
+    """Return the group of a gradient tensor: ``gradients``, or ``gradients_<name>``."""
+    return schema.GRADIENTS if name is None else f"{schema.GRADIENTS}_{name}"
+
+
+def gradient_marks(root: zarr.Group) -> dict[str, Any]:
+    """Return the groups of a store's gradient tensors, and what each was made with."""
+    found: Any = dict(root.attrs[MARK]).get(schema.GRADIENTS, {})  # type: ignore[arg-type]
+    return dict(found)
+
+
+class TensorWriter:
+    """A gradient tensor being written; begins it, or goes on with the one that is there.
+
+    Raises
+    ------
+    FingerprintError
+        The group holds another tensor.
+    """
+
+    def __init__(self, path: Any, layout: TensorLayout, fingerprint: Mapping[str, Any]) -> None:
+        self.layout = layout
+        self.root = create_root(as_store(path))
+        before = gradient_marks(self.root).get(layout.group)
+        if before is None:
+            self._create(dict(fingerprint))
+        else:
+            where = f"{describe(self.root.store)}, group {layout.group!r},"
+            remedy = "give it a name= of its own"
+            refuse_changes(before, fingerprint, where, remedy=remedy)
+        name = schema.GRADIENT.name
+        self.array = stored_at(self.root, f"{layout.group}/{name}")
+        self._done = stored_at(self.root, f"{layout.group}/{DONE.name}")
+        self.done = np.asarray(self._done[:]).astype(bool)
+        self._keys: list[str] = []
+        self._marked: list[tuple[int, int]] = []
+
+    def _create(self, fingerprint: dict[str, Any]) -> None:
+        layout, root = self.layout, self.root
+        require_space(root.store, prod(layout.shape) * np.dtype(layout.dtype).itemsize)
+        with writing(root.store):
+            group = root.create_group(layout.group, overwrite=True, attributes=dict(layout.attrs))
+            labels = " ".join(
+                n for n, (dim, _) in layout.coords.items() if n != dim and dim in layout.dims
+            )
+            spec = VariableSpec(
+                schema.GRADIENT.name, layout.dims, layout.dtype, "nat", schema.GRADIENT.doc
+            )
+            extra = {"coordinates": labels} if labels else {}
+            create_array(group, spec, layout.shape, layout.chunks, attrs=extra)
+            shape = (len(layout.times), len(layout.shards))
+            create_array(group, DONE, shape, shape)
+            create_coord(group, TIME, layout.times, TIME)
+            create_coord(group, schema.LEARNING_RATE.name, layout.rates, TIME)
+            for name, (dim, values) in layout.coords.items():
+                create_coord(group, name, values, dim)
+            marks = gradient_marks(root) | {layout.group: fingerprint}
+            update_mark(root, **{schema.GRADIENTS: marks})
+
+    def write(self, time: int, shard: int, values: np.ndarray) -> None:
+        """Write a shard; it counts after the next `commit`."""
+        rows = self.layout.shards[shard]
+        with writing(self.root.store, safe="Shards that were committed are kept"):
+            self.array[time, rows] = values
+        step = self.array.chunks[1]
+        for block in range(rows.start // step, -(-rows.stop // step)):
+            self._keys += chunk_keys(self.array, (time, block))
+        self._marked.append((time, shard))
+
+    def commit(self) -> None:
+        """Make the shards written so far count."""
+        if not self._marked:
+            return
+        with writing(self.root.store, safe="Shards that were committed are kept"):
+            flush(self.root.store, self._keys)
+            for place in self._marked:
+                self.done[place] = True
+            self._done[:] = self.done.astype(np.int8)
+            flush(self.root.store, chunk_keys(self._done, ()))
+        self._keys, self._marked = [], []
+
+
+def open_gradients(root: zarr.Group, group: str) -> xr.Dataset:
+    """Open a stored tensor lazily: the times of which every shard is done."""
+    ds: xr.Dataset = xr.open_zarr(
+        root.store, group=group, consolidated=False, chunks={}, zarr_format=3
+    )
+    whole = np.asarray(ds[DONE.name]).all(1)
+    ds = ds.drop_vars(DONE.name)
+    coords: Sequence[Any] = [n for n in ds.variables if n != schema.GRADIENT.name]
+    ds = ds.set_coords([n for n in coords if n not in ds.dims])
+    for name in ds.coords:
+        ds[name].load()
+    return ds if whole.all() else ds.isel({TIME: whole})

@@ -1,0 +1,424 @@
+"""`record`: a training run, kept step by step while the user's own loop trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lkarray import store
+from lkarray.errors import FingerprintError, NonFiniteError, StoreError
+from lkarray.nn.batches import MapDataset
+from lkarray.nn.losses import LossFunction
+from lkarray.store import trajectory
+from lkarray.store.location import StoreLike, create_root, exists
+from lkarray.training.capture import Capture, clipping
+from lkarray.training.checking import StepCheck
+from lkarray.training.identity import fingerprint
+from lkarray.training.trace import Trace, open_trace
+
+Indices = Sequence[int] | np.ndarray | Tensor
+
+
+def record(
+    model: nn.Module,
+    optimizer: Optimizer,
+    train_set: MapDataset,
+    *,
+    loss: str | LossFunction = "cross_entropy",
+    store: StoreLike,
+    scheduler: Any = None,
+    every: int = 1,
+    check_every: int = 100,
+) -> Recorder:
+    """Record a training run while your own loop trains.
+
+    ::
+
+        with lk.record(model, optimizer, train_set, store="train.zarr") as trace:
+            for indices in batches:
+                with trace.step(indices):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(inputs[indices]), labels[indices]).backward()
+                    optimizer.step()
+
+    Each step keeps the parameters before it, the examples of its batch, and what the optimizer
+    really did: preconditioner, momentum, learning rate, clipping, both kinds of weight decay, read
+    from its state. So a trace answers questions that were not thought of while training.
+
+    Parameters
+    ----------
+    model
+        Any module of float32 or float64 parameters on one device.
+    optimizer
+        ``SGD``, ``Adam``, ``AdamW``, ``NAdam``, ``RMSprop`` or ``Adagrad`` of ``torch.optim``; for
+        another, add to ``lkarray.training.RULES``.
+    train_set
+        Map-style dataset of ``(input, target)``: the items that are trained on, as they are
+        trained on.
+    loss
+        A name or a callable, as for `lkarray.LocalPosterior`: its mean over the batch must be
+        what the loop's backward pass differentiates.
+    store
+        Path, URL or Zarr store.
+    scheduler
+        A learning-rate scheduler, so that `Recorder.remaining` can set it back too. The rates
+        themselves are read from the optimizer.
+    every
+        Keep the parameters of each ``every``-th step only; those between are computed again when
+        they are asked for, to the same bits on the same device. The optimizer's state is kept with
+        them.
+    check_every
+        Steps from one check to the next, of what is recorded against the model: the gradient
+        applied must be the mean of per-example gradients, and the update what the optimizer's
+        rule says. A check costs about one forward and backward pass; the first two steps have one.
+
+    Returns
+    -------
+    Recorder
+        A context manager; enter it before the first step.
+
+    Raises
+    ------
+    TypeError
+        The optimizer is not known, or an argument is of the wrong type.
+    ValueError
+        The optimizer has parameters that the model lacks, parameters are on several devices, or
+        examples of a batch influence each other. In `Recorder.step`: the step breaks one of the
+        rules there.
+    FingerprintError
+        The store has a trace of other code, weights, data or settings.
+    LockedError
+        Another process writes to the store.
+
+    Notes
+    -----
+    Memory: two blocks of steps (16 MiB of parameters each, or one step of a larger model), and as
+    much again for an optimizer with a preconditioner. Disk: the parameters of a step (twice
+    that with a preconditioner), divided by ``every``. A killed run leaves a trace up to the last
+    commit (each block, at least every 30 s); run the loop again, over `Recorder.remaining` or
+    from its beginning, to go on.
+    """
+    return Recorder(model, optimizer, train_set, loss, store, scheduler, every, check_every)
+
+
+class Recorder:
+    """A run being recorded; made by `record`.
+
+    Attributes
+    ----------
+    steps
+        Steps of this run so far, those recorded before it among them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        train_set: MapDataset,
+        loss: str | LossFunction,
+        path: StoreLike,
+        scheduler: Any,
+        every: int,
+        check_every: int,
+    ) -> None:
+        for name, value in (("every", every), ("check_every", check_every)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
+        self._every, self._check_every, self._path = every, check_every, path
+        self._check = StepCheck(model, optimizer, train_set, loss)
+        self._capture = Capture(self._check.parameters, optimizer)
+        self._train_set, self._loss = train_set, loss
+        self.steps = 0
+        self._open = False
+        self._stack = ExitStack()
+        self._after: Tensor | None = None
+        self._applied: Tensor | None = None
+        self._buffered: list[bool] = []
+
+    # --- the context --------------------------------------------------------------------------
+
+    def __enter__(self) -> Recorder:
+        if self._open:
+            raise ValueError("this recorder is already open")
+        with ExitStack() as stack:
+            target = store.as_store(self._path)
+            stack.enter_context(store.writer_lock(target))
+            self._root, self._layout = self._prepare()
+            executor = ThreadPoolExecutor(1, thread_name_prefix="lkarray-trace")
+            stack.callback(executor.shutdown)
+            self._writer = trajectory.TraceWriter(self._root, self._layout, executor)
+            capture = self._capture
+            for i, parameter in enumerate(capture.parameters):
+                hook = parameter.register_post_accumulate_grad_hook(self._keeper(i))
+                stack.callback(hook.remove)
+            pre = self._optimizer.register_step_pre_hook(self._before_update)
+            stack.callback(pre.remove)
+            self._after = capture.theta()
+            self._stack = stack.pop_all()
+        self._open, self._inside = True, False
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open = False
+        with self._stack:
+            self._writer.commit(self._state())
+            self._writer.wait()
+            store.finish(self._root)
+
+    def _prepare(self) -> tuple[Any, trajectory.TraceLayout]:
+        """Make the trace, or check that the one there is of this run."""
+        capture = self._capture
+        modules = {name: name.rpartition(".")[0] for name in capture.names}
+        layout = trajectory.TraceLayout(
+            [
+                (n, modules[n], p.start, p.stop)
+                for n, p in zip(capture.names, capture.places, strict=True)
+            ],
+            str(capture.raw.dtype).removeprefix("torch."),
+            len(self._optimizer.param_groups),
+            self._every,
+            capture.rule.denominator is not None,
+            capture.vectors,
+            capture.scalars,
+        )
+        now = fingerprint(self._model, self._check, capture, self._every)
+        target = store.as_store(self._path)
+        if exists(target):
+            root = create_root(target)
+            before = trajectory.trace_fingerprint(root)
+            if before is not None:
+                where = store.describe(target)
+                remedy = (
+                    "give the model and optimizer as they were before training, or another store="
+                )
+                store.refuse_changes(before, now, where, remedy=remedy)
+                return root, layout
+        return trajectory.create_trace(target, layout, now), layout
+
+    def _keeper(self, index: int) -> Callable[[Tensor], None]:
+        def keep(parameter: Tensor) -> None:
+            if self._inside:
+                self._capture.keep_raw(index)
+
+        return keep
+
+    def _state(self) -> dict[str, np.ndarray]:
+        extra = {
+            "lr": [float(group["lr"]) for group in self._optimizer.param_groups],
+            "scheduler": self._scheduler_state(),
+        }
+        text = np.asarray([json.dumps(extra)], np.dtypes.StringDType())
+        return self._capture.state() | {
+            "parameters": self._capture.theta().cpu().numpy(),
+            "extra": text,
+        }
+
+    def _scheduler_state(self) -> Any:
+        if self._scheduler is None:
+            return None
+        state = {k: v for k, v in self._scheduler.state_dict().items() if not callable(v)}
+        try:
+            json.dumps(state)
+        except TypeError:
+            return None
+        return state
+
+    def trace(self) -> Trace:
+        """Return what was recorded, once the context is left; see `open_trace`."""
+        if self._open:
+            raise ValueError("leave the recorder first: the trace is whole after the with block")
+        loss = None if isinstance(self._loss, str) else self._loss
+        return open_trace(self._path, self._model, self._train_set, loss=loss)
+
+    # --- a step -------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self, indices: Indices) -> Iterator[None]:
+        """Record one optimizer step, taken inside.
+
+        Parameters
+        ----------
+        indices
+            Of the batch's examples in the training set, ``(batch,)``; repeated ones count as often.
+
+        Raises
+        ------
+        ValueError
+            Indices are none, or out of range; parameters changed since the last step; the
+            optimizer took no step, or several; BatchNorm or dropout was in train mode; or a check
+            failed (see `record`).
+        NonFiniteError
+            The gradient or the new parameters are not finite.
+        FingerprintError
+            A step that is stored already came out differently.
+        """
+        batch = self._begin(indices)
+        before = self._after
+        assert before is not None
+        self._inside, self._applied = True, None
+        self._capture.raw.zero_()
+        state = None
+        if self.steps % self._every == 0 and (self._every > 1 or self.steps == 0):
+            state = self._capture.state()
+        self._buffered = self._capture.buffered()
+        try:
+            yield
+        finally:
+            self._inside = False
+        self._finish(batch, before, state)
+
+    def _begin(self, indices: Indices) -> np.ndarray:
+        if not self._open:
+            raise ValueError("open the recorder first: with lk.record(...) as trace:")
+        if self._inside:
+            raise ValueError("steps cannot be nested: leave one before the next begins")
+        batch = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+        n = self._check.train.n
+        if batch.ndim != 1 or batch.size == 0 or batch.dtype.kind not in "iu":
+            raise ValueError(
+                f"step {self.steps}: indices must be a list of integers, one per example of the "
+                f"batch, not {batch.dtype} of shape {batch.shape}"
+            )
+        if batch.min() < 0 or batch.max() >= n:
+            raise ValueError(
+                f"step {self.steps}: indices go from {batch.min()} to {batch.max()}, but the "
+                f"training set has {n} examples"
+            )
+        self._check.refuse_train_mode(self._model, self.steps)
+        now = self._capture.theta()
+        assert self._after is not None
+        if not torch.equal(now, self._after):
+            raise ValueError(
+                f"parameters changed between step {self.steps - 1} and step {self.steps}, outside "
+                "trace.step(...); put every update of the model inside a step"
+            )
+        if self._writer.due() and self.steps >= self._writer.committed:
+            self._writer.commit(self._state())
+        return batch.astype(np.int64)
+
+    def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._inside:
+            raise ValueError("optimizer.step() was called outside trace.step(...)")
+        if self._applied is not None:
+            raise ValueError(
+                f"optimizer.step() was called twice in step {self.steps}; a step is one update"
+            )
+        if any(a is not None for a in (*args[1:], *kwargs.values())):  # the first is itself
+            raise ValueError("optimizer.step(closure) cannot be recorded; call backward before it")
+        self._applied = self._capture.applied()
+
+    def _finish(
+        self, batch: np.ndarray, before: Tensor, state: dict[str, np.ndarray] | None
+    ) -> None:
+        capture, applied, at = self._capture, self._applied, self.steps
+        if applied is None:
+            raise ValueError(f"optimizer.step() was not called in step {at}")
+        after = capture.theta()
+        norm = float(torch.linalg.vector_norm(capture.raw))
+        if not np.isfinite(norm) or not bool(torch.isfinite(after).all()):
+            raise NonFiniteError(
+                f"the gradient or the parameters turned non-finite in step {at}; lower the "
+                "learning rate or clip the gradient. The steps before are kept"
+            )
+        factors, bound, diagonal = clipping(capture.raw, applied, capture.places)
+        if diagonal is not None and np.isinf(bound) and self._every > 1:
+            raise ValueError(
+                f"step {at}: the gradient was changed in a way that cannot be repeated from what "
+                "is stored; record with every=1"
+            )
+        coefficients = capture.coefficients(self._buffered)
+        denominator = capture.denominator()
+        loss = np.nan
+        if at < 2 or at % self._check_every == 0:
+            loss = self._check.gradient(before, capture.raw, batch, at)
+            self._check.update(capture, before, after, applied, coefficients, denominator, at)
+        values: dict[str, Any] = {
+            trajectory.COEFFICIENTS.name: coefficients,
+            trajectory.CLIP.name: factors,
+            trajectory.CLIP_VALUE.name: bound,
+            trajectory.BATCH.name: batch,
+            trajectory.LOSS.name: loss,
+            trajectory.NORM.name: norm,
+        }
+        if at % self._every == 0:
+            values[trajectory.PARAMETERS.name] = before.cpu().numpy()
+        if denominator is not None and self._every == 1:
+            values[trajectory.DENOMINATOR.name] = denominator.cpu().numpy()
+        if at < self._writer.committed:
+            self._compare(values, at)
+        else:
+            kept = None if diagonal is None or self._every > 1 else diagonal.cpu().numpy()
+            self._writer.append(trajectory.Row(values, state, kept))
+        self._after = after
+        self.steps += 1
+
+    # --- going on with a run that was killed --------------------------------------------------
+
+    def _compare(self, values: dict[str, Any], at: int) -> None:
+        """Raise unless a step that is stored came out the same."""
+        stored = trajectory.read_row(self._root, at, self._every)
+        batch = stored[trajectory.BATCH.name]
+        stored[trajectory.BATCH.name] = batch[batch >= 0]
+        differ = [n for n in stored if n in values and not np.array_equal(stored[n], values[n])]
+        if differ:
+            raise FingerprintError(
+                f"{store.describe(self._root.store)} has step {at} with other {differ}; nothing "
+                "was touched. The loop must repeat the run exactly (the same order of batches, the "
+                "same device and threads), or go on with trace.remaining(batches); or give another "
+                "store="
+            )
+
+    def remaining(self, batches: Iterable[Indices]) -> Iterator[Indices]:
+        """Yield the batches of steps that are not stored yet, with everything set back to them.
+
+        Parameters
+        ----------
+        batches
+            Of the whole run, in order.
+
+        Yields
+        ------
+        indices
+            To pass to `step`. Before the first, the model, the optimizer and the scheduler are set
+            to the state after the last stored step.
+
+        Raises
+        ------
+        FingerprintError
+            A batch that is stored differs from the one given.
+        """
+        stored, given = self._writer.committed, iter(batches)
+        if stored and self.steps == 0:
+            for at, batch in enumerate(islice(given, stored)):
+                self._compare({trajectory.BATCH.name: np.asarray(batch)}, at)
+            self._restore()
+        yield from given
+
+    def _restore(self) -> None:
+        state = trajectory.last_state(self._root)
+        extra = json.loads(str(state.pop("extra")[0]))
+        self._capture.load(state)
+        for group, rate in zip(self._optimizer.param_groups, extra["lr"], strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        if self._scheduler is not None:
+            if extra["scheduler"] is None:
+                raise StoreError(
+                    "the scheduler's state is not of plain numbers and was not stored; run the "
+                    "whole loop again without trace.remaining: stored steps are compared"
+                )
+            self._scheduler.load_state_dict(self._scheduler.state_dict() | extra["scheduler"])
+        self._after = self._capture.theta()
+        self.steps = self._writer.committed

@@ -1,0 +1,97 @@
+"""Taking recorded steps again: the states between those that `record(every=k)` kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import optim
+
+from lkarray import schema
+from lkarray.errors import FingerprintError
+from lkarray.store import trajectory
+from lkarray.store.layout import stored_at
+from lkarray.training.capture import Capture
+
+if TYPE_CHECKING:
+    from lkarray.training.trace import Trace
+
+
+class Replay:
+    """Steps taken again from a kept state, with the optimizer that took them.
+
+    Forward and backward passes, clipping and the update are those of the recorded run, on its
+    batches; on the same device, torch version and threads the bits are the same, and the next
+    kept state is compared when it is reached.
+
+    Parameters
+    ----------
+    trace
+        The run.
+    kept
+        Which kept state to start from.
+
+    Attributes
+    ----------
+    step
+        The step that ``parameters`` come before.
+    """
+
+    def __init__(self, trace: Trace, kept: int) -> None:
+        self._trace = trace
+        self.step = kept * trace.every
+        module = trace.flat.module
+        parameters = dict(module.named_parameters())
+        moving = {name: parameters[name] for name in trace.names}
+        groups: list[dict[str, Any]] = [{"params": []} for _ in trace.mark["groups"]]
+        for name, g in zip(trace.names, trace.mark["group_of"], strict=True):
+            groups[g]["params"].append(moving[name])
+        for group, options in zip(groups, trace.mark["groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        self._optimizer = getattr(optim, trace.mark["optimizer"])(groups, lr=1e-3)
+        self._capture = Capture(moving, self._optimizer)
+        path = f"{schema.TRAJECTORY}/{trajectory.PARAMETERS.name}"
+        state = trajectory.kept_state(trace.root, kept)
+        state[trajectory.PARAMETERS.name] = np.asarray(stored_at(trace.root, path)[kept])
+        self._capture.load(state)
+
+    def until(self, step: int) -> np.ndarray:
+        """Take steps up to the one before ``step``; return the parameters there."""
+        while self.step < step:
+            self._take()
+        return self._capture.theta().cpu().numpy()
+
+    def denominator(self) -> np.ndarray | None:
+        """Return what the step just taken divided by."""
+        found = self._capture.denominator()
+        return None if found is None else found.cpu().numpy()
+
+    def _take(self) -> None:
+        trace, at = self._trace, self.step
+        inputs, target = trace.train.take(trace.batch(at))
+        self._optimizer.zero_grad(set_to_none=False)
+        with torch.enable_grad():
+            trace.loss(trace.flat(inputs), target).mean().backward()
+        bound = float(trace.clip_bounds[at])
+        for i, p in enumerate(self._capture.parameters):
+            assert p.grad is not None
+            if np.isfinite(bound):
+                p.grad.clamp_(-bound, bound)
+            elif trace.clip[at, i] != 1:
+                p.grad.mul_(torch.tensor(trace.clip[at, i], dtype=p.dtype))
+        for group, options in zip(self._optimizer.param_groups, trace.options(at), strict=True):
+            group.update(options)
+        self._optimizer.step()
+        self.step += 1
+        if self.step % trace.every == 0 and self.step < trace.steps:
+            self._compare()
+
+    def _compare(self) -> None:
+        path = f"{schema.TRAJECTORY}/{trajectory.PARAMETERS.name}"
+        kept = np.asarray(stored_at(self._trace.root, path)[self.step // self._trace.every])
+        if not np.array_equal(kept, self._capture.theta().cpu().numpy()):
+            raise FingerprintError(
+                f"{self._trace.where}: steps taken again do not arrive at the state kept before "
+                f"step {self.step}; use the device, threads and torch version of the recording"
+            )
