@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         taxonomic_lift,
         taxonomy_distance,
     )
+    from lkarray.training import gradient_features, open_trace, record
 
 _LAZY = {
     "LocalPosterior": "lkarray.sampling",
@@ -83,6 +84,9 @@ _LAZY = {
     "sample": "lkarray.sampling",
     "suggest": "lkarray.sampling",
     "embed": "lkarray.embedding",
+    "gradient_features": "lkarray.training",
+    "open_trace": "lkarray.training",
+    "record": "lkarray.training",
     "Taxonomy": "lkarray.taxonomy",
     "attribute_lift": "lkarray.taxonomy",
     "color_groups": "lkarray.taxonomy",
@@ -115,6 +119,7 @@ __all__ = [
     "errors",
     "frobenius",
     "from_devinterp",
+    "gradient_features",
     "gram",
     "group_mean",
     "histogram",
@@ -128,10 +133,12 @@ __all__ = [
     "neighbors",
     "observe",
     "open",
+    "open_trace",
     "participation_ratio",
     "plan",
     "plots",
     "preset",
+    "record",
     "residualize",
     "sample",
     "save",

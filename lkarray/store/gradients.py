@@ -7,7 +7,7 @@ computed again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -135,7 +135,8 @@ class TensorWriter:
             spec = VariableSpec(
                 schema.GRADIENT.name, layout.dims, layout.dtype, "nat", schema.GRADIENT.doc
             )
-            extra = {"coordinates": labels} if labels else {}
+            extra: dict[str, Any] = {"coordinates": labels} if labels else {}
+            extra["rows"] = layout.rows
             create_array(group, spec, layout.shape, layout.chunks, attrs=extra)
             shape = (len(layout.times), len(layout.shards))
             create_array(group, DONE, shape, shape)
@@ -151,8 +152,7 @@ class TensorWriter:
         rows = self.layout.shards[shard]
         with writing(self.root.store, safe="Shards that were committed are kept"):
             self.array[time, rows] = values
-        step = self.array.chunks[1]
-        for block in range(rows.start // step, -(-rows.stop // step)):
+        for block in _blocks(self.array, rows):
             self._keys += chunk_keys(self.array, (time, block))
         self._marked.append((time, shard))
 
@@ -181,3 +181,19 @@ def open_gradients(root: zarr.Group, group: str) -> xr.Dataset:
     for name in ds.coords:
         ds[name].load()
     return ds if whole.all() else ds.isel({TIME: whole})
+
+
+def committed_shards(root: zarr.Group, group: str) -> Iterator[tuple[zarr.Array, tuple[int, ...]]]:
+    """Yield a stored tensor with the first indices of the chunks that must be there."""
+    array = stored_at(root, f"{group}/{schema.GRADIENT.name}")
+    done = np.asarray(stored_at(root, f"{group}/{DONE.name}")[:])
+    rows = int(array.attrs["rows"])  # type: ignore[arg-type]
+    for t, shard in np.argwhere(done).tolist():
+        examples = slice(shard * rows, min((shard + 1) * rows, array.shape[1]))
+        yield from ((array, (t, block)) for block in _blocks(array, examples))
+
+
+def _blocks(array: zarr.Array, rows: slice) -> range:
+    """Return the chunks along ``example`` that some rows lie in."""
+    step = array.chunks[1]
+    return range(rows.start // step, -(-rows.stop // step))

@@ -12,6 +12,7 @@ import zarr
 from lkarray import schema
 from lkarray.errors import DivergedError, StoreError
 from lkarray.store.commit import Record, read_record
+from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import (
     loss_groups,
     part_store,
@@ -20,6 +21,7 @@ from lkarray.store.layout import (
     stored_fingerprint,
 )
 from lkarray.store.location import StoreLike, describe, open_root
+from lkarray.store.trajectory import open_trajectory, read_steps, trace_fingerprint
 
 logger = logging.getLogger("lkarray")
 
@@ -42,6 +44,8 @@ def open_store(path: StoreLike) -> xr.DataTree:
     xarray.DataTree
         Groups ``losses`` (``loss(chain, draw, sample)`` in nats, ``center_loss(sample)``),
         ``sample_stats`` (per ``chain, draw``) and, where there are any, ``derived/...``.
+        A recorded training run has ``trajectory`` (``parameters(step, param)`` and what the
+        optimizer did at each step) and ``gradients`` (``gradient(time, example, param)``).
         Losses are Dask arrays, one Dask chunk per stored chunk; labels are loaded.
 
         The rectangle shown is the one committed by every chain that has started and has not
@@ -68,11 +72,16 @@ def open_rectangle(
     parts = parts_of(root)
     if parts is not None:
         return _open_parts(root, parts, chains, draws)
+    training = _training_groups(root)
     if stored_fingerprint(root) is None:
-        raise StoreError(
-            f"{describe(store)} holds no losses: its sampling was stopped before it began. "
-            "Run lk.sample on it again"
-        )
+        if not training:
+            raise StoreError(
+                f"{describe(store)} holds no losses: its sampling was stopped before it began. "
+                "Run lk.sample on it again"
+            )
+        groups = {"/": xr.Dataset(attrs=dict(root.attrs))} | training
+        groups |= {path: _open_group(store, path) for path in derived_groups(root)}
+        return xr.DataTree.from_dict(groups, name="lkarray")
     shown, depth, hidden = _rectangle(root, chains)
     depth = min(depth, draws) if draws is not None else depth
     stats = _open_stats(store, stored(root, schema.LOSSES, schema.LOSS).shape)
@@ -97,12 +106,24 @@ def open_rectangle(
         # Growth that was killed leaves some arrays larger than the losses.
         fits = ds.isel({dim: slice(len(index)) for dim, index in whole.items()})
         groups[group] = fits.assign_coords(whole).isel(select)
-    groups |= {path: _open_group(store, path) for path in derived_groups(root)}
+    groups |= training | {path: _open_group(store, path) for path in derived_groups(root)}
     tree = xr.DataTree.from_dict(groups, name="lkarray")
     if hidden:
         logger.warning("%s: %s", describe(store), "; ".join(hidden))
         tree.attrs["hidden"] = hidden
     return tree
+
+
+def _training_groups(root: zarr.Group) -> dict[str, xr.Dataset]:
+    """Return what a store has of a training run: committed steps, finished gradient tensors."""
+    found = {}
+    if trace_fingerprint(root) is not None and read_steps(root)[0]:
+        found[schema.TRAJECTORY] = open_trajectory(root)
+    for group in gradient_marks(root):
+        ds = open_gradients(root, group)
+        if ds.sizes[schema.TIME]:
+            found[group] = ds
+    return found
 
 
 def _open_parts(

@@ -1,37 +1,36 @@
 """Where a training run is stored, and when a step counts.
 
 A step leaves one row in each array of ``/trajectory``; rows are buffered and written by blocks
-of steps, as whole chunks. The state after the last step (parameters, and what the optimizer
-carries) goes to the slot of ``/trajectory/last`` that the record does not name; all of it is
-flushed, and only then the record ``[steps, slot]`` is replaced, which alone makes steps count.
+of steps, as whole chunks (`writing_trace`). The state after the last step (parameters, and what
+the optimizer carries) goes to the slot of ``/trajectory/last`` that the record does not name; all
+of it is flushed, and only then the record ``[steps, slot]`` is replaced, which alone makes steps
+count.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import dask.array as da
 import numpy as np
+import xarray as xr
 import zarr
 
 from lkarray import schema
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
-from lkarray.store.commit import chunk_keys, flush
 from lkarray.store.layout import create_array, create_coord, require_space, stored_at
 from lkarray.store.location import MARK, StoreLike, as_store, create_root, update_mark, writing
 
-_ROOT = schema.TRAJECTORY
-_OPTIMIZER, _LAST = f"{_ROOT}/optimizer", f"{_ROOT}/last"
+ROOT = schema.TRAJECTORY
+OPTIMIZER, LAST = f"{ROOT}/optimizer", f"{ROOT}/last"
 SCALARS = "scalars"
 #: Of a step and group of parameters: what the optimizer did, in the terms of `training.optimizers`.
 UPDATE = ("learning_rate", "mu", "s", "q", "n", "coupled", "decoupled")
 FIELDS = (*UPDATE, "weight_decay", "beta2")
 _BLOCK_BYTES, _BLOCK_STEPS = 16 << 20, 256
-_COMMIT_SECONDS, _COMMIT_SHARE = 30.0, 50.0
-_PARAM_CHUNK = 1 << 22
+PARAM_CHUNK = 1 << 22
 
 PARAMETERS = VariableSpec("parameters", (STEP, PARAM), "float32", "", "parameters before the step")
 DENOMINATOR = VariableSpec(
@@ -54,6 +53,10 @@ LOSS = VariableSpec(
 NORM = VariableSpec(
     "gradient_norm", (STEP,), "float64", "", "norm of the batch gradient, unclipped"
 )
+
+
+#: What is stored of the parameter tensors.
+_DESCRIBED = (schema.MODULE.name, schema.START.name, schema.STOP.name)
 
 
 @dataclass(frozen=True)
@@ -98,29 +101,17 @@ class TraceLayout:
         return int(min(max(_BLOCK_BYTES // wide, 1), _BLOCK_STEPS))
 
 
-@dataclass
-class Row:
-    """What one step leaves.
-
-    ``state`` (vectors and scalars of the optimizer before the step, by name) only where it is kept.
-    """
-
-    values: Mapping[str, Any]
-    state: Mapping[str, np.ndarray] | None = None
-    diagonal: np.ndarray | None = None
-
-
 def create_trace(
     path: StoreLike, layout: TraceLayout, fingerprint: Mapping[str, Any]
 ) -> zarr.Group:
     """Create ``/trajectory``, replacing one that was never finished being made; return the root."""
     root = create_root(as_store(path))
     block, size, tensors = layout.block, layout.size, len(layout.tensors)
-    width = min(size, _PARAM_CHUNK)
+    width = min(size, PARAM_CHUNK)
     item = np.dtype(layout.dtype).itemsize
     require_space(root.store, item * size * (block + 3 * (1 + len(layout.vectors))))
     with writing(root.store):
-        group = root.create_group(_ROOT, overwrite=True)
+        group = root.create_group(ROOT, overwrite=True)
         kept = STEP if layout.every == 1 else "kept"
         rows = block if layout.every == 1 else 1
         spec = VariableSpec(PARAMETERS.name, (kept, PARAM), layout.dtype, "", PARAMETERS.doc)
@@ -134,12 +125,12 @@ def create_trace(
         create_array(group, BATCH, (block, 1), (block, 1024), fill=-1)
         for single in (CLIP_VALUE, LOSS, NORM):
             create_array(group, single, (block,), (block,))
-        _create_states(root, layout, _OPTIMIZER, "kept", width)
-        _create_states(root, layout, _LAST, "slot", width)
+        _create_states(root, layout, OPTIMIZER, "kept", width)
+        _create_states(root, layout, LAST, "slot", width)
         spec = VariableSpec(
             PARAMETERS.name, ("slot", PARAM), layout.dtype, "", "after the last step"
         )
-        last = root[_LAST]
+        last = root[LAST]
         assert isinstance(last, zarr.Group)
         create_array(last, spec, (2, size), (1, width))
         # Learning rates and the scheduler's state, as JSON.
@@ -150,9 +141,9 @@ def create_trace(
         create_coord(group, schema.MODULE.name, np.asarray(modules).astype(text), TENSOR)
         create_coord(group, schema.START.name, np.asarray(starts, np.int64), TENSOR)
         create_coord(group, schema.STOP.name, np.asarray(stops, np.int64), TENSOR)
-        spec = VariableSpec("record", ("field",), "int64", "", "committed steps, slot of the state")
+        spec = VariableSpec("record", ("count",), "int64", "", "committed steps, slot of the state")
         create_array(group, spec, (2,), (2,))
-        update_mark(root, **{_ROOT: dict(fingerprint)})
+        update_mark(root, **{ROOT: dict(fingerprint)})
     return root
 
 
@@ -171,12 +162,12 @@ def _create_states(root: zarr.Group, layout: TraceLayout, path: str, dim: str, w
 
 def trace_fingerprint(root: zarr.Group) -> dict[str, Any] | None:
     """Return what the trace in a store was made with, ``None`` if there is no trace."""
-    return dict(root.attrs[MARK]).get(_ROOT)  # type: ignore[arg-type, return-value]
+    return dict(root.attrs[MARK]).get(ROOT)  # type: ignore[arg-type, return-value]
 
 
 def read_steps(root: zarr.Group) -> tuple[int, int]:
     """Return the committed steps of a trace, and the slot of the state after them."""
-    steps, slot = np.asarray(stored_at(root, f"{_ROOT}/record")[:]).tolist()
+    steps, slot = np.asarray(stored_at(root, f"{ROOT}/record")[:]).tolist()
     return int(steps), int(slot)
 
 
@@ -189,195 +180,67 @@ def read_state(root: zarr.Group, path: str, row: int) -> dict[str, np.ndarray]:
 
 def last_state(root: zarr.Group) -> dict[str, np.ndarray]:
     """Return the parameters after the last committed step, and the optimizer's state there."""
-    return read_state(root, _LAST, read_steps(root)[1])
+    return read_state(root, LAST, read_steps(root)[1])
 
 
 def kept_state(root: zarr.Group, row: int) -> dict[str, np.ndarray]:
     """Return the optimizer's state of the ``row``-th kept step."""
-    return read_state(root, _OPTIMIZER, row)
+    return read_state(root, OPTIMIZER, row)
 
 
 def read_row(root: zarr.Group, step: int, every: int) -> dict[str, np.ndarray]:
     """Return the batch of one step, and the parameters before it where they are kept."""
-    found = {BATCH.name: np.asarray(stored_at(root, f"{_ROOT}/{BATCH.name}")[step])}
+    found = {BATCH.name: np.asarray(stored_at(root, f"{ROOT}/{BATCH.name}")[step])}
     if step % every == 0:
-        array = stored_at(root, f"{_ROOT}/{PARAMETERS.name}")
+        array = stored_at(root, f"{ROOT}/{PARAMETERS.name}")
         found[PARAMETERS.name] = np.asarray(array[step // every])
     return found
 
 
-@dataclass
-class _Block:
-    start: int
-    rows: dict[str, np.ndarray]
-    states: dict[int, Row] = field(default_factory=dict)
-    diagonal: np.ndarray | None = None
+def open_trajectory(root: zarr.Group) -> xr.Dataset:
+    """Open the committed steps of a trace, lazily."""
+    steps, _ = read_steps(root)
+    group = root[ROOT]
+    assert isinstance(group, zarr.Group)
+    every = int(stored_at(root, f"{ROOT}/{PARAMETERS.name}").attrs["every"])  # type: ignore[arg-type]
+    lengths = {STEP: steps, "kept": -(-steps // every)}
+    found: dict[str, xr.Variable] = {}
+    for name in sorted(set(group.array_keys()) - {"record"}):
+        array = stored_at(root, f"{ROOT}/{name}")
+        dims = [str(dim) for dim in array.metadata.dimension_names or ()]  # type: ignore[union-attr]
+        # Growth that was killed leaves arrays of several lengths.
+        data = np.asarray(array[:]) if dims == [TENSOR] else da.from_zarr(array)
+        if dims[0] in lengths:
+            data = data[: lengths[dims[0]]]
+        found[name] = xr.Variable(dims, data, dict(array.attrs))
+    coords: dict[str, Any] = {STEP: np.arange(steps), "field": list(FIELDS)}
+    if every > 1:
+        coords["kept"] = np.arange(0, steps, every)
+    return xr.Dataset(found).set_coords([*_DESCRIBED]).assign_coords(coords)
 
 
-class TraceWriter:
-    """Buffers the steps of a run and commits them, beside the training.
-
-    Parameters
-    ----------
-    root
-        The store, open for writing.
-    layout
-        What a step leaves.
-    executor
-        Runs the writing. At most one commit is under way: memory is bounded by two blocks.
-
-    Attributes
-    ----------
-    steps
-        Steps held, committed or buffered.
-    committed
-        Steps committed, as of the opening.
-    """
-
-    def __init__(self, root: zarr.Group, layout: TraceLayout, executor: Executor) -> None:
-        self._root, self._layout, self._executor = root, layout, executor
-        group = root[_ROOT]
-        assert isinstance(group, zarr.Group)
-        specs = [COEFFICIENTS, CLIP, BATCH, CLIP_VALUE, LOSS, NORM]
-        if layout.every == 1:
-            specs += [PARAMETERS] + [DENOMINATOR] * layout.denominators
-        self._arrays = {s.name: stored_at(root, f"{_ROOT}/{s.name}") for s in specs}
-        self._pending: Future[float] | None = None
-        self._last_commit, self._cost = time.monotonic(), 0.0
-        self.steps, self._slot = read_steps(root)
-        self.committed = self._handed = self.steps
-        self._open(self.steps // layout.block * layout.block)
-        kept = self.steps - self._block.start
-        for name, array in self._arrays.items():
-            if kept:
-                part = np.asarray(array[self._block.start : self.steps])
-                self._fit(name, part.shape)
-                self._block.rows[name][(slice(kept), *map(slice, part.shape[1:]))] = part
-        if kept and DIAGONAL.name in group:
-            found = stored_at(root, f"{_ROOT}/{DIAGONAL.name}")[self._block.start : self.steps]
-            self._diagonal()[:kept] = found
-
-    def _open(self, start: int) -> None:
-        block = self._layout.block
-        rows = {
-            n: np.full((block, *a.shape[1:]), a.fill_value, a.dtype)
-            for n, a in self._arrays.items()
-        }
-        self._block = _Block(start, rows)
-
-    def _fit(self, name: str, shape: tuple[int, ...]) -> None:
-        """Widen the buffer of batches to a larger batch."""
-        before = self._block.rows[name]
-        if name == BATCH.name and shape[-1] > before.shape[1]:
-            wide = np.full((len(before), shape[-1]), -1, before.dtype)
-            wide[:, : before.shape[1]] = before
-            self._block.rows[name] = wide
-
-    def _diagonal(self) -> np.ndarray:
-        if self._block.diagonal is None:
-            self._block.diagonal = np.ones((self._layout.block, self._layout.size))
-        return self._block.diagonal
-
-    def append(self, row: Row) -> None:
-        """Add a step; a full block must be committed first."""
-        at = self.steps - self._block.start
-        for name, value in row.values.items():
-            if name == BATCH.name:
-                self._fit(name, value.shape)
-                self._block.rows[name][at, : len(value)] = value
-            elif name in self._block.rows:
-                self._block.rows[name][at] = value
-        if row.state is not None:
-            self._block.states[self.steps // self._layout.every] = row
-        if row.diagonal is not None:
-            self._diagonal()[at] = row.diagonal
-        self.steps += 1
-
-    def due(self) -> bool:
-        """Say whether it is time to commit."""
-        if self.steps == self._block.start + self._layout.block:
-            return True
-        pause = max(_COMMIT_SECONDS, _COMMIT_SHARE * self._cost)
-        return time.monotonic() - self._last_commit >= pause
-
-    def commit(self, state: Mapping[str, np.ndarray]) -> None:
-        """Hand everything so far to the writer, with the state after the last step.
-
-        Raises
-        ------
-        StoreError
-            This or an earlier commit could not be written.
-        """
-        self.wait()
-        if self.steps == self._handed:
-            return
-        full = self.steps == self._block.start + self._layout.block
-        block = self._block
-        if not full:
-            rows = {name: values.copy() for name, values in block.rows.items()}
-            diagonal = None if block.diagonal is None else block.diagonal.copy()
-            block = _Block(block.start, rows, block.states, diagonal)
-            self._block.states = {}
-        self._slot = 1 - self._slot
-        self._pending = self._executor.submit(self._write, block, self.steps, self._slot, state)
-        self._handed, self._last_commit = self.steps, time.monotonic()
-        if full:
-            self._open(block.start + self._layout.block)
-
-    def wait(self) -> None:
-        """Wait until the commit under way is on disk."""
-        if self._pending is not None:
-            self._cost = self._pending.result()
-            self._pending = None
-
-    def _write(
-        self, block: _Block, steps: int, slot: int, state: Mapping[str, np.ndarray]
-    ) -> float:
-        began = time.monotonic()
-        root, layout = self._root, self._layout
-        safe = "The steps committed before are safe"
-        with writing(root.store, safe=safe):
-            keys: list[str] = []
-            number = block.start // layout.block
-            for name, values in block.rows.items():
-                keys += _put(self._arrays[name], block.start, values, number)
-            if block.diagonal is not None:
-                keys += _put(self._made(DIAGONAL), block.start, block.diagonal, number)
-            for kept, row in block.states.items():
-                found = dict(row.state or {})
-                if layout.every > 1:
-                    found[PARAMETERS.name] = row.values[PARAMETERS.name]
-                for name, values in found.items():
-                    path = _ROOT if name == PARAMETERS.name else _OPTIMIZER
-                    keys += _put(stored_at(root, f"{path}/{name}"), kept, values[None], kept)
-            for name, values in state.items():
-                array = stored_at(root, f"{_LAST}/{name}")
-                array[slot] = values
-                keys += chunk_keys(array, (slot,))
-            flush(root.store, keys)
-            record = stored_at(root, f"{_ROOT}/record")
-            record[:] = [steps, slot]
-            flush(root.store, chunk_keys(record, ()))
-        return time.monotonic() - began
-
-    def _made(self, spec: VariableSpec) -> zarr.Array:
-        group = self._root[_ROOT]
-        assert isinstance(group, zarr.Group)
-        if spec.name not in group:
-            block, size = self._layout.block, self._layout.size
-            chunks = (block, min(size, _PARAM_CHUNK))
-            create_array(group, spec, (block, size), chunks, fill=1)
-        return stored_at(self._root, f"{_ROOT}/{spec.name}")
+def committed_chunks(root: zarr.Group) -> Iterator[tuple[zarr.Array, tuple[int, ...]]]:
+    """Yield the arrays of a trace, with the first indices of the chunks that must be there."""
+    steps, slot = read_steps(root)
+    group = root[ROOT]
+    assert isinstance(group, zarr.Group)
+    parameters = stored_at(root, f"{ROOT}/{PARAMETERS.name}")
+    every, block = int(parameters.attrs["every"]), int(parameters.attrs["block"])  # type: ignore[arg-type]
+    per_step = {COEFFICIENTS, CLIP, BATCH, CLIP_VALUE, LOSS, NORM} | (
+        {PARAMETERS, DENOMINATOR} if every == 1 else set()
+    )
+    for spec in sorted(per_step, key=lambda spec: spec.name):
+        if spec.name in group:
+            array = stored_at(root, f"{ROOT}/{spec.name}")
+            yield from ((array, (number,)) for number in range(-(-steps // block)))
+    for kept in range(-(-steps // every) if every > 1 else 1):
+        if every > 1:
+            yield parameters, (kept,)
+        yield from ((array, (kept,)) for array in _arrays(root, OPTIMIZER) if steps)
+    yield from ((array, (slot,)) for array in _arrays(root, LAST) if steps)
 
 
-def _put(array: zarr.Array, start: int, values: np.ndarray, block: int) -> list[str]:
-    """Write rows, enlarging the array as needed (by half again, as whole blocks)."""
-    rows = array.chunks[0]
-    need = start + len(values)
-    length = array.shape[0] if need <= array.shape[0] else max(need, array.shape[0] * 3 // 2)
-    length = -(-length // rows) * rows
-    tail = tuple(max(n, v) for n, v in zip(array.shape[1:], values.shape[1:], strict=True))
-    if (length, *tail) != array.shape:
-        array.resize((length, *tail))
-    array[(slice(start, need), *map(slice, values.shape[1:]))] = values
-    return chunk_keys(array, (block,))
+def _arrays(root: zarr.Group, path: str) -> list[zarr.Array]:
+    group = root[path]
+    assert isinstance(group, zarr.Group)
+    return [stored_at(root, f"{path}/{name}") for name in sorted(group.array_keys())]

@@ -15,6 +15,7 @@ from zarr.core.sync import sync
 from lkarray import schema
 from lkarray.errors import DamagedError, StoreError
 from lkarray.store.commit import Record, chunk_keys, read_record
+from lkarray.store.gradients import committed_shards, gradient_marks
 from lkarray.store.layout import (
     carried_paths,
     loss_groups,
@@ -25,6 +26,7 @@ from lkarray.store.layout import (
 )
 from lkarray.store.location import StoreLike, open_root
 from lkarray.store.reading import derived_groups
+from lkarray.store.trajectory import committed_chunks, trace_fingerprint
 
 
 class Problem(NamedTuple):
@@ -85,9 +87,25 @@ def verify(path: StoreLike) -> list[Problem]:
                 found = [Problem("missing", "zarr.json", str(error))]
             problems += [p._replace(path=f"{at}/{p.path}") for p in found]
         return problems
-    if stored_fingerprint(root) is None:
+    training = list(_training(root))
+    if stored_fingerprint(root) is not None:
+        return [*_problems(root), *training]
+    if trace_fingerprint(root) is None and not gradient_marks(root):
         return [Problem("missing", schema.LOSSES, "sampling was stopped before it began")]
-    return list(_problems(root))
+    return training
+
+
+def _training(root: zarr.Group) -> Iterator[Problem]:
+    """Check the committed steps of a training run, and the finished shards of its tensors."""
+    try:
+        expected = list(committed_chunks(root)) if trace_fingerprint(root) is not None else []
+        for group in gradient_marks(root):
+            expected += committed_shards(root, group)
+    except (KeyError, ValueError) as error:
+        yield Problem("missing", schema.TRAJECTORY, f"metadata cannot be read ({error})")
+        return
+    for array, leading in expected:
+        yield from _chunks(array, leading)
 
 
 def _problems(root: zarr.Group) -> Iterator[Problem]:

@@ -104,6 +104,23 @@ class StepCheck:
         self._compare(applied, expected, max(sizes), step)
         return total / len(batch)
 
+    def refuse_other_bits(self, theta: Tensor, applied: Tensor, batch: np.ndarray) -> None:
+        """Raise unless the loop's backward pass can be repeated to the bit."""
+        flat = self.flat
+        flat.theta[0].copy_(theta)
+        flat.grad.zero_()
+        inputs, target = self.train.take(batch)
+        with torch.enable_grad():
+            self.loss(flat(inputs), target).mean().backward()
+        same = torch.equal(flat.grad[0], applied)
+        flat.grad.zero_()
+        if not same:
+            raise ValueError(
+                "the loop's gradient differs in the last bits from that of the mean of the losses, "
+                "so that steps could not be taken again from what every=k keeps; record with "
+                "every=1, or let the loop call backward on the mean of the same per-example losses"
+            )
+
     def _compare(self, applied: Tensor, expected: Tensor, size: float, step: int) -> None:
         allowed = _TOLERANCE[applied.dtype]
         norm = float(expected.norm())

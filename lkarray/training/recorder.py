@@ -20,6 +20,7 @@ from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import LossFunction
 from lkarray.store import trajectory
 from lkarray.store.location import StoreLike, create_root, exists
+from lkarray.store.writing_trace import Row, TraceWriter
 from lkarray.training.capture import Capture, clipping
 from lkarray.training.checking import StepCheck
 from lkarray.training.identity import fingerprint
@@ -156,7 +157,7 @@ class Recorder:
             self._root, self._layout = self._prepare()
             executor = ThreadPoolExecutor(1, thread_name_prefix="lkarray-trace")
             stack.callback(executor.shutdown)
-            self._writer = trajectory.TraceWriter(self._root, self._layout, executor)
+            self._writer = TraceWriter(self._root, self._layout, executor)
             capture = self._capture
             for i, parameter in enumerate(capture.parameters):
                 hook = parameter.register_post_accumulate_grad_hook(self._keeper(i))
@@ -341,6 +342,8 @@ class Recorder:
         loss = np.nan
         if at < 2 or at % self._check_every == 0:
             loss = self._check.gradient(before, capture.raw, batch, at)
+            if self._every > 1:
+                self._check.refuse_other_bits(before, capture.raw, batch)
             self._check.update(capture, before, after, applied, coefficients, denominator, at)
         values: dict[str, Any] = {
             trajectory.COEFFICIENTS.name: coefficients,
@@ -358,7 +361,7 @@ class Recorder:
             self._compare(values, at)
         else:
             kept = None if diagonal is None or self._every > 1 else diagonal.cpu().numpy()
-            self._writer.append(trajectory.Row(values, state, kept))
+            self._writer.append(Row(values, state, kept))
         self._after = after
         self.steps += 1
 

@@ -47,8 +47,9 @@ class Replay:
         groups: list[dict[str, Any]] = [{"params": []} for _ in trace.mark["groups"]]
         for name, g in zip(trace.names, trace.mark["group_of"], strict=True):
             groups[g]["params"].append(moving[name])
-        for group, options in zip(groups, trace.mark["groups"], strict=True):
-            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+        now = trace.options(min(self.step, trace.steps - 1))
+        for group, fixed, changing in zip(groups, trace.mark["groups"], now, strict=True):
+            group.update(fixed | changing)
         self._optimizer = getattr(optim, trace.mark["optimizer"])(groups, lr=1e-3)
         self._capture = Capture(moving, self._optimizer)
         path = f"{schema.TRAJECTORY}/{trajectory.PARAMETERS.name}"

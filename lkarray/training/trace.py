@@ -252,6 +252,11 @@ class Trace:
         replay.until(step + 1)
         return replay.denominator()
 
+    def inherited(self) -> np.ndarray | None:
+        """Return the momentum buffer that the run began with, ``(param,)``; ``None``: no buffer."""
+        found = trajectory.kept_state(self.root, 0).get(self.mark["buffer"])
+        return None if found is None or np.isnan(found).all() else np.nan_to_num(found)
+
     def set(self, step: int) -> None:
         """Give ``flat`` the parameters before a step."""
         self.set_parameters(self.parameters(step))

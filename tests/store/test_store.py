@@ -131,10 +131,10 @@ def test_region__a_commit_cut_off_before_its_record_does_not_count(tmp_path, mon
     root = make(tmp_path / "s")
     fill(root, 0, 4)
 
-    def stop(self, keys):
+    def stop(store, keys):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stores.ChainRegion, "_flush", stop)
+    monkeypatch.setattr(commit_module, "flush", stop)
     with pytest.raises(errors.StoreError, match="disk is full.*committed before are safe"):
         fill(root, 0, 9, offset=100)
     monkeypatch.undo()
