@@ -7,7 +7,7 @@ computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,6 +22,7 @@ from lkarray.store.commit import chunk_keys, flush
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import create_array, create_coord, require_space, stored_at
 from lkarray.store.location import MARK, as_store, create_root, describe, update_mark, writing
+from lkarray.store.variables import variables
 
 _ROWS, _COLUMNS = 128, 16384
 DONE = VariableSpec("done", (TIME, "shard"), "int8", "", "shards that are stored whole")
@@ -171,15 +172,12 @@ class TensorWriter:
 
 def open_gradients(root: zarr.Group, group: str) -> xr.Dataset:
     """Open a stored tensor lazily: the times of which every shard is done."""
-    ds: xr.Dataset = xr.open_zarr(
-        root.store, group=group, consolidated=False, chunks={}, zarr_format=3
-    )
-    whole = np.asarray(ds[DONE.name]).all(1)
-    ds = ds.drop_vars(DONE.name)
-    coords: Sequence[Any] = [n for n in ds.variables if n != schema.GRADIENT.name]
-    ds = ds.set_coords([n for n in coords if n not in ds.dims])
-    for name in ds.coords:
-        ds[name].load()
+    name = schema.GRADIENT.name
+    found = variables(root, group, lazy={name})
+    whole = np.asarray(found.pop(DONE.name)).all(1)
+    for labels in ("coordinates", "rows"):
+        found[name].attrs.pop(labels, None)
+    ds = xr.Dataset(found, attrs=dict(root[group].attrs)).set_coords(set(found) - {name})
     return ds if whole.all() else ds.isel({TIME: whole})
 
 

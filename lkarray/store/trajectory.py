@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import xarray as xr
 import zarr
@@ -22,6 +21,7 @@ from lkarray import schema
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
 from lkarray.store.layout import create_array, create_coord, require_space, stored_at
 from lkarray.store.location import MARK, StoreLike, as_store, create_root, update_mark, writing
+from lkarray.store.variables import variables
 
 ROOT = schema.TRAJECTORY
 OPTIMIZER, LAST = f"{ROOT}/optimizer", f"{ROOT}/last"
@@ -200,19 +200,12 @@ def read_row(root: zarr.Group, step: int, every: int) -> dict[str, np.ndarray]:
 def open_trajectory(root: zarr.Group) -> xr.Dataset:
     """Open the committed steps of a trace, lazily."""
     steps, _ = read_steps(root)
-    group = root[ROOT]
-    assert isinstance(group, zarr.Group)
     every = int(stored_at(root, f"{ROOT}/{PARAMETERS.name}").attrs["every"])  # type: ignore[arg-type]
-    lengths = {STEP: steps, "kept": -(-steps // every)}
-    found: dict[str, xr.Variable] = {}
-    for name in sorted(set(group.array_keys()) - {"record"}):
-        array = stored_at(root, f"{ROOT}/{name}")
-        dims = [str(dim) for dim in array.metadata.dimension_names or ()]  # type: ignore[union-attr]
-        # Growth that was killed leaves arrays of several lengths.
-        data = np.asarray(array[:]) if dims == [TENSOR] else da.from_zarr(array)
-        if dims[0] in lengths:
-            data = data[: lengths[dims[0]]]
-        found[name] = xr.Variable(dims, data, dict(array.attrs))
+    lengths = {STEP: slice(steps), "kept": slice(-(-steps // every))}
+    lazy = {PARAMETERS.name, DENOMINATOR.name, DIAGONAL.name}
+    found = variables(root, ROOT, lazy=lazy, skip={"record"})
+    for name, variable in found.items():
+        found[name] = variable.isel(lengths, missing_dims="ignore")
     coords: dict[str, Any] = {STEP: np.arange(steps), "field": list(FIELDS)}
     if every > 1:
         coords["kept"] = np.arange(0, steps, every)
