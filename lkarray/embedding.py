@@ -10,6 +10,7 @@ import xarray as xr
 
 from lkarray.engine.numbers import top_k
 from lkarray.errors import SchemaError
+from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import sample_coords
 from lkarray.schema import COMPONENT, RANK, second
 
@@ -53,7 +54,7 @@ def embed(
     Raises
     ------
     ValueError
-        The method is unknown, or the kernel is not a correlation.
+        The method is unknown, or the kernel is not a correlation, or an influence operator.
     SchemaError, TypeError
         It is neither a neighbour table nor a square kernel.
     """
@@ -106,6 +107,7 @@ def _from_neighbors(ds: xr.Dataset) -> Table:
 
 
 def _from_kernel(kernel: xr.DataArray, k: int) -> Table:
+    require_kernel(kernel, "embed")
     if kernel.ndim != 2 or kernel.dims[1] != second(kernel.dims[0]) or len(set(kernel.shape)) != 1:
         raise SchemaError(
             f"embed: a kernel must be square, with dims ('sample', 'sample_2'), not "

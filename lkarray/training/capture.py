@@ -81,16 +81,20 @@ class Capture:
     def coefficients(self, buffered: list[bool]) -> np.ndarray:
         """Return the scalars of the step just taken, ``(group, field)``."""
         rows = np.full((len(self.optimizer.param_groups), len(FIELDS)), np.nan)
+        first: dict[int, tuple[float, ...]] = {}
         for p, g, had in zip(self.parameters, self.group_of, buffered, strict=True):
             group, state = self.optimizer.param_groups[g], self.optimizer.state[p]
-            options = group.get("weight_decay", 0), group.get("betas", (0, np.nan))[1]
-            row = (*astuple(self.rule.coefficients(group, state, had)), *map(float, options))
-            if not np.isnan(rows[g, 0]) and not np.array_equal(rows[g], row, equal_nan=True):
+            own = (had, *(float(state[name]) for name in self.scalars))
+            if g not in first:
+                first[g] = own
+                options = group.get("weight_decay", 0), group.get("betas", (0, np.nan))[1]
+                found = self.rule.coefficients(group, state, had)
+                rows[g] = (*astuple(found), *map(float, options))
+            elif own != first[g]:
                 raise ValueError(
                     f"the parameters of group {g} of the optimizer are at different steps of their "
                     "own; begin recording before training, or put them in groups of their own"
                 )
-            rows[g] = row
         return rows
 
     def denominator(self) -> Tensor | None:
