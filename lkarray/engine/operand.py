@@ -65,6 +65,8 @@ class Operand:
         self.over, self.each, self.rows = over, each, rows
         self.center, self.cosine = center, cosine
         self.variable = x.variable.transpose(*each, *over, rows)
+        # Panels keep the source's own order, rows first or last: to turn each chunk is slow.
+        self._rows_first = x.dims[-1] in over and center != "chain"
         self.dtype = np.result_type(x.dtype, np.float32)
         self.name = str(x.name)
         lazy_file = x.chunks is None and not x.variable._in_memory
@@ -208,11 +210,16 @@ class Operand:
         return moments
 
     def _read(self, at: tuple[int, ...], rows: slice, piece: Piece) -> np.ndarray:
-        """Return a block as a fresh array ``(group, contracted, rows)``."""
+        """Return a block as a fresh array ``(group, contracted, rows)``, or a view of one."""
         select: dict[Hashable, Any] = dict(zip(self.each, at, strict=True))
         select |= {dim: slice(*part) for dim, part in zip(self.over, piece, strict=True)}
         select[self.rows] = rows
-        block = read(self.variable.isel(select), self.dtype, self.name, select)
+        part = self.variable.isel(select)
+        if self._rows_first:
+            turned = part.transpose(self.rows, *self.over)
+            block = read(turned, self.dtype, self.name, select)
+            return block.reshape(len(block), -1).T[np.newaxis]
+        block = read(part, self.dtype, self.name, select)
         groups = block.shape[0] if self.center == "chain" else 1
         return block.reshape(groups, -1, block.shape[-1])
 

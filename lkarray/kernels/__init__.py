@@ -2,6 +2,15 @@
 
 from lkarray.kernels.alignment import cka, cka_curve, frobenius
 from lkarray.kernels.diagnostics import diagnostics
+from lkarray.kernels.difficulty import difficulty_table, hidden_similarity, ips_scores
+from lkarray.kernels.gradients import (
+    angle_distance,
+    chord_distance,
+    ips,
+    lgk,
+    plgk,
+    temporal_kernel,
+)
 from lkarray.kernels.gram import gram
 from lkarray.kernels.groups import group_mean, linear_operator
 from lkarray.kernels.histogram import histogram
@@ -10,36 +19,75 @@ from lkarray.kernels.losses import (
     covariance,
     influence,
 )
+from lkarray.kernels.modes import (
+    cancellation_ratio,
+    mode_coefficients,
+    modes,
+    parameter_modes,
+    temporal_modes,
+)
 from lkarray.kernels.montecarlo import mcse
 from lkarray.kernels.neighbors import neighbors
+from lkarray.kernels.online import online_modes
+from lkarray.kernels.operators import lntk, pntk
 from lkarray.kernels.ranks import energy_rank, participation_ratio
+from lkarray.kernels.regime import (
+    activation_overlap,
+    feature_overlap,
+    influence_over_time,
+    subspace_overlap,
+)
 from lkarray.kernels.residuals import residualize
 from lkarray.kernels.shrinkage import ledoit_wolf
 from lkarray.kernels.spectra import eigh, svd
 from lkarray.kernels.summaries import llc, loss_gain, loss_variance, singular_fluctuation
+from lkarray.kernels.unfolding import params, unfold
 
 __all__ = [
+    "activation_overlap",
+    "angle_distance",
+    "cancellation_ratio",
+    "chord_distance",
     "cka",
     "cka_curve",
     "correlation",
     "covariance",
     "diagnostics",
+    "difficulty_table",
     "eigh",
     "energy_rank",
+    "feature_overlap",
     "frobenius",
     "gram",
     "group_mean",
+    "hidden_similarity",
     "histogram",
     "influence",
+    "influence_over_time",
+    "ips",
+    "ips_scores",
     "ledoit_wolf",
+    "lgk",
     "linear_operator",
     "llc",
+    "lntk",
     "loss_gain",
     "loss_variance",
     "mcse",
+    "mode_coefficients",
+    "modes",
     "neighbors",
+    "online_modes",
+    "parameter_modes",
+    "params",
     "participation_ratio",
+    "plgk",
+    "pntk",
     "residualize",
     "singular_fluctuation",
+    "subspace_overlap",
     "svd",
+    "temporal_kernel",
+    "temporal_modes",
+    "unfold",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lkarray import store
-from lkarray.errors import FingerprintError, NonFiniteError, StoreError
+from lkarray.errors import FingerprintError, NonFiniteError
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import LossFunction
 from lkarray.store import trajectory
@@ -24,6 +23,7 @@ from lkarray.store.writing_trace import Row, TraceWriter
 from lkarray.training.capture import Capture, clipping
 from lkarray.training.checking import StepCheck
 from lkarray.training.identity import fingerprint
+from lkarray.training.schedule import load_schedule, schedule_state
 from lkarray.training.trace import Trace, open_trace
 
 Indices = Sequence[int] | np.ndarray | Tensor
@@ -214,25 +214,10 @@ class Recorder:
         return keep
 
     def _state(self) -> dict[str, np.ndarray]:
-        extra = {
-            "lr": [float(group["lr"]) for group in self._optimizer.param_groups],
-            "scheduler": self._scheduler_state(),
-        }
-        text = np.asarray([json.dumps(extra)], np.dtypes.StringDType())
-        return self._capture.state() | {
-            "parameters": self._capture.theta().cpu().numpy(),
-            "extra": text,
-        }
-
-    def _scheduler_state(self) -> Any:
-        if self._scheduler is None:
-            return None
-        state = {k: v for k, v in self._scheduler.state_dict().items() if not callable(v)}
-        try:
-            json.dumps(state)
-        except TypeError:
-            return None
-        return state
+        extra = schedule_state(self._optimizer, self._scheduler)
+        text = np.asarray([extra], np.dtypes.StringDType())
+        theta = self._capture.theta().cpu().numpy()
+        return self._capture.state() | {"parameters": theta, "extra": text}
 
     def trace(self) -> Trace:
         """Return what was recorded, once the context is left; see `open_trace`."""
@@ -409,19 +394,8 @@ class Recorder:
 
     def _restore(self) -> None:
         state = trajectory.last_state(self._root)
-        extra = json.loads(str(state.pop("extra")[0]))
+        extra = str(state.pop("extra")[0])
         self._capture.load(state)
-        for group, rate in zip(self._optimizer.param_groups, extra["lr"], strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
-        if self._scheduler is not None:
-            if extra["scheduler"] is None:
-                raise StoreError(
-                    "the scheduler's state is not of plain numbers and was not stored; run the "
-                    "whole loop again without trace.remaining: stored steps are compared"
-                )
-            self._scheduler.load_state_dict(self._scheduler.state_dict() | extra["scheduler"])
+        load_schedule(extra, self._optimizer, self._scheduler)
         self._after = self._capture.theta()
         self.steps = self._writer.committed

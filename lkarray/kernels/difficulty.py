@@ -1,0 +1,226 @@
+"""Scores of how hard an input is, from its similarities to training examples (PLGK 6.2)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from lkarray.errors import SchemaError
+from lkarray.kernels.gradients import require_kernel
+from lkarray.kernels.gram import free_dim, gram, sample_coords
+from lkarray.kernels.groups import group_codes
+from lkarray.schema import EXAMPLE
+
+_CLASS = "lkarray_class"
+
+
+def ips_scores(
+    similarity: xr.DataArray, train_labels: Hashable | Any, predicted: Hashable | Any
+) -> xr.Dataset:
+    """Return the norm and the class margin of examples' similarities (PLGK section 6.2), lazily.
+
+    Parameters
+    ----------
+    similarity
+        Similarity of the examples asked about (rows) to training examples (columns), as
+        ``lk.ips(test_G, train_G)``.
+    train_labels
+        Class of each training example: an array, or a coordinate of the columns (``"label_2"``).
+    predicted
+        Class that the model predicts for each row: an array, or a coordinate of the rows.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``norm(example)``, the l2 norm of a row; ``margin(example)``, the mean similarity to
+        training examples of the predicted class minus the highest mean to those of another.
+        float64. Compute both at once: each tile of the similarity is then made once.
+
+    Raises
+    ------
+    ValueError
+        ``similarity`` is an influence operator.
+    SchemaError
+        It is no matrix, labels do not fit it, there are fewer than two classes, or no training
+        example is of a predicted class.
+    """
+    require_kernel(similarity, "ips_scores")
+    if similarity.ndim != 2:
+        raise SchemaError(
+            f"similarity has dims {similarity.dims}; expected rows and columns, as "
+            "lk.ips(test_G, train_G) returns"
+        )
+    rows, columns = map(str, similarity.dims)
+    _, classes, codes = group_codes(similarity, columns, train_labels)
+    own = _predicted(similarity, rows, predicted, classes)
+    if len(classes) < 2:
+        raise SchemaError(
+            f"a margin needs at least two classes of training examples, found {classes.tolist()}"
+        )
+    member = np.zeros((len(codes), len(classes)), np.result_type(similarity.dtype, np.float32))
+    member[np.arange(len(codes)), codes] = 1
+    bare = similarity.drop_vars(list(similarity.coords))
+    # A sum by group: one thin product a tile.
+    sums = xr.dot(bare, xr.DataArray(member, dims=(columns, _CLASS)), dim=columns)
+    means = sums.astype(np.float64) / xr.DataArray(np.bincount(codes), dims=_CLASS)
+    chosen = xr.DataArray(own[:, None] == np.arange(len(classes)), dims=(rows, _CLASS))
+    margin = means.where(chosen).sum(_CLASS) - means.where(~chosen).max(_CLASS)
+    norm = (bare.astype(np.float64) ** 2).sum(columns, skipna=False) ** 0.5
+    scores = xr.Dataset({"norm": norm, "margin": margin}).drop_attrs()
+    return scores.assign_coords(sample_coords(similarity, rows))
+
+
+def hidden_similarity(
+    test_activations: xr.DataArray,
+    train_activations: xr.DataArray,
+    train_labels: Hashable | Any,
+    predicted: Hashable | Any,
+    *,
+    k: int = 10,
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return the mean cosine to the nearest training examples of the predicted class, lazily.
+
+    The hidden-state baseline of PLGK section 6.2.
+
+    Parameters
+    ----------
+    test_activations, train_activations
+        ``(example, unit)``, activations of a hidden layer.
+    train_labels
+        Class of each training example: an array, or a coordinate of ``train_activations``.
+    predicted
+        Class that the model predicts for each test example, likewise.
+    k
+        Neighbours; all of a class that has fewer.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``hidden_similarity(example)``, float64.
+
+    Raises
+    ------
+    ValueError
+        ``k`` is below 1.
+    SchemaError
+        Dims or labels do not fit, or no training example is of a predicted class.
+
+    Notes
+    -----
+    A `lkarray.gram` for each class: only pairs of a test example and its predicted class.
+    """
+    k = operator.index(k)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    unit = free_dim(test_activations, "test_activations", (EXAMPLE,), ())
+    free_dim(train_activations, "train_activations", (EXAMPLE,), ())
+    _, classes, codes = group_codes(train_activations, EXAMPLE, train_labels)
+    own = _predicted(test_activations, EXAMPLE, predicted, classes)
+    test, train = (x.drop_vars(list(x.coords)) for x in (test_activations, train_activations))
+    means, order = [], []
+    for each in np.unique(own):
+        rows, columns = np.flatnonzero(own == each), np.flatnonzero(codes == each)
+        cosine = gram(
+            test.isel({EXAMPLE: rows}),
+            train.isel({EXAMPLE: columns}),
+            over=unit,
+            normalize="cosine",
+            memory=memory,
+        )
+        nearest = da.topk(cosine.data, min(k, len(columns)), axis=1)
+        means.append(nearest.mean(axis=1, dtype=np.float64))
+        order.append(rows)
+    back = np.argsort(np.concatenate(order))
+    return xr.DataArray(
+        da.concatenate(means)[back],
+        dims=EXAMPLE,
+        coords=sample_coords(test_activations, EXAMPLE),
+        name="hidden_similarity",
+        attrs={"k": k, "units": "1"},
+    )
+
+
+def difficulty_table(
+    scores: xr.Dataset | Mapping[Hashable, xr.DataArray | np.ndarray],
+    wrong: xr.DataArray | np.ndarray,
+    loss: xr.DataArray | np.ndarray,
+) -> xr.Dataset:
+    """Return how well scores find misclassified inputs and rank losses (PLGK table 1).
+
+    Parameters
+    ----------
+    scores
+        One score of each example for each name; a low one is suspicious.
+    wrong
+        Whether each example is misclassified.
+    loss
+        Of each example, in nats.
+
+    Returns
+    -------
+    xarray.Dataset
+        Over ``score``, the names: ``auroc`` and ``aupr`` (average precision) of finding wrong
+        examples by a low score, and ``spearman``, the rank correlation of the score with minus
+        the loss (NaN of a constant score). Chance is 0.5, the attribute ``share_wrong``, and 0.
+
+    Raises
+    ------
+    ValueError
+        Lengths differ, a number is missing, or examples are all right or all wrong.
+    """
+    from scipy.stats import spearmanr
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    named = {str(name): np.asarray(score, np.float64) for name, score in dict(scores).items()}
+    missed, losses = np.asarray(wrong).astype(bool), np.asarray(loss, np.float64)
+    for name, values in (named | {"loss": losses}).items():
+        if values.shape != missed.shape or missed.ndim != 1:
+            raise ValueError(
+                f"{name!r} has shape {values.shape} and wrong {missed.shape}; expected one number "
+                "for each example, in the same order"
+            )
+        if np.isnan(values).any():
+            raise ValueError(
+                f"{name!r} is NaN for {int(np.isnan(values).sum())} examples; drop them"
+            )
+    if not named or missed.all() or not missed.any():
+        raise ValueError(
+            f"a table needs scores, and examples both right and wrong; there are {len(named)} "
+            f"scores, and {int(missed.sum())} of {len(missed)} examples are wrong"
+        )
+    table = {
+        "auroc": [roc_auc_score(missed, -score) for score in named.values()],
+        "aupr": [average_precision_score(missed, -score) for score in named.values()],
+        "spearman": [
+            spearmanr(score, -losses).statistic if np.ptp(score) and np.ptp(losses) else np.nan
+            for score in named.values()
+        ],
+    }
+    return xr.Dataset(
+        {name: ("score", np.asarray(column, np.float64)) for name, column in table.items()},
+        coords={"score": list(named)},
+        attrs={"examples": len(missed), "share_wrong": float(missed.mean())},
+    )
+
+
+def _predicted(
+    x: xr.DataArray, rows: str, predicted: Hashable | Any, classes: np.ndarray
+) -> np.ndarray:
+    """Return the position of each row's predicted class among those of the training examples."""
+    _, values, codes = group_codes(x, rows, predicted)
+    unknown = values[~np.isin(values, classes)]
+    if len(unknown):
+        raise SchemaError(
+            f"no training example is of the predicted classes {unknown[:5].tolist()}; pass "
+            "similarities to examples of all classes"
+        )
+    place: np.ndarray = np.searchsorted(classes, values)[codes]
+    return place

@@ -1,0 +1,47 @@
+"""Learning rates and their scheduler, as text, so that a run can go on with them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lkarray.errors import StoreError
+
+
+def schedule_state(optimizer: Optimizer, scheduler: Any) -> str:
+    """Return the groups' learning rates, and the scheduler's state where it is of plain values."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    state = None
+    if scheduler is not None:
+        state = {k: v for k, v in scheduler.state_dict().items() if not callable(v)}
+    try:
+        return json.dumps({"lr": rates, "scheduler": state})
+    except TypeError:
+        return json.dumps({"lr": rates, "scheduler": None})
+
+
+def load_schedule(text: str, optimizer: Optimizer, scheduler: Any) -> None:
+    """Set learning rates and scheduler back to what `schedule_state` returned.
+
+    Raises
+    ------
+    StoreError
+        The scheduler's state was not of plain values.
+    """
+    extra = json.loads(text)
+    for group, rate in zip(optimizer.param_groups, extra["lr"], strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    if scheduler is None:
+        return
+    if extra["scheduler"] is None:
+        raise StoreError(
+            "the scheduler's state is not of plain numbers and was not stored; run the whole loop "
+            "again without trace.remaining: stored steps are compared"
+        )
+    scheduler.load_state_dict(scheduler.state_dict() | extra["scheduler"])
