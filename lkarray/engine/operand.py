@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import uuid
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from math import prod
 from typing import Any
@@ -21,6 +23,9 @@ from lkarray.engine.cache import CACHE, MOMENTS
 from lkarray.engine.lowprecision import LowPanel
 from lkarray.engine.numbers import Moments, reciprocal, standardise
 from lkarray.errors import DamagedError, NonFiniteError
+
+#: Chunks that are read while one is copied to its place.
+AHEAD = 2
 
 #: A piece of the contracted dims: one slice each, as (start, stop).
 Piece = tuple[tuple[int, int], ...]
@@ -270,9 +275,10 @@ def read(
     groups = [keys] if _shares_work(graph) else [[key] for key in keys]
     starts = [np.cumsum((0, *lengths[:-1])) for lengths in part.chunks]
     places = np.ndindex(*part.data.numblocks)
+    ahead = _ahead(graph, groups)
     for group in groups:
         try:
-            values = core_get(_below(graph, group), group)
+            values = next(ahead)
         except _UNREADABLE as error:
             raise _damaged(name, *_culprit(part, graph, keys, select, error)) from error
         for index, value in zip(islice(places, len(group)), values, strict=True):
@@ -283,6 +289,22 @@ def read(
             block[place] = value
         del value, values
     return block
+
+
+def _ahead(graph: Mapping[Any, Any], groups: list[list[Any]]) -> Iterator[Any]:
+    """Yield the values of groups of keys, each computed while the one before is used."""
+    if len(groups) == 1:
+        yield core_get(_below(graph, groups[0]), groups[0])
+        return
+    # Threads of its own: shared ones could wait for themselves where a graph reads panels too.
+    with ThreadPoolExecutor(AHEAD, thread_name_prefix="lkarray-read") as readers:
+        waiting: deque[Future[Any]] = deque()
+        for group in groups:
+            waiting.append(readers.submit(core_get, _below(graph, group), group))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _below(graph: Mapping[Any, Any], keys: list[Any]) -> dict[Any, Any]:

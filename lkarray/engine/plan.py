@@ -14,7 +14,7 @@ from dask.system import CPU_COUNT
 from dask.utils import format_bytes, parse_bytes
 
 from lkarray.engine.blas import products_at_once
-from lkarray.engine.operand import Operand, Piece
+from lkarray.engine.operand import AHEAD, Operand, Piece
 from lkarray.errors import MemoryBudgetError
 
 #: Bytes for each element of a tile that is written: its transpose, and what that is encoded to.
@@ -147,7 +147,8 @@ class _Shape:
 def source_bytes(length: int, side: int, n: int, width: int, item: int, chunk: int | None) -> int:
     """Return the bytes of a source's chunks that a task holds while it reads a panel."""
     whole = length * min(n, ceil(side / width) * width) * item
-    return whole if chunk is None else min(whole, 2 * chunk)  # as stored, and decoded
+    # Those being read, as stored and decoded, and the one that is copied to its place.
+    return whole if chunk is None else min(whole, (1 + 2 * AHEAD) * chunk)
 
 
 def make_plan(
@@ -201,7 +202,7 @@ def make_plan(
     cols = rows if y is None else _panels(y.n, side)
     tiles = len(rows) * (len(rows) + 1) // 2 if y is None else len(rows) * len(cols)
     tiles *= prod(x.variable.sizes[dim] for dim in x.each)
-    pieces, shared = _share(sizes, pieces, tiles, max(_workers_threads(), 1))
+    pieces, shared = _share(sizes, pieces, tiles, _workers_threads() or sizes.tasks)
     peak = sizes.peak(side, max(map(_volume, pieces)))
     cache = _cache(budget, peak)
     panels = sum(part.n for part in parts_of(x, y)) * sizes.length * sizes.item
@@ -224,7 +225,7 @@ def parts_of(x: Operand, y: Operand | None) -> list[Operand]:
 def _share(
     sizes: _Shape, pieces: tuple[Piece, ...], tiles: int, threads: int
 ) -> tuple[tuple[Piece, ...], int]:
-    """Cut the contracted dims where a cluster has more threads than there are tiles."""
+    """Cut the contracted dims where there are more threads than tiles: reading overlaps, too."""
     parts = min(ceil(threads / tiles), sizes.length)
     if parts < 2 or sizes.length * sizes.item * sizes.n < _SHARED:
         return pieces, 1

@@ -30,6 +30,7 @@ from lkarray.engine.plan import (
 from lkarray.errors import MemoryBudgetError
 
 _MOST = 2048  # of the long side in a strip: wider ones multiply no faster
+_NEAR = 4  # the longer side over the shorter, up to which either may be cut
 _HELD = 2  # strips of a task in memory: one in use, one being standardised
 
 #: What a pass calls on each strip: the blocks of all operands, the strip's place along the
@@ -67,7 +68,7 @@ class Strips:
 
     @property
     def short(self) -> int:
-        """Size of the short side of the first operand."""
+        """Size of the side that is not cut, of the first operand: the short one, as a rule."""
         x = self.operands[0]
         return prod(x.shape) if self.rows else x.n
 
@@ -126,7 +127,7 @@ def make_strips(
     needs = {"widened": 0, "held": 0, "kept": 0, "alone": 0} | dict(needs or {})
     length, n = max(prod(x.shape) for x in operands), operands[0].n
     if rows is None:
-        rows = n >= length
+        rows = along_rows(operands[0], budget)
     tasks = _concurrent_tasks()
     widths = [x.grain()[1] if rows else prod(x.grain()[0][1:]) for x in operands]
 
@@ -151,6 +152,26 @@ def make_strips(
         f"{format_bytes(budget)} cannot hold strips of {operands[0].name!r} and the sums over "
         f"them; {ceil(needed * 4 / 3 / 2**10) + 1} KiB can: set memory= or LKARRAY_MEMORY"
     )
+
+
+def along_rows(x: Operand, budget: int) -> bool:
+    """Say whether to cut along the rows: the longer side, unless its chunks are too long for that.
+
+    A strip narrower than a chunk has the chunk read again for each strip. Where strips of whole
+    chunks fit the other way only, and the sides are near in size, that way it is.
+    """
+    n, length = x.n, prod(x.shape)
+    grain, width = x.grain()
+    longer = n >= length
+    # (elements across a strip, elements of a chunk along it) by whether rows are cut
+    sizes = {True: (length, width), False: (n, prod(grain))}
+
+    def again(rows: bool) -> bool:
+        across, chunk = sizes[rows]
+        return chunk > _MOST // 4 and across * chunk * x.dtype.itemsize * _HELD * 2 > budget // 2
+
+    near = max(n, length) <= _NEAR * min(n, length)
+    return not longer if near and again(longer) and not again(not longer) else longer
 
 
 def _strip_bytes(x: Operand, rows: bool, cuts: tuple[Any, ...], widened: int) -> int:
@@ -180,6 +201,8 @@ def _widths(long: int, chunks: list[int]) -> Iterator[int]:
     chunk = max(chunks)
     if 1 < chunk < width:
         width -= width % chunk
+    elif width < chunk < long:
+        yield chunk  # read once, if that fits
     while True:
         yield width
         if width == 1:
@@ -189,7 +212,14 @@ def _widths(long: int, chunks: list[int]) -> Iterator[int]:
 
 def _cut(x: Operand, rows: bool, width: int) -> tuple[Any, ...]:
     if rows:
-        return tuple(slice(a, min(a + width, x.n)) for a in range(0, x.n, width))
+        lengths = x.variable.chunksizes.get(x.rows, ())
+        if not lengths or max(lengths) > width:
+            return tuple(slice(a, min(a + width, x.n)) for a in range(0, x.n, width))
+        ends = [0]  # of strips of whole chunks
+        for start, end in pairwise(np.cumsum((0, *lengths)).tolist()):
+            if end - ends[-1] > width:
+                ends.append(start)
+        return tuple(slice(a, b) for a, b in pairwise([*ends, x.n]))
     # Cut the outermost dim at will, so that pieces follow the order of the flattened side.
     return split(x.shape, width, (1, *x.grain()[0][1:]))
 

@@ -18,6 +18,7 @@ from lkarray.engine import Operand
 from lkarray.engine.plan import memory_budget
 from lkarray.engine.strips import (
     Strips,
+    along_rows,
     apply_step,
     gram_step,
     joined,
@@ -101,16 +102,17 @@ def svd(
     k = operator.index(k)
     over = (over,) if isinstance(over, str) else tuple(over)
     operand, free, scale = _operand(x, over, center, normalize)
-    short = min(operand.n, prod(operand.shape))
-    if not 1 <= k <= short:
+    rows = along_rows(operand, memory_budget(memory))
+    short, long = _sides(operand, rows)
+    if not 1 <= k <= min(short, long):
         raise ValueError(
-            f"k must be between 1 and {short}, the shorter side of the unfolding, not {k}"
+            f"k must be between 1 and {min(short, long)}, the shorter side of the unfolding, not "
+            f"{k}"
         )
     width = min(k + _EXTRA, short)
     operations = 2 * operand.n * prod(operand.shape) * short
     fits = _DECOMPOSE * 8 * short**2 <= 3 * memory_budget(memory) // 4
     exact = fits and (short <= 2 * width * max_passes or operations <= _EXACT_OPERATIONS)
-    long = operand.n * prod(operand.shape) // max(short, 1)
     if exact:
         needs = _exact_needs(short, width, long)
     else:
@@ -120,7 +122,7 @@ def svd(
             "kept": vectors * (max_passes + 1),
             "alone": max(vectors * (2 * max_passes + 8), 16 * long * width),
         }
-    strips = make_strips(operand, memory=memory, needs=needs)
+    strips = make_strips(operand, memory=memory, rows=rows, needs=needs)
     name = f"svd-{tokenize(strips, k, exact, tolerance, max_passes, scale)}"
     graph: dict[Any, Any] = {f"{name}-strips": strips}
     node = f"{name}-strips"
@@ -163,9 +165,10 @@ def eigh(
     """
     over = (over,) if isinstance(over, str) else tuple(over)
     operand, free, scale = _operand(x, over, center, normalize)
-    short = min(operand.n, prod(operand.shape))
-    long = operand.n * prod(operand.shape) // max(short, 1)
-    strips = make_strips(operand, memory=memory, needs=_exact_needs(short, short, long))
+    rows = operand.n >= prod(operand.shape)
+    short, long = _sides(operand, rows)
+    needs = _exact_needs(short, short, long)
+    strips = make_strips(operand, memory=memory, rows=rows, needs=needs)
     name = f"eigh-{tokenize(strips, scale)}"
     node, state = f"{name}-strips", f"{name}-state"
     graph: dict[Any, Any] = {node: strips}
@@ -175,6 +178,12 @@ def eigh(
     values = (out["singular_value"] ** 2).rename("eigenvalue")
     vectors = out["u"].rename("eigenvector")
     return xr.Dataset({"eigenvalue": values, "eigenvector": vectors})
+
+
+def _sides(operand: Operand, rows: bool) -> tuple[int, int]:
+    """Return the sizes of the side that is not cut, usually the shorter, and of the one that is."""
+    sizes = prod(operand.shape), operand.n
+    return sizes if rows else sizes[::-1]
 
 
 def _exact_needs(short: int, width: int, long: int) -> dict[str, int]:
@@ -201,13 +210,25 @@ def _operand(
         raise SchemaError(f"over={over} leaves no dim of {x.dims} for the rows")
     flat, rows = x, free[0]
     if len(free) > 1:
-        flat = xr.DataArray(x.variable.stack({_ROWS: free}), name=x.name)
+        flat = xr.DataArray(_stacked(x.variable, free), name=x.name)
         rows = _ROWS
     free_dim(flat, "x", over, ())
     degrees = degrees_of_freedom(x, over, center)
     cosine = normalize == "cosine"
     operand = Operand(flat, over=over, each=(), rows=rows, center=center, cosine=cosine)
     return operand, free, degrees**-0.5 if normalize == "count" else 1.0
+
+
+def _stacked(x: xr.Variable, free: tuple[str, ...]) -> xr.Variable:
+    """Return a tensor with its free dims as one, first; chunks as they are where that can be."""
+    outer = free[:-1]
+    if x.chunks is None or any(max(x.chunksizes[dim]) > 1 for dim in outer):
+        stacked: xr.Variable = x.stack({_ROWS: free})
+        return stacked
+    rest = [dim for dim in x.dims if dim not in free]
+    turned = x.transpose(*free, *rest)
+    parts = [turned.data[at] for at in np.ndindex(*turned.shape[: len(outer)])]
+    return xr.Variable((_ROWS, *rest), da.concatenate(parts))
 
 
 @dataclass
