@@ -96,7 +96,15 @@ if TYPE_CHECKING:
         taxonomic_lift,
         taxonomy_distance,
     )
-    from lkarray.training import gradient_features, open_trace, record
+    from lkarray.training import (
+        activations,
+        gradient_factors,
+        gradient_features,
+        gradient_plan,
+        mode_sensitivity,
+        open_trace,
+        record,
+    )
 
 _LAZY = {
     "LocalPosterior": "lkarray.sampling",
@@ -107,7 +115,11 @@ _LAZY = {
     "sample": "lkarray.sampling",
     "suggest": "lkarray.sampling",
     "embed": "lkarray.embedding",
+    "activations": "lkarray.training",
+    "gradient_factors": "lkarray.training",
     "gradient_features": "lkarray.training",
+    "gradient_plan": "lkarray.training",
+    "mode_sensitivity": "lkarray.training",
     "open_trace": "lkarray.training",
     "record": "lkarray.training",
     "Taxonomy": "lkarray.taxonomy",
@@ -129,6 +141,7 @@ __all__ = [
     "Taxonomy",
     "__version__",
     "activation_overlap",
+    "activations",
     "angle_distance",
     "attribute_lift",
     "cancellation_ratio",
@@ -148,7 +161,9 @@ __all__ = [
     "feature_overlap",
     "frobenius",
     "from_devinterp",
+    "gradient_factors",
     "gradient_features",
+    "gradient_plan",
     "gram",
     "group_mean",
     "hidden_similarity",
@@ -166,6 +181,7 @@ __all__ = [
     "loss_variance",
     "mcse",
     "mode_coefficients",
+    "mode_sensitivity",
     "modes",
     "neighbors",
     "observe",

@@ -237,7 +237,10 @@ def _written(array: zarr.Array) -> set[Index]:
     async def look() -> set[Index]:
         found = set()
         async for key in array.store.list_prefix(f"{prefix}/c/"):
-            index = tuple(int(part) for part in key.removeprefix(f"{prefix}/c/").split("/"))
+            parts = key.removeprefix(f"{prefix}/c/").split("/")
+            if not all(part.isdecimal() for part in parts):
+                continue  # what a killed write left beside its chunk
+            index = tuple(map(int, parts))
             if len(index) == len(counts) and await array.store.getsize(key) == size:
                 found.add(index)
         return found

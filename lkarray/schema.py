@@ -30,6 +30,7 @@ EXAMPLE = "example"
 PARAM = "param"
 OUTPUT = "output"
 TENSOR = "tensor"
+PART = "part"
 STEP = "step"
 
 LOSSES = "losses"
@@ -98,6 +99,9 @@ GRADIENT = VariableSpec(
 )
 LEARNING_RATE = VariableSpec(
     "learning_rate", (TIME,), "float64", "", "learning rate of the step taken at this time"
+)
+FACTOR = VariableSpec(
+    "factor", (TIME, EXAMPLE, "element"), "float32", "", "factors of a loss gradient, side by side"
 )
 #: Where each named tensor lies along ``param``: its first element, and the one after its last.
 START = VariableSpec("start", (TENSOR,), "int64", "", "first parameter of the tensor")

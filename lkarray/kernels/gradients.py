@@ -8,8 +8,9 @@ import numpy as np
 import xarray as xr
 
 from lkarray.errors import SchemaError
+from lkarray.kernels.ghost import factor_kernel, holds_factors
 from lkarray.kernels.gram import gram, one_of
-from lkarray.schema import EXAMPLE, LEARNING_RATE, PARAM, TIME, Losses, as_gradients
+from lkarray.schema import EXAMPLE, FACTOR, LEARNING_RATE, PARAM, TIME, Losses, as_gradients
 
 #: Powers of the learning rate inside a sum over time: none, one, two.
 WEIGHTS = (None, "lr", "lr2")
@@ -31,8 +32,9 @@ def lgk(
     Parameters
     ----------
     G
-        Gradients ``(time, example, param)`` of examples' losses, or what holds them. One time may
-        have been selected: ``G.isel(time=-1)``.
+        Gradients ``(time, example, param)`` of examples' losses, or what holds them; or their
+        factors (`lkarray.gradient_factors`), which are cheaper and give the same numbers. One
+        time may have been selected: ``G.isel(time=-1)``.
     y
         Gradients of other examples at the same times; ``None`` means ``G``.
     precision, memory
@@ -270,6 +272,13 @@ def _kernel(
     precision: str,
     memory: int | str | None,
 ) -> xr.DataArray:
+    units = "1" if normalize == "cosine" else "nat^2"
+    if holds_factors(G):
+        options: dict[str, Any] = {"precision": precision, "memory": memory}
+        cosine = normalize == "cosine"
+        root = root_weight(_coordinates(G), weight)
+        out = factor_kernel(G, y, root=root, path=not each, cosine=cosine, **options)
+        return named(out.assign_attrs(normalize=normalize or "none"), name, weight, units=units)
     x = as_gradients(G, need=(EXAMPLE, PARAM))
     other = None if y is None else as_gradients(y, name="y", need=(EXAMPLE, PARAM))
     root = root_weight(x, weight)
@@ -281,7 +290,12 @@ def _kernel(
         memory=memory,
         **path_dims(x, each),
     )
-    return named(out, name, weight, units="1" if normalize == "cosine" else "nat^2")
+    return named(out, name, weight, units=units)
+
+
+def _coordinates(G: Losses) -> xr.DataArray:
+    """Return the factors with their coordinates."""
+    return G if isinstance(G, xr.DataArray) else xr.DataArray(G[FACTOR.name])
 
 
 def path_dims(x: xr.DataArray, each: tuple[str, ...]) -> dict[str, Any]:

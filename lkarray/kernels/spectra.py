@@ -29,6 +29,7 @@ from lkarray.engine.strips import (
 )
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of, sample_coords
+from lkarray.kernels.unfolding import stack_rows
 from lkarray.schema import MODE
 
 _EXTRA = 10  # vectors beyond those asked for (Halko, Martinsson and Tropp 2011)
@@ -210,25 +211,13 @@ def _operand(
         raise SchemaError(f"over={over} leaves no dim of {x.dims} for the rows")
     flat, rows = x, free[0]
     if len(free) > 1:
-        flat = xr.DataArray(_stacked(x.variable, free), name=x.name)
+        flat = xr.DataArray(stack_rows(x.variable, free, _ROWS), name=x.name)
         rows = _ROWS
     free_dim(flat, "x", over, ())
     degrees = degrees_of_freedom(x, over, center)
     cosine = normalize == "cosine"
     operand = Operand(flat, over=over, each=(), rows=rows, center=center, cosine=cosine)
     return operand, free, degrees**-0.5 if normalize == "count" else 1.0
-
-
-def _stacked(x: xr.Variable, free: tuple[str, ...]) -> xr.Variable:
-    """Return a tensor with its free dims as one, first; chunks as they are where that can be."""
-    outer = free[:-1]
-    if x.chunks is None or any(max(x.chunksizes[dim]) > 1 for dim in outer):
-        stacked: xr.Variable = x.stack({_ROWS: free})
-        return stacked
-    rest = [dim for dim in x.dims if dim not in free]
-    turned = x.transpose(*free, *rest)
-    parts = [turned.data[at] for at in np.ndindex(*turned.shape[: len(outer)])]
-    return xr.Variable((_ROWS, *rest), da.concatenate(parts))
 
 
 @dataclass

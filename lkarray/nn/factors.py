@@ -161,14 +161,9 @@ def add_bias(f: Factors, out: Tensor, *, fresh: bool) -> None:
     out.copy_(total) if fresh else out.add_(total)
 
 
-def weight_products(f: Factors, g: Factors) -> Tensor:
+def rank_one_products(f: Factors, g: Factors) -> Tensor:
     """Return the inner products of two sets' weight gradients, of rank one each, ``(n, m)``.
 
     The ghost dot product (PLGK A.2.8): ``(a a') (b b')``, ``2 n m (in + out)`` operations.
     """
-    return (f.a[:, 0, 0] @ g.a[:, 0, 0].T) * bias_products(f, g)
-
-
-def bias_products(f: Factors, g: Factors) -> Tensor:
-    """Return the inner products of two sets' bias gradients, ``(n, m)``."""
-    return f.b.sum(-2).reshape(len(f.b), -1) @ g.b.sum(-2).reshape(len(g.b), -1).T
+    return (f.a[:, 0, 0] @ g.a[:, 0, 0].T) * (f.b[:, 0, 0] @ g.b[:, 0, 0].T)

@@ -19,9 +19,8 @@ from lkarray.nn.factors import (
     Factors,
     add_bias,
     add_weight,
-    bias_products,
+    rank_one_products,
     rule_of,
-    weight_products,
 )
 from lkarray.nn.flat import FlatModel
 
@@ -87,13 +86,12 @@ class Features:
     ----------
     dense
         ``(example, elements)`` of the tensors that are materialised, side by side.
-    weights, biases
-        Factors of the others, by tensor.
+    factors
+        Of the others, by tensor: of rank one.
     """
 
     dense: Tensor
-    weights: dict[str, Factors] = field(default_factory=dict)
-    biases: dict[str, Factors] = field(default_factory=dict)
+    factors: dict[str, Factors] = field(default_factory=dict)
 
     def products(self, other: Features) -> Tensor:
         """Return the inner products of all gradients of two batches, ``(n, m)``.
@@ -101,10 +99,8 @@ class Features:
         Equal to ``gradients @ other_gradients.T``, in `GradientPlan.cost` multiplications each.
         """
         total = self.dense @ other.dense.T
-        for name, f in self.weights.items():
-            total += weight_products(f, other.weights[name])
-        for name, f in self.biases.items():
-            total += bias_products(f, other.biases[name])
+        for name, f in self.factors.items():
+            total += rank_one_products(f, other.factors[name])
         return total
 
 
@@ -169,9 +165,9 @@ class ExampleGradients:
         found = Features(self.flat.theta.new_empty((n, width)))
         written: set[str] = set()
         for module, f in self._factors(inputs, target):
-            for name, kind in self._modules[module].items():
-                if name not in columns and name not in self._functional:
-                    (found.weights if kind == "weight" else found.biases)[name] = f
+            for name in self._modules[module]:
+                if name not in columns:
+                    found.factors[name] = f
             self._write(module, f, found.dense, columns.get, written)
         self._fill(inputs, target, found.dense, columns.get, written)
         return found

@@ -8,7 +8,7 @@ computed again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ import xarray as xr
 import zarr
 
 from lkarray import schema
-from lkarray.schema import EXAMPLE, OUTPUT, PARAM, TIME, VariableSpec
+from lkarray.schema import OUTPUT, TIME, VariableSpec
 from lkarray.store.commit import chunk_keys, flush
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import create_array, create_coord, require_space, stored_at
@@ -48,6 +48,8 @@ class TensorLayout:
         Labels: name to dim and values.
     attrs
         Of the group.
+    variable
+        What is stored: gradients, or their factors.
     """
 
     group: str
@@ -60,11 +62,13 @@ class TensorLayout:
     dtype: str
     coords: Mapping[str, tuple[str, np.ndarray]]
     attrs: Mapping[str, Any]
+    variable: VariableSpec = schema.GRADIENT
 
     @property
     def dims(self) -> tuple[str, ...]:
         """Dims of the gradient."""
-        return (TIME, EXAMPLE, PARAM) if self.outputs is None else (TIME, EXAMPLE, OUTPUT, PARAM)
+        *first, last = self.variable.dims
+        return (*first, last) if self.outputs is None else (*first, OUTPUT, last)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -118,8 +122,7 @@ class TensorWriter:
             where = f"{describe(self.root.store)}, group {layout.group!r},"
             remedy = "give it a name= of its own"
             refuse_changes(before, fingerprint, where, remedy=remedy)
-        name = schema.GRADIENT.name
-        self.array = stored_at(self.root, f"{layout.group}/{name}")
+        self.array = stored_at(self.root, f"{layout.group}/{layout.variable.name}")
         self._done = stored_at(self.root, f"{layout.group}/{DONE.name}")
         self.done = np.asarray(self._done[:]).astype(bool)
         self._keys: list[str] = []
@@ -133,9 +136,7 @@ class TensorWriter:
             labels = " ".join(
                 n for n, (dim, _) in layout.coords.items() if n != dim and dim in layout.dims
             )
-            spec = VariableSpec(
-                schema.GRADIENT.name, layout.dims, layout.dtype, "nat", schema.GRADIENT.doc
-            )
+            spec = replace(layout.variable, dims=layout.dims, dtype=layout.dtype)
             extra: dict[str, Any] = {"coordinates": labels} if labels else {}
             extra["rows"] = layout.rows
             create_array(group, spec, layout.shape, layout.chunks, attrs=extra)
@@ -172,7 +173,7 @@ class TensorWriter:
 
 def open_gradients(root: zarr.Group, group: str) -> xr.Dataset:
     """Open a stored tensor lazily: the times of which every shard is done."""
-    name = schema.GRADIENT.name
+    name = _variable(root, group)
     found = variables(root, group, lazy={name})
     whole = np.asarray(found.pop(DONE.name)).all(1)
     for labels in ("coordinates", "rows"):
@@ -183,12 +184,17 @@ def open_gradients(root: zarr.Group, group: str) -> xr.Dataset:
 
 def committed_shards(root: zarr.Group, group: str) -> Iterator[tuple[zarr.Array, tuple[int, ...]]]:
     """Yield a stored tensor with the first indices of the chunks that must be there."""
-    array = stored_at(root, f"{group}/{schema.GRADIENT.name}")
+    array = stored_at(root, f"{group}/{_variable(root, group)}")
     done = np.asarray(stored_at(root, f"{group}/{DONE.name}")[:])
     rows = int(array.attrs["rows"])  # type: ignore[arg-type]
     for t, shard in np.argwhere(done).tolist():
         examples = slice(shard * rows, min((shard + 1) * rows, array.shape[1]))
         yield from ((array, (t, block)) for block in _blocks(array, examples))
+
+
+def _variable(root: zarr.Group, group: str) -> str:
+    """Return the name of what a group holds: gradients, or their factors."""
+    return next(s.name for s in (schema.GRADIENT, schema.FACTOR) if f"{group}/{s.name}" in root)
 
 
 def _blocks(array: zarr.Array, rows: slice) -> range:

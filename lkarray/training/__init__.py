@@ -1,6 +1,7 @@
 """Training runs: recorded step by step, opened again, and turned into gradient tensors."""
 
-from lkarray.training.features import gradient_features
+from lkarray.training.features import gradient_factors, gradient_features, gradient_plan
+from lkarray.training.hidden import activations, mode_sensitivity
 from lkarray.training.optimizers import RULES, Coefficients, Rule
 from lkarray.training.projection import Projection
 from lkarray.training.recorder import Recorder, record
@@ -13,7 +14,11 @@ __all__ = [
     "Recorder",
     "Rule",
     "Trace",
+    "activations",
+    "gradient_factors",
     "gradient_features",
+    "gradient_plan",
+    "mode_sensitivity",
     "open_trace",
     "record",
 ]

@@ -6,29 +6,25 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from fnmatch import fnmatchcase
-from functools import partial
-from typing import Any, cast
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import Tensor
-from torch.utils.data import Subset
 
 from lkarray import progress as bars
 from lkarray import schema
 from lkarray import store as store_
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError, NonFiniteError
-from lkarray.nn.batches import Batches, Inputs, MapDataset, Target
-from lkarray.nn.flat import FlatModel
-from lkarray.nn.gradients import ExampleGradients
-from lkarray.nn.losses import identity, logits
+from lkarray.nn.batches import MapDataset
+from lkarray.nn.gradients import GradientPlan
+from lkarray.nn.losses import identity
 from lkarray.schema import EXAMPLE, TENSOR
 from lkarray.store.gradients import TensorLayout, TensorWriter, gradient_group, open_gradients
-from lkarray.training.checking import literal
+from lkarray.training.choosing import as_steps, as_trace
+from lkarray.training.makers import FactorMaker, Maker
 from lkarray.training.projection import Projection
 from lkarray.training.recorder import Recorder
 from lkarray.training.trace import Trace
@@ -36,8 +32,6 @@ from lkarray.training.trace import Trace
 _SHARD_BYTES = 64 << 20
 #: Copies of a shard in memory: being made, its layers' parts, being written.
 _COPIES = 5
-#: Rows of the projection that are made at once.
-_PROJECTED = 16384
 _COMMIT_SECONDS = 5.0
 
 
@@ -119,8 +113,6 @@ def gradient_features(
     ``of="output"``), and ``2 P`` operations for an element of the projection. Memory: five shards
     of up to 64 MiB. Shards that are stored are not computed again.
     """
-    if dtype not in ("float32", "float64"):
-        raise ValueError(f"dtype must be 'float32' or 'float64', not {dtype!r}")
     if not callable(of) and of not in ("loss", "output"):
         raise ValueError(f"of must be 'loss', 'output' or a function, not {of!r}")
     source = as_trace(trace)
@@ -131,19 +123,88 @@ def gradient_features(
             f"Adagrad; this was {source.mark['optimizer']}) and steps, not the final parameters"
         )
     projection = None if project is None else Projection(project, seed)
-    maker = _Maker(source, examples, of, params, projection)
+    maker = Maker(source, examples, of, params, projection)
     layout = _layout(maker, steps, coords=coords, dtype=dtype, memory=memory, name=name)
-    fingerprint = {
-        "trace": hashlib.sha256(repr(sorted(source.mark.items())).encode()).hexdigest()[:16],
-        "examples": maker.data.identity,
-        "index": hashlib.sha256(maker.index.tobytes()).hexdigest()[:16],
-        "times": steps.tolist(),
+    fingerprint = _fingerprint(maker, layout) | {
         "of": identity(of) if callable(of) else of,
-        "params": [source.names[i] for i in maker.tensors],
         "projection": None if projection is None else asdict(projection),
         "preconditioned": preconditioned,
-        "dtype": dtype,
     }
+    return _make(maker, layout, fingerprint, store, preconditioned, progress)
+
+
+def gradient_factors(
+    trace: Trace | Recorder,
+    examples: MapDataset | Sequence[int] | np.ndarray,
+    times: str | Iterable[int] = "epoch",
+    *,
+    params: str | Iterable[str] | None = None,
+    coords: Mapping[str, Any] | None = None,
+    store: Any,
+    name: str | None = "factors",
+    dtype: str = "float32",
+    memory: int | str | None = None,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Store loss gradients as factors, from which plain kernels are cheaper (ghost products).
+
+    The gradient of a linear layer's weight by one example's loss is the outer product of
+    what comes back and what went in. Inner products of such gradients are products of inner
+    products (PLGK A.2.8), so that `lkarray.lgk`, `lkarray.plgk` and `lkarray.ips` give the same
+    numbers from much less: of LeNet-5, 4,100 numbers for each example instead of 61,706. Tensors
+    for which factors are not smaller (convolutions, biases, layers at many positions) are
+    stored whole. ``lkarray.training.gradient_plan`` prints which are which.
+
+    Parameters
+    ----------
+    trace, examples, times, params, coords, store, name, dtype, memory, progress
+        As for `gradient_features`.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``factor(time, example, element)``, lazy; on ``part`` the ``start``, ``stop`` and ``role``
+        (``dense``, ``in``, ``out``) of each stretch of elements.
+
+    Raises
+    ------
+    ValueError, SchemaError, FingerprintError, MemoryBudgetError
+        As for `gradient_features`.
+    """
+    source = as_trace(trace)
+    maker = FactorMaker(source, examples, "loss", params, None)
+    steps = as_steps(source, times)
+    layout = _layout(maker, steps, coords=coords, dtype=dtype, memory=memory, name=name)
+    described = {k: v for k, v in layout.coords.items() if v[0] == EXAMPLE} | maker.parts()
+    layout = replace(layout, coords=described, variable=schema.FACTOR)
+    return _make(maker, layout, _fingerprint(maker, layout), store, False, progress)
+
+
+def gradient_plan(
+    trace: Trace | Recorder, params: str | Iterable[str] | None = None
+) -> GradientPlan:
+    """Return how each tensor's gradients are made and multiplied; prints as a table."""
+    source = as_trace(trace)
+    return Maker(source, [0], "loss", params, None).plan
+
+
+def _fingerprint(maker: Maker, layout: TensorLayout) -> dict[str, Any]:
+    """Return what a tensor in the same group must share with this one to be gone on with."""
+    mark = repr(sorted(maker.trace.mark.items()))
+    return {
+        "trace": hashlib.sha256(mark.encode()).hexdigest()[:16],
+        "examples": maker.data.identity,
+        "index": hashlib.sha256(maker.index.tobytes()).hexdigest()[:16],
+        "times": layout.times.tolist(),
+        "params": [maker.trace.names[i] for i in maker.tensors],
+        "dtype": layout.dtype,
+    }
+
+
+def _make(
+    maker: Maker, layout: TensorLayout, fingerprint: dict[str, Any], store: Any,
+    preconditioned: bool, progress: bool,
+) -> xr.Dataset:  # fmt: skip
     target = store_.as_store(store)
     with store_.writer_lock(target):
         writer = TensorWriter(target, layout, fingerprint)
@@ -152,163 +213,11 @@ def gradient_features(
     return open_gradients(writer.root, layout.group)
 
 
-def as_trace(trace: Trace | Recorder) -> Trace:
-    """Return a trace, opened if it is a recorder that has finished."""
-    if isinstance(trace, Recorder):
-        return trace.trace()
-    if not isinstance(trace, Trace):
-        raise TypeError(
-            f"trace must come from lk.open_trace or lk.record, not {type(trace).__name__}"
-        )
-    return trace
-
-
-def as_steps(trace: Trace, times: str | Iterable[int]) -> np.ndarray:
-    """Return step numbers: of ``"epoch"``, of ``"step"``, or those given, checked."""
-    if isinstance(times, str):
-        if times not in ("epoch", "step"):
-            raise ValueError(f"times must be 'epoch', 'step' or a list of steps, not {times!r}")
-        return trace.epochs if times == "epoch" else np.arange(trace.steps)
-    steps = np.asarray(list(times))
-    if steps.ndim != 1 or not steps.size or steps.dtype.kind not in "iu":
-        raise ValueError("times must be a list of integers, at least one")
-    if steps.min() < 0 or steps.max() > trace.steps or (np.diff(steps) <= 0).any():
-        raise ValueError(
-            f"times must ascend within 0 to {trace.steps} (the state after the last step)"
-        )
-    return steps.astype(np.int64)
-
-
-def as_examples(
-    trace: Trace, examples: MapDataset | Sequence[int] | np.ndarray
-) -> tuple[Batches, np.ndarray]:
-    """Return examples and their index: a dataset's, or those at indices of the training set."""
-    device = trace.flat.device
-    if isinstance(examples, (np.ndarray, list, tuple, range)) and not isinstance(
-        examples[0] if len(examples) else 0, tuple
-    ):
-        index = np.asarray(examples)
-        n = trace.train.n
-        if index.ndim != 1 or not index.size or index.dtype.kind not in "iu":
-            raise ValueError("examples must be a dataset, or a list of indices of the training set")
-        if index.min() < 0 or index.max() >= n or len(np.unique(index)) < len(index):
-            raise ValueError(f"examples must be distinct indices from 0 to {n - 1}")
-        subset = Subset(cast(Any, trace.train_set), index.tolist())
-        return Batches(subset, name="examples", device=device), index.astype(np.int64)
-    batches = Batches(cast(MapDataset, examples), name="examples", device=device)
-    return batches, np.arange(batches.n)
-
-
-def select(trace: Trace, params: str | Iterable[str] | None) -> list[int]:
-    """Return which tensors some patterns of tensor or module names mean."""
-    if params is None:
-        return list(range(len(trace.names)))
-    chosen: set[int] = set()
-    for pattern in [params] if isinstance(params, str) else params:
-        found = {
-            i
-            for i, names in enumerate(zip(trace.names, trace.modules, strict=True))
-            if any(fnmatchcase(name, pattern) for name in names)
-        }
-        if not found:
-            raise ValueError(f"params: {pattern!r} matches none of {trace.names}")
-        chosen |= found
-    return sorted(chosen)
-
-
-class _Maker:
-    """Makes shards of a tensor: gradients of some examples at the weights that are set.
-
-    Attributes
-    ----------
-    data, index
-        The examples, and their labels along ``example``.
-    tensors
-        Which of the trace's tensors, in their order.
-    outputs
-        Number of the model's outputs, ``None`` where one number is differentiated.
-    columns
-        Length of ``param`` as it is stored.
-    """
-
-    def __init__(
-        self, trace: Trace, examples: Any, of: Any, params: Any, project: Projection | None
-    ) -> None:
-        self.trace, self.project = trace, project
-        self.data, self.index = as_examples(trace, examples)
-        self.tensors = select(trace, params)
-        names = [trace.names[i] for i in self.tensors]
-        self.flat = FlatModel(trace.flat.module, trainable=[literal(name) for name in names])
-        probe = self.data.take(np.arange(2) % self.data.n)
-        self.outputs, numbers = _numbers(of, trace, self.flat, probe)
-        self._engines = [ExampleGradients(self.flat, number, probe) for number in numbers]
-        self.params = self.flat.theta.shape[1]
-        self.columns = self.params if project is None else project.size
-        # A selection's own places, by those in the whole vector.
-        self.spans = [(int(trace.starts[i]), int(trace.stops[i])) for i in self.tensors]
-        self._scale: Tensor | None = None
-
-    def set(self, theta: np.ndarray, denominator: np.ndarray | None) -> None:
-        """Take the weights of one time, and the preconditioner that gradients are scaled by."""
-        values = torch.from_numpy(theta)
-        parameters = dict(self.flat.module.named_parameters())
-        for name, start, stop in zip(
-            self.trace.names, self.trace.starts, self.trace.stops, strict=True
-        ):
-            p = parameters[name]
-            p.data.copy_(values[start:stop].view(p.shape))
-        if denominator is not None:
-            parts = [denominator[start:stop] for start, stop in self.spans]
-            self._scale = torch.from_numpy(np.concatenate(parts)).to(self.flat.device).rsqrt()
-
-    def shard(self, rows: slice) -> Tensor:
-        """Return gradients ``(example, [output,] param)`` of some examples."""
-        inputs, target = self.data.take(np.arange(rows.start, rows.stop))
-        parts = [self._finish(e.gradients(inputs, target)) for e in self._engines]
-        return parts[0] if self.outputs is None else torch.stack(parts, 1)
-
-    def _finish(self, gradients: Tensor) -> Tensor:
-        if self._scale is not None:
-            gradients *= self._scale
-        if self.project is None:
-            return gradients
-        out = gradients.new_zeros(len(gradients), self.project.size)
-        column = 0
-        for start, stop in self.spans:
-            for a in range(start, stop, _PROJECTED):
-                b = min(a + _PROJECTED, stop)
-                signs = torch.from_numpy(self.project.rows(a, b)).to(gradients)
-                out += gradients[:, column : column + b - a] @ signs
-                column += b - a
-        return out
-
-
-def _numbers(
-    of: Any, trace: Trace, flat: FlatModel, probe: tuple[Inputs, Target]
-) -> tuple[int | None, list[Callable[[Any, Any], Tensor]]]:
-    """Return what is differentiated: one number, or one for each output of the model."""
-    if callable(of):
-        return None, [of]
-    if of == "loss":
-        return None, [trace.loss]
-    with torch.no_grad():
-        found = logits(flat(probe[0]))
-    if found.ndim != 2:
-        raise ValueError(
-            f"of='output' needs outputs (batch, output), and the model gives {tuple(found.shape)}; "
-            "pass a function of (output, target) that gives (batch,)"
-        )
-    count = found.shape[1]
-    return count, [partial(_output, c) for c in range(count)]
-
-
-def _output(index: int, output: Any, target: Any) -> Tensor:
-    return logits(output)[:, index]
-
-
 def _layout(
-    maker: _Maker, steps: np.ndarray, *, coords: Any, dtype: str, memory: Any, name: str | None
+    maker: Maker, steps: np.ndarray, *, coords: Any, dtype: str, memory: Any, name: str | None
 ) -> TensorLayout:
+    if dtype not in ("float32", "float64"):
+        raise ValueError(f"dtype must be 'float32' or 'float64', not {dtype!r}")
     trace, n = maker.trace, maker.data.n
     width = (maker.outputs or 1) * max(maker.params, maker.columns)
     item = max(np.dtype(dtype).itemsize, maker.flat.theta.element_size())
@@ -343,7 +252,7 @@ def _layout(
     )  # fmt: skip
 
 
-def _write(maker: _Maker, writer: TensorWriter, preconditioned: bool, progress: bool) -> None:
+def _write(maker: Maker, writer: TensorWriter, preconditioned: bool, progress: bool) -> None:
     """Compute what is missing, each shard written while the next is computed."""
     layout, trace = writer.layout, maker.trace
     todo = [t for t in range(len(layout.times)) if not writer.done[t].all()]

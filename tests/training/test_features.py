@@ -10,7 +10,8 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors
-from lkarray.training import Projection
+from lkarray.nn import Batches
+from lkarray.training import Projection, makers
 from lkarray.training import features as features_module
 from tests.training.conftest import cross_entropy, examples, network
 
@@ -153,7 +154,7 @@ def test_features__go_on_after_a_stop_and_compute_nothing_twice(trace, tmp_path,
     monkeypatch.setattr(features_module, "_SHARD_BYTES", 4 * 53 * 8)
     whole = lk.gradient_features(trace, range(18), [1, 2, 3], store=tmp_path / "a", dtype="float64")
     made = []
-    shard = features_module._Maker.shard
+    shard = makers.Maker.shard
 
     def count(self, rows):
         if len(made) == limit:
@@ -161,7 +162,7 @@ def test_features__go_on_after_a_stop_and_compute_nothing_twice(trace, tmp_path,
         made.append(rows)
         return shard(self, rows)
 
-    monkeypatch.setattr(features_module._Maker, "shard", count)
+    monkeypatch.setattr(makers.Maker, "shard", count)
     monkeypatch.setattr(features_module, "_COMMIT_SECONDS", 0.0)
     limit = 7
     call = {"examples": range(18), "times": [1, 2, 3], "store": tmp_path / "b", "dtype": "float64"}
@@ -234,6 +235,6 @@ def test_features__of_other_examples_than_were_trained_on(trace, tmp_path):
     found = lk.gradient_features(trace, other, [4], store=tmp_path / "t", dtype="float64")
     trace.train_set, trace.train = (
         other,
-        features_module.Batches(other, name="other", device=torch.device("cpu")),
+        Batches(other, name="other", device=torch.device("cpu")),
     )
     np.testing.assert_allclose(found["gradient"][0, 2], gradient(trace, 4, 2), rtol=1e-12)

@@ -1,0 +1,191 @@
+"""What a recorded model computes on the way: activations, and how inputs move mode coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from lkarray import schema
+from lkarray.engine.plan import memory_budget
+from lkarray.errors import MemoryBudgetError, SchemaError
+from lkarray.nn.batches import MapDataset
+from lkarray.schema import EXAMPLE, MODE, PARAM, TIME
+from lkarray.training.choosing import as_examples, as_steps, as_trace
+from lkarray.training.recorder import Recorder
+from lkarray.training.trace import Trace
+
+_ROWS = 512
+
+
+def activations(
+    trace: Trace | Recorder,
+    examples: MapDataset | Sequence[int] | np.ndarray,
+    times: str | Iterable[int] = "epoch",
+    *,
+    module: str,
+    coords: Any = None,
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return what a module puts out for examples along a run, computed.
+
+    Parameters
+    ----------
+    trace, examples, times, coords
+        As for `gradient_features`.
+    module
+        Name of a submodule, as in ``model.named_modules()``; its output is flattened to units.
+    memory
+        Byte budget for the result.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``activations(time, example, unit)`` float32: for `lkarray.activation_overlap` and
+        `lkarray.hidden_similarity`.
+
+    Raises
+    ------
+    ValueError
+        No module has that name, or its output has no tensor with one row an example.
+    MemoryBudgetError
+        The result exceeds the budget.
+    """
+    source = as_trace(trace)
+    steps, (data, index) = as_steps(source, times), as_examples(source, examples)
+    named = dict(source.flat.module.named_modules())
+    if not module or module not in named:
+        raise ValueError(f"module {module!r} is none of {[name for name in named if name]}")
+    labels = schema.sample_coords(coords, data.n, dim=EXAMPLE, index=index)
+    out: np.ndarray | None = None
+    for t, (_, theta) in enumerate(source.states(steps.tolist())):
+        source.set_parameters(theta)
+        for start in range(0, data.n, _ROWS):
+            rows = np.arange(start, min(start + _ROWS, data.n))
+            inputs, _ = data.take(rows)
+            found = _output(source, named[module], inputs, len(rows))
+            if out is None:
+                shape = (len(steps), data.n, found.shape[1])
+                _require(4 * int(np.prod(shape)), memory)
+                out = np.empty(shape, np.float32)
+            out[t, rows] = found.cpu().numpy()
+    return xr.DataArray(
+        out,
+        dims=(TIME, EXAMPLE, "unit"),
+        coords={TIME: steps} | {name: (EXAMPLE, values) for name, values in labels.items()},
+        name="activations",
+        attrs={"module": module},
+    )
+
+
+def _output(trace: Trace, module: nn.Module, inputs: Any, rows: int) -> Tensor:
+    kept: list[Any] = []
+    handle = module.register_forward_hook(lambda m, args, output: kept.append(output))
+    try:
+        with torch.no_grad():
+            trace.flat(inputs)
+    finally:
+        handle.remove()
+    if not kept or not isinstance(kept[-1], Tensor) or len(kept[-1]) != rows:
+        raise ValueError("the module gives no tensor with one row for each example; choose another")
+    return kept[-1].flatten(1)
+
+
+def _require(needed: int, memory: int | str | None) -> None:
+    if needed > memory_budget(memory):
+        raise MemoryBudgetError(
+            f"the activations take {needed / 2**20:.0f} MiB; take fewer times or examples, or set "
+            "memory="
+        )
+
+
+def mode_sensitivity(
+    trace: Trace | Recorder,
+    modes: xr.Dataset,
+    examples: MapDataset | Sequence[int] | np.ndarray,
+    step: int,
+) -> xr.Dataset:
+    r"""Return how much the inputs move the mode coefficients (PLGK section 6.3, figure 16).
+
+    .. math:: |\nabla_x c_{kn}|, \qquad c_{kn} = v_k \cdot \nabla_\theta \ell(x_n)
+
+    Parameters
+    ----------
+    trace, examples
+        As for `gradient_features`; inputs must be floating-point tensors.
+    modes
+        With ``direction(mode, param)`` over all parameters of the trace, as `lkarray.modes` gives.
+    step
+        Whose parameters to take, 0 to ``trace.steps``.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``sensitivity(example, mode)`` and ``corrected(example, mode)``, divided by the norm of the
+        example's loss gradient: coefficients grow with the loss, and so does the raw one. NaN
+        where the gradient is zero.
+
+    Raises
+    ------
+    SchemaError
+        ``modes`` has no direction over the trace's parameters.
+    TypeError
+        Inputs are not floating-point.
+
+    Notes
+    -----
+    One double backward pass of a batch for each mode.
+    """
+    source = as_trace(trace)
+    directions = modes.get("direction")
+    size = source.flat.theta.shape[1]
+    if directions is None or dict(directions.sizes) != {MODE: modes.sizes[MODE], PARAM: size}:
+        raise SchemaError(
+            f"modes must hold direction(mode, param) with param of {size}, as lk.modes gives for "
+            "gradients of all parameters"
+        )
+    vectors = torch.from_numpy(np.array(directions.transpose(MODE, PARAM).values))
+    flat = source.flat
+    vectors = vectors.to(flat.theta)
+    data, index = as_examples(source, examples)
+    source.set(step)
+    found = np.empty((data.n, len(vectors)))
+    norms = np.empty(data.n)
+    for start in range(0, data.n, _ROWS):
+        rows = np.arange(start, min(start + _ROWS, data.n))
+        inputs, target = data.take(rows)
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+            raise TypeError("mode_sensitivity differentiates by inputs: they must be float tensors")
+        inputs = inputs.clone().requires_grad_()
+        with torch.enable_grad():
+            losses = source.loss(flat(inputs), target)
+            slopes = torch.autograd.grad(losses.sum(), flat.leaves, create_graph=True)
+            whole = torch.cat([slope.flatten() for slope in slopes])
+            for k, vector in enumerate(vectors):
+                (by_input,) = torch.autograd.grad(whole @ vector, inputs, retain_graph=True)
+                found[rows, k] = by_input.flatten(1).norm(dim=1).cpu().numpy()
+        norms[rows] = _gradient_norms(source, inputs.detach(), target)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        corrected = np.where(norms[:, None] > 0, found / norms[:, None], np.nan)
+    dims = (EXAMPLE, MODE)
+    return xr.Dataset(
+        {"sensitivity": (dims, found), "corrected": (dims, corrected)},
+        coords={EXAMPLE: index, MODE: modes[MODE]},
+        attrs={"step": step},
+    )
+
+
+def _gradient_norms(trace: Trace, inputs: Tensor, target: Any) -> np.ndarray:
+    from lkarray.nn.gradients import ExampleGradients
+
+    probe = trace.train.take(np.arange(2) % trace.train.n)
+    engine = ExampleGradients(trace.flat, trace.loss, probe)
+    rows = [
+        engine.gradients(x, y).norm(dim=1)
+        for x, y in zip(inputs.split(64), target.split(64), strict=True)
+    ]
+    return torch.cat(rows).cpu().numpy()
