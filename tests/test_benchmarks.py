@@ -1,4 +1,4 @@
-"""Every benchmark of the engine and of lift runs at reduced size, and what it compares agrees."""
+"""Benchmarks run at reduced size, and what each compares agrees."""
 
 import os
 import subprocess
@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+SMALL = [
+    *("dense", "top_k", "spectra", "growth", "lift"),
+    *("example_gradients", "recording", pytest.param("gradient_tensor", marks=pytest.mark.slow)),
+]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["dense", "top_k", "spectra", "growth", "lift"])
+@pytest.mark.parametrize("name", SMALL)
 def test_benchmark__runs_small(name, tmp_path):
     done = subprocess.run(
         [sys.executable, BENCHMARKS / f"{name}.py", "--small"],

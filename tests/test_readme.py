@@ -69,6 +69,25 @@ def test_readme__the_lines_about_memory_run_on_the_demo_store(digits, tmp_path, 
     np.testing.assert_allclose(saved[names["R"].name][3, :9], names["R"][3, :9], atol=1e-6)
 
 
+def test_readme__the_lines_about_training_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data, model = classification(), small_network()
+    names = {
+        "lk": lk,
+        "F": torch.nn.functional,
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), 1e-2),
+        "train_set": data,
+        "inputs": data.tensors[0],
+        "labels": data.tensors[1],
+        "batches": [part for _ in range(3) for part in torch.arange(40).split(16)],
+    }
+    exec(block("lk.record"), names)
+    assert names["similarity"].shape == (40, 40)
+    assert names["K"].shape == (3, 3)
+    assert names["modes"]["drive"].values.shape == (5,)
+
+
 def test_readme__the_lines_about_hierarchies_run():
     rng = np.random.default_rng(0)
     wnids = list(lk.Taxonomy.imagenet().labels[:200:4])
@@ -96,7 +115,13 @@ def test_readme__gives_both_commands_first_and_they_exist():
     assert all(f"\n{name}:" in makefile for name in commands)
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/hierarchies.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/hierarchies.md",
+    "docs/training.md",
+]
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -8,8 +8,10 @@ from lkarray.plots.hierarchy import (
     lift_curves,
     transitions,
 )
+from lkarray.plots.training import axis_extremes, over_training, temporal_structure
 
 __all__ = [
+    "axis_extremes",
     "correlation_against_distance",
     "gain_against_loss",
     "hierarchy_matrices",
@@ -17,6 +19,8 @@ __all__ = [
     "lift_by_depth",
     "lift_curves",
     "neighbor_map",
+    "over_training",
+    "temporal_structure",
     "top_correlated",
     "transitions",
 ]

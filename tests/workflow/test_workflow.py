@@ -221,7 +221,7 @@ def test_cli__errors_are_one_line_and_an_exit_code(tmp_path):
     assert invoke("run", "nothing").exit_code == 2
     assert "there is no workflow 'nothing'" in invoke("run", "nothing").output
     assert invoke("run", "digits", "--set", "seed=-1", "--out", tmp_path / "x").exit_code == 2
-    assert invoke("run").output.split() == ["digits", "fashion", "glosses"]
+    assert invoke("run").output.split() == ["digits", "fashion", "glosses", "lenet_path"]
     assert not (tmp_path / "x").exists()
 
 
