@@ -11,7 +11,7 @@ from lkarray.schema import POSTERIOR, Losses, as_losses
 
 
 class LossAccessor:
-    """The functions of lkarray that take losses, on what holds losses.
+    """The functions of lkarray that take losses, or gradients, on what holds them.
 
     Registered as ``.lk`` on DataTree, Dataset and DataArray; each method is the function of
     the same name with this object as its first argument.
@@ -85,6 +85,33 @@ class LossAccessor:
     def llc(self, **options: Any) -> xr.DataArray:
         """See `lkarray.llc`."""
         return kernels.llc(self._losses, **options)
+
+    # --- of gradients -------------------------------------------------------------------------
+
+    def lgk(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
+        """See `lkarray.lgk`."""
+        return kernels.lgk(self._losses, y, **options)
+
+    def plgk(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
+        """See `lkarray.plgk`."""
+        return kernels.plgk(self._losses, y, **options)
+
+    def ips(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
+        """See `lkarray.ips`."""
+        return kernels.ips(self._losses, y, **options)
+
+    def temporal_kernel(self, **options: Any) -> xr.DataArray:
+        """See `lkarray.temporal_kernel`."""
+        return kernels.temporal_kernel(self._losses, **options)
+
+    def modes(self, k: int, **options: Any) -> xr.Dataset:
+        """See `lkarray.modes`."""
+        return kernels.modes(self._losses, k, **options)
+
+    def params(self, pattern: Any) -> xr.Dataset:
+        """See `lkarray.params`."""
+        holder: Any = self._losses
+        return kernels.params(holder, pattern)
 
 
 def register() -> None:

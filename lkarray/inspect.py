@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import zarr
 from dask.utils import format_bytes
 
 from lkarray import schema
@@ -15,9 +18,11 @@ from lkarray.store import (
     stored,
     stored_fingerprint,
 )
+from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import recorded
 from lkarray.store.location import StoreLike, local_path
 from lkarray.store.reading import DERIVED, open_store
+from lkarray.store.trajectory import open_trajectory, trace_fingerprint
 
 
 def describe_store(path: StoreLike) -> str:
@@ -35,6 +40,9 @@ def describe_store(path: StoreLike) -> str:
             lines += ["", f"  {parts['dim']} {label}:", *(f"  {line}" for line in inside[1:])]
         return "\n".join(lines)
     fingerprint = stored_fingerprint(root)
+    training = list(_training(root))
+    if fingerprint is None and training:
+        return "\n".join([*lines, *training])
     if fingerprint is None:
         return "\n".join([*lines, "  no losses yet: sampling was stopped before it began"])
     lines.append("")
@@ -61,4 +69,24 @@ def describe_store(path: StoreLike) -> str:
             lines.append(f"  /{DERIVED}/{name}  {', '.join(variables)}")
     lines += ["", "  made with"]
     lines += [f"    {key}: {value}" for key, value in fingerprint.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *training])
+
+
+def _training(root: zarr.Group) -> Iterator[str]:
+    """Yield lines on a recorded training run, and on the gradient tensors made from it."""
+    mark = trace_fingerprint(root)
+    if mark is not None:
+        ds = open_trajectory(root)
+        yield ""
+        yield (
+            f"  /{schema.TRAJECTORY}  {ds.sizes['step']:,} steps committed of {mark['optimizer']}, "
+            f"{ds.sizes['param']:,} parameters in {ds.sizes['tensor']} tensors, "
+            f"every {mark['every']} steps a state"
+        )
+    for group in gradient_marks(root):
+        tensor = next(iter(open_gradients(root, group).data_vars.values()))
+        sizes = ", ".join(f"{dim} {n:,}" for dim, n in tensor.sizes.items())
+        yield f"  /{group}  {tensor.name}({sizes}), {tensor.dtype}, {format_bytes(tensor.nbytes)}"
+    if mark is not None:
+        yield from ["", "  recorded with"]
+        yield from (f"    {key}: {value}" for key, value in mark.items())

@@ -151,9 +151,9 @@ def gradient_factors(
     The gradient of a linear layer's weight by one example's loss is the outer product of
     what comes back and what went in. Inner products of such gradients are products of inner
     products (PLGK A.2.8), so that `lkarray.lgk`, `lkarray.plgk` and `lkarray.ips` give the same
-    numbers from much less: of LeNet-5, 4,100 numbers for each example instead of 61,706. Tensors
+    numbers from much less: of LeNet-5, 3,604 numbers for each example instead of 61,706. Tensors
     for which factors are not smaller (convolutions, biases, layers at many positions) are
-    stored whole. ``lkarray.training.gradient_plan`` prints which are which.
+    stored whole. `gradient_plan` prints which are which.
 
     Parameters
     ----------

@@ -10,6 +10,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors
+from lkarray.inspect import describe_store
 from lkarray.nn import Batches
 from lkarray.training import Projection, makers
 from lkarray.training import features as features_module
@@ -185,6 +186,20 @@ def test_features__refuse_another_tensor_in_the_group(trace, tmp_path):
         lk.gradient_features(trace, range(5), [4], store=tmp_path / "t")
     with pytest.raises(errors.FingerprintError, match="index: stored"):
         lk.gradient_features(trace, range(1, 6), [3], store=tmp_path / "t")
+
+
+def test_features__have_the_kernels_as_methods_and_show_in_info(trace, tmp_path):
+    found = lk.gradient_features(trace, range(5), [3, 8], store=tmp_path / "t")
+    tree = lk.open(tmp_path / "t")
+    for G in (found, tree["gradients"], tree):
+        np.testing.assert_array_equal(G.lk.plgk(), lk.plgk(found))
+        np.testing.assert_array_equal(G.lk.ips(weight="lr"), lk.ips(found, weight="lr"))
+    np.testing.assert_array_equal(
+        found.lk.params("2.*").lk.lgk(), lk.lgk(found.isel(param=slice(35, 53)))
+    )
+    text = describe_store(tmp_path / "t")
+    assert "22 steps committed of Adam, 53 parameters in 4 tensors, every 1 steps" in text
+    assert "/gradients  gradient(time 2, example 5, param 53), float32" in text
 
 
 def test_features__stay_lazy(trace, tmp_path):
