@@ -29,7 +29,7 @@ from lkarray.engine.strips import (
 )
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of, sample_coords
-from lkarray.kernels.unfolding import stack_rows
+from lkarray.kernels.unfolding import merge
 from lkarray.schema import MODE
 
 _EXTRA = 10  # vectors beyond those asked for (Halko, Martinsson and Tropp 2011)
@@ -211,7 +211,7 @@ def _operand(
         raise SchemaError(f"over={over} leaves no dim of {x.dims} for the rows")
     flat, rows = x, free[0]
     if len(free) > 1:
-        flat = xr.DataArray(stack_rows(x.variable, free, _ROWS), name=x.name)
+        flat = xr.DataArray(merge(x.variable, free, _ROWS), name=x.name)
         rows = _ROWS
     free_dim(flat, "x", over, ())
     degrees = degrees_of_freedom(x, over, center)

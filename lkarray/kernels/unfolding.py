@@ -230,15 +230,3 @@ def _take(ds: xr.Dataset, spans: list[tuple[int, int]]) -> xr.Dataset:
         pieces = [ds.variables[name].isel({PARAM: slice(*run)}) for run in runs]
         out[name] = xr.Variable.concat(pieces, PARAM)
     return out.set_coords([name for name in lazy if name in ds.coords])
-
-
-def stack_rows(x: xr.Variable, free: tuple[str, ...], name: str) -> xr.Variable:
-    """Return a tensor with its free dims as one, ``name``; chunks as they are where that can be."""
-    outer = free[:-1]
-    if x.chunks is None or any(max(x.chunksizes[dim]) > 1 for dim in outer):
-        stacked: xr.Variable = x.stack({name: free})
-        return stacked
-    rest = [dim for dim in x.dims if dim not in free]
-    turned = x.transpose(*free, *rest)
-    parts = [turned.data[at] for at in np.ndindex(*turned.shape[: len(outer)])]
-    return xr.Variable((name, *rest), da.concatenate(parts))
