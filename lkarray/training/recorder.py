@@ -145,6 +145,7 @@ class Recorder:
         self._after: Tensor | None = None
         self._applied: Tensor | None = None
         self._buffered: list[bool] = []
+        self._broken = False  # an update was begun, and its step is not recorded
 
     # --- the context --------------------------------------------------------------------------
 
@@ -214,10 +215,10 @@ class Recorder:
         return keep
 
     def _state(self) -> dict[str, np.ndarray]:
-        extra = schedule_state(self._optimizer, self._scheduler)
+        extra = schedule_state(self._optimizer, self._scheduler, whole=not self._broken)
         text = np.asarray([extra], np.dtypes.StringDType())
-        theta = self._capture.theta().cpu().numpy()
-        return self._capture.state() | {"parameters": theta, "extra": text}
+        assert self._after is not None
+        return self._capture.state() | {"parameters": self._after.cpu().numpy(), "extra": text}
 
     def trace(self) -> Trace:
         """Return what was recorded, once the context is left; see `open_trace`."""
@@ -302,6 +303,7 @@ class Recorder:
         if any(a is not None for a in (*args[1:], *kwargs.values())):  # the first is itself
             raise ValueError("optimizer.step(closure) cannot be recorded; call backward before it")
         self._applied = self._capture.applied()
+        self._broken = True
 
     def _finish(
         self, batch: np.ndarray, before: Tensor, state: dict[str, np.ndarray] | None
@@ -347,7 +349,7 @@ class Recorder:
         else:
             kept = None if diagonal is None or self._every > 1 else diagonal.cpu().numpy()
             self._writer.append(Row(values, state, kept))
-        self._after = after
+        self._after, self._broken = after, False
         self.steps += 1
 
     # --- going on with a run that was killed --------------------------------------------------
@@ -394,8 +396,7 @@ class Recorder:
 
     def _restore(self) -> None:
         state = trajectory.last_state(self._root)
-        extra = str(state.pop("extra")[0])
+        load_schedule(str(state.pop("extra")[0]), self._optimizer, self._scheduler)
         self._capture.load(state)
-        load_schedule(extra, self._optimizer, self._scheduler)
         self._after = self._capture.theta()
         self.steps = self._writer.committed

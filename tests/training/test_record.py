@@ -402,6 +402,25 @@ def test_record__an_error_in_the_loop_keeps_the_steps_before(train, tmp_path):
     assert opened(tmp_path / "t").steps == 5
 
 
+def test_record__a_step_that_fails_after_its_update_leaves_the_one_before(train, tmp_path):
+    def tamper(parameters, count=[0]):  # noqa: B006
+        count[0] += 1
+        if count[0] == 7:
+            next(iter(parameters)).grad.fill_(torch.nan)
+
+    with pytest.raises(errors.NonFiniteError, match="in step 6"):
+        train(tmp_path / "t", clip=tamper)
+    whole, _ = train(tmp_path / "whole")
+    trace = opened(tmp_path / "t")
+    assert trace.steps == 6
+    np.testing.assert_array_equal(trace.parameters(6), opened(tmp_path / "whole").parameters(6))
+    with pytest.raises(errors.StoreError, match="run the whole loop again"):
+        train(tmp_path / "t", resume=True)
+    again, _ = train(tmp_path / "t")
+    np.testing.assert_array_equal(flat(again), flat(whole))
+    assert opened(tmp_path / "t").steps == 22
+
+
 def test_open_trace__refuses_other_code_data_and_loss(train, tmp_path):
     train(tmp_path / "t")
     data = examples()
