@@ -30,8 +30,8 @@ from lkarray.training.recorder import Recorder
 from lkarray.training.trace import Trace
 
 _SHARD_BYTES = 64 << 20
-#: Copies of a shard in memory: being made, its layers' parts, being written.
-_COPIES = 5
+#: Shards that are held at most: being made, its layers' parts, being written, in Zarr's buffers.
+_COPIES = 8
 _COMMIT_SECONDS = 5.0
 
 
@@ -110,7 +110,7 @@ def gradient_features(
     Notes
     -----
     One forward and backward pass of each example at each time (one for each output, with
-    ``of="output"``), and ``2 P`` operations for an element of the projection. Memory: five shards
+    ``of="output"``), and ``2 P`` operations for an element of the projection. Memory: eight shards
     of up to 64 MiB. Shards that are stored are not computed again.
     """
     if not callable(of) and of not in ("loss", "output"):
@@ -277,7 +277,9 @@ def _write(maker: Maker, writer: TensorWriter, preconditioned: bool, progress: b
                     if time.monotonic() - last > _COMMIT_SECONDS:
                         writer.commit()
                         last = time.monotonic()
-                pending = executor.submit(writer.write, t, shard, values.astype(layout.dtype))
+                pending = executor.submit(
+                    writer.write, t, shard, values.astype(layout.dtype, copy=False)
+                )
                 bar.update()
         if pending is not None:
             pending.result()
