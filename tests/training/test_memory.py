@@ -22,7 +22,8 @@ with lk.record(model, optimizer, data, store=sys.argv[1]) as trace:
             F.cross_entropy(model(inputs[batch]), labels[batch]).backward()
             optimizer.step()
 run = trace.trace()
-lk.gradient_features(run, [0, 1], [0], store=sys.argv[1], name="first")  # what any use of torch and Zarr takes
+# First what any use of torch and Zarr takes.
+lk.gradient_features(run, [0, 1], [0], store=sys.argv[1], name="first")
 before = peak()
 G = lk.gradient_features(run, data, [0, 5], store=sys.argv[1], memory="64 MiB")
 print(G.nbytes / 2**20, peak() - before)
