@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-SMALL = [
-    *("dense", "top_k", "spectra", "growth", "lift"),
-    *("example_gradients", "recording", pytest.param("gradient_tensor", marks=pytest.mark.slow)),
-]
+FAST = ("dense", "spectra", "lift", "example_gradients", "recording")
+SLOW = ("top_k", "growth", "gradient_tensor")
+SMALL = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 

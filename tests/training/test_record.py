@@ -196,7 +196,7 @@ KILLED = """
     inputs, labels = data.tensors
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     with lk.record(model, optimizer, data, loss=cross_entropy, store=sys.argv[1]) as trace:
-        for batch in trace.remaining(batches_of(120)):
+        for batch in trace.remaining(batches_of(80)):
             with trace.step(batch):
                 optimizer.zero_grad()
                 cross_entropy(model(inputs[batch]), labels[batch]).mean().backward()
@@ -231,8 +231,8 @@ def test_record__killed_runs_leave_a_readable_trace_and_go_on(tmp_path, monkeypa
         assert np.isfinite(trace.parameters(steps)).all()
     subprocess.run([*command, tmp_path / "killed"], env=env, check=True)
     once, twice = opened(tmp_path / "whole"), opened(tmp_path / "killed")
-    assert once.steps == twice.steps == 120
-    for (_, a), (_, b) in zip(once.states(range(121)), twice.states(range(121)), strict=True):
+    assert once.steps == twice.steps == 80
+    for (_, a), (_, b) in zip(once.states(range(81)), twice.states(range(81)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
