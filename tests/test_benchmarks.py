@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-FAST = ("dense", "spectra", "lift", "example_gradients", "recording")
-SLOW = ("top_k", "growth", "gradient_tensor")
+FAST = ("spectra", "lift", "example_gradients")
+SLOW = ("dense", "top_k", "growth", "recording", "gradient_tensor")
 SMALL = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

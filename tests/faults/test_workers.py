@@ -122,7 +122,7 @@ def killed(path, cluster, client, kills, seed):
 
 
 @pytest.mark.parametrize(
-    "kills", [4, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    "kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
 def test_workers__killed_at_random_moments_give_the_same_numbers(tmp_path, cluster, client, kills):
     whole = sample(tmp_path / "whole", client)
