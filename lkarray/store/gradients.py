@@ -123,6 +123,8 @@ class TensorWriter:
             remedy = "give it a name= of its own"
             refuse_changes(before, fingerprint, where, remedy=remedy)
         self.array = stored_at(self.root, f"{layout.group}/{layout.variable.name}")
+        # Shards are those it was begun with, whatever the budget is now.
+        self.layout = replace(layout, rows=int(self.array.attrs["rows"]))  # type: ignore[arg-type]
         self._done = stored_at(self.root, f"{layout.group}/{DONE.name}")
         self.done = np.asarray(self._done[:]).astype(bool)
         self._keys: list[str] = []

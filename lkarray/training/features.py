@@ -125,11 +125,13 @@ def gradient_features(
     projection = None if project is None else Projection(project, seed)
     maker = Maker(source, examples, of, params, projection)
     layout = _layout(maker, steps, coords=coords, dtype=dtype, memory=memory, name=name)
-    fingerprint = _fingerprint(maker, layout) | {
+    made = {
         "of": identity(of) if callable(of) else of,
         "projection": None if projection is None else asdict(projection),
         "preconditioned": preconditioned,
     }
+    layout = replace(layout, attrs={key: value for key, value in made.items() if value})
+    fingerprint = _fingerprint(maker, layout) | made
     return _make(maker, layout, fingerprint, store, preconditioned, progress)
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
+from lkarray.errors import StoreError
+
 Group = Mapping[str, Any]
 State = Mapping[str, Any]
 
@@ -180,6 +182,17 @@ def rule_of(optimizer: Optimizer) -> Rule:
             f"lkarray.training.RULES[{type(optimizer).__name__}] = lkarray.training.Rule(...)"
         )
     return rule
+
+
+def kind_named(name: str) -> type[Optimizer]:
+    """Return the class of optimizer that a trace names; raise `StoreError` if none has a rule."""
+    for kind in RULES:
+        if kind.__name__ == name:
+            return kind
+    raise StoreError(
+        f"the run was recorded with {name}, for which there is no rule here; add the one it was "
+        f"recorded with: lkarray.training.RULES[{name}] = lkarray.training.Rule(...)"
+    )
 
 
 def carried(optimizer: Optimizer) -> tuple[list[str], list[str]]:

@@ -155,10 +155,10 @@ class Recorder:
         with ExitStack() as stack:
             target = store.as_store(self._path)
             stack.enter_context(store.writer_lock(target))
-            self._root, self._layout = self._prepare()
+            self._root, layout = self._prepare()
             executor = ThreadPoolExecutor(1, thread_name_prefix="lkarray-trace")
             stack.callback(executor.shutdown)
-            self._writer = TraceWriter(self._root, self._layout, executor)
+            self._writer = TraceWriter(self._root, layout, executor)
             capture = self._capture
             for i, parameter in enumerate(capture.parameters):
                 hook = parameter.register_post_accumulate_grad_hook(self._keeper(i))

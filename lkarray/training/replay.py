@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import optim
 
 from lkarray import schema
 from lkarray.errors import FingerprintError
 from lkarray.store import trajectory
 from lkarray.store.layout import stored_at
 from lkarray.training.capture import Capture
+from lkarray.training.optimizers import kind_named
 
 if TYPE_CHECKING:
     from lkarray.training.trace import Trace
@@ -50,7 +50,8 @@ class Replay:
         now = trace.options(min(self.step, trace.steps - 1))
         for group, fixed, changing in zip(groups, trace.mark["groups"], now, strict=True):
             group.update(fixed | changing)
-        self._optimizer = getattr(optim, trace.mark["optimizer"])(groups, lr=1e-3)
+        kind: Any = kind_named(trace.mark["optimizer"])
+        self._optimizer = kind(groups)
         self._capture = Capture(moving, self._optimizer)
         path = f"{schema.TRAJECTORY}/{trajectory.PARAMETERS.name}"
         state = trajectory.kept_state(trace.root, kept)

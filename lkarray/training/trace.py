@@ -21,7 +21,7 @@ from lkarray.store.layout import stored_at
 from lkarray.store.location import StoreLike, open_root
 from lkarray.training.checking import literal
 from lkarray.training.identity import code
-from lkarray.training.optimizers import RULES
+from lkarray.training.optimizers import RULES, kind_named
 from lkarray.training.replay import Replay
 
 
@@ -241,8 +241,7 @@ class Trace:
 
         Of Adam ``sqrt(v) + eps`` with its correction for bias.
         """
-        name = self.mark["optimizer"]
-        if RULES_BY_NAME[name].denominator is None:
+        if RULES[kind_named(self.mark["optimizer"])].denominator is None:
             return None
         if not 0 <= step < self.steps:
             raise ValueError(f"step must be 0 to {self.steps - 1}, not {step}")
@@ -269,9 +268,6 @@ class Trace:
 
 #: What is stored of the parameter tensors.
 _TENSORS = (schema.TENSOR, schema.MODULE.name, schema.START.name, schema.STOP.name)
-
-#: Rules by the name that a trace stores.
-RULES_BY_NAME = {kind.__name__: rule for kind, rule in RULES.items()}
 
 
 def epoch_starts(batches: np.ndarray, n: int) -> np.ndarray:

@@ -146,6 +146,7 @@ def test_features__projected(trace, tmp_path):
     expected = whole["gradient"].values[..., 35:] @ Projection(64, 5).rows(35, 53)
     np.testing.assert_allclose(part["gradient"], expected, rtol=1e-10)
     assert "start" not in found.coords
+    assert found.attrs["projection"] == {"size": 64, "seed": 5}
 
 
 # --- resume ------------------------------------------------------------------------------------
@@ -172,6 +173,8 @@ def test_features__go_on_after_a_stop_and_compute_nothing_twice(trace, tmp_path,
     assert lk.open(tmp_path / "b")["gradients"].sizes["time"] == 1, "only whole times are shown"
     assert lk.verify(tmp_path / "b") == []
     limit = 100
+    # Another budget now: the shards stay those that it was begun with.
+    monkeypatch.setattr(features_module, "_SHARD_BYTES", 1 << 20)
     found = lk.gradient_features(trace, **call)
     assert 15 <= len(made) <= 17
     np.testing.assert_array_equal(found["gradient"], whole["gradient"])

@@ -145,6 +145,20 @@ def opened_buffer_free(train):
     return opened(store).inherited()
 
 
+def test_record__an_optimizer_with_a_rule_of_ones_own(train, tmp_path, monkeypatch):
+    import lkarray.training as training
+
+    monkeypatch.setitem(training.RULES, Own, training.RULES[optim.SGD])
+    train(tmp_path / "t", make=lambda p: Own(p, 0.1, momentum=0.5), every=4)
+    train(tmp_path / "plain", make=lambda p: optim.SGD(p, 0.1, momentum=0.5))
+    trace = opened(tmp_path / "t")
+    np.testing.assert_array_equal(trace.parameters(10), opened(tmp_path / "plain").parameters(10))
+    assert trace.denominator(3) is None
+    monkeypatch.undo()
+    with pytest.raises(errors.StoreError, match="recorded with Own, for which there is no rule"):
+        opened(tmp_path / "t").denominator(3)
+
+
 # --- resume ------------------------------------------------------------------------------------
 
 
