@@ -1,4 +1,4 @@
-"""``x.lk.correlation()``: the public functions of losses as methods, and nothing more."""
+"""``x.lk.correlation()``: the public functions of labelled arrays as methods, and nothing more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lkarray.schema import POSTERIOR, Losses, as_losses
 
 
 class LossAccessor:
-    """The functions of lkarray that take losses, or gradients, on what holds them.
+    """The functions of lkarray that take losses, gradients or audits, on what holds them.
 
     Registered as ``.lk`` on DataTree, Dataset and DataArray; each method is the function of
     the same name with this object as its first argument.
@@ -112,6 +112,33 @@ class LossAccessor:
         """See `lkarray.params`."""
         holder: Any = self._losses
         return kernels.params(holder, pattern)
+
+    # --- of audits ----------------------------------------------------------------------------
+
+    def completeness(self) -> xr.Dataset:
+        """See `lkarray.completeness`."""
+        audit: Any = self._losses
+        return kernels.completeness(audit)
+
+    def most_influential(self, k: int = 25, **options: Any) -> xr.Dataset:
+        """See `lkarray.most_influential`."""
+        audit: Any = self._losses
+        return kernels.most_influential(audit, k, **options)
+
+    def concentration(self) -> xr.DataArray:
+        """See `lkarray.concentration`."""
+        audit: Any = self._losses
+        return kernels.concentration(audit)
+
+    def net_influence(self, **options: Any) -> xr.DataArray:
+        """See `lkarray.net_influence`."""
+        audit: Any = self._losses
+        return kernels.net_influence(audit, **options)
+
+    def gross_influence(self, **options: Any) -> xr.DataArray:
+        """See `lkarray.gross_influence`."""
+        audit: Any = self._losses
+        return kernels.gross_influence(audit, **options)
 
 
 def register() -> None:

@@ -37,16 +37,25 @@ def main() -> None:
     logging.getLogger("lkarray").setLevel(logging.INFO)
 
 
-@main.command()
+@main.command(context_settings={"ignore_unknown_options": True})
 @click.argument("name", required=False)
+@click.argument("rest", nargs=-1, type=click.UNPROCESSED, metavar="[--KEY VALUE]...")
 @click.option("--preset", default="default", show_default=True, help="Named set of settings.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [runs/NAME]")
 @click.option("--progress/--no-progress", default=True, help="Show progress bars.")
 def run(
-    name: str | None, preset: str, settings: tuple[str, ...], out: Path | None, progress: bool
+    name: str | None,
+    rest: tuple[str, ...],
+    preset: str,
+    settings: tuple[str, ...],
+    out: Path | None,
+    progress: bool,
 ) -> None:
-    """Run the workflow NAME, or continue it; without NAME, list them."""
+    """Run the workflow NAME, or continue it; without NAME, list them.
+
+    Each setting of the workflow is an option too: --dataset mnist is --set dataset=mnist.
+    """
     from lkarray.workflow import find_workflow, workflow_names
 
     if name is None:
@@ -55,10 +64,25 @@ def run(
     click.echo(f"{name}: loading (torch takes a few seconds)", err=True)
     try:
         study = find_workflow(name)
-        config = study.Config.build(preset, settings)
+        config = study.Config.build(preset, [*settings, *_settings(rest)])
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     click.echo(study.run(config, out or Path("runs") / name, progress=progress))
+
+
+def _settings(words: tuple[str, ...]) -> list[str]:
+    """Return ``key=value`` of options ``--key value``, ``--key=value`` and ``--key``."""
+    out: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected {word!r}; settings are given as --key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = left.pop(0) if left and not left[0].startswith("--") else "true"
+        out.append(f"{key.replace('-', '_')}={value}")
+    return out
 
 
 @main.command()

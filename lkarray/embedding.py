@@ -62,6 +62,8 @@ def embed(
         raise ValueError(f"method must be 'umap', not {method!r}")
     if n_components < 1:
         raise ValueError(f"n_components must be at least 1, not {n_components}")
+    if isinstance(neighbors_or_kernel, xr.Dataset | xr.DataArray):
+        require_kernel(neighbors_or_kernel, "embed")
     if isinstance(neighbors_or_kernel, xr.Dataset):
         rows, index, similarity, coords = _from_neighbors(neighbors_or_kernel)
     elif isinstance(neighbors_or_kernel, xr.DataArray):
@@ -107,7 +109,6 @@ def _from_neighbors(ds: xr.Dataset) -> Table:
 
 
 def _from_kernel(kernel: xr.DataArray, k: int) -> Table:
-    require_kernel(kernel, "embed")
     if kernel.ndim != 2 or kernel.dims[1] != second(kernel.dims[0]) or len(set(kernel.shape)) != 1:
         raise SchemaError(
             f"embed: a kernel must be square, with dims ('sample', 'sample_2'), not "

@@ -18,6 +18,7 @@ from lkarray.store import (
     stored,
     stored_fingerprint,
 )
+from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import recorded
 from lkarray.store.location import StoreLike, local_path
@@ -73,7 +74,7 @@ def describe_store(path: StoreLike) -> str:
 
 
 def _training(root: zarr.Group) -> Iterator[str]:
-    """Yield lines on a recorded training run, and on the gradient tensors made from it."""
+    """Yield lines on a recorded training run, and on the tensors and audits made from it."""
     mark = trace_fingerprint(root)
     if mark is not None:
         ds = open_trajectory(root)
@@ -87,6 +88,10 @@ def _training(root: zarr.Group) -> Iterator[str]:
         tensor = next(iter(open_gradients(root, group).data_vars.values()))
         sizes = ", ".join(f"{dim} {n:,}" for dim, n in tensor.sizes.items())
         yield f"  /{group}  {tensor.name}({sizes}), {tensor.dtype}, {format_bytes(tensor.nbytes)}"
+    for group in audit_marks(root):
+        influence = open_audit(root, group)["influence"]
+        sizes = ", ".join(f"{dim} {n:,}" for dim, n in influence.sizes.items())
+        yield f"  /{group}  influence({sizes}), {influence.dtype}, {format_bytes(influence.nbytes)}"
     if mark is not None:
         yield from ["", "  recorded with"]
         yield from (f"    {key}: {value}" for key, value in mark.items())

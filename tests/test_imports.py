@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,14 @@ def test_direction__of_imports(folder, forbidden):
 def test_modules__stay_short_enough_to_read():
     long = {p.name: n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 420}
     assert not long
+
+
+def test_packages__are_all_installed():
+    """Every folder of modules is named in pyproject.toml: an installed lkarray has them all."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
+    named = set(project["tool"]["setuptools"]["packages"])
+    found = {".".join(p.parent.relative_to(ROOT.parent).parts) for p in ROOT.rglob("__init__.py")}
+    assert named == found | {"lkarray_workflows"}
 
 
 def test_public_names__are_all_there_and_documented():

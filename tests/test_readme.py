@@ -80,12 +80,16 @@ def test_readme__the_lines_about_training_run(tmp_path, monkeypatch):
         "train_set": data,
         "inputs": data.tensors[0],
         "labels": data.tensors[1],
+        "test_set": torch.utils.data.Subset(data, range(6)),
         "batches": [part for _ in range(3) for part in torch.arange(40).split(16)],
     }
     exec(block("lk.record"), names)
     assert names["similarity"].shape == (40, 40)
     assert names["K"].shape == (3, 3)
     assert names["modes"]["drive"].values.shape == (5,)
+    exec(block("lk.audit"), names)
+    assert names["found"].attrs["lc"] > 0.99
+    assert set(names["by_class"]["influence"].dims) == {"group", "audit", "layer", "epoch"}
 
 
 def test_readme__the_lines_about_hierarchies_run():
@@ -121,6 +125,7 @@ PAGES = [
     "docs/architecture.md",
     "docs/hierarchies.md",
     "docs/training.md",
+    "docs/audit.md",
 ]
 
 

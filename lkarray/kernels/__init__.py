@@ -1,6 +1,8 @@
 """The named kernels: a few lines each on the engine."""
 
 from lkarray.kernels.alignment import cka, cka_curve, frobenius
+from lkarray.kernels.audit_modes import audit_modes, extend_audit
+from lkarray.kernels.audits import completeness, gross_influence, net_influence
 from lkarray.kernels.diagnostics import diagnostics
 from lkarray.kernels.difficulty import difficulty_table, hidden_similarity, ips_scores
 from lkarray.kernels.gradients import (
@@ -14,6 +16,7 @@ from lkarray.kernels.gradients import (
 from lkarray.kernels.gram import gram
 from lkarray.kernels.groups import group_mean, linear_operator
 from lkarray.kernels.histogram import histogram
+from lkarray.kernels.influential import concentration, most_influential
 from lkarray.kernels.losses import (
     correlation,
     covariance,
@@ -46,19 +49,24 @@ from lkarray.kernels.unfolding import params, unfold
 __all__ = [
     "activation_overlap",
     "angle_distance",
+    "audit_modes",
     "cancellation_ratio",
     "chord_distance",
     "cka",
     "cka_curve",
+    "completeness",
+    "concentration",
     "correlation",
     "covariance",
     "diagnostics",
     "difficulty_table",
     "eigh",
     "energy_rank",
+    "extend_audit",
     "feature_overlap",
     "frobenius",
     "gram",
+    "gross_influence",
     "group_mean",
     "hidden_similarity",
     "histogram",
@@ -76,7 +84,9 @@ __all__ = [
     "mcse",
     "mode_coefficients",
     "modes",
+    "most_influential",
     "neighbors",
+    "net_influence",
     "online_modes",
     "parameter_modes",
     "params",

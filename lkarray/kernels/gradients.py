@@ -10,7 +10,7 @@ import xarray as xr
 from lkarray.errors import SchemaError
 from lkarray.kernels.ghost import factor_kernel, holds_factors
 from lkarray.kernels.gram import gram, one_of
-from lkarray.schema import EXAMPLE, FACTOR, LEARNING_RATE, PARAM, TIME, Losses, as_gradients
+from lkarray.schema import AUDIT, EXAMPLE, FACTOR, LEARNING_RATE, PARAM, TIME, Losses, as_gradients
 
 #: Powers of the learning rate inside a sum over time: none, one, two.
 WEIGHTS = (None, "lr", "lr2")
@@ -205,17 +205,20 @@ def temporal_kernel(
     return named(out, "temporal_kernel", weight, units="nat^2")
 
 
-def require_kernel(k: xr.DataArray, what: str) -> None:
+def require_kernel(k: xr.DataArray | xr.Dataset, what: str) -> None:
     """Raise ``ValueError`` where ``k`` says of itself that it is an influence operator.
 
     Parameters
     ----------
     k
-        Any array; without the attribute ``kernel`` it passes.
+        Any array; with neither the attribute ``kernel`` nor the dim ``audit`` it passes. Or a
+        Dataset, such as an audit.
     what
         What needs a kernel, for the message.
     """
-    if k.attrs.get("kernel") == INFLUENCE:
+    if isinstance(k, xr.Dataset):
+        k = k["influence"] if "influence" in k.data_vars else xr.DataArray()
+    if k.attrs.get("kernel") == INFLUENCE or AUDIT in k.dims:
         raise ValueError(
             f"{what} needs a kernel, and {k.name!r} is an influence operator: weighted on one side "
             "only, it is neither symmetric nor positive semi-definite (PLGK definition 2), so it "
@@ -311,9 +314,10 @@ def named(x: xr.DataArray, name: str, weight: str | None, *, units: str) -> xr.D
 
 def _cosine(k: Losses, what: str) -> xr.DataArray:
     """Return a cosine kernel without rounding beyond [-1, 1], from itself or from gradients."""
+    if isinstance(k, xr.DataArray | xr.Dataset):
+        require_kernel(k, what)
     if not isinstance(k, xr.DataArray) or PARAM in k.dims:
         k = ips(k)
-    require_kernel(k, what)
     if k.attrs.get("normalize") != "cosine":
         raise ValueError(
             f"{what} needs a cosine kernel, as lk.ips returns it, and {k.name!r} is not known to "

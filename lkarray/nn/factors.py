@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: Kinds of factors: a matrix ``b a'``, a row picked by an index, or an element-wise scale.
-MATRIX, ROWS, SCALE = "matrix", "rows", "scale"
+#: Kinds of factors: a matrix ``b a'``, the two sides of a convolution, a row picked by an index,
+#: or an element-wise scale.
+MATRIX, CONVOLUTION, ROWS, SCALE = "matrix", "convolution", "rows", "scale"
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,22 @@ class Factors:
     Attributes
     ----------
     kind
-        ``MATRIX``: ``a`` is ``(example, group, position, in)``; ``ROWS``: indices
-        ``(example, position)``; ``SCALE``: like ``b``.
+        ``MATRIX``: ``a`` is ``(example, group, position, in)``; ``CONVOLUTION``: the padded images
+        ``(example, channel, height, width)``; ``ROWS``: indices ``(example, position)``; ``SCALE``:
+        like ``b``.
     a
         Of the inputs.
     b
-        Gradient by the outputs, ``(example, group, position, out)``; ``(example, position, out)``
-        where the kind is not ``MATRIX``.
+        Gradient by the outputs, ``(example, group, position, out)``; ``(example, channel, height,
+        width)`` of a convolution, and ``(example, position, out)`` of the other kinds.
+    layer
+        Of a convolution.
     """
 
     kind: str
     a: Tensor
     b: Tensor
+    layer: Any = None
 
     @property
     def single(self) -> bool:
@@ -62,8 +67,10 @@ def _conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, b: Tensor, n: int) -> Factor
         a = F.pad(a, pads, mode="constant" if mode == "zeros" else mode)
     kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
     if flat:
-        a = a.unsqueeze(2)
+        a, b = a.unsqueeze(2), b.unsqueeze(2)
         kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
+    if b.shape[2] * b.shape[3] > 1:
+        return Factors(CONVOLUTION, a, b, module)
     parts = F.unfold(a, kernel, dilation=dilation, stride=stride)  # (n, in * kernel, position)
     groups = module.groups
     return Factors(
@@ -145,6 +152,9 @@ def add_weight(f: Factors, out: Tensor, *, fresh: bool) -> None:
             return
         product = torch.matmul(f.b.transpose(2, 3), f.a)
         view.copy_(product) if fresh else view.add_(product)
+    elif f.kind == CONVOLUTION:
+        product = _convolved(f).reshape(n, -1)
+        out.copy_(product) if fresh else out.add_(product)
     elif f.kind == ROWS:
         if fresh:
             out.zero_()
@@ -155,9 +165,38 @@ def add_weight(f: Factors, out: Tensor, *, fresh: bool) -> None:
         out.copy_(product) if fresh else out.add_(product)
 
 
+def _convolved(f: Factors) -> Tensor:
+    """Return the gradient of a convolution's weight, ``(example, *weight)``.
+
+    Pixels are copied once for each column of the kernel, and not for each of its rows too: the
+    pixels of one row of the kernel are then rows of these copies as they lie.
+    """
+    layer, n = f.layer, len(f.b)
+    one = (1,) if layer.weight.ndim == 3 else ()
+    (rows, columns), (down, right), (dy, dx) = (
+        (*one, *sizes) for sizes in (layer.kernel_size, layer.stride, layer.dilation)
+    )
+    batch, inputs = n * layer.groups, layer.in_channels // layer.groups
+    high, wide = f.b.shape[2:]
+    images = f.a.reshape(batch, inputs, *f.a.shape[2:])
+    # (batch, in, row of the image, position, column of the kernel), no copy yet
+    windows = images.unfold(3, (columns - 1) * dx + 1, right)[..., ::dx][:, :, :, :wide]
+    copies = windows.permute(0, 1, 4, 2, 3).contiguous()
+    back = f.b.reshape(batch, -1, high * wide)
+    parts = []
+    for row in range(rows):
+        first = row * dy
+        seen = copies[:, :, :, first : first + (high - 1) * down + 1 : down]
+        parts.append(torch.bmm(back, seen.reshape(batch, -1, high * wide).transpose(1, 2)))
+    found = torch.stack(parts, 2)  # (batch, out, row, in * column)
+    shape = (batch, back.shape[1], rows, inputs, columns)
+    return found.view(shape).transpose(2, 3).reshape(n, *layer.weight.shape)
+
+
 def add_bias(f: Factors, out: Tensor, *, fresh: bool) -> None:
     """Write the gradient of a layer's bias to ``out``, ``(example, elements)``."""
-    total = f.b.sum(-2).reshape(len(f.b), -1)
+    over = (-2, -1) if f.kind == CONVOLUTION else -2
+    total = f.b.sum(over).reshape(len(f.b), -1)
     out.copy_(total) if fresh else out.add_(total)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,10 +88,13 @@ class Features:
         ``(example, elements)`` of the tensors that are materialised, side by side.
     factors
         Of the others, by tensor: of rank one.
+    numbers
+        What was differentiated, ``(example,)``.
     """
 
     dense: Tensor
     factors: dict[str, Factors] = field(default_factory=dict)
+    numbers: Tensor | None = None
 
     def products(self, other: Features) -> Tensor:
         """Return the inner products of all gradients of two batches, ``(n, m)``.
@@ -139,6 +142,7 @@ class ExampleGradients:
         self._sizes = dict(zip(flat.names, flat.sizes, strict=True))
         self._modules = _modules(flat)
         self._functional: list[str] = []
+        self._called: set[nn.Module] = set()
         self.plan = self._choose(probe)
 
     # --- what a caller asks for -------------------------------------------------------------
@@ -164,13 +168,22 @@ class ExampleGradients:
         columns, width = self._dense_columns
         found = Features(self.flat.theta.new_empty((n, width)))
         written: set[str] = set()
-        for module, f in self._factors(inputs, target):
+        for module, f in self._factors(inputs, target, found):
             for name in self._modules[module]:
                 if name not in columns:
                     found.factors[name] = f
             self._write(module, f, found.dense, columns.get, written)
         self._fill(inputs, target, found.dense, columns.get, written)
         return found
+
+    def materialise(self, names: Iterable[str]) -> None:
+        """Let `features` give some tensors' gradients whole, also where factors are cheaper."""
+        wanted = set(names)
+        sites = tuple(
+            replace(s, form="materialised", cost=s.stop - s.start) if s.name in wanted else s
+            for s in self.plan.sites
+        )
+        self.plan = GradientPlan(sites)
 
     # --- how --------------------------------------------------------------------------------
 
@@ -213,16 +226,24 @@ class ExampleGradients:
             if place is not None and name not in written and name not in rest:
                 out[:, place] = 0  # the batch did not reach the layer
 
-    def _factors(self, inputs: Inputs, target: Target) -> Iterator[tuple[nn.Module, Factors]]:
-        """Yield the factors of each call of each layer, last first: one forward, one backward."""
+    def _factors(
+        self, inputs: Inputs, target: Target, found: Features | None = None
+    ) -> Iterator[tuple[nn.Module, Factors]]:
+        """Yield the factors of each call of each layer, last first: one forward, one backward.
+
+        ``found`` gets the numbers that were differentiated.
+        """
         n = batch_size((inputs, target))
         calls: list[tuple[nn.Module, Tensor, GradientEdge]] = []
         with torch.enable_grad(), self._hooked(calls):
             numbers = self.scalars(self.flat(inputs), target)
+            total = numbers.sum()
+        if found is not None:
+            found.numbers = numbers.detach()
         if not calls:
             return
         edges = [edge for _, _, edge in calls]
-        slopes = torch.autograd.grad(numbers.sum(), edges, allow_unused=True)
+        slopes = torch.autograd.grad(total, edges, allow_unused=True)
         with torch.no_grad():
             while calls:
                 module, a, _ = calls.pop()
@@ -235,6 +256,7 @@ class ExampleGradients:
     @contextmanager
     def _hooked(self, calls: list[tuple[nn.Module, Tensor, GradientEdge]]) -> Iterator[None]:
         def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            self._called.add(module)
             a = args[0] if args else next(iter(kwargs.values()))
             # The edge, not the output: a later operation may change that in place.
             calls.append((module, a.detach(), get_gradient_edge(output)))
@@ -277,7 +299,9 @@ class ExampleGradients:
             for module, f in self._factors(inputs, target):
                 for name in self._modules[module]:
                     kinds.setdefault(name, []).append(f)
-            self._functional = [name for name in self.flat.names if name not in kinds]
+            # A layer that was called and has no slope is off the number's way: zeros are right.
+            off = {name for module in self._called for name in self._modules[module]}
+            self._functional = [name for name in self.flat.names if name not in {*kinds, *off}]
             found = self.gradients(inputs, target)
         except (RuntimeError, ValueError, IndexError, AttributeError, TypeError):
             self._functional = list(self.flat.names)

@@ -79,8 +79,11 @@ class PerExampleLoss:
 
 
 def cross_entropy(output: Any, target: Tensor) -> Tensor:
-    """Cross-entropy in nats of float32 logits ``(batch, class, ...)``, mean over the rest."""
-    return _mean_rest(F.cross_entropy(logits(output).float(), target, reduction="none"))
+    """Cross-entropy in nats of logits ``(batch, class, ...)``, mean over the rest.
+
+    In float32, or float64 if the logits are.
+    """
+    return _mean_rest(F.cross_entropy(_wide(logits(output)), target, reduction="none"))
 
 
 def mse(output: Any, target: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ def _token_losses(output: Any, target: Tensor | Mapping[str, Tensor]) -> tuple[T
     # The last position predicts nothing. Scoring it too spares a copy of all logits.
     shifted = torch.cat([wanted, torch.full_like(ids[:, :1], IGNORED)], dim=1)
     flat = F.cross_entropy(
-        scores.reshape(-1, scores.shape[-1]).float(),
+        _wide(scores.reshape(-1, scores.shape[-1])),
         shifted.reshape(-1),
         reduction="none",
         ignore_index=IGNORED,
@@ -221,6 +224,10 @@ def _content(value: object, depth: int = 6) -> object:
         items = sorted(value, key=repr) if isinstance(value, (frozenset, set)) else value
         return [_content(item, depth - 1) for item in items]
     return type(value).__qualname__, _content(getattr(value, "__dict__", {}), depth - 1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def _mean_rest(losses: Tensor) -> Tensor:

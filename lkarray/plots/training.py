@@ -84,16 +84,17 @@ def axis_extremes(points: xr.DataArray, images: np.ndarray, *, rows: int = 5) ->
         order = np.argsort(xy[:, axis], kind="stable")
         for end, chosen in enumerate((order[:count], order[::-1][:count])):
             axes = grid[end, axis]
-            axes.imshow(_mosaic(images[chosen], rows), cmap="gray")
+            axes.imshow(mosaic(images[chosen], rows), cmap="gray")
             axes.set_axis_off()
             axes.set_title(f"{('lowest', 'highest')[end]} on axis {axis + 1}", fontsize=10)
     return figure
 
 
-def _mosaic(images: np.ndarray, rows: int) -> np.ndarray:
-    """Return images as one, ``rows`` by ``rows``, with a thin gap."""
-    height, width = images.shape[1:]
-    out = np.full((rows * (height + 1), rows * (width + 1)), np.nan)
+def mosaic(images: np.ndarray, rows: int) -> np.ndarray:
+    """Return images, grey or of three colours, as one, ``rows`` by ``rows``, with a thin gap."""
+    height, width, *colours = images.shape[1:]
+    blank = 1.0 if colours else np.nan
+    out = np.full((rows * (height + 1), rows * (width + 1), *colours), blank)
     for i, image in enumerate(images[: rows * rows]):
         y, x = divmod(i, rows)
         y, x = y * (height + 1), x * (width + 1)

@@ -45,7 +45,7 @@ def check_place(store: Store) -> None:
 def prepare_on(client: Client, job: Job, **request: Any) -> Prepared:
     """Prepare a job where it will run: threads, device and layout are a worker's own."""
     payload = _dumps(job)
-    known: Prepared = _submit(client, _prepare, payload, request).result()
+    known: Prepared = submit(client, _prepare, payload, request).result()
     return known
 
 
@@ -76,7 +76,7 @@ def run_on(
     loaded = client.submit(_loads, payload, pure=False)
     key = hashlib.sha256(payload).hexdigest()
     common = (loaded, key, where, known.fingerprint)
-    tasks = [_submit(client, _run, *common, group) for group in groups]
+    tasks = [submit(client, _run, *common, group) for group in groups]
     shown = _steps(root, groups)
     try:
         while running := [task for task in tasks if not task.done()]:
@@ -95,7 +95,8 @@ def run_on(
         client.cancel([task for task in tasks if not task.done()])
 
 
-def _submit(client: Client, function: Callable[..., Any], *args: Any) -> Any:
+def submit(client: Client, function: Callable[..., Any], *args: Any) -> Any:
+    """Submit a task; on a GPU of its own where workers announce the resource ``GPU``."""
     resources = {_GPU: 1} if _has_gpus(client) else None
     return client.submit(function, *args, pure=False, resources=resources)
 

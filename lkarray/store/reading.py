@@ -11,6 +11,7 @@ import zarr
 
 from lkarray import schema
 from lkarray.errors import DivergedError, StoreError
+from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.commit import Record, read_record
 from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import (
@@ -115,13 +116,17 @@ def open_rectangle(
 
 
 def _training_groups(root: zarr.Group) -> dict[str, xr.Dataset]:
-    """Return what a store has of a training run: committed steps, finished gradient tensors."""
+    """Return what a store has of a training run: committed steps, finished tensors."""
     found = {}
     if trace_fingerprint(root) is not None and read_steps(root)[0]:
         found[schema.TRAJECTORY] = open_trajectory(root)
     for group in gradient_marks(root):
         ds = open_gradients(root, group)
         if ds.sizes[schema.TIME]:
+            found[group] = ds
+    for group in audit_marks(root):
+        ds = open_audit(root, group)
+        if ds.sizes[schema.AUDIT]:
             found[group] = ds
     return found
 

@@ -14,6 +14,7 @@ from zarr.core.sync import sync
 
 from lkarray import schema
 from lkarray.errors import DamagedError, StoreError
+from lkarray.store.audits import audit_marks, committed_panels
 from lkarray.store.commit import Record, chunk_keys, read_record
 from lkarray.store.gradients import committed_shards, gradient_marks
 from lkarray.store.layout import (
@@ -90,7 +91,7 @@ def verify(path: StoreLike) -> list[Problem]:
     training = list(_training(root))
     if stored_fingerprint(root) is not None:
         return [*_problems(root), *training]
-    if trace_fingerprint(root) is None and not gradient_marks(root):
+    if trace_fingerprint(root) is None and not gradient_marks(root) and not audit_marks(root):
         return [Problem("missing", schema.LOSSES, "sampling was stopped before it began")]
     return training
 
@@ -101,6 +102,8 @@ def _training(root: zarr.Group) -> Iterator[Problem]:
         expected = list(committed_chunks(root)) if trace_fingerprint(root) is not None else []
         for group in gradient_marks(root):
             expected += committed_shards(root, group)
+        for group in audit_marks(root):
+            expected += committed_panels(root, group)
     except (KeyError, ValueError) as error:
         yield Problem("missing", schema.TRAJECTORY, f"metadata cannot be read ({error})")
         return

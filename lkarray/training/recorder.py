@@ -145,6 +145,7 @@ class Recorder:
         self._after: Tensor | None = None
         self._applied: Tensor | None = None
         self._buffered: list[bool] = []
+        self._taken: tuple[np.ndarray, Tensor | None]
         self._broken = False  # an update was begun, and its step is not recorded
 
     # --- the context --------------------------------------------------------------------------
@@ -165,6 +166,8 @@ class Recorder:
                 stack.callback(hook.remove)
             pre = self._optimizer.register_step_pre_hook(self._before_update)
             stack.callback(pre.remove)
+            post = self._optimizer.register_step_post_hook(self._after_update)
+            stack.callback(post.remove)
             self._after = capture.theta()
             self._stack = stack.pop_all()
         self._open, self._inside = True, False
@@ -305,6 +308,10 @@ class Recorder:
         self._applied = self._capture.applied()
         self._broken = True
 
+    def _after_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # Now, not at the end of the step: a scheduler inside it changes the options.
+        self._taken = self._capture.coefficients(self._buffered), self._capture.denominator()
+
     def _finish(
         self, batch: np.ndarray, before: Tensor, state: dict[str, np.ndarray] | None
     ) -> None:
@@ -324,8 +331,7 @@ class Recorder:
                 f"step {at}: the gradient was changed in a way that cannot be repeated from what "
                 "is stored; record with every=1"
             )
-        coefficients = capture.coefficients(self._buffered)
-        denominator = capture.denominator()
+        coefficients, denominator = self._taken
         loss = np.nan
         if at < 2 or at % self._check_every == 0:
             loss = self._check.gradient(before, capture.raw, batch, at)

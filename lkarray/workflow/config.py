@@ -33,9 +33,9 @@ class Config(BaseModel):
         for setting in settings:
             key, equals, value = setting.partition("=")
             if not equals:
-                raise ValueError(f"--set {setting!r} is not of the form key=value")
+                raise ValueError(f"setting {setting!r} is not of the form key=value")
             if key not in cls.model_fields:
-                raise ValueError(f"--set {key!r} is not one of {sorted(cls.model_fields)}")
+                raise ValueError(f"setting {key!r} is not one of {sorted(cls.model_fields)}")
             values[key] = value
         try:
             return cls.model_validate(values)

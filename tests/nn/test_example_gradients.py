@@ -68,6 +68,10 @@ MODELS = {
     "reused": (lambda: nn.Sequential(*[nn.Linear(5, 5)] * 3, nn.Linear(5, 3)), (5,)),
     "conv": (lambda: conv(), IMAGE),
     "conv stride": (lambda: conv(stride=(2, 1), padding=(1, 2)), IMAGE),
+    "conv wide": (
+        lambda: nn.Sequential(nn.Conv2d(48, 4, 3), nn.Flatten(), nn.LazyLinear(3)),
+        (48, 5, 4),
+    ),
     "conv dilation groups": (lambda: conv(dilation=2, groups=2, bias=False), IMAGE),
     "conv same": (lambda: conv(padding="same", dilation=(2, 1)), IMAGE),
     "conv reflect": (lambda: conv(padding=2, padding_mode="reflect"), IMAGE),
@@ -129,6 +133,8 @@ def test_gradients__are_those_of_each_example_alone(name, loss):
     found = engine(model, loss, inputs, target)
     torch.testing.assert_close(found.gradients(inputs, target), expected, rtol=1e-10, atol=1e-12)
     assert found.gradients(inputs, target).any(0).sum() > 0.5 * expected.shape[1]
+    functional = {site.name for site in found.plan.sites if site.way == "torch.func"}
+    assert bool(functional) == (name in {"conv3d", "rnn", "turned"}), functional
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -185,6 +191,43 @@ def test_plan__chooses_by_cost_and_prints(loss):
     assert forms["2.weight"] == ("factored", 136)
     assert forms["0.weight"] == ("materialised", 150)
     assert f"{plan.cost:,} instead of {sum(p.numel() for p in model.parameters()):,}" in str(plan)
+
+
+def test_features__of_tensors_that_are_to_be_materialised(loss):
+    model, inputs, target = build("mlp")
+    found = engine(model, loss, inputs, target)
+    expected = found.gradients(inputs, target)
+    factored = {site.name for site in found.plan.sites if site.form == "factored"}
+    assert factored
+    before = found.features(inputs, target).products(found.features(inputs, target))
+    found.materialise(factored)
+    after = found.features(inputs, target)
+    assert not after.factors
+    torch.testing.assert_close(after.dense, expected)
+    torch.testing.assert_close(before, expected @ expected.T)
+    torch.testing.assert_close(after.numbers, loss(model(inputs), target))
+
+
+def test_plan__layers_off_the_way_have_zeros_and_need_no_functional_pass(loss):
+    """An early activation does not depend on the layers after it."""
+
+    class Early(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.later = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = torch.tanh(self.first(x))
+            self.later(x)
+            return x
+
+    model = Early().double()
+    inputs, target = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 4
+    found = engine(model, loss, inputs, target)
+    assert {site.way for site in found.plan.sites} == {"hooks"}
+    gradients = found.gradients(inputs, target)
+    torch.testing.assert_close(gradients, one_by_one(model, loss, inputs, target))
+    assert not gradients[:, -15:].any()
 
 
 def test_gradients__refuse_examples_that_influence_each_other():

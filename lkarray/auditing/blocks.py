@@ -1,0 +1,240 @@
+"""Stretches of the gradient that share a form, and what the adjoint pass does with each.
+
+A block holds the audited examples' gradients of some tensors: as they are, or as the two factors
+of a linear layer's weight, of which only some rows at a time are ever multiplied out, while they
+fit the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lkarray.nn.gradients import ExampleGradients, Features
+
+#: Gradients at the nodes of a stretch, each with its weight.
+Nodes = Sequence[tuple[float, Features]]
+
+#: Returns room for numbers of a shape, which may be used until it is asked again: memory fresh from
+#: the system costs more than what is done with it.
+Room = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some tensors, side by side.
+
+    Attributes
+    ----------
+    tensors, sizes
+        Indices among the trace's tensors, and their numbers of elements.
+    places
+        Where each lies among all parameters.
+    layer
+        Index of the group of parameters that they belong to.
+    """
+
+    tensors: tuple[int, ...]
+    sizes: tuple[int, ...]
+    places: tuple[slice, ...]
+    layer: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return sum(self.sizes)
+
+    def take(self, values: Tensor) -> Tensor:
+        """Return the block's part of a vector of all parameters."""
+        parts = [values[place] for place in self.places]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def prepare(self, nodes: Nodes) -> Any:
+        """Return the gradients of a stretch, in the form that `mean` takes."""
+        raise NotImplementedError
+
+    def mean(self, prepared: Any, rows: slice, out: Tensor) -> None:
+        """Write the mean gradient over the stretch of some audited examples."""
+        raise NotImplementedError
+
+    def dot(self, prepared: Any, vector: Tensor) -> Tensor:
+        """Return the inner products of all mean gradients with one vector, ``(row,)``."""
+        raise NotImplementedError
+
+    def training(self, features: Features) -> Any:
+        """Return the training examples' gradients in the form that `products` takes."""
+        raise NotImplementedError
+
+    def products(self, k: Tensor, training: Any, room: Room) -> Tensor:
+        """Return the inner products of ``k`` ``(row, element)`` with training gradients."""
+        raise NotImplementedError
+
+    def batch_mean(self, training: Any) -> Tensor:
+        """Return the mean of the training examples' gradients, ``(element,)``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dense(Block):
+    """Tensors whose gradients are materialised; ``columns`` are theirs in `Features.dense`."""
+
+    columns: slice
+
+    @override
+    def prepare(self, nodes: Nodes) -> list[tuple[float, Tensor]]:
+        return [(weight, f.dense[:, self.columns]) for weight, f in nodes]
+
+    @override
+    def mean(self, prepared: list[tuple[float, Tensor]], rows: slice, out: Tensor) -> None:
+        weight, first = prepared[0]
+        torch.mul(first[rows], weight, out=out)
+        for weight, values in prepared[1:]:
+            out.add_(values[rows], alpha=weight)
+
+    @override
+    def dot(self, prepared: list[tuple[float, Tensor]], vector: Tensor) -> Tensor:
+        return torch.stack([weight * (values @ vector) for weight, values in prepared]).sum(0)
+
+    @override
+    def training(self, features: Features) -> Tensor:
+        return features.dense[:, self.columns]
+
+    @override
+    def products(self, k: Tensor, training: Tensor, room: Room) -> Tensor:
+        return k @ training.T
+
+    @override
+    def batch_mean(self, training: Tensor) -> Tensor:
+        return training.mean(0)
+
+
+@dataclass(frozen=True)
+class Outer(Block):
+    """The weight of a linear layer that each example goes through once.
+
+    Its gradient is the outer product of what comes back, ``(out,)``, and what went in, ``(in,)``.
+    """
+
+    name: str
+
+    @override
+    def prepare(self, nodes: Nodes) -> tuple[Tensor, Tensor]:
+        """Return weighted outputs' gradients ``(row, node, out)``, inputs ``(row, node, in)``."""
+        b = torch.stack([weight * f.factors[self.name].b[:, 0, 0] for weight, f in nodes], 1)
+        a = torch.stack([f.factors[self.name].a[:, 0, 0] for _, f in nodes], 1)
+        return b, a
+
+    @override
+    def mean(self, prepared: tuple[Tensor, Tensor], rows: slice, out: Tensor) -> None:
+        b, a = (part[rows] for part in prepared)
+        torch.bmm(b.transpose(1, 2), a, out=out.view(len(b), b.shape[2], a.shape[2]))
+
+    @override
+    def dot(self, prepared: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
+        b, a = prepared
+        matrix = vector.view(b.shape[2], a.shape[2])
+        return torch.matmul(a, matrix.T).mul_(b).sum((1, 2))
+
+    @override
+    def training(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Return what went in ``(in, example)`` and what came back ``(out, example)``."""
+        f = features.factors[self.name]
+        return f.a[:, 0, 0].T.contiguous(), f.b[:, 0, 0].T.contiguous()
+
+    @override
+    def products(self, k: Tensor, training: tuple[Tensor, Tensor], room: Room) -> Tensor:
+        """Contract the longer side by one product, ``2 row in out example`` operations."""
+        a, b = training
+        inputs, outputs, n = len(a), len(b), a.shape[1]
+        if inputs >= outputs:
+            part = room(len(k), outputs, n)
+            torch.mm(k.view(-1, inputs), a, out=part.view(-1, n))
+            return part.mul_(b).sum(1)
+        turned = k.view(len(k), outputs, inputs).transpose(1, 2)
+        part = torch.matmul(turned, b, out=room(len(k), inputs, n))
+        return part.mul_(a).sum(1)
+
+    @override
+    def batch_mean(self, training: tuple[Tensor, Tensor]) -> Tensor:
+        a, b = training
+        return (b @ a.T).view(-1).div_(a.shape[1])
+
+    def plain_products(
+        self, prepared: tuple[Tensor, Tensor], training: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return the inner products of the mean gradients themselves, ``(row, example)``.
+
+        The ghost dot product (PLGK A.2.8): ``2 (in + out)`` operations each, and no gradient is
+        multiplied out.
+        """
+        (b, a), (inputs, back) = prepared, training
+        total = (b[:, 0] @ back) * (a[:, 0] @ inputs)
+        for node in range(1, b.shape[1]):
+            total += (b[:, node] @ back) * (a[:, node] @ inputs)
+        return total
+
+
+def blocks_of(
+    engine: ExampleGradients,
+    tensors: Sequence[int],
+    starts: Sequence[int],
+    layers: Sequence[int],
+) -> list[Block]:
+    """Return the blocks of the tensors that an engine differentiates by.
+
+    Parameters
+    ----------
+    engine
+        Of per-example gradients: its plan says which have factors.
+    tensors
+        Their indices among the trace's, in the engine's order.
+    starts
+        First element of each among all parameters.
+    layers
+        The group of parameters that each belongs to.
+    """
+    out: list[Block] = []
+    dense: dict[int, list[tuple[int, slice, int]]] = {}
+    column = 0
+    for site, tensor, start, layer in zip(engine.plan.sites, tensors, starts, layers, strict=True):
+        size = site.stop - site.start
+        place = slice(int(start), int(start) + size)
+        if site.form == "factored":
+            out.append(Outer((tensor,), (size,), (place,), layer, site.name))
+            continue
+        dense.setdefault(layer, []).append((tensor, place, column))
+        column += size
+    for layer, parts in dense.items():
+        out += [_dense(layer, run) for run in _runs(parts)]
+    return out
+
+
+def _runs(parts: list[tuple[int, slice, int]]) -> list[list[tuple[int, slice, int]]]:
+    """Return parts in runs whose columns lie side by side."""
+    runs: list[list[tuple[int, slice, int]]] = []
+    end = -1
+    for part in parts:
+        _, place, column = part
+        if column == end:
+            runs[-1].append(part)
+        else:
+            runs.append([part])
+        end = column + place.stop - place.start
+    return runs
+
+
+def _dense(layer: int, parts: list[tuple[int, slice, int]]) -> Dense:
+    sizes = tuple(place.stop - place.start for _, place, _ in parts)
+    first = parts[0][2]
+    return Dense(
+        tuple(tensor for tensor, _, _ in parts),
+        sizes,
+        tuple(place for _, place, _ in parts),
+        layer,
+        slice(first, first + sum(sizes)),
+    )

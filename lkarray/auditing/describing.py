@@ -1,0 +1,140 @@
+"""What an audit is stored as: its layout, labels, attributes, and how well its parts add up."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lkarray import schema
+from lkarray.auditing.budget import rows_of_a_panel, state_bytes
+from lkarray.auditing.problem import ACTED, Problem
+from lkarray.errors import SchemaError
+from lkarray.kernels.gradients import INFLUENCE as OPERATOR
+from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, PARAM, TIME
+from lkarray.store import audits
+
+_UNITS = {"loss": "nat"}
+
+
+def errors(found: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+    """Return the mean reconstruction error and the correlation (PLGK definitions 12, 13)."""
+    a, b = found.ravel(), true.ravel()
+    varied = len(a) > 1 and a.std() > 0 and b.std() > 0
+    lc = float(np.corrcoef(a, b)[0, 1]) if varied else float("nan")
+    return float(np.abs(a - b).mean()), lc
+
+
+def layout_of(
+    problem: Problem, group: str, budget: int, coords: Any, example_coords: Any,
+    rows: int | None = None,
+) -> audits.AuditLayout:  # fmt: skip
+    """Return what the result is stored as, in panels that fit the budget, or of some rows."""
+    by = problem.groups
+    first = GROUP if EXAMPLE in by else EXAMPLE
+    sizes = {first: problem.length, AUDIT: problem.data.n}
+    if problem.audited.outputs is not None:
+        sizes[OUTPUT] = problem.audited.outputs
+    if PARAM in by:
+        sizes[LAYER] = problem.layers
+    windows = by[TIME].dim if TIME in by else None
+    if windows is not None:
+        sizes[windows] = len(problem.windows)
+    rows = rows or rows_of_a_panel(problem, budget)
+    split = problem.request.credit == ACTED and windows is not None
+    attrs = _attrs(problem)
+    return audits.AuditLayout(
+        group, rows, sizes, windows, split, np.asarray([e for e, _, _ in problem.epochs]),
+        problem.trace.mark["dtype"], _labels(problem, sizes, coords, example_coords), attrs,
+        attrs["units"], state_bytes(problem, rows),
+    )  # fmt: skip
+
+
+def _labels(
+    problem: Problem, sizes: Mapping[str, int], coords: Any, example_coords: Any
+) -> dict[str, tuple[str, np.ndarray]]:
+    by = problem.groups
+    first = next(iter(sizes))
+    index = by[EXAMPLE].labels if EXAMPLE in by else problem.examples
+    given = {AUDIT: (coords, problem.index), first: (example_coords, np.arange(sizes[first]))}
+    out: dict[str, tuple[str, np.ndarray]] = {}
+    for dim, (labels, numbers) in given.items():
+        for key, values in schema.sample_coords(labels, sizes[dim], dim=dim, index=numbers).items():
+            if key in out or (key in (*sizes, EPOCH) and key != dim):
+                raise SchemaError(
+                    f"coords: {key!r} is a label of audited and of training examples, or a dim; "
+                    "give them different names"
+                )
+            out[key] = (dim, values)
+    out[first] = (first, _text(index))
+    for key, found in by.items():
+        if key != EXAMPLE and found.dim != EPOCH:
+            out[found.dim] = (found.dim, _text(found.labels))
+    return out
+
+
+def _text(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.dtypes.StringDType()) if values.dtype.kind in "UO" else values
+
+
+def _attrs(problem: Problem) -> dict[str, Any]:
+    request = problem.request
+    target = problem.audited.name
+    return {
+        "kernel": OPERATOR,
+        "target": target,
+        "rule": request.rule,
+        "supersample": request.supersample,
+        "stride": request.stride,
+        "steps": [problem.start, problem.stop],
+        "credit": request.credit,
+        "complete": not problem.incomplete,
+        "incomplete": "; ".join(problem.incomplete),
+        "units": _UNITS.get(target, "1"),
+    }
+
+
+def metrics(problem: Problem, found: xr.Dataset) -> dict[str, float]:
+    """Return PLGK definitions 12 and 13, and how exactly the parts add up."""
+    sums = {name: found[name].values for name in ("total", "change", "path", "length")}
+    residual = found["residual"].values
+    if residual.ndim > sums["total"].ndim:
+        residual = residual.sum(-1)
+    whole = sums["total"] + residual
+    if problem.incomplete:
+        return {"mre": float("nan"), "lc": float("nan"), "closure": float("nan")}
+    mre, lc = errors(whole, sums["change"])
+    off = np.abs(whole - sums["path"]) / np.maximum(sums["length"], np.finfo(float).tiny)
+    return {
+        "mre": mre,
+        "lc": lc,
+        "closure": float(off.max()),
+    }
+
+
+def fingerprint(problem: Problem) -> dict[str, Any]:
+    """Return what an audit in the same group must share with this one to be gone on with."""
+    request, trace = problem.request, problem.trace
+
+    def digest(value: Any) -> str:
+        return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+    groups = {
+        key: [found.labels.tolist(), [m.tolist() for m in found.members]]
+        for key, found in problem.groups.items()
+    }
+    return {
+        "trace": digest(sorted(trace.mark.items())),
+        "steps": [problem.start, problem.stop],
+        "audit_set": problem.data.identity,
+        "target": problem.audited.name,
+        "rule": [request.rule, request.supersample, request.stride],
+        "params": [trace.names[i] for i in problem.tensors],
+        "examples": digest(problem.examples.tolist()),
+        "groups": digest(sorted(groups.items())),
+        "credit": request.credit,
+        "plain": request.plain,
+    }

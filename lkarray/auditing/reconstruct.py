@@ -1,0 +1,109 @@
+"""`reconstruction`: how much of the truth an audit would add up to, before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from torch import Tensor
+
+from lkarray import progress as bars
+from lkarray.auditing.budget import states_bytes
+from lkarray.auditing.describing import errors, layout_of
+from lkarray.auditing.panel import BATCH, Panel
+from lkarray.auditing.problem import Problem, Request
+from lkarray.engine.plan import memory_budget
+from lkarray.nn.batches import MapDataset
+from lkarray.schema import AUDIT, EPOCH
+from lkarray.training.choosing import as_trace
+from lkarray.training.recorder import Recorder
+from lkarray.training.trace import Trace
+
+
+def reconstruction(
+    trace: Trace | Recorder,
+    audit_set: MapDataset | Sequence[int] | np.ndarray,
+    *,
+    target: str | int | Callable[[Any, Any], Tensor] = "loss",
+    module: str | None = None,
+    rule: str = "trapezoid",
+    supersample: int = 1,
+    stride: int = 1,
+    steps: tuple[int, int] | None = None,
+    unlike: bool = False,
+    memory: int | str | None = None,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Return what an audit would add up to, without the audit: the errors of a rule or stride.
+
+    Influences and residual of `audit` add up to the integral along the path to rounding (its
+    attribute ``closure``), so that its errors are those of the integral, which takes no training
+    gradients: about a sixth of the cost.
+
+    Parameters
+    ----------
+    trace, audit_set, target, module, rule, supersample, stride, steps, unlike, memory, progress
+        As for `audit`.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``change(audit)``, ``path(audit)``, ``length(audit)``, ``reconstruction(epoch, audit)`` and
+        ``epoch_change(epoch, audit)``, in memory, as `audit` describes them; attributes ``mre`` and
+        ``lc``.
+    """
+    request = Request(
+        audit_set, target, module, None, rule, supersample, stride, steps, unlike=unlike, bare=True
+    )  # fmt: skip
+    problem = Problem(as_trace(trace), request)
+    budget = memory_budget(memory)
+    layout = layout_of(problem, "", budget, None, None, rows=min(problem.data.n, BATCH))
+    parts = []
+    with bars.bar(
+        "reconstruction", total=(problem.stop - problem.start) * len(layout.panels), unit="step",
+        show=progress,
+    ) as bar:  # fmt: skip
+        for rows in layout.panels:
+            kept = _Kept(rows)
+            Panel(problem, kept, states_bytes(budget)).run(bar.update)
+            parts.append(kept.sums)
+    specs = {
+        name: spec for name, spec in layout.specs().items() if name not in ("residual", "total")
+    }
+    found = {
+        name: (spec.dims, np.concatenate([p[name] for p in parts], spec.dims.index(AUDIT)))
+        for name, spec in specs.items()
+    }
+    ds = xr.Dataset(found, {AUDIT: problem.index, EPOCH: layout.epochs}, layout.attrs)
+    for name, spec in specs.items():
+        ds[name].attrs = spec.attrs()
+    mre, lc = errors(ds["path"].values, ds["change"].values)
+    return ds.drop_attrs(deep=False).assign_attrs(
+        {k: v for k, v in layout.attrs.items() if k in ("target", "rule", "supersample", "stride")}
+        | {"mre": mre, "lc": lc}
+    )
+
+
+class _Kept:
+    """Stands for a panel's writer, and keeps the sums."""
+
+    def __init__(self, rows: slice) -> None:
+        self.rows = rows
+        self.sums: Mapping[str, np.ndarray] = {}
+
+    def resume(self) -> None:
+        return None
+
+    def due(self) -> bool:
+        return False
+
+    def commit(self, left: int, state: Mapping[str, np.ndarray]) -> None:
+        raise NotImplementedError
+
+    def write(self, values: np.ndarray, window: int | None) -> None:
+        raise NotImplementedError
+
+    def finish(self, sums: Mapping[str, np.ndarray]) -> None:
+        self.sums = sums

@@ -1,0 +1,142 @@
+"""What is audited: numbers of each example, as functions of the model's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lkarray.nn.batches import Inputs, Target, batch_size
+from lkarray.nn.flat import FlatModel
+from lkarray.nn.gradients import Scalars
+from lkarray.nn.losses import identity, logits
+
+if TYPE_CHECKING:
+    from lkarray.training.trace import Trace
+
+LOSS, PREDICTION, LOGIT = "loss", "prediction", "logit"
+
+
+class Audited:
+    """What is audited of every example.
+
+    Attributes
+    ----------
+    name
+        For attributes and fingerprints.
+    outputs
+        Number of numbers of each example, ``None`` where there is one.
+    numbers
+        Functions ``(model output, target) -> (batch,)``.
+    """
+
+    def __init__(
+        self,
+        target: str | int | Callable[[Any, Any], Tensor],
+        module: str | None,
+        trace: Trace,
+        flat: FlatModel,
+        probe: tuple[Inputs, Target],
+    ) -> None:
+        self.outputs: int | None = None
+        function = target
+        if module is not None:
+            if not callable(target):
+                raise ValueError(
+                    f"module={module!r} needs a target that is a function (activation, target) -> "
+                    f"(batch,), not {target!r}"
+                )
+            function = _Activation(_submodule(flat, module), target)
+        self.numbers: list[Scalars] = self._functions(function, trace, flat, probe)
+        self.name = identity(target) if callable(target) else str(target)
+        if module is not None:
+            self.name += f" of {module}"
+        for number in self.numbers:
+            _check(number, flat, probe, self.name)
+
+    def _functions(
+        self, target: Any, trace: Trace, flat: FlatModel, probe: tuple[Inputs, Target]
+    ) -> list[Scalars]:
+        if callable(target):
+            return [target]
+        if target == LOSS:
+            return [trace.loss]
+        if target == LOGIT:
+            return [_own_logit]
+        if target != PREDICTION and (not isinstance(target, int) or isinstance(target, bool)):
+            raise ValueError(
+                "target must be 'loss', 'prediction' (every output), 'logit' (of the example's own "
+                f"label), the number of an output, or a function, not {target!r}"
+            )
+        with torch.no_grad():
+            found = logits(flat(probe[0]))
+        if found.ndim != 2:
+            raise ValueError(
+                f"target={target!r} needs outputs (batch, output), and the model gives "
+                f"{tuple(found.shape)}; pass a function of (output, target) that gives (batch,)"
+            )
+        if target == PREDICTION:
+            self.outputs = found.shape[1]
+            return [partial(_output, c) for c in range(self.outputs)]
+        if not 0 <= target < found.shape[1]:
+            raise ValueError(f"target={target}: the model has outputs 0 to {found.shape[1] - 1}")
+        return [partial(_output, target)]
+
+
+class _Activation:
+    """A function of what a module inside the model gave in the last forward pass."""
+
+    def __init__(self, module: nn.Module, function: Callable[[Any, Any], Tensor]) -> None:
+        self._function, self._found = function, []  # type: ignore[var-annotated]
+        module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._found[:] = [output]
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        return self._function(self._found.pop(), target)
+
+
+def _submodule(flat: FlatModel, name: str) -> nn.Module:
+    modules = dict(flat.module.named_modules())
+    if name not in modules or not name:
+        raise ValueError(f"module={name!r} is none of the model's: {[n for n in modules if n]}")
+    found: nn.Module = modules[name]
+    return found
+
+
+def _output(index: int, output: Any, target: Any) -> Tensor:
+    return logits(output)[:, index]
+
+
+def _own_logit(output: Any, target: Any) -> Tensor:
+    found = logits(output)
+    if found.ndim != 2 or target.ndim != 1 or target.is_floating_point():
+        raise ValueError("target='logit' needs outputs (batch, class) and one label an example")
+    return found.gather(1, target[:, None].long()).squeeze(1)
+
+
+def _check(number: Scalars, flat: FlatModel, probe: tuple[Inputs, Target], name: str) -> None:
+    """Raise unless a target gives one number of each example, which the parameters move."""
+    batch = batch_size(probe)
+    with torch.enable_grad():
+        found = number(flat(probe[0]), probe[1])
+    if not isinstance(found, Tensor):
+        raise TypeError(f"target {name!r} returned {type(found).__name__}, not a tensor")
+    if found.ndim != 1 or len(found) != batch:
+        raise ValueError(
+            f"target {name!r} returned shape {tuple(found.shape)} for a batch of {batch}; it must "
+            f"give one number per example, ({batch},): take no mean or sum over the batch"
+        )
+    slopes: tuple[Tensor | None, ...] = ()
+    if found.requires_grad:
+        slopes = torch.autograd.grad(found.sum(), flat.leaves, allow_unused=True)
+    if all(slope is None for slope in slopes):
+        raise ValueError(
+            f"target {name!r} does not depend on the parameters that are audited, so training "
+            "cannot have moved it; look for a detach(), a no_grad() or an argmax in it, or for "
+            "params= that come after the module"
+        )

@@ -1,0 +1,121 @@
+"""Panels of an audit on the workers of a Dask cluster. Loads distributed on first use."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import zarr
+from torch import nn
+
+from lkarray import store as stores
+from lkarray.auditing.problem import Problem, Request
+from lkarray.errors import StoreError
+from lkarray.sampling.workers import check_place, submit
+from lkarray.store import audits
+from lkarray.store.location import local_path
+from lkarray.training.trace import Trace, open_trace
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+#: The problem that a process has ready; panels of one process follow each other, since the memory
+#: budget is that of the process.
+_ready: dict[str, Problem] = {}
+_turn = threading.Lock()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker needs to make the problem again."""
+
+    trace: Any
+    model: nn.Module
+    train_set: Any
+    loss: Any
+    request: Request
+    store: Any
+    layout: audits.AuditLayout
+    fingerprint: dict[str, Any]
+    budget: int
+
+
+def run_on(
+    client: Client,
+    root: zarr.Group,
+    problem: Problem,
+    layout: audits.AuditLayout,
+    fingerprint: dict[str, Any],
+    panels: list[int],
+    budget: int,
+    bar: Any,
+) -> None:
+    """Run each panel as one task; one whose worker dies is taken up by another.
+
+    Raises
+    ------
+    StoreError
+        The store is in memory; workers died again and again, or see another store.
+    """
+    import cloudpickle
+    from distributed import as_completed
+    from distributed.scheduler import KilledWorker
+
+    trace = problem.trace
+    for store in (root.store, trace.root.store):
+        check_place(store)
+    job = _Job(
+        _place(trace.root), trace.flat.module, trace.train_set, trace.loss.function,
+        problem.request, _place(root), layout, fingerprint, budget,
+    )  # fmt: skip
+    payload = cloudpickle.dumps(job)
+    key = hashlib.sha256(payload).hexdigest()
+    sent = client.scatter(payload, hash=False)
+    tasks = [submit(client, _run, sent, key, panel) for panel in panels]
+    try:
+        for task in as_completed(tasks):
+            task.result()
+            bar.update(problem.stop - problem.start)
+    except KilledWorker as error:
+        raise StoreError(
+            f"workers died while they audited ({error}); look into their logs, for want of memory "
+            "perhaps. The panels finished are safe: run again to continue"
+        ) from None
+    finally:
+        client.cancel([task for task in tasks if not task.done()])
+
+
+def _place(root: zarr.Group) -> Any:
+    folder = local_path(root.store)
+    return str(folder) if folder is not None else root.store.with_read_only(False)
+
+
+def _run(payload: bytes, key: str, panel: int) -> None:
+    """Run one panel, in a worker."""
+    from lkarray.auditing.front import run_panel
+
+    job: _Job = pickle.loads(payload)
+    root = stores.open_root(stores.as_store(job.store), mode="r+")
+    if audits.audit_marks(root).get(job.layout.group) != job.fingerprint:
+        raise StoreError(
+            f"a worker sees another store at {stores.describe(root.store)} than the client does; "
+            "give a path on storage that all of them share"
+        )
+    name = f"{job.layout.group}-{panel}"
+    with _turn, stores.region_lock(root.store, name):
+        if key not in _ready:
+            _ready.clear()
+            _ready[key] = Problem(_trace(job), job.request)
+        writer = audits.PanelWriter(root, job.layout, panel)
+        run_panel(_ready[key], writer, job.budget, _untold, _untold)
+
+
+def _untold(steps: int) -> None:
+    """Let a panel's steps pass: the bar counts panels."""
+
+
+def _trace(job: _Job) -> Trace:
+    return open_trace(job.trace, job.model, job.train_set, loss=job.loss)

@@ -1,0 +1,220 @@
+"""What an audit says: how complete it is, and what influences add up to.
+
+These read what `lkarray.audit` returned and need no torch. Influences may be larger than memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, TypeVar
+
+import numpy as np
+import xarray as xr
+
+from lkarray.errors import SchemaError
+from lkarray.kernels.gram import sample_coords
+from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, WINDOW
+
+INFLUENCE = "influence"
+Computed = TypeVar("Computed", xr.DataArray, xr.Dataset)
+
+#: What influence is of: training examples, or groups of them.
+SOURCES = (EXAMPLE, GROUP)
+#: What it may be split by besides; sums over these are the whole influence.
+TIMES = (EPOCH, WINDOW)
+SPLITS = (LAYER, *TIMES)
+
+
+def completeness(audit: xr.Dataset) -> xr.Dataset:
+    r"""Return how well the audit explains the true change, by the end of each epoch.
+
+    .. math::
+
+        MRE = \mathrm{mean}_n |\hat\Delta_n - \Delta_n|, \quad
+        LC = \mathrm{corr}_n(\hat\Delta_n, \Delta_n)
+
+    (PLGK definitions 12 and 13, figure 1), of what the audit adds up to and the true change.
+
+    Parameters
+    ----------
+    audit
+        What `lkarray.audit` returned, with ``reconstruction(epoch, audit[, output])`` and
+        ``epoch_change(epoch, audit[, output])``.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``mre(epoch)``, in the units of what is audited, and ``lc(epoch)``, float64; the outputs of
+        an example count as so many numbers. ``lc`` is NaN where there are fewer than two numbers
+        or one side is constant. Lazy if the two are. The attributes ``complete`` and
+        ``incomplete`` are the audit's: one of some parameters only does not explain the whole
+        change.
+
+    Raises
+    ------
+    SchemaError, TypeError
+        ``audit`` does not hold the two, or they lack ``epoch``.
+    """
+    found, true = (_variable(audit, name) for name in ("reconstruction", "epoch_change"))
+    for x in (found, true):
+        if EPOCH not in x.dims or set(x.dims) != set(found.dims):
+            raise SchemaError(
+                f"{x.name!r} has dims {x.dims}; expected ('epoch', 'audit'), with 'output' or "
+                "without, of both 'reconstruction' and 'epoch_change'"
+            )
+    a, b = (x.drop_vars(list(x.coords)).astype(np.float64) for x in (found, true))
+    dims = [dim for dim in a.dims if dim != EPOCH]
+    mre = abs(a - b).mean(dims, skipna=False)
+    units = true.attrs.get("units", "1")
+    out = xr.Dataset({"mre": mre, "lc": _correlation(a, b, dims)}).drop_attrs()
+    out["mre"].attrs = {"units": units, "long_name": "mean reconstruction error"}
+    out["lc"].attrs = {"units": "1", "long_name": "correlation of reconstruction and change"}
+    kept = {name: audit.attrs[name] for name in ("complete", "incomplete") if name in audit.attrs}
+    return out.assign_coords(sample_coords(found, EPOCH)).assign_attrs(kept)
+
+
+def net_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False) -> xr.DataArray:
+    r"""Return what all training examples together did: :math:`S_n = \sum_m P_{mn}` (PLGK 6.3).
+
+    Parameters
+    ----------
+    audit
+        What `lkarray.audit` returned, or its ``influence``.
+    cumulative
+        Give influence by the end of each epoch (or window, in their order), not within it.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``net_influence(audit[, output][, layer][, epoch])``, float64, in the audit's units. Sum it
+        over layers or epochs as you like: it adds up. Lazy if the audit is on Dask; one pass.
+
+    Raises
+    ------
+    SchemaError, TypeError
+        There is no influence, or ``cumulative`` without a dim of time.
+
+    See Also
+    --------
+    gross_influence : how much of it cancelled.
+    lkarray.influence_over_time : both from gradients, of full-batch gradient descent.
+    """
+    x, source = as_influence(audit)
+    out = _float64(x).sum(source, skipna=False)
+    if cumulative:
+        out = out.cumsum(_time_of(x), skipna=False)
+    return _sum_of("net_influence", x, source, out)
+
+
+def gross_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False) -> xr.DataArray:
+    r"""Return how much training examples did, of either sign: :math:`G_n = \sum_m |P_{mn}|`.
+
+    Where influences cancel, it grows while `net_influence` levels off (PLGK section 6.3).
+
+    Parameters
+    ----------
+    audit
+        What `lkarray.audit` returned, or its ``influence``.
+    cumulative
+        ``True``: magnitudes of what each example did by the end of each epoch, as PLGK figure 13
+        has it. ``False``: of what it did within the epoch, as in figure 10.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``gross_influence(audit[, output][, layer][, epoch])``, float64, in the audit's units, as
+        lazy as the audit. Magnitudes do not add up: for that of all layers together, sum the
+        influence first, ``gross_influence(audit["influence"].sum("layer"))``.
+
+    Raises
+    ------
+    SchemaError, TypeError
+        As for `net_influence`.
+    """
+    x, source = as_influence(audit)
+    wide = _float64(x)
+    if cumulative:
+        wide = wide.cumsum(_time_of(x), skipna=False)
+    return _sum_of("gross_influence", x, source, abs(wide).sum(source, skipna=False))
+
+
+# --- what they take ---------------------------------------------------------------------------
+
+
+def _variable(audit: Any, name: str) -> xr.DataArray:
+    if not isinstance(audit, xr.Dataset):
+        raise TypeError(
+            f"audit must be the Dataset that lk.audit returned, not {type(audit).__name__}"
+        )
+    if name not in audit.data_vars:
+        raise SchemaError(
+            f"audit has no variable {name!r}, only {sorted(map(str, audit.data_vars))}; pass what "
+            "lk.audit returned"
+        )
+    return audit[name]
+
+
+def as_influence(audit: xr.Dataset | xr.DataArray) -> tuple[xr.DataArray, str]:
+    """Return the influence, and the dim of the training examples or their groups."""
+    x = audit if isinstance(audit, xr.DataArray) else _variable(audit, INFLUENCE)
+    source = next((dim for dim in SOURCES if dim in x.dims), None)
+    unknown = [dim for dim in x.dims if dim not in (source, AUDIT, OUTPUT, *SPLITS)]
+    if source is None or unknown:
+        raise SchemaError(
+            f"{x.name!r} has dims {x.dims}; an influence has 'example' or 'group', 'audit', and at "
+            f"most 'output', {', '.join(map(repr, SPLITS))} besides: rename, or pass the Dataset "
+            "that lk.audit returned"
+        )
+    if not x.sizes[source]:
+        raise SchemaError(f"the influence is empty along {source!r}; there is nothing to add up")
+    return x, source
+
+
+def _time_of(x: xr.DataArray) -> str:
+    for dim in TIMES:
+        if dim in x.dims:
+            return dim
+    raise SchemaError(
+        f"cumulative=True needs influence by epochs, and it has dims {x.dims}; audit with "
+        "groups={'time': 'epoch'}"
+    )
+
+
+def _bare(x: xr.DataArray) -> xr.DataArray:
+    """Return it on Dask and without coordinates, so that work goes block by block."""
+    bare = x.drop_vars(list(x.coords))
+    return bare if bare.chunks is not None else bare.chunk("auto")
+
+
+def _float64(x: xr.DataArray) -> xr.DataArray:
+    return _bare(x).astype(np.float64)
+
+
+def whole_influence(x: xr.DataArray, source: str) -> xr.DataArray:
+    """Return influence summed over all that it is split by, training examples last."""
+    split = [dim for dim in SPLITS if dim in x.dims]
+    whole = _float64(x).sum(split, skipna=False) if split else _bare(x)
+    return whole.transpose(..., source)
+
+
+def as_lazy_as(x: xr.DataArray, out: Computed) -> Computed:
+    """Return a result as it is of an audit on Dask, and computed of one in memory."""
+    return out if x.chunks is not None else out.compute()
+
+
+def _sum_of(name: str, x: xr.DataArray, source: str, out: xr.DataArray) -> xr.DataArray:
+    kept = [str(dim) for dim in x.dims if dim != source]
+    out = out.rename(name).drop_attrs().assign_coords(sample_coords(x, *kept))
+    return as_lazy_as(x, out.assign_attrs(units=x.attrs.get("units", "nat")))
+
+
+# --- numbers ----------------------------------------------------------------------------------
+
+
+def _correlation(a: xr.DataArray, b: xr.DataArray, dims: list[Hashable]) -> xr.DataArray:
+    # A mean may miss a constant by rounding: the values themselves say whether they vary.
+    varies = (a.max(dims) > a.min(dims)) & (b.max(dims) > b.min(dims))
+    a, b = a - a.mean(dims, skipna=False), b - b.mean(dims, skipna=False)
+    scale = ((a**2).sum(dims, skipna=False) * (b**2).sum(dims, skipna=False)) ** 0.5
+    product = (a * b).sum(dims, skipna=False)
+    return (product / scale.where(scale > 0)).clip(-1, 1).where(varies)
