@@ -102,8 +102,13 @@ class Paths:
         return self.folder / f"{name}.zarr"
 
 
-def read_fashion(folder: Path | None, cache: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+def read_fashion(
+    folder: Path | None, cache: Path, part: str, *, dataset: str = "FashionMNIST"
+) -> tuple[np.ndarray, np.ndarray]:
     """Return images ``(n, 28, 28)`` and labels of ``"train"`` or ``"t10k"``.
+
+    ``dataset`` names the class of torchvision that fetches them, where no folder is given; files
+    of ``MNIST`` have the same form.
 
     Raises
     ------
@@ -111,13 +116,13 @@ def read_fashion(folder: Path | None, cache: Path, part: str) -> tuple[np.ndarra
         The folder lacks a file, or there is no network to get them from.
     """
     if folder is None:
-        from torchvision.datasets import FashionMNIST
+        from torchvision import datasets
 
         try:
-            found = FashionMNIST(cache, train=part == "train", download=True)
+            found = getattr(datasets, dataset)(cache, train=part == "train", download=True)
         except Exception as error:
             raise StoreError(
-                f"Fashion-MNIST could not be fetched ({error}); give a folder that has its four "
+                f"{dataset} could not be fetched ({error}); give a folder that has its four "
                 "files: --set data=FOLDER"
             ) from error
         return found.data.numpy(), found.targets.numpy()

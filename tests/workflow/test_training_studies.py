@@ -1,8 +1,8 @@
-"""The study of LeNet-5's training, run whole at small size on made images."""
+"""The studies of LeNet-5's training, run whole at small size on made images."""
 
 import numpy as np
 import pytest
-from lkarray_workflows import lenet_path
+from lkarray_workflows import audit_flips, audit_retraining, lenet_audit, lenet_path
 
 import lkarray as lk
 from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
@@ -31,3 +31,71 @@ def test_lenet_path__runs_whole_and_again(tmp_path, garments, caplog):  # noqa: 
     caplog.set_level("INFO")
     lenet_path.run(config, tmp_path / "run", progress=False)
     assert "lenet_path: report is done, reused" in caplog.text
+
+
+@pytest.mark.slow
+def test_lenet_audit__runs_whole_and_goes_on_after_a_failure(
+    tmp_path,
+    garments,  # noqa: F811
+    monkeypatch,
+    caplog,
+):
+    settings = "audited=24", "detailed=6", "trak_train=120", "trak_size=64", "keep=true"
+    config = lenet_audit.Config.build("small", [*settings, f"data={garments}"])
+
+    def fail(*args, **options):
+        raise RuntimeError("cut off")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(lk, "reconstruction", fail)
+        with pytest.raises(RuntimeError, match="cut off"):
+            lenet_audit.run(config, tmp_path / "run", progress=False)
+    caplog.set_level("INFO")
+    lenet_audit.run(config, tmp_path / "run", progress=False)
+    for stage in ("data", "train", "audit", "detail"):
+        assert f"lenet_audit: {stage} is done, reused" in caplog.text
+    figures = "completeness", "decision", "images", "class", "concentration", "layers"
+    table = check_report(tmp_path / "run", figures)["table"]
+    assert table["audit"]["lc"] > 0.999
+    assert table["euler"]["mre"] > 3 * table["audit"]["mre"]
+    assert table["supersampled twice"]["mre"] < 2 * table["audit"]["mre"]
+    assert set(table) > {"TracIn, last layer", "TRAK, 5 checkpoints"}
+    tree = lk.open(tmp_path / "run/train.zarr")
+    detailed = tree["audit_detail"]["influence"]
+    assert set(detailed.dims) == {"group", "audit", "layer", "epoch"}
+    whole = tree["audit"]["influence"].isel(audit=slice(0, 6))
+    total = detailed.sum(["group", "layer", "epoch"]).values
+    np.testing.assert_allclose(total, whole.sum("example").values, rtol=1e-3, atol=1e-5)
+    assert lk.verify(tmp_path / "run/train.zarr") == []
+
+
+@pytest.mark.slow
+def test_audit_retraining__arms_are_of_equal_size_and_steps(tmp_path, garments):  # noqa: F811
+    config = audit_retraining.Config.build(
+        "small", ["audited=40", "held_out=60", "epochs=3", f"data={garments}"]
+    )
+    audit_retraining.run(config, tmp_path / "run", progress=False)
+    metrics = check_report(tmp_path / "run", ["arms"])
+    sizes = {arm: runs[0]["images"] for arm, runs in metrics["arms"].items()}
+    assert sizes.pop("nothing") == 8 * 64
+    assert set(sizes.values()) == {round(0.8 * 8 * 64)}
+    assert len(metrics["claims"]) == 4
+    paths = audit_retraining.Paths(tmp_path / "run")
+    kept = {
+        arm: set(audit_retraining.kept_by(config, paths, arm, 2).tolist())
+        for arm in audit_retraining.ARMS
+    }
+    net = np.load(paths.scores)["net"]
+    gone = sorted(set(range(512)) - kept["most helpful"])
+    assert net[gone].max() <= net[sorted(kept["most helpful"])].min()
+    assert kept["random"] != set(audit_retraining.kept_by(config, paths, "random", 3).tolist())
+
+
+@pytest.mark.slow
+def test_audit_flips__ranks_changed_labels_by_every_score(tmp_path, garments):  # noqa: F811
+    config = audit_flips.Config.build("small", ["epochs=30", "batch_size=32", f"data={garments}"])
+    audit_flips.run(config, tmp_path / "run", progress=False)
+    metrics = check_report(tmp_path / "run", ["scores", "suspects"])
+    assert set(metrics["auroc"]) == set(audit_flips.SCORES)
+    assert metrics["auroc"]["self-influence"][0] > 0.6
+    assert min(metrics["facts"]["1"]["lc"]) > 0.99

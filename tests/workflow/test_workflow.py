@@ -221,8 +221,23 @@ def test_cli__errors_are_one_line_and_an_exit_code(tmp_path):
     assert invoke("run", "nothing").exit_code == 2
     assert "there is no workflow 'nothing'" in invoke("run", "nothing").output
     assert invoke("run", "digits", "--set", "seed=-1", "--out", tmp_path / "x").exit_code == 2
-    assert invoke("run").output.split() == ["digits", "fashion", "glosses", "lenet_path"]
+    studies = "audit_flips audit_retraining digits fashion glosses lenet_audit lenet_path"
+    assert invoke("run").output.split() == studies.split()
     assert not (tmp_path / "x").exists()
+
+
+def test_cli__settings_are_options_too(monkeypatch, tmp_path):
+    from lkarray_workflows import digits
+
+    built = []
+    monkeypatch.setattr(digits, "run", lambda config, folder, progress: built.append(config) or "")
+    words = "--seed=5", "--draws", "70", "--preset", "quick", "--out", tmp_path
+    assert invoke("run", "digits", *words).exit_code == 0
+    assert built == [digits.Config.build("quick", ["seed=5", "draws=70"])]
+    result = invoke("run", "digits", "--sede", "5")
+    assert result.exit_code == 2
+    assert "setting 'sede' is not one of" in result.output
+    assert "unexpected 'seed=5'" in invoke("run", "digits", "seed=5").output
 
 
 def test_cli__a_folder_in_use_exits_with_three(tmp_path):
