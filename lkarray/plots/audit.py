@@ -274,7 +274,7 @@ def _heatmap(axes: Axes, table: xr.DataArray, label: str, *, diverging: bool) ->
     figure.colorbar(image, ax=axes, label=label, extend="neither" if diverging else "min")
     layers = table[LAYER].values if LAYER in table.coords else np.arange(len(values))
     epochs = table[EPOCH].values if EPOCH in table.coords else np.arange(values.shape[1])
-    chosen = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), 11)).round().astype(int))
+    chosen = np.arange(0, len(epochs), -(-len(epochs) // 11))
     axes.set_yticks(range(len(layers)), [str(name) for name in layers])
     axes.set_xticks(chosen, [str(epoch) for epoch in epochs[chosen]])
     axes.set(xlabel="epoch")

@@ -54,7 +54,7 @@ def test_lenet_audit__runs_whole_and_goes_on_after_a_failure(
     lenet_audit.run(config, tmp_path / "run", progress=False)
     for stage in ("data", "train", "audit", "detail"):
         assert f"lenet_audit: {stage} is done, reused" in caplog.text
-    figures = "completeness", "decision", "images", "class", "concentration", "layers"
+    figures = "completeness", "decision", "images", "class_own", "concentration", "layers"
     table = check_report(tmp_path / "run", figures)["table"]
     assert table["audit"]["lc"] > 0.999
     assert table["euler"]["mre"] > 3 * table["audit"]["mre"]
