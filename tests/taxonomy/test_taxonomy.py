@@ -239,11 +239,10 @@ def test_wordnet__takes_wnids_names_and_labels(wordnet):
 
 
 def test_wordnet__missing_corpus_says_the_command(monkeypatch, tmp_path):
-    from nltk.corpus import wordnet as corpus
+    class Missing:
+        def ensure_loaded(self):
+            raise LookupError
 
-    def missing():
-        raise LookupError
-
-    monkeypatch.setattr(corpus, "ensure_loaded", missing)
+    monkeypatch.setattr("nltk.corpus.wordnet", Missing())
     with pytest.raises(MissingCorpusError, match="python -m nltk.downloader wordnet"):
         lk.Taxonomy.wordnet(["dog.n.01"])
