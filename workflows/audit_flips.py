@@ -30,7 +30,7 @@ from lkarray.training import Trace
 SCORES = (
     "self-influence", "harmful influence", "net influence",
     "TracIn self-influence", "TracIn harmful influence", "TracInCP self-influence",
-    "loss gain", "loss",
+    "loss gain", "loss variance", "loss",
 )  # fmt: skip
 
 
@@ -53,8 +53,8 @@ class Config(workflow.Config):
     audited: int = Field(512, ge=2, description="test images")
     batch_size: int = Field(64, ge=1)
     epochs: int = Field(15, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    nbeta: float = Field(100.0, ge=0)
+    learning_rate: float = Field(2e-3, gt=0)
+    nbeta: float = Field(1000.0, ge=0)
     gamma: float = Field(1000.0, gt=0)
     step_size: float = Field(1e-4, gt=0)
     chains: int = Field(4, ge=2)
@@ -188,6 +188,7 @@ def make_sample(config: Config, paths: Paths, show: bool) -> None:
     }
     found: dict[str, Any] = {
         "loss gain": lk.loss_gain(tree["losses"]).values,
+        "loss variance": lk.loss_variance(tree["losses"]).values,
         "loss": F.cross_entropy(output, labels, reduction="none").numpy(),
     }
     np.savez(paths.gain, facts=json.dumps(facts), flipped=flipped.numpy(), **found)
@@ -253,10 +254,10 @@ def draw(
     scores: dict[str, np.ndarray], flipped: np.ndarray, areas: dict[str, list[float]]
 ) -> Figure:
     """Draw how each score is distributed over ranks, of clean and of changed labels."""
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    figure = Figure(figsize=(11, 8.5), layout="constrained")
     clean: dict[str, Any] = {"histtype": "stepfilled", "color": "#3f90da", "alpha": 0.5}
     changed: dict[str, Any] = {"histtype": "step", "color": "#bd1f01", "lw": 1.8}
-    for axes, (name, values) in zip(figure.subplots(2, 4).flat, scores.items(), strict=True):
+    for axes, (name, values) in zip(figure.subplots(3, 3).flat, scores.items(), strict=True):
         rank = values.argsort().argsort() / (len(values) - 1)
         edges = np.linspace(0, 1, 21)
         axes.hist(rank[~flipped], edges, density=True, label="clean", **clean)

@@ -35,7 +35,8 @@ def neighbor_map(
     points
         ``(sample, component)`` of two components, as from `lkarray.embed`.
     by
-        Coordinate that gives the colour; up to twenty classes are named in a legend.
+        Coordinate that gives the colour; up to twenty classes are named in a legend, and more
+        numbers than that are a scale.
     mark
         Boolean coordinate of points to ring in black.
     hues
@@ -51,6 +52,10 @@ def neighbor_map(
     xy = points.transpose(..., COMPONENT).values
     marked = _coordinate(points, mark).astype(bool) if mark else np.zeros(len(xy), bool)
     size = float(np.clip(24000 / len(xy), 2, 30))
+    if hues is None and len(classes) > 20 and np.issubdtype(values.dtype, np.number):
+        dots = axes.scatter(xy[:, 0], xy[:, 1], s=size, c=values, cmap="viridis", linewidths=0)
+        figure.colorbar(dots, ax=axes, label=by, shrink=0.8)
+        colours = []
     for code, colour in enumerate(colours):
         at = codes == code
         axes.scatter(xy[at, 0], xy[at, 1], s=size, color=colour, linewidths=0, alpha=0.9)
