@@ -79,8 +79,8 @@ from lkarray.kernels import (
 from lkarray.planning import plan
 from lkarray.presets import PRESETS, preset
 from lkarray.saving import save
+from lkarray.store import discard_trace, verify
 from lkarray.store import open_store as open  # noqa: A004
-from lkarray.store import verify
 
 if TYPE_CHECKING:
     from lkarray import plots
@@ -181,6 +181,7 @@ __all__ = [
     "covariance",
     "diagnostics",
     "difficulty_table",
+    "discard_trace",
     "eigh",
     "embed",
     "energy_rank",

@@ -10,7 +10,6 @@ losses of clean test images (summed harmful influence).
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -80,7 +79,7 @@ def run(config: Config, folder: Path, *, progress: bool = True) -> str:
         state.stage("report", lambda: report(config, folder, list(seeds), state), [index])
         if not config.keep:
             for seed in seeds:
-                shutil.rmtree(Paths(folder, seed).store / "trajectory", ignore_errors=True)
+                lk.discard_trace(Paths(folder, seed).store)
     return f"Report  {index}\nStore   {Paths(folder, seeds[0]).store}"
 
 

@@ -10,7 +10,6 @@ compared is the mean loss of the audited images, and of others that the audit ne
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -73,7 +72,7 @@ def run(config: Config, folder: Path, *, progress: bool = True) -> str:
                 state.stage(f"{arm} {seed}", partial(again, config, paths, arm, seed), [out])
         state.stage("report", lambda: report(config, paths, state), [paths.index])
         if not config.keep:
-            shutil.rmtree(paths.store / "trajectory", ignore_errors=True)
+            lk.discard_trace(paths.store)
     return f"Report  {paths.index}\nStore   {paths.store}"
 
 

@@ -10,7 +10,6 @@ and one table of rules of integration and of other attributions (A.5, A.11, A.12
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -92,7 +91,7 @@ def run(config: Config, folder: Path, *, progress: bool = True) -> str:
         state.stage("others", lambda: others(config, paths, progress), [paths.others])
         state.stage("report", lambda: report(config, paths, state), [paths.index])
         if not config.keep:
-            shutil.rmtree(paths.store / "trajectory", ignore_errors=True)
+            lk.discard_trace(paths.store)
     return f"Report  {paths.index}\nStore   {paths.store}"
 
 

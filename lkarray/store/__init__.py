@@ -24,6 +24,7 @@ from lkarray.store.layout import (
 from lkarray.store.location import as_store, describe, open_root, writing
 from lkarray.store.locking import file_lock, region_lock, writer_lock
 from lkarray.store.reading import open_rectangle, open_store
+from lkarray.store.trajectory import discard_trace
 from lkarray.store.verifying import Problem, verify
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "create_parts",
     "create_run",
     "describe",
+    "discard_trace",
     "drop_unfinished",
     "file_lock",
     "finish",

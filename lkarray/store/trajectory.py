@@ -20,7 +20,16 @@ import zarr
 from lkarray import schema
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
 from lkarray.store.layout import create_array, create_coord, require_space, stored_at
-from lkarray.store.location import MARK, StoreLike, as_store, create_root, update_mark, writing
+from lkarray.store.location import (
+    MARK,
+    StoreLike,
+    as_store,
+    create_root,
+    open_root,
+    update_mark,
+    writing,
+)
+from lkarray.store.locking import writer_lock
 from lkarray.store.variables import variables
 
 ROOT = schema.TRAJECTORY
@@ -163,6 +172,27 @@ def _create_states(root: zarr.Group, layout: TraceLayout, path: str, dim: str, w
 def trace_fingerprint(root: zarr.Group) -> dict[str, Any] | None:
     """Return what the trace in a store was made with, ``None`` if there is no trace."""
     return dict(root.attrs[MARK]).get(ROOT)  # type: ignore[arg-type, return-value]
+
+
+def discard_trace(path: StoreLike) -> None:
+    """Delete the recorded states of a training run; gradients and audits of it stay.
+
+    A recorded run is as large as its model times its steps; what was computed from it, and stored
+    beside it, opens without it. Killed halfway, the same call deletes the rest.
+
+    Raises
+    ------
+    StoreError
+        There is no store of lkarray's.
+    LockedError
+        It is being written to.
+    """
+    with writer_lock(as_store(path)):
+        root = open_root(path, mode="r+")
+        update_mark(root, **{ROOT: None})
+        with writing(root.store):
+            if ROOT in root:
+                del root[ROOT]
 
 
 def read_steps(root: zarr.Group) -> tuple[int, int]:

@@ -54,6 +54,27 @@ def test_audit__is_stored_lazy_and_sound(tmp_path, three_panels):
     ]
 
 
+def test_discard_trace__leaves_what_was_computed(tmp_path, monkeypatch):
+    path = tmp_path / "t"
+    found = lk.audit(recorded(adam, store=path), audited(), store=path).compute()
+    with pytest.raises(errors.StoreError, match="no store"):
+        lk.discard_trace(tmp_path / "other")
+    with monkeypatch.context() as broken:  # killed before anything is deleted
+        broken.setattr("zarr.Group.__delitem__", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lk.discard_trace(path)
+    for _ in range(2):
+        xr.testing.assert_identical(lk.open(path)["audit"].to_dataset().compute(), found)
+        assert lk.verify(path) == []
+        lk.discard_trace(path)
+        assert not (path / "trajectory").exists()
+    assert "trajectory" not in lk.open(path)
+    with pytest.raises(errors.StoreError, match="no training run"):
+        lk.open_trace(path, network(), examples())
+    recorded(adam, store=path)  # the run may be recorded anew
+    assert "trajectory" in lk.open(path)
+
+
 def test_audit__called_again_computes_nothing(tmp_path, monkeypatch):
     trace = recorded(adam, store=tmp_path / "t")
     once = lk.audit(trace, audited(), store=tmp_path / "t").compute()
