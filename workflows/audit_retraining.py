@@ -49,10 +49,10 @@ class Config(workflow.Config):
     seed: int = Field(1, ge=0, description="of the audited run; the arms have the seeds after it")
     dataset: Literal["fashion", "mnist"] = "fashion"
     data: Path | None = Field(None, description="folder of the four idx files; else torchvision's")
-    batches: int = Field(100, ge=1, description="of an epoch")
+    batches: int = Field(20, ge=1, description="of an epoch")
     batch_size: int = Field(256, ge=1)
-    epochs: int = Field(10, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
+    epochs: int = Field(50, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
     audited: int = Field(512, ge=2, description="test images")
     held_out: int = Field(4000, ge=2, description="other test images")
     share: float = Field(0.2, gt=0, lt=1, description="of the training images, removed")
