@@ -118,12 +118,12 @@ def train(config: Config, paths: Paths, show: bool) -> None:
 
 
 def sample(config: Config, paths: Paths, gamma: float, show: bool) -> None:
-    """Sample at one localization strength."""
+    """Sample at one localization strength, with random numbers of its own."""
     observed = data_set(paths.data, "test")
     groups = brightness(observed.tensors[0].numpy())
     draw_losses(
         config, load_model(network(config), paths.model), data_set(paths.data, "train"), observed,
-        paths.store(gamma), seed=config.seed, gamma=gamma, show=show,
+        paths.store(gamma), seed=config.seed + config.gammas.index(gamma), gamma=gamma, show=show,
         coords={"label": observed.tensors[1].numpy(), "brightness": groups},
     )  # fmt: skip
 
@@ -242,14 +242,14 @@ def draw_cka(m: dict[str, Any], gammas: tuple[float, ...]) -> Figure:
     titles = {"cka": "CKA", "cka_without_noise": "CKA, noise taken out"}
     for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         table = np.asarray(m[key])
-        picture = axes.imshow(table, cmap="viridis", vmin=0, vmax=1)
+        picture = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(names)), names)
         axes.set_yticks(range(len(names)), names)
         for (i, j), value in np.ndenumerate(table):
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9,
                       color="white" if value < 0.6 else "black")  # fmt: skip
         axes.set(xlabel="gamma", ylabel="gamma", title=title)
-    figure.colorbar(picture, ax=figure.axes[:2], shrink=0.8)
+    figure.colorbar(picture, ax=figure.axes[:2])
     return figure
 
 

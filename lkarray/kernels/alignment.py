@@ -79,10 +79,10 @@ def cka(
         Loss tensors ``(chain, draw, sample)`` of the same samples; their draws may differ.
     debiased
         ``"samples"`` uses the unbiased HSIC_1 of Song et al. (2012), which a small number of
-        samples does not inflate. ``"draws"`` takes each squared norm as the product of the
-        kernels from even and odd chains, whose Monte-Carlo errors are independent (and the
-        product too, where a and b are one tensor), so that noise does not lower the
-        alignment; it may exceed 1 by noise.
+        samples does not inflate. ``"draws"`` takes every product between kernels from even
+        and from odd chains, whose Monte-Carlo errors are independent, so that noise neither
+        lowers the alignment nor, where chains of a and b share their random numbers, raises
+        it; it may exceed 1 by noise.
     center, normalize
         As for `frobenius`.
     memory
@@ -111,11 +111,8 @@ def cka(
     x, y = as_losses(a, name="a"), as_losses(b, name="b")
     if debiased == "draws":
         parts = [part for z in (x, y) for part in _halves(z)]
-        same = x.identical(y) if x.chunks is None else x.data is y.data
-        if same:
-            return _align(parts[:2], [(0, 1)] * 3, None, center, normalize, memory)
-        pairs = [(0, 1), (2, 3), (4, 5)]
-        return _align([x, y, *parts], pairs, None, center, normalize, memory)
+        pairs = [(0, 1), (2, 3), (0, 3), (1, 2)]
+        return _align(parts, pairs, None, center, normalize, memory)
     if debiased == "samples":
         rows = free_dim(x, "a", POSTERIOR, ())
         if x.sizes[rows] < 4:
@@ -123,7 +120,7 @@ def cka(
     kind = "unbiased" if debiased else "centred"
     if x is y or (x.chunks is not None and x.data is y.data):
         return _align([x], [(0, 0)] * 3, kind, center, normalize, memory)
-    return _align([x, y], [(0, 1), (0, 0), (1, 1)], kind, center, normalize, memory)
+    return _align([x, y], [(0, 0), (1, 1), (0, 1)], kind, center, normalize, memory)
 
 
 def cka_curve(
@@ -204,9 +201,10 @@ def _align(
     normalize: str,
     memory: int | str | None,
 ) -> xr.DataArray:
+    """Return the mean product of the later pairs over the norms that the first two give."""
     label = "draws" if kind is None else "samples" if kind == "unbiased" else "none"
     products = _Products(tensors, center, normalize, memory).compute(pairs, kind or "centred")
-    value = products[0] / da.sqrt(products[1] * products[2])
+    value = products[2:].mean() / da.sqrt(products[0] * products[1])
     return _scalar(value, "cka", debiased=label, center=center, normalize=normalize)
 
 

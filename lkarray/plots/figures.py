@@ -230,7 +230,7 @@ def gain_against_loss(tree: Losses, *, mark: str | None = None) -> Figure:
             label=mark,
         )
         axes.legend(frameon=False)
-    axes.set_xscale("symlog", linthresh=_threshold(loss))
+    axes.set_xscale("symlog", linthresh=_threshold(loss), linscale=0.5)
     axes.set_yscale("symlog", linthresh=_threshold(gain.values))
     axes.set(
         xlabel="loss at w* (nats)",
@@ -242,7 +242,8 @@ def gain_against_loss(tree: Losses, *, mark: str | None = None) -> Figure:
 
 
 def _threshold(values: np.ndarray) -> float:
-    return float(max(np.percentile(np.abs(values), 2), 1e-8))
+    positive = np.abs(values[values != 0])
+    return float(np.percentile(positive, 2)) if len(positive) else 1.0
 
 
 def _coordinate(x: xr.DataArray | xr.Dataset, name: str) -> np.ndarray:
