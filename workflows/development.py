@@ -39,7 +39,6 @@ class Config(Sampling):
     """Settings."""
 
     presets: ClassVar = {
-        "laptop": {},
         "paper": {"observed": 10_000, "chains": 8, "draws": 1000},
         "small": {
             "train": 2000, "observed": 400, "epochs": 10, "width": 8, "steps": (0, 20),

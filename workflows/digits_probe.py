@@ -43,7 +43,6 @@ class Config(Sampling):
     """Settings: the paper's posterior; draws further apart instead of more of them."""
 
     presets: ClassVar = {
-        "laptop": {},
         "paper": {"draws": 500, "thin": 1, "burn_in": 10},
         "small": {
             "train": 2000, "test": 1000, "epochs": 8, "relabelled_epochs": 60, "chains": 3,

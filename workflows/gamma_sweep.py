@@ -43,7 +43,6 @@ class Config(Sampling):
     """Settings."""
 
     presets: ClassVar = {
-        "laptop": {},
         "paper": {"gammas": (100, 300, 600, 900, 1200, 1500, 3000), "observed": 10_000,
                   "chains": 8, "draws": 1000},
         "small": {

@@ -41,7 +41,6 @@ class Config(Sampling):
     """Settings: the paper's posterior; 15 x 100 draws, eight steps apart, instead of 30 x 800."""
 
     presets: ClassVar = {
-        "laptop": {},
         "paper": {"chains": 30, "draws": 800, "thin": 1},
         "small": {
             "modulus": 31, "observed": 600, "chains": 4, "draws": 100, "thin": 8, "burn_in": 100,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 class Config(BaseModel):
     """Settings of a study: a subclass declares fields with types, limits and descriptions.
 
-    ``presets`` names other sets of values; ``default`` is the fields' own.
+    ``presets`` names other sets of values; ``default`` and ``laptop`` are the fields' own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,7 +26,7 @@ class Config(BaseModel):
         ValueError
             The preset or a key is unknown, or a value does not fit its field.
         """
-        known = {"default": {}, **cls.presets}
+        known = {"default": {}, "laptop": {}, **cls.presets}
         if preset not in known:
             raise ValueError(f"preset {preset!r} is not one of {sorted(known)}")
         values: dict[str, Any] = dict(known[preset])

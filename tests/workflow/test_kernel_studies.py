@@ -1,0 +1,97 @@
+"""The studies of the loss-kernel and Bayesian-probe papers, run whole at small size."""
+
+import numpy as np
+import pytest
+from lkarray_workflows import (
+    development,
+    digits_probe,
+    gamma_sweep,
+    mislabeled_images,
+    modular_arithmetic,
+)
+
+import lkarray as lk
+from tests.taxonomy.test_taxonomy import wordnet  # noqa: F401
+from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+
+def run_twice(study, config, folder, caplog, figures):
+    """Run, check the report, run again: nothing is done twice. Return the metrics."""
+    study.run(config, folder, progress=False)
+    metrics = check_report(folder, figures)
+    caplog.set_level("INFO")
+    study.run(config, folder, progress=False)
+    assert f"{study.__name__.split('.')[-1]}: report is done, reused" in caplog.text
+    return metrics
+
+
+def test_modular_arithmetic__learns_and_sees_the_tasks(tmp_path, caplog):
+    config = modular_arithmetic.Config.build("small", ["draws=60"])
+    figures = "axis", "covariances", "map", "map_b"
+    metrics = run_twice(modular_arithmetic, config, tmp_path / "run", caplog, figures)
+    assert metrics["accuracy"]["trained"] == 1
+    assert metrics["accuracy"]["held_out"] > 0.9
+    within = metrics["mean_correlation"]["addition, addition"]["value"]
+    assert within > metrics["mean_correlation"]["addition, division"]["value"]
+    assert metrics["neighbors_of_same_task"] > metrics["chance_same_task"] + 0.05
+    assert 0 <= metrics["pc1_auroc"]["value"] <= 1
+    assert metrics["pc1_auroc"]["error"] > 0
+    assert lk.verify(tmp_path / "run/store.zarr") == []
+
+
+def test_modular_arithmetic__tables_of_both_tasks_are_right():
+    pairs = modular_arithmetic.all_pairs(7)
+    a, b, result, added = (pairs[name] for name in ("a", "b", "result", "task"))
+    added = added == 0
+    np.testing.assert_array_equal(result[added], (a + b)[added] % 7)
+    np.testing.assert_array_equal((result * b % 7)[~added], a[~added])
+    assert (b[~added] != 0).all()
+    assert len(set(zip(a, b, added, strict=True))) == len(a) == 7 * 7 + 7 * 6
+    with pytest.raises(ValueError, match="must be a prime, not 9"):
+        modular_arithmetic.all_pairs(9)
+
+
+def test_digits_probe__gains_of_changed_labels_are_larger(tmp_path, garments, caplog):  # noqa: F811
+    settings = "train=800", "test=300", "relabelled_epochs=150", "mapped=300", "batch_size=32"
+    config = digits_probe.Config.build("small", [*settings, f"data={garments}"])
+    figures = "gain_against_loss", "gallery", "map", "relabelled"
+    metrics = run_twice(digits_probe, config, tmp_path / "run", caplog, figures)
+    assert metrics["relabelled"]["auroc"]["loss gain"]["value"] > 0.6
+    assert -1 <= metrics["clean"]["pearson"]["value"] <= 1
+
+
+def test_mislabeled_images__variance_finds_changed_labels(tmp_path, garments, caplog):  # noqa: F811
+    settings = "train=800", "observed=400", "test=200", "width=8"
+    config = mislabeled_images.Config.build("small", [*settings, f"data={garments}"])
+    figures = "gain", "map", "variance"
+    metrics = run_twice(mislabeled_images, config, tmp_path / "run", caplog, figures)
+    assert metrics["auroc"]["loss variance"]["value"] > 0.7
+    assert metrics["variance"]["ratio"]["value"] > 1.5
+
+
+def test_gamma_sweep__kernels_at_every_gamma(tmp_path, garments, wordnet, caplog):  # noqa: F811
+    settings = "train=800", "observed=200", "neighbors=15"
+    config = gamma_sweep.Config.build("small", [*settings, f"data={garments}"])
+    figures = "by_distance", "cka", "convergence", "lift"
+    metrics = run_twice(gamma_sweep, config, tmp_path / "run", caplog, figures)
+    assert [one["gamma"] for one in metrics["kernels"]] == [100, 10_000]
+    table = np.array(metrics["cka"])
+    np.testing.assert_allclose(table, table.T, atol=1e-6)
+    np.testing.assert_allclose(np.diag(metrics["cka_without_noise"]), 1, atol=1e-5)
+    assert (np.diff([one["cka"] for one in metrics["kernels"]])[:, -3:] > -0.02).all()
+
+
+def test_development__kernels_of_checkpoints(tmp_path, garments, wordnet, caplog):  # noqa: F811
+    settings = "train=800", "observed=200", "neighbors=15", "steps=0,10"
+    config = development.Config.build("small", [*settings, f"data={garments}"])
+    metrics = run_twice(development, config, tmp_path / "run", caplog, ["maps", "curves"])
+    found = metrics["checkpoints"]
+    assert [one["step"] for one in found] == [0, 10, 10 * 7]
+    assert found[-1]["cka_to_final"] == pytest.approx(1)
+    assert found[0]["cka_to_final"] < 0.99
+    assert found[-1]["accuracy"] > found[0]["accuracy"]
+    with pytest.raises(ValueError, match="steps must lie between 0 and 69"):
+        wrong = development.Config.build("small", [*settings[:3], "steps=70", f"data={garments}"])
+        development.run(wrong, tmp_path / "wrong", progress=False)
