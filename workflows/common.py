@@ -86,6 +86,29 @@ def convolutional(width: int = 16, classes: int = 10) -> nn.Module:
     )  # fmt: skip
 
 
+class Block(nn.Module):
+    """Causal attention and a feed-forward layer, each added and then normalised."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Take and return ``(input, place, width)``."""
+        parts = self.attention(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0)
+        q, k, v = (part.transpose(-3, -2) for part in parts)  # (input, head, place, width)
+        # Written out: torch.func has no batched form of the fused attention.
+        future = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).triu(1)
+        likeness = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
+        seen = likeness.softmax(-1) @ v
+        x = self.first(x + self.out(seen.transpose(-3, -2).flatten(-2)))
+        out: torch.Tensor = self.second(x + self.narrow(self.wide(x).relu()))
+        return out
+
+
 def accuracy(model: nn.Module, data: TensorDataset, rows: int = 2000) -> np.ndarray:
     """Return which inputs the model gets right, ``(sample,)`` of bool."""
     model.eval()
@@ -114,10 +137,11 @@ def draw_losses(
     config: Sampling, model: nn.Module, train: TensorDataset, observed: TensorDataset, store: Path,
     *, seed: int, coords: Mapping[str, Any], show: bool = False, gamma: float | None = None,
     trainable: Any = None, checkpoints: Mapping[Any, Any] | None = None,
+    loss: str = "cross_entropy",
 ) -> xr.DataTree:  # fmt: skip
     """Sample around a model, or checkpoints of it, as the settings say; observe some inputs."""
     posterior = lk.LocalPosterior(
-        model, train, nbeta=config.nbeta, gamma=config.gamma if gamma is None else gamma,
+        model, train, loss, nbeta=config.nbeta, gamma=config.gamma if gamma is None else gamma,
         trainable=trainable,
     )  # fmt: skip
     return lk.sample(
@@ -145,9 +169,10 @@ def without_chain(losses: xr.DataArray, value: Callable[[xr.DataArray], Any]) ->
 
 def halves_agree(losses: xr.DataArray, rows: int = 2000, seed: int = 0) -> float:
     """Return the correlation, over pairs of some inputs, of R from each half of the chains."""
-    n = losses.sizes["sample"]
+    (dim,) = set(losses.dims) - {"chain", "draw"}
+    n = losses.sizes[dim]
     chosen = np.sort(np.random.default_rng(seed).choice(n, min(rows, n), replace=False))
-    some = losses.isel(sample=chosen)
+    some = losses.isel({dim: chosen})
     pairs = np.triu_indices(len(chosen), 1)
     first, second = (
         lk.correlation(some.isel(chain=slice(start, None, 2))).values[pairs] for start in (0, 1)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import xarray as xr
 from lkarray_workflows.common import (
+    Block,
     Sampling,
     accuracy,
     area,
@@ -70,29 +71,6 @@ class Config(Sampling):
     draws: int = Field(100, ge=2)
     burn_in: int = Field(200, ge=0)
     thin: int = Field(8, ge=1)
-
-
-class Block(nn.Module):
-    """Causal attention and a feed-forward layer, each added and then normalised."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Take and return ``(input, place, width)``."""
-        parts = self.attention(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0)
-        q, k, v = (part.transpose(-3, -2) for part in parts)  # (input, head, place, width)
-        # Written out: torch.func has no batched form of the fused attention.
-        future = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).triu(1)
-        likeness = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
-        seen = likeness.softmax(-1) @ v
-        x = self.first(x + self.out(seen.transpose(-3, -2).flatten(-2)))
-        out: torch.Tensor = self.second(x + self.narrow(self.wide(x).relu()))
-        return out
 
 
 class Transformer(nn.Module):

@@ -155,7 +155,9 @@ def top_correlated(
     labels = _coordinate(neighbors, by)
     flags = _coordinate(neighbors, mark) if mark else np.zeros(len(labels), bool)
     index = neighbors.indexes.get(dim, pd.RangeIndex(len(labels)))
-    figure = Figure(figsize=(1.15 * (shown + 1) + 0.3, 1.4 * len(references) + 0.8))
+    long = max((len(str(label)) for label in labels), default=0) > 4
+    between = "\n" if long else "   "
+    figure = Figure(figsize=(1.15 * (shown + 1) + 0.3, (1.4 + 0.2 * long) * len(references) + 0.8))
     grid = figure.subplots(len(references), shown + 1, squeeze=False)
     figure.subplots_adjust(
         left=0.02,
@@ -163,7 +165,7 @@ def top_correlated(
         top=1 - 0.8 / figure.get_figheight(),
         bottom=0.04,
         wspace=0.1,
-        hspace=0.45,
+        hspace=0.6 if long else 0.45,
     )
     for row, reference in zip(grid, references, strict=True):
         for axes in row:
@@ -178,7 +180,7 @@ def top_correlated(
             at = index.get_loc(sample)
             axes.imshow(images[at], cmap="gray_r", interpolation="nearest")
             star = "*" if flags[at] else ""
-            text = f"{labels[at]}{star}" + ("" if r is None else f"   R {r:.2f}")
+            text = f"{labels[at]}{star}" + ("" if r is None else f"{between}R {r:.2f}")
             axes.set_title(text, fontsize=9, fontweight="bold" if r is None else "normal")
     note = f"  (* {mark})" if mark else ""
     figure.suptitle(

@@ -1,16 +1,25 @@
 """The studies of the loss-kernel and Bayesian-probe papers, run whole at small size."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+import torchvision
 from lkarray_workflows import (
     development,
     digits_probe,
     gamma_sweep,
+    imagenet,
+    language,
     mislabeled_images,
     modular_arithmetic,
 )
+from PIL import Image
 
 import lkarray as lk
+from lkarray import errors
 from tests.taxonomy.test_taxonomy import wordnet  # noqa: F401
 from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
 
@@ -92,6 +101,81 @@ def test_development__kernels_of_checkpoints(tmp_path, garments, wordnet, caplog
     assert found[-1]["cka_to_final"] == pytest.approx(1)
     assert found[0]["cka_to_final"] < 0.99
     assert found[-1]["accuracy"] > found[0]["accuracy"]
+    wrong = development.Config.build("small", [*settings[:3], "steps=70", f"data={garments}"])
     with pytest.raises(ValueError, match="steps must lie between 0 and 69"):
-        wrong = development.Config.build("small", [*settings[:3], "steps=70", f"data={garments}"])
         development.run(wrong, tmp_path / "wrong", progress=False)
+
+
+@pytest.fixture
+def imagenet_folder(tmp_path):
+    """A folder as ImageNet's, of eight classes: each of its own colour and bright rows."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "imagenet"
+    for part, count in (("train", 24), ("val", 10)):
+        for at, wnid in enumerate(list(lk.Taxonomy.imagenet().labels)[::125]):
+            (root / part / wnid).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (80, 70 + at, 3)).astype(np.uint8)
+                pixels[:, :, at % 3] += 100
+                pixels[8 * at : 8 * at + 10] += 30
+                Image.fromarray(pixels).save(root / part / wnid / f"{i}.jpg")
+    return root
+
+
+def test_imagenet__runs_whole_on_a_folder(tmp_path, imagenet_folder, caplog):
+    weights = tmp_path / "weights.pt"
+    torch.manual_seed(0)
+    network = torchvision.models.googlenet(weights=None, init_weights=False)  # with its aux heads
+    torch.save(network.state_dict(), weights)
+    config = imagenet.Config.build("small", [f"data={imagenet_folder}", f"weights={weights}"])
+    metrics = run_twice(imagenet, config, tmp_path / "run", caplog, ["map", "nearest", "lift"])
+    assert (metrics["images"], metrics["classes"]) == (60, 8)
+    assert metrics["lift"]["lift"][0] == pytest.approx(1)
+    tree = lk.open(tmp_path / "run/store.zarr")
+    assert tree["derived/thumbnails"]["thumbnail"].shape == (60, 64, 64, 3)
+    near = tree["derived/neighbors"].to_dataset()
+    labels = near["label"].values
+    assert (labels[near["neighbor"].values.astype(int)] != labels[:, None]).all()
+    numbers = {wnid: at for at, wnid in enumerate(lk.Taxonomy.imagenet().labels)}
+    assert tree["losses"]["class_number"].values.tolist() == [numbers[x] for x in labels]
+    assert lk.verify(tmp_path / "run/store.zarr") == []
+
+
+def test_imagenet__tells_what_does_not_fit(tmp_path, imagenet_folder):
+    def run(*settings):
+        config = imagenet.Config.build("small", settings)
+        imagenet.run(config, Path(tempfile.mkdtemp(dir=tmp_path)), progress=False)
+
+    with pytest.raises(errors.StoreError, match="torchvision.datasets import ImageNet"):
+        run(f"data={tmp_path / 'nowhere'}")
+    with pytest.raises(errors.StoreError, match="torchvision's weights are fetched by"):
+        run(f"data={imagenet_folder}", "weights=nowhere.pt")
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(errors.StoreError, match="no weights of torchvision's googlenet"):
+        run(f"data={imagenet_folder}", f"weights={tmp_path / 'other.pt'}")
+    (imagenet_folder / "val/cats").mkdir()
+    Image.new("RGB", (40, 40)).save(imagenet_folder / "val/cats/0.jpg")
+    with pytest.raises(errors.StoreError, match=r"\['cats'\] are no wnids"):
+        run(f"data={imagenet_folder}")
+
+
+def test_language__finds_the_same_next_token_first(tmp_path, wordnet, caplog):  # noqa: F811
+    config = language.Config.build("small", ["epochs=10", "windows=40"])
+    metrics = run_twice(language, config, tmp_path / "run", caplog, ["lifts", "map"])
+    assert metrics["loss"]["observed"] < metrics["loss"]["of token frequencies"]
+    assert metrics["lifts"]["all"]["next"]["low"] > 2
+    assert "next" not in metrics["lifts"]["other next token"]
+    tree = lk.open(tmp_path / "run/store.zarr")
+    assert tree["losses"]["loss"].dims == ("chain", "draw", "sample", "token")
+    near = tree["derived/neighbors_other_next_token"].to_dataset()
+    after = near["next"].values
+    assert (after[near["neighbor"].values.astype(int)] != after[:, None]).all()
+
+
+def test_language__tokens_and_their_kinds(wordnet):  # noqa: F811
+    text = "Having 3 people's hats-on (often)."
+    words = ["having", "3", "people's", "hats", "-", "on", "(", "often", ")", "."]
+    assert language.split_text(text) == words
+    kinds = [language.kind_of(w, language.sources.open_wordnet()) for w in ("dog", "run", "3", ";")]
+    assert kinds == ["noun", "verb", "number", "mark"]
+    assert language.kind_of("often", None) == "function word"

@@ -1,0 +1,107 @@
+"""What studies of ImageNet's classes share: neighbours, map, lifts and galleries of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+import lkarray as lk
+from lkarray import plots, progress, store, workflow
+
+#: Means and deviations of ImageNet's channels, as networks of torchvision expect.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def keep_thumbnails(path: Path, images: np.ndarray, size: int = 64) -> None:
+    """Store small copies of square images ``(sample, height, width, 3)`` of bytes.
+
+    As ``thumbnail(sample, y, x, color)`` beside the losses. ``size`` is the largest side.
+    """
+    side = images.shape[1]
+    small = images
+    if side > size:
+        from torch import from_numpy
+        from torch.nn.functional import interpolate
+
+        planes = from_numpy(np.ascontiguousarray(images)).movedim(-1, 1).float()
+        shrunk = interpolate(planes, size=(size, size), mode="area")
+        small = shrunk.round().byte().movedim(1, -1).numpy()
+    dims = "sample", "y", "x", "color"
+    store.put(path, "thumbnails", xr.DataArray(small, dims=dims, name="thumbnail"))
+
+
+def relate(path: Path, k: int, seed: int, *, show: bool) -> None:
+    """Find neighbours of other classes; embed the images at distance 1 - R (appendix B)."""
+    losses = losses_of(path)
+    near = lk.neighbors(losses, k, exclude="label")
+    with progress.dask_bar("neighbours", show=show):
+        store.put(path, "neighbors", near)
+    near = neighbors_of(path)
+    with progress.busy("map (UMAP)", show=show):
+        store.put(path, "map", lk.embed(near, seed=seed))
+
+
+def losses_of(path: Path) -> xr.DataArray:
+    """Return the losses of a store."""
+    return lk.open(path)["losses"].to_dataset()["loss"]
+
+
+def neighbors_of(path: Path) -> xr.Dataset:
+    """Return neighbours that were stored, in memory."""
+    return lk.open(path)["derived/neighbors"].to_dataset().load()
+
+
+def lift_of(found: Any, labels: np.ndarray, seed: int, k: int = 30) -> xr.Dataset:
+    """Return the taxonomic lift of neighbours or losses, over the classes that occur."""
+    taxonomy = lk.Taxonomy.imagenet().subset(np.unique(labels).tolist())
+    lift: xr.Dataset = lk.taxonomic_lift(found, taxonomy, k=k, seed=seed)
+    return lift
+
+
+def numbers(lift: xr.Dataset) -> dict[str, list[float | None]]:
+    """Return the pooled lift by depth, with its interval, as plain numbers."""
+    of = {"depth": "depth", "lift": "pooled_lift", "low": "pooled_low", "high": "pooled_high"}
+    return {
+        name: [float(v) if np.isfinite(v) else None for v in lift[variable].values]
+        for name, variable in of.items()
+    }
+
+
+def lift_text(lift: dict[str, list[Any]]) -> str:
+    """Return a lift by depth as one line."""
+    parts = zip(lift["depth"], lift["lift"], strict=True)
+    return ", ".join(f"{d:.0f}: {v:.2f}" for d, v in parts if v is not None)
+
+
+def figures(path: Path, lift: xr.Dataset, *, shown: int = 6, seed: int = 0) -> list[Any]:
+    """Draw the map by hierarchy, the most correlated images, and the lift (figures 1, 4, 5)."""
+    taxonomy = lk.Taxonomy.imagenet()
+    tree = lk.open(path)
+    points, near = tree["derived/map"].to_dataset()["embedding"].load(), neighbors_of(path)
+    titles = [taxonomy.title(wnid)[:14] for wnid in near["label"].values.tolist()]
+    near = near.assign_coords(title=("sample", titles))
+    chosen = np.random.default_rng(seed).choice(near.sizes["sample"], shown, replace=False)
+    images = tree["derived/thumbnails"].to_dataset()["thumbnail"].values
+    hues: Any = taxonomy.hues()
+    references: Any = near.indexes.get("sample", np.arange(len(titles)))[np.sort(chosen)]
+    return [
+        workflow.Figure(
+            "map", "The images by their losses",
+            "UMAP at distance 1 - R, edges within a class removed; colour is the place of the "
+            "class in WordNet, so that related classes look alike (figure 1).",
+            plots.neighbor_map(points, by="label", hues=hues),
+        ),
+        workflow.Figure(
+            "nearest", "Most correlated images of other classes",
+            "References drawn at random (figures 4 and 10).",
+            plots.top_correlated(near, images, references, by="title"),
+        ),
+        workflow.Figure(
+            "lift", "Taxonomic lift against depth",
+            "A curve for each depth of the reference's class (figure 5); chance is 1.",
+            plots.lift_by_depth(lift),
+        ),
+    ]  # fmt: skip
