@@ -313,9 +313,9 @@ def measure(config: Config, paths: Paths) -> None:
     paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
 
 
-def in_context(paths: Paths, sample: int, token: int, before: int = 7) -> str:
+def in_context(paths: Paths, place: tuple[int, int], before: int = 7) -> str:
     """Return a next token in brackets, after the words before it."""
-    vocabulary, _ = words_of(paths)
+    (sample, token), (vocabulary, _) = place, words_of(paths)
     window = vocabulary[data_set(paths, "observed").tensors[0][sample].numpy()]
     seen = window[max(0, token + 1 - before) : token + 1]
     return " ".join(seen) + f" [{window[token + 1]}]"
@@ -343,8 +343,8 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     places = list(zip(near["sample"].values.tolist(), near["token"].values.tolist(), strict=True))
     for at in np.sort(chosen):
         found = near["neighbor"].values[at, :3].astype(int)
-        told = "; ".join(in_context(paths, *places[j], before=4) for j in found)
-        rows.append((in_context(paths, *places[at]), told, "nearest three of other next tokens"))
+        told = "; ".join(in_context(paths, places[j], before=4) for j in found)
+        rows.append((in_context(paths, places[at]), told, "nearest three of other next tokens"))
     figures = [
         workflow.Figure("lifts", "What tokens that vary together share", "Times as often as "
                         "chance, with 95% intervals; the same next token is the confound.",
