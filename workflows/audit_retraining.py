@@ -2,9 +2,10 @@
 
 LeNet-5 learns Fashion-MNIST (or MNIST), recorded, and the losses of some test images are audited.
 Then it learns again, from other initial weights and in other orders, without a share of the
-training images: those that lowered the audited losses most, those of least influence either way, as
-many at random, and those that raised the losses most. Every arm takes equally many steps. What is
-compared is the mean loss of the audited images, and of others that the audit never saw.
+training images: those that lowered the audited losses most, those of least influence either way
+(of all, and of each class alike), as many at random, and those that raised the losses most. Every
+arm takes equally many steps. What is compared is the mean loss of the audited images, and of others
+that the audit never saw.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from torch.utils.data import TensorDataset
 import lkarray as lk
 from lkarray import workflow
 
-ARMS = ("nothing", "random", "most helpful", "least influential", "most harmful")
+BALANCED = "least influential of each class"
+ARMS = ("nothing", "random", "most helpful", "least influential", BALANCED, "most harmful")
 #: One arm, another, and whether the first has the higher loss.
 CLAIMS = {
     "removing the most helpful hurts more than random": ("most helpful", "random"),
     "removing the least influential hurts less than random": ("random", "least influential"),
+    "removing the least influential of each class hurts less than random": ("random", BALANCED),
 }
 SETS = ("audited", "held_out")
 
@@ -122,6 +125,12 @@ def kept_by(config: Config, paths: Paths, arm: str, seed: int) -> np.ndarray:
     """Return the training images that an arm learns from."""
     with np.load(paths.scores) as scores:
         net, gross = scores["net"], scores["gross"]
+    if arm == BALANCED:
+        (_, labels) = data_set(paths.data, "train").tensors
+        classes = [np.flatnonzero(labels.numpy() == label) for label in labels.unique()]
+        return np.sort(np.concatenate([
+            of[np.argsort(gross[of])][round(config.share * len(of)) :] for of in classes
+        ]))  # fmt: skip
     count = 0 if arm == "nothing" else round(config.share * len(net))
     order = {
         "nothing": np.arange(len(net)),
