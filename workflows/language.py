@@ -72,7 +72,7 @@ class Config(Sampling):
     batch_size: int = Field(64, ge=1, description="of the training")
     neighbors: int = Field(30, ge=1)
     nbeta: float = Field(300.0, ge=0)
-    gamma: float = Field(1000.0, gt=0)
+    gamma: float = Field(30_000.0, gt=0)
     step_size: float = Field(1e-5, gt=0)
     sampler_batch: int = Field(64, ge=1)
     chains: int = Field(4, ge=2)

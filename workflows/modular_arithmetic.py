@@ -210,18 +210,21 @@ def make_map(config: Config, paths: Paths, show: bool) -> None:
         store.put(paths.store, "map", lk.embed(near, seed=config.seed))
 
 
-def expected_changes(losses: xr.DataArray, center: xr.DataArray) -> np.ndarray:
-    """Return each input's mean loss change by chain, scaled to length 1, ``(sample, chain)``."""
+def first_component(losses: xr.DataArray, center: xr.DataArray, *, of: str = "chain") -> np.ndarray:
+    """Return the inputs' places on the first principal component of their expected changes.
+
+    An input's expected changes are its mean loss in each chain less its loss at w*. The paper's
+    are "normalized", not saying how: of each chain, to mean 0 and deviation 1 over the inputs, or
+    of each input (``of="sample"``), to length 1.
+    """
     change = (losses.mean("draw", dtype=np.float64) - center).transpose("sample", "chain").values
-    length = np.linalg.norm(change, axis=1, keepdims=True)
-    scaled: np.ndarray = np.divide(change, length, out=np.zeros_like(change), where=length > 0)
-    return scaled
-
-
-def first_component(losses: xr.DataArray, center: xr.DataArray) -> np.ndarray:
-    """Return the inputs' places on the first principal component of their expected changes."""
-    x = expected_changes(losses, center)
-    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    if of == "sample":
+        length = np.linalg.norm(change, axis=1, keepdims=True)
+        change = np.divide(change, length, out=np.zeros_like(change), where=length > 0)
+    x = change - change.mean(0)
+    if of == "chain":
+        x /= x.std(0)
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
     return np.asarray(u[:, 0] * s[0])
 
 
@@ -278,7 +281,12 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
 
     with progress.busy("numbers", show=show):
         mean, error = without_chain(losses, means)
-        axis = without_chain(losses, lambda x: folded(division, first_component(x, center)))
+        axes = {
+            of: without_chain(
+                losses, lambda x, of=of: folded(division, first_component(x, center, of=of))
+            )
+            for of in ("chain", "sample")
+        }
         leading = lk.svd(losses, 1, over=("chain", "draw"), center="pooled", normalize="cosine")
         u = leading["u"].isel(mode=0).values
         spread = moments(losses, int((~division).sum()))
@@ -291,7 +299,11 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
         facts = lk.diagnostics(tree)
         metrics = {
             "accuracy": right,
-            "pc1_auroc": dict(zip(("value", "error"), axis, strict=True)),
+            "pc1_auroc": dict(zip(("value", "error"), axes["chain"], strict=True)),
+            "pc1_of_unit_vectors_auroc": dict(
+                zip(("value", "error"), axes["sample"], strict=True)
+            ),
+            "center_loss_auroc": folded(division, center.values),
             "leading_mode_auroc": folded(division, u),
             "mean_correlation": {
                 f"{a}, {b}": {"value": mean[i, j], "error": error[i, j]}
@@ -328,8 +340,8 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         workflow.Figure("map_b", "The same map by b", "Figure 3C.",
                         plots.neighbor_map(points, by="b")),
         workflow.Figure("axis", "One axis tells the tasks apart", "First principal component of "
-                        "the inputs' expected loss changes by chain, each scaled to length 1 "
-                        "(figure 3B).", draw_axis(places, node["task"].values, m)),
+                        "the inputs' expected loss changes by chain, each chain scaled to "
+                        "deviation 1 (figure 3B).", draw_axis(places, node["task"].values, m)),
         workflow.Figure("covariances", "Covariances within and between the tasks",
                         "Every pair of different inputs (figure 3D).", draw_covariances(counts)),
     ]  # fmt: skip
@@ -337,7 +349,11 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     rows = [
         ("AUROC of the first component for the task",
          "{value:.3f} +- {error:.3f}".format(**m["pc1_auroc"]), "paper: 0.931"),
-        ("... of the leading mode of R", f"{m['leading_mode_auroc']:.3f}", ""),
+        ("... inputs scaled to length 1 instead of chains to deviation 1",
+         "{value:.3f} +- {error:.3f}".format(**m["pc1_of_unit_vectors_auroc"]),
+         "the paper does not say which"),
+        ("AUROC of the loss at w* alone", f"{m['center_loss_auroc']:.3f}", "not given"),
+        ("AUROC of the leading mode of R", f"{m['leading_mode_auroc']:.3f}", ""),
         *((f"Mean R: {pair}", "{value:+.4f} +- {error:.4f}".format(**found), "")
           for pair, found in r.items()),
         *((f"K {name}: deviation, skewness, excess kurtosis",

@@ -12,6 +12,7 @@ from lkarray_workflows import (
     digits_probe,
     gamma_sweep,
     imagenet,
+    imagenet_prototypes,
     language,
     mislabeled_images,
     modular_arithmetic,
@@ -47,6 +48,8 @@ def test_modular_arithmetic__learns_and_sees_the_tasks(tmp_path, caplog):
     assert metrics["neighbors_of_same_task"] > metrics["chance_same_task"] + 0.05
     assert 0 <= metrics["pc1_auroc"]["value"] <= 1
     assert metrics["pc1_auroc"]["error"] > 0
+    unit = metrics["pc1_of_unit_vectors_auroc"]
+    assert unit != metrics["pc1_auroc"]
     assert lk.verify(tmp_path / "run/store.zarr") == []
 
 
@@ -157,6 +160,19 @@ def test_imagenet__tells_what_does_not_fit(tmp_path, imagenet_folder):
     Image.new("RGB", (40, 40)).save(imagenet_folder / "val/cats/0.jpg")
     with pytest.raises(errors.StoreError, match=r"\['cats'\] are no wnids"):
         run(f"data={imagenet_folder}")
+
+
+def test_imagenet_prototypes__runs_whole(tmp_path, caplog):
+    config = imagenet_prototypes.Config.build("small", ["classes=30"])
+    figures = "controls", "draws", "map", "nearest", "lift"
+    metrics = run_twice(imagenet_prototypes, config, tmp_path / "run", caplog, figures)
+    assert metrics["intended"] > 0.1  # chance: a thousandth
+    controls = {"penultimate features", "pixels", "random"}
+    names = {name for name, _ in imagenet_prototypes.KERNELS.values()}
+    assert set(metrics["lifts"]) == controls | names
+    frozen = lk.open(tmp_path / "run/frozen.zarr")["losses"].attrs["settings"]
+    assert "_fc.weight" not in str(frozen)
+    assert metrics["mean_gain"]["frozen"] < metrics["mean_gain"]["whole"]
 
 
 def test_language__finds_the_same_next_token_first(tmp_path, wordnet, caplog):  # noqa: F811
