@@ -28,14 +28,14 @@ def build(epochs: int, batches: int, examples: int, data: str, memory: str) -> N
     """Record the run and store its gradients, unless that was done; continue what was begun."""
     import torch
     from example_gradients import lenet
-    from lkarray_workflows.fashion import read_fashion
+    from lkarray_workflows.images import read_images
     from torch.nn import functional as F
     from torch.utils.data import TensorDataset
 
     import lkarray as lk
 
     if data:
-        images, labels = read_fashion(Path(data), Path(data), "train")
+        images, labels = read_images(Path(data), "train")
     else:
         rng = np.random.default_rng(0)
         images = rng.integers(0, 255, (2000, 28, 28)).astype(np.uint8)

@@ -120,6 +120,7 @@ if TYPE_CHECKING:
         mode_sensitivity,
         open_trace,
         record,
+        shift_modes,
     )
 
 _LAZY = {
@@ -145,6 +146,7 @@ _LAZY = {
     "mode_sensitivity": "lkarray.training",
     "open_trace": "lkarray.training",
     "record": "lkarray.training",
+    "shift_modes": "lkarray.training",
     "Taxonomy": "lkarray.taxonomy",
     "attribute_lift": "lkarray.taxonomy",
     "color_groups": "lkarray.taxonomy",
@@ -236,6 +238,7 @@ __all__ = [
     "sample",
     "save",
     "schedules",
+    "shift_modes",
     "singular_fluctuation",
     "subspace_overlap",
     "suggest",

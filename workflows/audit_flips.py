@@ -16,10 +16,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lkarray_workflows.lenet_audit import NAMES, data_set, fit, plan, take_images
-from lkarray_workflows.lenet_path import network
+from lkarray_workflows.images import FOLDER, NAMES, data_set, take_images
+from lkarray_workflows.recorded import build, fit, plan
 from matplotlib.figure import Figure
 from pydantic import Field
+from torch import nn
 from torch.nn import functional as F
 
 import lkarray as lk
@@ -46,7 +47,7 @@ class Config(workflow.Config):
     seed: int = Field(1, ge=0, description="the first")
     seeds: int = Field(3, ge=1, description="of data, labels, training and sampling")
     dataset: Literal["fashion", "mnist"] = "fashion"
-    data: Path | None = Field(None, description="folder of the four idx files; else torchvision's")
+    data: Path | None = Field(None, description=FOLDER)
     train: int = Field(2560, ge=20, description="training images")
     flipped: float = Field(0.1, gt=0, lt=1, description="share of changed labels")
     audited: int = Field(512, ge=2, description="test images")
@@ -99,7 +100,7 @@ class Paths:
 def make_data(config: Config, paths: Paths, show: bool) -> None:
     """Take images, and change some labels to any of the other nine."""
     paths.folder.mkdir(parents=True, exist_ok=True)
-    kept = take_images(config, paths.whole, config.train, config.audited, seed=paths.seed)
+    kept = take_images(config, config.train, config.audited, seed=paths.seed)
     rng = np.random.default_rng(paths.seed + 1000)
     n = len(kept["train_labels"])
     changed = rng.choice(n, round(config.flipped * n), replace=False)
@@ -114,13 +115,19 @@ def train(config: Config, paths: Paths, show: bool) -> None:
     data = data_set(paths.data, "train")
     steps = -(-len(data) // config.batch_size) * config.epochs
     batches = plan(len(data), config.batch_size, steps, paths.seed)
-    model = fit(data, batches, config.learning_rate, paths.seed, store=paths.store, show=show)
+    model = fit(untrained(paths), data, batches, config.learning_rate, store=paths.store, show=show)
     torch.save(model.state_dict(), paths.model)
+
+
+def untrained(paths: Paths) -> nn.Sequential:
+    """Return LeNet-5 as it begins."""
+    found: nn.Sequential = build("lenet", (1, 28), paths.seed)
+    return found
 
 
 def open_trace(paths: Paths) -> Trace:
     """Open the recorded run."""
-    return lk.open_trace(paths.store, network(paths.seed), data_set(paths.data, "train"))
+    return lk.open_trace(paths.store, untrained(paths), data_set(paths.data, "train"))
 
 
 def harm(influence: Any) -> np.ndarray:
@@ -161,7 +168,7 @@ def make_tracin(config: Config, paths: Paths, show: bool) -> None:
 def make_sample(config: Config, paths: Paths, show: bool) -> None:
     """Sample the local posterior: loss gains; and the losses themselves."""
     data = data_set(paths.data, "train")
-    model = network(paths.seed)
+    model = untrained(paths)
     model.load_state_dict(torch.load(paths.model, weights_only=True))
     model.eval()
     tree = lk.sample(

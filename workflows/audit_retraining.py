@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lkarray_workflows.lenet_audit import data_set, fit, plan, take_images
-from lkarray_workflows.lenet_path import network
+from lkarray_workflows.images import FOLDER, data_set, take_images
+from lkarray_workflows.recorded import build, fit, plan
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -51,7 +51,7 @@ class Config(workflow.Config):
 
     seed: int = Field(1, ge=0, description="of the audited run; the arms have the seeds after it")
     dataset: Literal["fashion", "mnist"] = "fashion"
-    data: Path | None = Field(None, description="folder of the four idx files; else torchvision's")
+    data: Path | None = Field(None, description=FOLDER)
     batches: int = Field(20, ge=1, description="of an epoch")
     batch_size: int = Field(256, ge=1)
     epochs: int = Field(50, ge=1)
@@ -96,11 +96,17 @@ class Paths:
 def make_data(config: Config, paths: Paths) -> None:
     """Take the training images, the audited ones, and others."""
     train, test = config.batches * config.batch_size, config.audited + config.held_out
-    kept = take_images(config, paths.folder, train, test, seed=config.seed)
+    kept = take_images(config, train, test, seed=config.seed)
     for kind in ("images", "labels"):
         both = kept.pop(f"test_{kind}")
         kept[f"audited_{kind}"], kept[f"held_out_{kind}"] = np.split(both, [config.audited])
     np.savez(paths.data, **kept)
+
+
+def lenet(seed: int) -> nn.Sequential:
+    """Return LeNet-5 as a run begins."""
+    found: nn.Sequential = build("lenet", (1, 28), seed)
+    return found
 
 
 def batches(config: Config, n: int, seed: int) -> list[torch.Tensor]:
@@ -112,9 +118,9 @@ def batches(config: Config, n: int, seed: int) -> list[torch.Tensor]:
 def make_audit(config: Config, paths: Paths, show: bool) -> None:
     """Train, recorded; audit; keep what each training image did to the audited losses."""
     data, audited = data_set(paths.data, "train"), data_set(paths.data, "audited")
-    fit(data, batches(config, len(data), config.seed), config.learning_rate, config.seed,
+    fit(lenet(config.seed), data, batches(config, len(data), config.seed), config.learning_rate,
         store=paths.store, show=show)  # fmt: skip
-    trace = lk.open_trace(paths.store, network(config.seed), data)
+    trace = lk.open_trace(paths.store, lenet(config.seed), data)
     found = lk.audit(trace, audited, store=paths.store, progress=show)
     influence = found["influence"].astype(np.float64)
     net, gross = influence.sum("audit").values, abs(influence).sum("audit").values
@@ -147,7 +153,7 @@ def again(config: Config, paths: Paths, arm: str, seed: int) -> None:
     images, labels = data_set(paths.data, "train").tensors
     kept = torch.from_numpy(kept_by(config, paths, arm, seed))
     data = TensorDataset(images[kept], labels[kept])
-    model = fit(data, batches(config, len(kept), seed), config.learning_rate, seed)
+    model = fit(lenet(seed), data, batches(config, len(kept), seed), config.learning_rate)
     found = {name: outcome(model, data_set(paths.data, name)) for name in SETS}
     paths.arm(arm, seed).write_text(json.dumps(found | {"images": len(kept)}))
 

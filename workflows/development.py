@@ -26,7 +26,7 @@ from lkarray_workflows.common import (
     halves_agree,
 )
 from lkarray_workflows.fashion import SYNSETS
-from lkarray_workflows.lenet_audit import NAMES, data_set, take_images
+from lkarray_workflows.images import FOLDER, NAMES, data_set, take_images
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -48,7 +48,7 @@ class Config(Sampling):
 
     seed: int = Field(1, ge=0, description="of the images, the training, the sampling")
     dataset: ClassVar[str] = "fashion"
-    data: Path | None = Field(None, description="folder of the four idx files; else torchvision's")
+    data: Path | None = Field(None, description=FOLDER)
     train: int = Field(20_000, ge=50, le=60_000, description="training images")
     observed: int = Field(1000, ge=100, le=10_000, description="test images")
     width: int = Field(16, ge=1, description="channels of the first layer")
@@ -87,7 +87,7 @@ class Paths:
 
 def make_data(config: Config, paths: Paths) -> None:
     """Take training images, and observed ones from the test images."""
-    kept = take_images(config, paths.folder, config.train, config.observed, seed=config.seed)
+    kept = take_images(config, config.train, config.observed, seed=config.seed)
     np.savez(paths.data, **kept)
 
 

@@ -27,7 +27,7 @@ from lkarray_workflows.common import (
     load_model,
     without_chain,
 )
-from lkarray_workflows.lenet_audit import NAMES, take_images
+from lkarray_workflows.images import FOLDER, NAMES, take_images
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -52,7 +52,7 @@ class Config(Sampling):
 
     seed: int = Field(1, ge=0, description="of the images, the labels, the training, the sampling")
     dataset: Literal["fashion", "mnist"] = "fashion"
-    data: Path | None = Field(None, description="folder of the four idx files; else torchvision's")
+    data: Path | None = Field(None, description=FOLDER)
     train: int = Field(60_000, ge=50, le=60_000, description="training images, all observed")
     test: int = Field(10_000, ge=50, le=10_000)
     width: int = Field(512, ge=2)
@@ -108,7 +108,7 @@ class Paths:
 
 def make_data(config: Config, paths: Paths) -> None:
     """Take the images; give some training images another label at random."""
-    kept = take_images(config, paths.folder, config.train, config.test, seed=config.seed)
+    kept = take_images(config, config.train, config.test, seed=config.seed)
     rng = np.random.default_rng(config.seed + 1)
     labels = kept["train_labels"].copy()
     changed = rng.choice(len(labels), round(config.relabelled * len(labels)), replace=False)

@@ -7,7 +7,6 @@ within pairs of classes, and compared with the distance of the classes in WordNe
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Hashable
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows.images import FOLDER, Split, read_images
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
@@ -24,7 +24,6 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import plots, progress, store, workflow
-from lkarray.errors import StoreError
 
 #: WordNet's synset of each class.
 SYNSETS: dict[Hashable, str] = {
@@ -53,7 +52,7 @@ class Config(workflow.Config):
     }  # fmt: skip
 
     seed: int = Field(1, ge=0)
-    data: Path | None = Field(None, description="folder of the four idx files; else torchvision's")
+    data: Path | None = Field(None, description=FOLDER)
     train: int = Field(60000, ge=100, le=60000, description="training images")
     observed: int = Field(2000, ge=50, le=10000, description="test images")
     width: int = Field(256, ge=2)
@@ -103,51 +102,15 @@ class Paths:
         return self.folder / f"{name}.zarr"
 
 
-def read_fashion(
-    folder: Path | None, cache: Path, part: str, *, dataset: str = "FashionMNIST"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return images ``(n, 28, 28)`` and labels of ``"train"`` or ``"t10k"``.
-
-    ``dataset`` names the class of torchvision that fetches them, where no folder is given; files
-    of ``MNIST`` have the same form.
-
-    Raises
-    ------
-    StoreError
-        The folder lacks a file, or there is no network to get them from.
-    """
-    if folder is None:
-        from torchvision import datasets
-
-        try:
-            found = getattr(datasets, dataset)(cache, train=part == "train", download=True)
-        except Exception as error:
-            raise StoreError(
-                f"{dataset} could not be fetched ({error}); give a folder that has its four "
-                "files: --set data=FOLDER"
-            ) from error
-        return found.data.numpy(), found.targets.numpy()
-    arrays = []
-    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
-        path = folder / f"{part}-{kind}-ubyte.gz"
-        if not path.exists():
-            path = path.with_suffix("")
-        if not path.exists():
-            raise StoreError(f"{folder} has no {path.name} or {path.name}.gz; set data= to another")
-        packed = path.read_bytes()
-        raw = gzip.decompress(packed) if path.suffix == ".gz" else packed
-        arrays.append(np.frombuffer(raw, np.uint8, offset=header))
-    return arrays[0].reshape(-1, 28, 28), arrays[1]
-
-
 def make_data(config: Config, paths: Paths) -> None:
     """Take the training images, and observed ones from the test images, at random."""
     rng = np.random.default_rng(config.seed)
     kept: dict[str, Any] = {}
-    for part, name, count in (("train", "train", config.train), ("t10k", "test", config.observed)):
-        images, labels = read_fashion(config.data, paths.folder / "torchvision", part)
+    wanted: dict[Split, int] = {"train": config.train, "test": config.observed}
+    for part, count in wanted.items():
+        images, labels = read_images(config.data, part)
         chosen = np.sort(rng.choice(len(labels), min(count, len(labels)), replace=False))
-        kept |= {f"{name}_images": images[chosen], f"{name}_labels": labels[chosen]}
+        kept |= {f"{part}_images": images[chosen], f"{part}_labels": labels[chosen]}
     np.savez(paths.data, **kept)
 
 

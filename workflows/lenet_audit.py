@@ -1,41 +1,44 @@
 """LeNet-5's decisions, decomposed: which training images made each of them (PLGK 6.1, A.3, A.5).
 
-LeNet-5 learns Fashion-MNIST (or MNIST) as in PLGK A.3 (200 batches of 256, 50 epochs, Adam 1.5e-5),
-recorded at every step, and the losses of one batch of test images are audited. The report has the
+LeNet-5 learns Fashion-MNIST (or MNIST, or SVHN) as in PLGK A.3 (200 batches of 256, 50 epochs, Adam
+1.5e-5), recorded at every step, and the losses of one batch of test images are audited. The report has the
 reconstruction over training (figure 1), one wrong decision with the images that helped and harmed
-it (figures 2 to 4), how concentrated influence is, and influence by layer and epoch (figure 10);
-and one table of rules of integration and of other attributions (A.5, A.11, A.12).
+it (figures 2 to 4), how concentrated influence is, influence by layer and epoch (figure 10), and
+a table of rules of integration and of other attributions (A.11, A.12), and of costs (A.5).
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import resource
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 import xarray as xr
-from lkarray_workflows.fashion import read_fashion
-from lkarray_workflows.lenet_path import network
+from lkarray_workflows.images import CLASSES, NAMES
+from lkarray_workflows.recorded import (
+    TEST,
+    Trained,
+    Training,
+    discard,
+    fit,
+    layers,
+    logits_of,
+    plan,
+    train,
+)
 from pydantic import Field
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 import lkarray as lk
-from lkarray import plots, progress, store, workflow
-from lkarray.training import Trace
+from lkarray import plots, store, workflow
 
-_CLASSES = {"fashion": "FashionMNIST", "mnist": "MNIST"}
-NAMES = {
-    "fashion": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
-                "bag", "boot"),
-    "mnist": tuple("0123456789"),
-}  # fmt: skip
 #: Rules and strides of the table, beside the audit's own.
 RULES: dict[str, dict[str, Any]] = {
     "euler": {"rule": "euler"},
@@ -54,165 +57,73 @@ PAPER = {
 }  # fmt: skip
 
 
-class Config(workflow.Config):
+#: Of A.5's table: seconds over those of plain training, GiB.
+PAPER_COST = {
+    "training": (1.0, 0.435), "audit": (17.8, 2.915), "euler": (17.5, 2.859),
+    "supersampled twice": (18.4, 3.039), "stride 2": (13.9, 4.991), "stride 5": (9.0, 5.084),
+}  # fmt: skip
+
+
+class Config(Training):
     """Settings; the defaults are the paper's, on Fashion-MNIST."""
 
     presets: ClassVar = {
-        "five_epochs": {"epochs": 5, "learning_rate": 1e-4, "detailed": 16, "trak_train": 5120},
+        "paper": {"dataset": "mnist", "trak_train": 51200, "profiled": 10_000},
+        "five_epochs": {
+            "epochs": 5, "learning_rate": 1e-4, "detailed": 16, "trak_train": 5120, "profiled": 100,
+        },
         "small": {
             "batches": 10, "batch_size": 64, "epochs": 4, "learning_rate": 1e-3, "audited": 32,
-            "detailed": 8, "trak_train": 200, "trak_size": 128,
+            "detailed": 8, "trak_train": 200, "trak_size": 128, "profiled": 20,
         },
     }  # fmt: skip
 
-    seed: int = Field(1, ge=0)
-    dataset: Literal["fashion", "mnist"] = "fashion"
-    data: Path | None = Field(None, description="folder of the four idx files; else torchvision's")
-    batches: int = Field(200, ge=1, description="of an epoch")
-    batch_size: int = Field(256, ge=1)
-    epochs: int = Field(50, ge=2)
-    learning_rate: float = Field(1.5e-5, gt=0)
-    audited: int = Field(256, ge=2, le=10000, description="test images")
+    audited: int = Field(256, ge=2, le=TEST, description="test images")
     detailed: int = Field(32, ge=1, description="of these, audited by layer and epoch too")
-    trak_train: int = Field(51200, ge=10, description="training images of TRAK")
+    trak_train: int = Field(10240, ge=10, description="training images of TRAK")
     trak_size: int = Field(2048, ge=8, description="columns of TRAK's projection")
-    keep: bool = Field(False, description="keep the recorded run (5 GB) after the report")
+    profiled: int = Field(500, ge=2, description="steps whose cost is measured")
 
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     with workflow.Run("lenet_audit", config, folder) as state:
-        paths = Paths(folder)
-        state.stage("data", lambda: make_data(config, paths), [paths.data])
-        state.stage("train", lambda: train(config, paths, progress), [paths.model])
-        state.stage("audit", lambda: make_audit(config, paths, progress), [paths.audit])
-        state.stage("detail", lambda: detail(config, paths, progress), [paths.detail])
-        state.stage("rules", lambda: rules(config, paths, progress), [paths.rules])
-        state.stage("others", lambda: others(config, paths, progress), [paths.others])
+        run_: Trained = train(state, config, folder, progress)
+        paths = Paths(folder, run_)
+        for name, work in STAGES.items():
+            state.stage(name, partial(work, config, paths, progress), [getattr(paths, name)])
         state.stage("report", lambda: report(config, paths, state), [paths.index])
-        if not config.keep:
-            lk.discard_trace(paths.store)
+        discard(config, run_)
     return f"Report  {paths.index}\nStore   {paths.store}"
 
 
 class Paths:
-    """Where the study's files are."""
+    """Where the study's files are, and the run that it audits."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.report = folder, folder / "report"
-        self.data, self.model = folder / "data.npz", folder / "model.pt"
-        self.store = folder / "train.zarr"
-        self.audit, self.detail, self.rules, self.others = (
-            folder / f"{name}.json" for name in ("audit", "detail", "rules", "others")
+    def __init__(self, folder: Path, run: Trained) -> None:
+        self.folder, self.report, self.run = folder, folder / "report", run
+        self.store = folder / "audits.zarr"
+        self.audit, self.detail, self.rules, self.others, self.profile = (
+            folder / f"{name}.json" for name in ("audit", "detail", "rules", "others", "profile")
         )
         self.index = self.report / "index.html"
 
 
-def make_data(config: Config, paths: Paths) -> None:
-    """Take the training images of an epoch, and the test images."""
-    wanted = config.batches * config.batch_size, config.audited
-    np.savez(paths.data, **take_images(config, paths.folder, *wanted, seed=config.seed))
-
-
-class Source(Protocol):
-    """Settings that say where images come from."""
-
-    dataset: Literal["fashion", "mnist"]
-    data: Path | None
-
-
-def take_images(
-    source: Source, folder: Path, train: int, test: int, *, seed: int
-) -> dict[str, Any]:
-    """Return some images and labels of either part: ``train_images``, ``test_labels``, ..."""
-    rng = np.random.default_rng(seed)
-    kept: dict[str, Any] = {}
-    for part, name, count in (("train", "train", train), ("t10k", "test", test)):
-        images, labels = read_fashion(
-            source.data, folder / "torchvision", part, dataset=_CLASSES[source.dataset]
-        )
-        chosen = rng.choice(len(labels), min(count, len(labels)), replace=False)
-        kept |= {f"{name}_images": images[chosen], f"{name}_labels": labels[chosen]}
-    return kept
-
-
-def data_set(path: Path, part: str, count: int | None = None) -> TensorDataset:
-    """Return images ``(n, 1, 28, 28)`` of 0 to 1, and their classes."""
-    with np.load(path) as data:
-        images = torch.from_numpy(data[f"{part}_images"][:count]).float().unsqueeze(1) / 255
-        return TensorDataset(images, torch.from_numpy(data[f"{part}_labels"][:count]).long())
-
-
-def train(config: Config, paths: Paths, show: bool) -> None:
-    """Train with Adam, every step recorded."""
-    data = data_set(paths.data, "train")
-    batches = plan(len(data), config.batch_size, config.batches * config.epochs, config.seed)
-    model = fit(data, batches, config.learning_rate, config.seed, store=paths.store, show=show)
-    torch.save(model.state_dict(), paths.model)
-
-
-def plan(n: int, batch_size: int, steps: int, seed: int) -> list[torch.Tensor]:
-    """Return so many batches, epoch by epoch, each in an order of its own."""
-    shuffle = torch.Generator().manual_seed(seed)
-    out: list[torch.Tensor] = []
-    while len(out) < steps:
-        out += torch.randperm(n, generator=shuffle).split(batch_size)
-    return out[:steps]
-
-
-def fit(
-    data: TensorDataset, batches: Sequence[torch.Tensor], rate: float, seed: int, *,
-    store: Path | None = None, show: bool = False,
-) -> nn.Sequential:  # fmt: skip
-    """Return LeNet-5 trained by Adam on batches of indices; recorded in a store, if there is one.
-
-    A recorded run that was cut off goes on.
-    """
-    images, labels = data.tensors
-    model: nn.Sequential = network(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    with ExitStack() as stack:
-        bar = stack.enter_context(
-            progress.bar("training", total=len(batches), unit="step", show=show)
-        )
-        left: Iterable[Any] = batches
-        step: Callable[[Any], AbstractContextManager[Any]] = nullcontext
-        if store is not None:
-            trace = stack.enter_context(lk.record(model, optimizer, data, store=store))
-            left, step = trace.remaining(batches), trace.step
-        for batch in left:
-            with step(batch):
-                optimizer.zero_grad()
-                F.cross_entropy(model(images[batch]), labels[batch]).backward()
-                optimizer.step()
-            bar.update()
-    return model
-
-
-def open_trace(config: Config, paths: Paths) -> Trace:
-    """Open the recorded run."""
-    return lk.open_trace(paths.store, network(config.seed), data_set(paths.data, "train"))
-
-
 def labels_of(config: Config, paths: Paths) -> dict[str, dict[str, np.ndarray]]:
     """Return the classes of audited and training images, and what the network says."""
-    model = network(config.seed)
-    model.load_state_dict(torch.load(paths.model, weights_only=True))
-    images, labels = data_set(paths.data, "test").tensors
-    with torch.inference_mode():
-        predicted = model.eval()(images).argmax(1).numpy()
+    images, labels = paths.run.images("test", config.audited).tensors
+    predicted = logits_of(paths.run.final(), images).argmax(1).numpy()
     return {
         "coords": {"label": labels.numpy(), "predicted": predicted},
-        "example_coords": {"train_label": data_set(paths.data, "train").tensors[1].numpy()},
+        "example_coords": {"train_label": paths.run.images("train").tensors[1].numpy()},
     }
 
 
 def make_audit(config: Config, paths: Paths, show: bool) -> None:
     """Audit the losses of the test images: influence of each training image on each."""
-    trace = open_trace(config, paths)
     labels = labels_of(config, paths)
     found = lk.audit(
-        trace, data_set(paths.data, "test"), coords=labels["coords"],
+        paths.run.trace(), paths.run.images("test", config.audited), coords=labels["coords"],
         example_coords=labels["example_coords"], store=paths.store, progress=show,
     )  # fmt: skip
     curves = lk.completeness(found)
@@ -224,15 +135,12 @@ def make_audit(config: Config, paths: Paths, show: bool) -> None:
 
 def detail(config: Config, paths: Paths, show: bool) -> None:
     """Audit some of them by layer and epoch, each training image apart for no longer than that."""
-    trace = open_trace(config, paths)
     count = config.detailed
     labels = labels_of(config, paths)
-    names = {  # of LeNet-5's layers, by their places in the Sequential
-        "conv1": "0", "conv2": "3", "fc1": "7", "fc2": "9", "fc3": "11",
-    }  # fmt: skip
     found = lk.audit(
-        trace, data_set(paths.data, "test", count), groups={
-            "example": labels["example_coords"]["train_label"], "param": names, "time": "epoch",
+        paths.run.trace(), paths.run.images("test", count), groups={
+            "example": labels["example_coords"]["train_label"],
+            "param": layers(paths.run.untrained()), "time": "epoch",
         },
         coords={key: values[:count] for key, values in labels["coords"].items()},
         store=paths.store, name="detail", progress=show,
@@ -242,7 +150,7 @@ def detail(config: Config, paths: Paths, show: bool) -> None:
 
 def rules(config: Config, paths: Paths, show: bool) -> None:
     """Reconstruct with other rules of integration: what their audits would add up to."""
-    trace, test = open_trace(config, paths), data_set(paths.data, "test")
+    trace, test = paths.run.trace(), paths.run.images("test", config.audited)
     rows = {}
     for name, options in RULES.items():
         found = lk.reconstruction(trace, test, **options, progress=show)
@@ -252,7 +160,7 @@ def rules(config: Config, paths: Paths, show: bool) -> None:
 
 def others(config: Config, paths: Paths, show: bool) -> None:
     """Attribute by TracIn and TRAK, from the same run."""
-    trace, test = open_trace(config, paths), data_set(paths.data, "test")
+    trace, test = paths.run.trace(), paths.run.images("test", config.audited)
     change = np.asarray(lk.open(paths.store)["audit"].to_dataset()["change"].values)
     rng = np.random.default_rng(config.seed)
     n = config.batches * config.batch_size
@@ -285,16 +193,61 @@ def others(config: Config, paths: Paths, show: bool) -> None:
     paths.others.write_text(json.dumps(rows))
 
 
+def profile(config: Config, paths: Paths, show: bool) -> None:
+    """Measure seconds and peak memory of training, and of recording and auditing, by each rule.
+
+    Each runs in a process of its own, over as many steps: memory is what it took beyond what it
+    had when torch was loaded and the data were read.
+    """
+    rows = {}
+    ways: dict[str, dict[str, Any] | None] = {"training": None, "audit": {}, **RULES}
+    context = multiprocessing.get_context("spawn")
+    for name, options in ways.items():
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            rows[name] = pool.submit(_cost, config, paths.run, options).result()
+    paths.profile.write_text(json.dumps(rows))
+
+
+def _cost(config: Config, run: Trained, options: dict[str, Any] | None) -> dict[str, float]:
+    """Return what training costs, or with options of `lkarray.audit` recording it and auditing."""
+    data, test = run.images("train"), run.images("test", config.audited)
+    model = run.untrained()
+    logits_of(model, test.tensors[0][:2])
+    before, began = _peak(), time.perf_counter()
+    steps = min(config.profiled, config.batches * config.epochs)
+    batches = plan(len(data), config.batch_size, steps, run.seed)
+    if options is None:
+        fit(model, data, batches, config.learning_rate)
+    else:
+        with TemporaryDirectory(dir=run.folder) as folder:
+            fit(model, data, batches, config.learning_rate, store=Path(folder) / "train.zarr")
+            trace = lk.open_trace(Path(folder) / "train.zarr", run.untrained(), data)
+            lk.audit(trace, test, store=Path(folder) / "audit.zarr", **options)
+    return {"seconds": time.perf_counter() - began, "gib": (_peak() - before) / 2**30}
+
+
+def _peak() -> int:
+    """Return the largest memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+#: What the study does to the run, in this order.
+STAGES: dict[str, Callable[[Config, Paths, bool], None]] = {
+    "audit": make_audit, "detail": detail, "rules": rules, "others": others, "profile": profile,
+}  # fmt: skip
+
+
 def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     """Write the report folder."""
     tree = lk.open(paths.store)
     found, detailed = (tree[name].to_dataset() for name in ("audit", "audit_detail"))
-    audit_, rules_, others_ = (
-        json.loads(path.read_text()) for path in (paths.audit, paths.rules, paths.others)
+    audit_, rules_, others_, profile_ = (
+        json.loads(path.read_text())
+        for path in (paths.audit, paths.rules, paths.others, paths.profile)
     )
     wrong = np.flatnonzero(found["label"].values != found["predicted"].values)
     at = int(wrong[0]) if len(wrong) else 0
-    with np.load(paths.data) as data:
+    with np.load(paths.run.data) as data:
         train_images, test_images = data["train_images"], data["test_images"]
     decided = int(found["predicted"][at])
     top = lk.most_influential(found, 25).compute()
@@ -333,6 +286,12 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
          "paper: {:g}, {:g}".format(*PAPER[name]) if name in PAPER else "")
         for name, row in table.items()
     ] + [
+        *(
+            (f"{name}: seconds over training's, GiB",
+             f"{row['seconds'] / profile_['training']['seconds']:.2f}, {row['gib']:.2f}",
+             "paper: {:g}, {:g}".format(*PAPER_COST[name]))
+            for name, row in profile_.items()
+        ),
         ("Mean change of a loss", f"{audit_['change']:.3f} nats", ""),
         ("Parts against their sum (closure)", f"{audit_['closure']:.1e}", ""),
         ("Accuracy on the audited images",
@@ -343,11 +302,11 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             title="LeNet-5's decisions, decomposed",
             summary=[
                 f"{config.batches * config.batch_size:,} training images of "
-                f"{_CLASSES[config.dataset]}, {config.epochs} epochs, Adam "
+                f"{CLASSES[config.dataset][0]}, {config.epochs} epochs, Adam "
                 f"{config.learning_rate:g}; {config.audited} test images audited. The paper's "
                 "numbers are of MNIST."
             ],
-            metrics={"table": table, "seconds": state.seconds(),
+            metrics={"table": table, "profile": profile_, "seconds": state.seconds(),
                      "config": config.model_dump(mode="json")},
             rows=rows,
             figures=figures,

@@ -5,6 +5,7 @@ from lkarray.training.hidden import activations, mode_sensitivity
 from lkarray.training.optimizers import RULES, Coefficients, Rule
 from lkarray.training.projection import Projection
 from lkarray.training.recorder import Recorder, record
+from lkarray.training.shifting import shift_modes
 from lkarray.training.trace import Trace, open_trace
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "mode_sensitivity",
     "open_trace",
     "record",
+    "shift_modes",
 ]

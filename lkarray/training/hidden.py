@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lkarray import schema
 from lkarray.engine.plan import memory_budget
-from lkarray.errors import MemoryBudgetError, SchemaError
+from lkarray.errors import MemoryBudgetError
 from lkarray.nn.batches import MapDataset
-from lkarray.schema import EXAMPLE, MODE, PARAM, TIME
+from lkarray.schema import EXAMPLE, MODE, TIME
 from lkarray.training.choosing import as_examples, as_steps, as_trace
 from lkarray.training.recorder import Recorder
+from lkarray.training.shifting import directions, float_inputs
 from lkarray.training.trace import Trace
 
 _ROWS = 512
@@ -108,6 +109,8 @@ def mode_sensitivity(
     modes: xr.Dataset,
     examples: MapDataset | Sequence[int] | np.ndarray,
     step: int,
+    *,
+    whole: bool = False,
 ) -> xr.Dataset:
     r"""Return how much the inputs move the mode coefficients (PLGK section 6.3, figure 16).
 
@@ -121,6 +124,9 @@ def mode_sensitivity(
         With ``direction(mode, param)`` over all parameters of the trace, as `lkarray.modes` gives.
     step
         Whose parameters to take, 0 to ``trace.steps``.
+    whole
+        Return the gradients by the inputs too, ``slope(example, mode, input)``, inputs flattened:
+        their span is the active subspace (PLGK section 6.3.1). ``4 N K D`` bytes.
 
     Returns
     -------
@@ -141,26 +147,18 @@ def mode_sensitivity(
     One double backward pass of a batch for each mode.
     """
     source = as_trace(trace)
-    directions = modes.get("direction")
-    size = source.flat.theta.shape[1]
-    if directions is None or dict(directions.sizes) != {MODE: modes.sizes[MODE], PARAM: size}:
-        raise SchemaError(
-            f"modes must hold direction(mode, param) with param of {size}, as lk.modes gives for "
-            "gradients of all parameters"
-        )
-    vectors = torch.from_numpy(np.array(directions.transpose(MODE, PARAM).values))
+    vectors = directions(source, modes)
     flat = source.flat
-    vectors = vectors.to(flat.theta)
     data, index = as_examples(source, examples)
     source.set(step)
     found = np.empty((data.n, len(vectors)))
     norms = np.empty(data.n)
+    slopes_of: list[np.ndarray] = []
     for start in range(0, data.n, _ROWS):
         rows = np.arange(start, min(start + _ROWS, data.n))
         inputs, target = data.take(rows)
-        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-            raise TypeError("mode_sensitivity differentiates by inputs: they must be float tensors")
-        inputs = inputs.clone().requires_grad_()
+        inputs = float_inputs(inputs, "mode_sensitivity").clone().requires_grad_()
+        kept = np.empty((len(rows), len(vectors), inputs[0].numel()), np.float32) if whole else None
         with torch.enable_grad():
             losses = source.loss(flat(inputs), target)
             slopes = torch.autograd.grad(losses.sum(), flat.leaves, create_graph=True)
@@ -168,12 +166,17 @@ def mode_sensitivity(
             for k, vector in enumerate(vectors):
                 (by_input,) = torch.autograd.grad(whole @ vector, inputs, retain_graph=True)
                 found[rows, k] = by_input.flatten(1).norm(dim=1).cpu().numpy()
+                if kept is not None:
+                    kept[:, k] = by_input.flatten(1).cpu().numpy()
+        if kept is not None:
+            slopes_of.append(kept)
         norms[rows] = _gradient_norms(source, inputs.detach(), target)
     with np.errstate(divide="ignore", invalid="ignore"):
         corrected = np.where(norms[:, None] > 0, found / norms[:, None], np.nan)
     dims = (EXAMPLE, MODE)
+    slope = {"slope": ((*dims, "input"), np.concatenate(slopes_of))} if whole else {}
     return xr.Dataset(
-        {"sensitivity": (dims, found), "corrected": (dims, corrected)},
+        {"sensitivity": (dims, found), "corrected": (dims, corrected), **slope},
         coords={EXAMPLE: index, MODE: modes[MODE]},
         attrs={"step": step},
     )

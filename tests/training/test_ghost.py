@@ -127,6 +127,7 @@ def test_sensitivity__equals_finite_differences_of_the_coefficients(trace, both)
     modes = lk.modes(dense.isel(time=-1), 3).compute()
     found = lk.mode_sensitivity(trace, modes, range(6), 8)
     trace.set(8)
+    slopes = lk.mode_sensitivity(trace, modes, range(6), 8, whole=True)["slope"]
     directions = torch.from_numpy(modes["direction"].values)
 
     def coefficients(inputs, target):
@@ -142,6 +143,7 @@ def test_sensitivity__equals_finite_differences_of_the_coefficients(trace, both)
             step[i] = 1e-5
             up, down = (coefficients(inputs + s * step.view_as(inputs), target) for s in (1, -1))
             gradient[:, i] = ((up - down) / 2e-5).numpy()
+        np.testing.assert_allclose(slopes[example], gradient, rtol=1e-4, atol=1e-6)
         expected = np.linalg.norm(gradient, axis=1)
         np.testing.assert_allclose(found["sensitivity"][example], expected, rtol=1e-6)
         norm = np.linalg.norm(dense["gradient"][-1, example])

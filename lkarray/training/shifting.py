@@ -1,0 +1,207 @@
+"""Move inputs so that their mode coefficients move: the mode-aware cure (PLGK algorithm 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from lkarray.errors import SchemaError
+from lkarray.nn.batches import MapDataset
+from lkarray.nn.losses import logits
+from lkarray.schema import MODE, PARAM
+from lkarray.training.choosing import as_examples, as_trace
+from lkarray.training.recorder import Recorder
+from lkarray.training.trace import Trace
+
+_ROWS = 128
+
+
+def shift_modes(
+    trace: Trace | Recorder,
+    modes: xr.Dataset,
+    examples: MapDataset | Sequence[int] | np.ndarray,
+    step: int,
+    *,
+    shift: float,
+    radius: float,
+    norm: Literal["linf", "l2"] = "linf",
+    steps: int = 50,
+    step_size: float | None = None,
+    labels: Literal["predicted", "own"] = "predicted",
+    away_from: Tensor | np.ndarray | None = None,
+    match: float = 1.0,
+    ortho: float = 1.0,
+    loss: float = 0.0,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    r"""Return inputs, moved a little, whose mode coefficients are shifted against the drives.
+
+    PLGK algorithm 2. With :math:`c_{kn}(x) = v_k \cdot \nabla_\theta \ell(f(x), y^*_n)` and the
+    target :math:`c_{kn}(x_n) - \tau\, \mathrm{sign}(\Lambda_k)`, projected gradient descent on
+
+    .. math:: \tfrac{w_m}{2} |c_n(x) - \hat c_n|^2 + w_o \cos^2(x - x_n, \delta_n)
+              + w_\ell\, \ell(f(x), y_n)
+
+    Parameters
+    ----------
+    trace, examples
+        As for `gradient_features`; inputs must be float tensors, targets classes.
+    modes
+        With ``direction(mode, param)`` over all parameters of the trace and ``drive(mode)``, as
+        `lkarray.modes` gives them; select those to shift: ``modes.isel(mode=slice(10))``.
+    step
+        Whose parameters to take, 0 to ``trace.steps``.
+    shift
+        :math:`\tau`, in the units of the coefficients (nats by parameter).
+    radius, norm
+        Of the ball around each input that the result stays in.
+    steps, step_size
+        Of the descent; the size of a step, in the norm, is ``2.5 * radius / steps`` by default.
+    labels
+        :math:`y^*`: what the network says of the input that it is given, or the input's label.
+    away_from
+        :math:`\delta`, shape of the inputs: perturbations not to be undone, such as adversarial
+        minus clean input. Without them that term is left out.
+    match, ortho, loss
+        Weights of the three terms. ``loss`` uses the inputs' own labels, and makes the result one
+        that labels have entered.
+    bounds
+        Of the inputs.
+
+    Returns
+    -------
+    torch.Tensor
+        Moved inputs, of the examples' shape, on the CPU.
+
+    Raises
+    ------
+    SchemaError
+        ``modes`` lacks directions over the trace's parameters, or drives.
+    TypeError
+        Inputs are not floating-point.
+    ValueError
+        A number is out of its range, or ``away_from`` has another shape.
+
+    Notes
+    -----
+    Each step takes, for a batch, as many double backward passes as there are modes.
+    """
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
+    if labels not in ("predicted", "own"):
+        raise ValueError(f"labels must be 'predicted' or 'own', not {labels!r}")
+    if not radius > 0 or steps < 1 or not bounds[0] < bounds[1]:
+        raise ValueError(
+            f"radius must be above 0, steps at least 1 and bounds ascend, not {radius}, {steps}, "
+            f"{bounds}"
+        )
+    source = as_trace(trace)
+    vectors = directions(source, modes)
+    if "drive" not in modes or modes["drive"].dims != (MODE,):
+        raise SchemaError("modes must hold drive(mode), as lk.modes gives it")
+    signs = torch.from_numpy(np.sign(modes["drive"].values)).to(vectors)
+    data, _ = as_examples(source, examples)
+    source.set(step)
+    size = 2.5 * radius / steps if step_size is None else step_size
+    known = None if away_from is None else torch.as_tensor(away_from).to(vectors)
+    moved = []
+    for start in range(0, data.n, _ROWS):
+        rows = np.arange(start, min(start + _ROWS, data.n))
+        x0, own = data.take(rows)
+        x0 = float_inputs(x0, "shift_modes")
+        if known is not None and (len(known) != data.n or known.shape[1:] != x0.shape[1:]):
+            raise ValueError(
+                f"away_from has the shape {tuple(known.shape)}, and the inputs "
+                f"{(data.n, *x0.shape[1:])}"
+            )
+        wanted = own
+        if labels == "predicted":
+            with torch.no_grad():
+                wanted = logits(source.flat(x0)).argmax(1)
+        target = coefficients(source, vectors, x0, wanted).detach() - shift * signs
+        unwanted = None if known is None else known[torch.from_numpy(rows)].to(x0)
+
+        def objective(
+            x: Tensor, x0: Tensor = x0, own: Any = own, wanted: Any = wanted,
+            target: Tensor = target, unwanted: Tensor | None = unwanted,
+        ) -> Tensor:  # fmt: skip
+            """Return what is descended, summed over examples."""
+            off = coefficients(source, vectors, x, wanted) - target
+            total = match * 0.5 * off.square().sum()
+            if unwanted is not None and ortho:
+                cosine = torch.cosine_similarity(
+                    (x - x0).flatten(1), unwanted.flatten(1), dim=1, eps=1e-12
+                )
+                total = total + ortho * cosine.square().sum()
+            if loss:
+                total = total + loss * source.loss(source.flat(x), own).sum()
+            return total
+
+        found = _descend(objective, x0, radius, norm, steps, size, bounds)
+        moved.append(found.cpu())
+    return torch.cat(moved)
+
+
+def _descend(
+    objective: Callable[[Tensor], Tensor], x0: Tensor, radius: float, norm: str, steps: int,
+    size: float, bounds: tuple[float, float],
+) -> Tensor:  # fmt: skip
+    """Projected gradient descent, each step normalised."""
+    x = x0.clone()
+    for _ in range(steps):
+        x.requires_grad_()
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(objective(x), x)
+        x = x.detach()
+        if norm == "linf":
+            x = x - size * slope.sign()
+            x = x0 + (x - x0).clamp(-radius, radius)
+        else:
+            x = x - size * slope / _lengths(slope).clamp_min(1e-30)
+            off = x - x0
+            x = x0 + off * (radius / _lengths(off).clamp_min(1e-30)).clamp(max=1)
+        x = x.clamp(*bounds)
+    return x
+
+
+def _lengths(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).view(-1, *(1,) * (x.ndim - 1))
+
+
+def directions(trace: Trace, modes: xr.Dataset) -> Tensor:
+    """Return the directions of modes over all parameters of a trace, ``(mode, param)``."""
+    found, size = modes.get("direction"), trace.flat.theta.shape[1]
+    if found is None or dict(found.sizes) != {MODE: modes.sizes[MODE], PARAM: size}:
+        raise SchemaError(
+            f"modes must hold direction(mode, param) with param of {size}, as lk.modes gives for "
+            "gradients of all parameters"
+        )
+    return torch.from_numpy(np.array(found.transpose(MODE, PARAM).values)).to(trace.flat.theta)
+
+
+def float_inputs(inputs: Any, who: str) -> Tensor:
+    """Return inputs that can be differentiated by."""
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        raise TypeError(f"{who} differentiates by inputs: they must be float tensors")
+    return inputs
+
+
+def coefficients(trace: Trace, vectors: Tensor, inputs: Tensor, target: Any) -> Tensor:
+    r"""Return :math:`c_{kn} = v_k \cdot \nabla_\theta \ell(x_n)`, ``(example, mode)``, to derive.
+
+    The loss of each example gets a weight of 1, and the gradient of the weighted sum along
+    :math:`v_k` is linear in the weights: its slopes are the coefficients.
+    """
+    flat = trace.flat
+    with torch.enable_grad():
+        losses = trace.loss(flat(inputs), target)
+        weights = torch.ones_like(losses).requires_grad_()
+        slopes = torch.autograd.grad((weights * losses).sum(), flat.leaves, create_graph=True)
+        along = vectors @ torch.cat([slope.flatten() for slope in slopes])
+        rows = [torch.autograd.grad(one, weights, create_graph=True)[0] for one in along]
+    return torch.stack(rows, 1)

@@ -1,0 +1,117 @@
+"""Images that studies learn: Fashion-MNIST, MNIST and SVHN, as they are published."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+
+from lkarray.errors import StoreError
+
+Dataset = Literal["fashion", "mnist", "svhn"]
+Split = Literal["train", "test"]
+#: Torchvision's classes, and the subfolder that holds the files.
+CLASSES = {
+    "fashion": ("FashionMNIST", "FashionMNIST/raw"), "mnist": ("MNIST", "MNIST/raw"),
+    "svhn": ("SVHN", ""),
+}  # fmt: skip
+NAMES = {
+    "fashion": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
+                "bag", "boot"),
+    "mnist": tuple("0123456789"),
+    "svhn": tuple("0123456789"),
+}  # fmt: skip
+FOLDER = "folder of the published files; without it, the command that gets them is told"
+
+
+class Source(Protocol):
+    """Settings that say where images come from."""
+
+    @property
+    def dataset(self) -> Dataset:
+        """Which of `CLASSES`."""
+
+    @property
+    def data(self) -> Path | None:
+        """Folder of its files."""
+
+
+def how_to_get(dataset: Dataset) -> str:
+    """Return the command that gets a data set's files, and the setting that names them."""
+    name, inside = CLASSES[dataset]
+    parts = "split=s" if dataset == "svhn" else "train=s"
+    over = "('train', 'test')" if dataset == "svhn" else "(True, False)"
+    folder = str(Path("data") / inside)
+    return (
+        f"python -c \"from torchvision.datasets import {name} as D; [D('data', {parts}, "
+        f'download=True) for s in {over}]", then --data {folder}'
+    )
+
+
+def read_images(
+    folder: Path | None, part: Split, dataset: Dataset = "fashion"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return images, ``(n, 28, 28)`` or ``(n, 32, 32, 3)`` of uint8, and labels.
+
+    Raises
+    ------
+    StoreError
+        There is no folder, or it lacks a file; the message has the command that gets it.
+    """
+    if folder is None:
+        raise StoreError(f"no folder of {CLASSES[dataset][0]}'s files: {how_to_get(dataset)}")
+    if dataset == "svhn":
+        return _read_svhn(folder, part)
+    arrays = []
+    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+        path = folder / f"{'t10k' if part == 'test' else part}-{kind}-ubyte.gz"
+        if not path.exists():
+            path = path.with_suffix("")
+        if not path.exists():
+            raise StoreError(
+                f"{folder} has no {path.name} or {path.name}.gz: {how_to_get(dataset)}"
+            )
+        packed = path.read_bytes()
+        raw = gzip.decompress(packed) if path.suffix == ".gz" else packed
+        arrays.append(np.frombuffer(raw, np.uint8, offset=header))
+    return arrays[0].reshape(-1, 28, 28), arrays[1]
+
+
+def _read_svhn(folder: Path, part: Split) -> tuple[np.ndarray, np.ndarray]:
+    from scipy.io import loadmat
+
+    path = folder / f"{part}_32x32.mat"  # as published and as torchvision keeps it
+    if not path.exists():
+        raise StoreError(f"{folder} has no {path.name}: {how_to_get('svhn')}")
+    found = loadmat(str(path))
+    labels = found["y"].ravel().astype(np.int64) % 10  # the digit 0 has the label 10
+    return np.ascontiguousarray(found["X"].transpose(3, 0, 1, 2)), labels
+
+
+def take_images(source: Source, train: int, test: int, *, seed: int) -> dict[str, Any]:
+    """Return some images and labels of either part: ``train_images``, ``test_labels``, ..."""
+    rng = np.random.default_rng(seed)
+    kept: dict[str, Any] = {}
+    wanted: dict[Split, int] = {"train": train, "test": test}
+    for part, count in wanted.items():
+        images, labels = read_images(source.data, part, source.dataset)
+        chosen = rng.choice(len(labels), min(count, len(labels)), replace=False)
+        kept |= {f"{part}_images": images[chosen], f"{part}_labels": labels[chosen]}
+    return kept
+
+
+def as_inputs(images: np.ndarray) -> torch.Tensor:
+    """Return images as networks take them: ``(n, channel, row, column)`` of 0 to 1."""
+    values = torch.from_numpy(images).float() / 255
+    return values.unsqueeze(1) if values.ndim == 3 else values.permute(0, 3, 1, 2).contiguous()
+
+
+def data_set(path: Path, part: str, count: int | None = None) -> TensorDataset:
+    """Return images ``(n, channel, row, column)`` of 0 to 1 from a file, and their classes."""
+    with np.load(path) as data:
+        images = as_inputs(data[f"{part}_images"][:count])
+        return TensorDataset(images, torch.from_numpy(data[f"{part}_labels"][:count]).long())
