@@ -162,9 +162,9 @@ def mode_sensitivity(
         with torch.enable_grad():
             losses = source.loss(flat(inputs), target)
             slopes = torch.autograd.grad(losses.sum(), flat.leaves, create_graph=True)
-            whole = torch.cat([slope.flatten() for slope in slopes])
+            gradient = torch.cat([slope.flatten() for slope in slopes])
             for k, vector in enumerate(vectors):
-                (by_input,) = torch.autograd.grad(whole @ vector, inputs, retain_graph=True)
+                (by_input,) = torch.autograd.grad(gradient @ vector, inputs, retain_graph=True)
                 found[rows, k] = by_input.flatten(1).norm(dim=1).cpu().numpy()
                 if kept is not None:
                     kept[:, k] = by_input.flatten(1).cpu().numpy()

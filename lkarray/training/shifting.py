@@ -170,18 +170,21 @@ def _descend(
 
 
 def _lengths(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1).view(-1, *(1,) * (x.ndim - 1))
+    found: Tensor = x.flatten(1).norm(dim=1).view(-1, *(1,) * (x.ndim - 1))
+    return found
 
 
 def directions(trace: Trace, modes: xr.Dataset) -> Tensor:
     """Return the directions of modes over all parameters of a trace, ``(mode, param)``."""
+    found: xr.DataArray | None
     found, size = modes.get("direction"), trace.flat.theta.shape[1]
     if found is None or dict(found.sizes) != {MODE: modes.sizes[MODE], PARAM: size}:
         raise SchemaError(
             f"modes must hold direction(mode, param) with param of {size}, as lk.modes gives for "
             "gradients of all parameters"
         )
-    return torch.from_numpy(np.array(found.transpose(MODE, PARAM).values)).to(trace.flat.theta)
+    values = np.array(found.transpose(MODE, PARAM).values)
+    return torch.from_numpy(values).to(trace.flat.theta)
 
 
 def float_inputs(inputs: Any, who: str) -> Tensor:

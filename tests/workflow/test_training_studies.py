@@ -40,7 +40,9 @@ def test_lenet_audit__runs_whole_and_goes_on_after_a_failure(
     monkeypatch,
     caplog,
 ):
-    settings = "audited=24", "detailed=6", "trak_train=120", "trak_size=64", "keep=true"
+    settings = (
+        "audited=24", "detailed=6", "trak_train=120", "trak_size=64", "keep=true", "profiled=8",
+    )  # fmt: skip
     config = lenet_audit.Config.build("small", [*settings, f"data={garments}"])
 
     def fail(*args, **options):
@@ -52,21 +54,26 @@ def test_lenet_audit__runs_whole_and_goes_on_after_a_failure(
             lenet_audit.run(config, tmp_path / "run", progress=False)
     caplog.set_level("INFO")
     lenet_audit.run(config, tmp_path / "run", progress=False)
-    for stage in ("data", "train", "audit", "detail"):
+    for stage in ("data 1", "train 1", "audit", "detail"):
         assert f"lenet_audit: {stage} is done, reused" in caplog.text
     figures = "completeness", "decision", "images", "class_own", "concentration", "layers"
-    table = check_report(tmp_path / "run", figures)["table"]
+    metrics = check_report(tmp_path / "run", figures)
+    table = metrics["table"]
+    profile = metrics["profile"]
+    assert set(profile) == {"training", "audit", *lenet_audit.RULES}
+    assert profile["audit"]["seconds"] > profile["training"]["seconds"]
     assert table["audit"]["lc"] > 0.999
     assert table["euler"]["mre"] > 3 * table["audit"]["mre"]
     assert table["supersampled twice"]["mre"] < 2 * table["audit"]["mre"]
     assert set(table) > {"TracIn, last layer", "TRAK, 5 checkpoints"}
-    tree = lk.open(tmp_path / "run/train.zarr")
+    tree = lk.open(tmp_path / "run/audits.zarr")
     detailed = tree["audit_detail"]["influence"]
     assert set(detailed.dims) == {"group", "audit", "layer", "epoch"}
     whole = tree["audit"]["influence"].isel(audit=slice(0, 6))
     total = detailed.sum(["group", "layer", "epoch"]).values
     np.testing.assert_allclose(total, whole.sum("example").values, rtol=1e-3, atol=1e-5)
     assert lk.verify(tmp_path / "run/train.zarr") == []
+    assert lk.verify(tmp_path / "run/audits.zarr") == []
 
 
 @pytest.mark.slow
