@@ -58,6 +58,7 @@ from lkarray.kernels import (
     loss_variance,
     mcse,
     mode_coefficients,
+    mode_shifts,
     modes,
     most_influential,
     neighbors,
@@ -79,7 +80,7 @@ from lkarray.kernels import (
 from lkarray.planning import plan
 from lkarray.presets import PRESETS, preset
 from lkarray.saving import save
-from lkarray.store import discard_trace, verify
+from lkarray.store import discard_gradients, discard_trace, verify
 from lkarray.store import open_store as open  # noqa: A004
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ if TYPE_CHECKING:
         tracin_in_run,
         trak,
     )
-    from lkarray.embedding import embed
+    from lkarray.embedding import embed, similarity_by_distance
     from lkarray.sampling import (
         SGHMC,
         SGLD,
@@ -117,10 +118,12 @@ if TYPE_CHECKING:
         gradient_factors,
         gradient_features,
         gradient_plan,
+        mean_gradient,
         mode_sensitivity,
         open_trace,
         record,
         shift_modes,
+        snapshot,
     )
 
 _LAZY = {
@@ -139,14 +142,17 @@ _LAZY = {
     "sample": "lkarray.sampling",
     "suggest": "lkarray.sampling",
     "embed": "lkarray.embedding",
+    "similarity_by_distance": "lkarray.embedding",
     "activations": "lkarray.training",
     "gradient_factors": "lkarray.training",
     "gradient_features": "lkarray.training",
     "gradient_plan": "lkarray.training",
+    "mean_gradient": "lkarray.training",
     "mode_sensitivity": "lkarray.training",
     "open_trace": "lkarray.training",
     "record": "lkarray.training",
     "shift_modes": "lkarray.training",
+    "snapshot": "lkarray.training",
     "Taxonomy": "lkarray.taxonomy",
     "attribute_lift": "lkarray.taxonomy",
     "color_groups": "lkarray.taxonomy",
@@ -183,6 +189,7 @@ __all__ = [
     "covariance",
     "diagnostics",
     "difficulty_table",
+    "discard_gradients",
     "discard_trace",
     "eigh",
     "embed",
@@ -214,8 +221,10 @@ __all__ = [
     "loss_gain",
     "loss_variance",
     "mcse",
+    "mean_gradient",
     "mode_coefficients",
     "mode_sensitivity",
+    "mode_shifts",
     "modes",
     "most_influential",
     "neighbors",
@@ -239,7 +248,9 @@ __all__ = [
     "save",
     "schedules",
     "shift_modes",
+    "similarity_by_distance",
     "singular_fluctuation",
+    "snapshot",
     "subspace_overlap",
     "suggest",
     "svd",

@@ -1,9 +1,11 @@
-"""Maps: low-dimensional embeddings of a neighbour graph, by UMAP."""
+"""Maps: low-dimensional embeddings of a neighbour graph, by UMAP, and how true they are."""
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -12,8 +14,10 @@ from lkarray.engine.numbers import top_k
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import sample_coords
+from lkarray.kernels.groups import group_codes
 from lkarray.schema import COMPONENT, RANK, second
 
+PAIRS = "pairs"
 _ROWS = 1024  # of a kernel in memory, at a time
 
 
@@ -83,6 +87,82 @@ def embed(
     )
 
 
+def similarity_by_distance(
+    kernel: xr.DataArray, points: xr.DataArray, groups: Hashable | Any = "label", *, bins: int = 20
+) -> xr.Dataset:
+    """Return how a kernel goes with distance on its map, within groups and between them.
+
+    Over all pairs of different samples: is the map that a kernel was given true to it (PLGK
+    section 6.2)?
+
+    Parameters
+    ----------
+    kernel
+        Square, as from `lkarray.ips` or `lkarray.correlation`.
+    points
+        Its map, ``(sample, component)``, as from `lkarray.embed`.
+    groups
+        A coordinate of the samples of ``points``, or one label for each sample.
+    bins
+        Of distance, equally wide from the smallest to the largest of either kind of pairs.
+
+    Returns
+    -------
+    xarray.Dataset
+        Computed. Over ``pairs`` (``within``, ``between``) and ``bin``: ``mean`` and ``sd`` of the
+        kernel, NaN where no pair is, ``count``, and ``distance``, the middle of each bin in units
+        of the map; and ``rank_correlation(pairs)``, Spearman's of kernel and distance (negative
+        where near samples are alike; NaN where either is constant). Memory: some 60 bytes a
+        pair, 120 MB of 2,000 samples.
+
+    Raises
+    ------
+    ValueError
+        ``bins`` is below 1, or the kernel is an influence operator.
+    SchemaError
+        The kernel is not square, or the points or groups are not of its samples.
+    """
+    from scipy.spatial.distance import pdist
+
+    require_kernel(kernel, "similarity_by_distance")
+    bins = operator.index(bins)
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, not {bins}")
+    rows = _require_square(kernel, "similarity_by_distance")
+    if set(points.dims) != {rows, COMPONENT} or points.sizes[rows] != kernel.sizes[rows]:
+        raise SchemaError(
+            f"points have {dict(points.sizes)}; expected {rows!r} and {COMPONENT!r} of "
+            f"{kernel.sizes[rows]} samples, as lk.embed(kernel) returns"
+        )
+    _, _, codes = group_codes(points, rows, groups)
+    first, last = np.triu_indices(len(codes), 1)
+    values = kernel.values[first, last].astype(np.float64)
+    apart = pdist(points.transpose(rows, COMPONENT).values)
+    same = codes[first] == codes[last]
+    kinds = [_binned(values[at], apart[at], bins) for at in (same, ~same)]
+    found = xr.concat(kinds, xr.Variable(PAIRS, ["within", "between"]))
+    return found.assign_attrs(kernel=str(kernel.name), samples=len(codes))
+
+
+def _binned(values: np.ndarray, distance: np.ndarray, bins: int) -> xr.Dataset:
+    """Return mean, spread and count of values by distance, and their rank correlation."""
+    from scipy.stats import spearmanr
+
+    low, high = (distance.min(), distance.max()) if len(distance) else (np.nan, np.nan)
+    edges = np.linspace(low, high, bins + 1)
+    place = np.clip(np.searchsorted(edges, distance, side="right") - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    divisor = np.where(count, count, np.nan)
+    mean = np.bincount(place, values, bins) / divisor
+    square = np.bincount(place, (values - mean[place]) ** 2, bins) / divisor
+    varied = len(values) > 1 and np.ptp(values) and np.ptp(distance)
+    columns = {"distance": (edges[1:] + edges[:-1]) / 2, "mean": mean, "sd": np.sqrt(square)}
+    return xr.Dataset(
+        {name: ("bin", column) for name, column in (columns | {"count": count}).items()}
+        | {"rank_correlation": spearmanr(values, distance).statistic if varied else np.nan}
+    )
+
+
 Table = tuple[str, np.ndarray, np.ndarray, Mapping[Hashable, xr.Variable]]
 
 
@@ -108,13 +188,18 @@ def _from_neighbors(ds: xr.Dataset) -> Table:
     return rows, index, similarity, sample_coords(ds, rows)
 
 
-def _from_kernel(kernel: xr.DataArray, k: int) -> Table:
+def _require_square(kernel: xr.DataArray, name: str) -> str:
+    """Return the dim of a square kernel's rows."""
     if kernel.ndim != 2 or kernel.dims[1] != second(kernel.dims[0]) or len(set(kernel.shape)) != 1:
         raise SchemaError(
-            f"embed: a kernel must be square, with dims ('sample', 'sample_2'), not "
+            f"{name}: a kernel must be square, with dims ('sample', 'sample_2'), not "
             f"{dict(kernel.sizes)}; pass lk.correlation(losses)"
         )
-    rows, n = str(kernel.dims[0]), kernel.shape[0]
+    return str(kernel.dims[0])
+
+
+def _from_kernel(kernel: xr.DataArray, k: int) -> Table:
+    rows, n = _require_square(kernel, "embed"), kernel.shape[0]
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     k = min(k, n - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import xarray as xr
 import zarr
 from dask.utils import format_bytes
 
@@ -22,7 +23,7 @@ from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import recorded
 from lkarray.store.location import StoreLike, local_path
-from lkarray.store.reading import DERIVED, open_store
+from lkarray.store.reading import DERIVED, derived_groups, open_store
 from lkarray.store.trajectory import open_trajectory, trace_fingerprint
 
 
@@ -42,10 +43,10 @@ def describe_store(path: StoreLike) -> str:
         return "\n".join(lines)
     fingerprint = stored_fingerprint(root)
     training = list(_training(root))
-    if fingerprint is None and training:
-        return "\n".join([*lines, *training])
     if fingerprint is None:
-        return "\n".join([*lines, "  no losses yet: sampling was stopped before it began"])
+        training += _derived(open_store(path)) if derived_groups(root) else []
+        nothing = "  no losses yet: sampling was stopped before it began"
+        return "\n".join([*lines, *(training or [nothing])])
     lines.append("")
     for at, array in recorded(root).items():
         group, name = at.split("/")
@@ -64,13 +65,18 @@ def describe_store(path: StoreLike) -> str:
     if tree is not None:
         labels = [name for name in tree["losses"].coords if name not in schema.LOSS.dims]
         lines.append(f"  labels: {', '.join(map(str, labels)) or 'none'}")
-        derived = tree.children.get(DERIVED)
-        for name, node in derived.children.items() if derived is not None else ():
-            variables = (f"{v}({', '.join(map(str, a.dims))})" for v, a in node.data_vars.items())
-            lines.append(f"  /{DERIVED}/{name}  {', '.join(variables)}")
+        lines += _derived(tree)
     lines += ["", "  made with"]
     lines += [f"    {key}: {value}" for key, value in fingerprint.items()]
     return "\n".join([*lines, *training])
+
+
+def _derived(tree: xr.DataTree) -> Iterator[str]:
+    """Yield lines on the results that a store keeps."""
+    derived = tree.children.get(DERIVED)
+    for name, node in derived.children.items() if derived is not None else ():
+        variables = (f"{v}({', '.join(map(str, a.dims))})" for v, a in node.data_vars.items())
+        yield f"  /{DERIVED}/{name}  {', '.join(variables)}"
 
 
 def _training(root: zarr.Group) -> Iterator[str]:

@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lkarray_workflows.images import FOLDER, data_set, take_images
+from lkarray_workflows import retraining
+from lkarray_workflows.images import FOLDER, data_set
 from lkarray_workflows.recorded import build, fit, plan
+from lkarray_workflows.retraining import SETS, influence, order, take, without, without_of_each
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import workflow
@@ -36,7 +36,6 @@ CLAIMS = {
     "removing the least influential hurts less than random": ("random", "least influential"),
     "removing the least influential of each class hurts less than random": ("random", BALANCED),
 }
-SETS = ("audited", "held_out")
 
 
 class Config(workflow.Config):
@@ -95,12 +94,8 @@ class Paths:
 
 def make_data(config: Config, paths: Paths) -> None:
     """Take the training images, the audited ones, and others."""
-    train, test = config.batches * config.batch_size, config.audited + config.held_out
-    kept = take_images(config, train, test, seed=config.seed)
-    for kind in ("images", "labels"):
-        both = kept.pop(f"test_{kind}")
-        kept[f"audited_{kind}"], kept[f"held_out_{kind}"] = np.split(both, [config.audited])
-    np.savez(paths.data, **kept)
+    train = config.batches * config.batch_size
+    np.savez(paths.data, **take(config, train, config.audited, config.held_out, seed=config.seed))
 
 
 def lenet(seed: int) -> nn.Sequential:
@@ -121,10 +116,7 @@ def make_audit(config: Config, paths: Paths, show: bool) -> None:
     fit(lenet(config.seed), data, batches(config, len(data), config.seed), config.learning_rate,
         store=paths.store, show=show)  # fmt: skip
     trace = lk.open_trace(paths.store, lenet(config.seed), data)
-    found = lk.audit(trace, audited, store=paths.store, progress=show)
-    influence = found["influence"].astype(np.float64)
-    net, gross = influence.sum("audit").values, abs(influence).sum("audit").values
-    np.savez(paths.scores, net=net, gross=gross, lc=found.attrs["lc"])
+    np.savez(paths.scores, **influence(trace, audited, paths.store, show))
 
 
 def kept_by(config: Config, paths: Paths, arm: str, seed: int) -> np.ndarray:
@@ -132,39 +124,23 @@ def kept_by(config: Config, paths: Paths, arm: str, seed: int) -> np.ndarray:
     with np.load(paths.scores) as scores:
         net, gross = scores["net"], scores["gross"]
     if arm == BALANCED:
-        (_, labels) = data_set(paths.data, "train").tensors
-        classes = [np.flatnonzero(labels.numpy() == label) for label in labels.unique()]
-        return np.sort(np.concatenate([
-            of[np.argsort(gross[of])][round(config.share * len(of)) :] for of in classes
-        ]))  # fmt: skip
-    count = 0 if arm == "nothing" else round(config.share * len(net))
-    order = {
-        "nothing": np.arange(len(net)),
-        "random": np.random.default_rng(seed).permutation(len(net)),
-        "most helpful": np.argsort(net),
-        "least influential": np.argsort(gross),
-        "most harmful": np.argsort(-net),
-    }[arm]
-    return np.sort(order[count:])
+        labels = data_set(paths.data, "train").tensors[1].numpy()
+        counts = [round(config.share * int(size)) for size in np.unique_counts(labels).counts]
+        kept = without_of_each(order("least influential", net, gross, seed), labels, counts)
+    else:
+        count = 0 if arm == "nothing" else round(config.share * len(net))
+        kept = without(order(arm, net, gross, seed), count)
+    return np.asarray(kept)
 
 
 def again(config: Config, paths: Paths, arm: str, seed: int) -> None:
     """Train one arm, and measure it."""
-    images, labels = data_set(paths.data, "train").tensors
-    kept = torch.from_numpy(kept_by(config, paths, arm, seed))
-    data = TensorDataset(images[kept], labels[kept])
-    model = fit(lenet(seed), data, batches(config, len(kept), seed), config.learning_rate)
-    found = {name: outcome(model, data_set(paths.data, name)) for name in SETS}
-    paths.arm(arm, seed).write_text(json.dumps(found | {"images": len(kept)}))
-
-
-def outcome(model: nn.Module, data: TensorDataset) -> dict[str, float]:
-    """Return the mean loss, in nats, and the accuracy."""
-    images, labels = data.tensors
-    with torch.inference_mode():
-        output = model.eval()(images)
-    right = (output.argmax(1) == labels).float().mean()
-    return {"loss": float(F.cross_entropy(output, labels)), "accuracy": float(right)}
+    kept = kept_by(config, paths, arm, seed)
+    found = retraining.again(
+        lenet(seed), data_set(paths.data, "train"), kept, batches(config, len(kept), seed),
+        config.learning_rate, {name: data_set(paths.data, name) for name in SETS},
+    )  # fmt: skip
+    paths.arm(arm, seed).write_text(json.dumps(found))
 
 
 def claims(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

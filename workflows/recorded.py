@@ -34,11 +34,11 @@ class Training(workflow.Config):
     epochs: int = Field(50, ge=2)
     learning_rate: float = Field(1.5e-5, gt=0, description="of Adam")
     trained: Path | None = Field(None, description="folder of a run of lenet_training to use")
-    keep: bool = Field(False, description="keep the recorded run (GBs) after the report")
+    keep: bool = Field(False, description="keep recorded runs and gradients (GBs) at the end")
 
 
 #: Settings that another study's run must share.
-_SHARED = ("seed", "dataset", "network", "batches", "batch_size", "epochs", "learning_rate")
+SHARED = ("seed", "dataset", "network", "batches", "batch_size", "epochs", "learning_rate")
 TEST = 10_000  # images at most kept for testing
 
 
@@ -83,6 +83,19 @@ class Trained:
     def trace(self) -> Trace:
         """Open the trace."""
         return lk.open_trace(self.store, self.untrained(), self.images("train"))
+
+    def losses_along(self, data: TensorDataset, steps: Sequence[int]) -> np.ndarray:
+        """Return the loss of each image at each of some steps, ``(time, n)`` nats."""
+        trace = self.trace()
+        inputs, labels = data.tensors
+        found = np.empty((len(steps), len(labels)))
+        for t, (_, theta) in enumerate(trace.states(list(steps))):
+            trace.set_parameters(theta)
+            with torch.no_grad():
+                parts: list[Any] = [trace.flat(part) for part in inputs.split(2000)]
+            losses = F.cross_entropy(torch.cat(parts).double(), labels, reduction="none")
+            found[t] = losses.numpy()
+        return found
 
     def epochs(self, count: int | None = None) -> list[int]:
         """Return the steps where epochs begin, and the last: all, or so many, evenly spaced."""
@@ -139,7 +152,7 @@ def _check(config: Training, folder: Path) -> None:
     now = config.model_dump(mode="json")
     other = [
         f"{key} ({record['config'][key]}, here {now[key]})"
-        for key in _SHARED
+        for key in SHARED
         if record["config"][key] != now[key]
     ]
     if other:
@@ -222,14 +235,17 @@ def fit(
     model: nn.Sequential, data: TensorDataset, batches: Sequence[torch.Tensor], rate: float, *,
     store: Path | None = None, every: int = 1, show: bool = False,
     altered: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Sequential:  # fmt: skip
     """Train by Adam on batches of indices; recorded in a store, if there is one.
 
     A recorded run that was cut off goes on. ``altered(model, images, labels)`` gives the images
-    that a step learns, such as attacked ones, instead of those it takes.
+    that a step learns, such as attacked ones, instead of those it takes. ``optimizer`` is one that
+    goes on.
     """
     images, labels = data.tensors
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    if optimizer is None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     with ExitStack() as stack:
         bar = stack.enter_context(
             progress.bar("training", total=len(batches), unit="step", show=show)

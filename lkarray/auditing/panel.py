@@ -118,7 +118,10 @@ class Panel:
             if at == 1 and self._later is not None:
                 nodes.append((weight, self._later))
             else:
-                nodes.append((weight, self._features(start + at * (stop - start) if at else start)))
+                theta = start + at * (stop - start)
+                if at in (0, 1):  # the states themselves, to the bit: a resumed pass may begin here
+                    theta = stop if at else start
+                nodes.append((weight, self._features(theta)))
         first = problem.stencil.nodes[0] == 0 and problem.stencil.nodes[-1] == 1
         self._later = nodes[0][1] if first else None
         return [block.prepare(nodes) for block in problem.blocks]

@@ -22,6 +22,7 @@ from lkarray.kernels.losses import (
     covariance,
     influence,
 )
+from lkarray.kernels.mode_shifts import mode_shifts
 from lkarray.kernels.modes import (
     cancellation_ratio,
     mode_coefficients,
@@ -83,6 +84,7 @@ __all__ = [
     "loss_variance",
     "mcse",
     "mode_coefficients",
+    "mode_shifts",
     "modes",
     "most_influential",
     "neighbors",

@@ -17,6 +17,8 @@ from lkarray.kernels.groups import group_codes
 from lkarray.schema import EXAMPLE
 
 _CLASS = "lkarray_class"
+_MEASURES = ("auroc", "aupr", "spearman")
+_LEVEL = 0.95  # of intervals
 
 
 def ips_scores(
@@ -152,6 +154,9 @@ def difficulty_table(
     scores: xr.Dataset | Mapping[Hashable, xr.DataArray | np.ndarray],
     wrong: xr.DataArray | np.ndarray,
     loss: xr.DataArray | np.ndarray,
+    *,
+    replicates: int = 0,
+    seed: int = 0,
 ) -> xr.Dataset:
     """Return how well scores find misclassified inputs and rank losses (PLGK table 1).
 
@@ -163,6 +168,8 @@ def difficulty_table(
         Whether each example is misclassified.
     loss
         Of each example, in nats.
+    replicates, seed
+        Resamplings of the examples for intervals, and their seed; none by default.
 
     Returns
     -------
@@ -170,15 +177,24 @@ def difficulty_table(
         Over ``score``, the names: ``auroc`` and ``aupr`` (average precision) of finding wrong
         examples by a low score, and ``spearman``, the rank correlation of the score with minus
         the loss (NaN of a constant score). Chance is 0.5, the attribute ``share_wrong``, and 0.
+        With replicates also 95% intervals, ``auroc_low``, ``auroc_high`` and so on.
 
     Raises
     ------
     ValueError
-        Lengths differ, a number is missing, or examples are all right or all wrong.
-    """
-    from scipy.stats import spearmanr
-    from sklearn.metrics import average_precision_score, roc_auc_score
+        Lengths differ, a number is missing, examples are all right or all wrong, or
+        ``replicates`` is negative.
 
+    Notes
+    -----
+    Percentile bootstrap over examples, the same ones for all scores (Efron and Tibshirani 1993,
+    chapter 13). A resampling whose examples are all right or all wrong is drawn again. It is of
+    the examples alone: the training run, and the training examples behind a score, stay as they
+    are.
+    """
+    replicates = operator.index(replicates)
+    if replicates < 0:
+        raise ValueError(f"replicates must be at least 0, not {replicates}")
     named = {str(name): np.asarray(score, np.float64) for name, score in dict(scores).items()}
     missed, losses = np.asarray(wrong).astype(bool), np.asarray(loss, np.float64)
     for name, values in (named | {"loss": losses}).items():
@@ -196,19 +212,56 @@ def difficulty_table(
             f"a table needs scores, and examples both right and wrong; there are {len(named)} "
             f"scores, and {int(missed.sum())} of {len(missed)} examples are wrong"
         )
-    table = {
-        "auroc": [roc_auc_score(missed, -score) for score in named.values()],
-        "aupr": [average_precision_score(missed, -score) for score in named.values()],
-        "spearman": [
-            spearmanr(score, -losses).statistic if np.ptp(score) and np.ptp(losses) else np.nan
-            for score in named.values()
-        ],
-    }
+    values = np.stack(list(named.values()))
+    table = dict(zip(_MEASURES, _measures(values, missed, losses).T, strict=True))
+    attrs = {"examples": len(missed), "share_wrong": float(missed.mean())}
+    if replicates:
+        rng = np.random.default_rng(seed)
+        drawn = np.stack([
+            _measures(values[:, at], missed[at], losses[at])
+            for at in (_resampled(missed, rng) for _ in range(replicates))
+        ])  # fmt: skip
+        for column, name in enumerate(_MEASURES):
+            ends = [_interval(drawn[:, row, column]) for row in range(len(values))]
+            table |= {f"{name}_low": np.array(ends)[:, 0], f"{name}_high": np.array(ends)[:, 1]}
+        attrs |= {"replicates": replicates, "seed": seed, "level": _LEVEL}
     return xr.Dataset(
-        {name: ("score", np.asarray(column, np.float64)) for name, column in table.items()},
+        {name: ("score", column) for name, column in table.items()},
         coords={"score": list(named)},
-        attrs={"examples": len(missed), "share_wrong": float(missed.mean())},
+        attrs=attrs,
     )
+
+
+def _measures(scores: np.ndarray, wrong: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Return ``(score, measure)``: AUROC and AUPR of wrong examples, Spearman with -loss."""
+    from scipy.stats import spearmanr
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    def rank(score: np.ndarray) -> float:
+        varied = np.ptp(score) and np.ptp(loss)
+        return float(spearmanr(score, -loss).statistic) if varied else np.nan
+
+    return np.array([
+        [roc_auc_score(wrong, -score), average_precision_score(wrong, -score), rank(score)]
+        for score in scores
+    ])  # fmt: skip
+
+
+def _resampled(wrong: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a resampling of examples that has both right and wrong ones."""
+    while True:
+        at = rng.integers(0, len(wrong), len(wrong))
+        if 0 < wrong[at].sum() < len(wrong):
+            return at
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the ends of the percentile interval; resamplings without a number do not count."""
+    found = values[~np.isnan(values)]
+    if not len(found):
+        return np.nan, np.nan
+    low, high = np.quantile(found, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return float(low), float(high)
 
 
 def _predicted(

@@ -98,7 +98,7 @@ def mode_coefficients(
         ``mode_coefficient(example, mode)``, or with ``time``. Summed over the training examples,
         it is the drive of each mode at that time.
     """
-    v = _of(modes, "direction")
+    v = of_modes(modes, "direction")
     x = as_gradients(gradients, name="gradients", need=(EXAMPLE, PARAM))
     if TIME in v.dims or TIME not in x.dims:
         each = [TIME] if TIME in v.dims else []
@@ -140,7 +140,7 @@ def cancellation_ratio(modes: xr.Dataset, coefficients: xr.DataArray) -> xr.Data
     SchemaError
         ``modes`` has no drive, or not for the modes of the coefficients.
     """
-    drive = _of(modes, "drive")
+    drive = of_modes(modes, "drive")
     if MODE not in coefficients.dims or coefficients.sizes[MODE] != drive.sizes[MODE]:
         raise SchemaError(
             f"coefficients have dims {dict(coefficients.sizes)}, and there are "
@@ -283,7 +283,8 @@ def _eigh(kernel: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return value[:k], (vector * np.where(top < 0, -1, 1))[:, :k], share[:k]
 
 
-def _of(modes: xr.Dataset, name: str) -> xr.DataArray:
+def of_modes(modes: xr.Dataset, name: str) -> xr.DataArray:
+    """Return a variable of modes, or say that they lack it."""
     if not isinstance(modes, xr.Dataset) or name not in modes or MODE not in modes[name].dims:
         raise SchemaError(
             f"modes must be a Dataset with {name!r} along 'mode', as lk.modes returns it; for "

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
+from matplotlib import color_sequences
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lkarray.schema import COMPONENT, MODE, TIME
+
+_LEAST = 30  # pairs behind a point that is drawn
+#: Kinds of pairs, and the colour of each.
+_PAIRS = {"within": "#3f90da", "between": "#bd1f01"}
+_COLOURS = color_sequences["petroff10"]
+_LINES = ("-", "--", ":", "-.")
 
 
 def temporal_structure(
@@ -41,9 +50,13 @@ def temporal_structure(
     figure.colorbar(image, ax=left, label="cosine of all gradients")
     name = "epoch" if labels is not None else "step"
     left.set(xlabel=name, ylabel=name, title="Temporal kernel, normalised")
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for mode in range(min(k, modes.sizes[MODE])):
         share = float(modes["share"][mode])
-        right.plot(at, modes["loading"].isel(mode=mode), label=f"mode {mode + 1} ({share:.1%})")
+        right.plot(at, modes["loading"].isel(mode=mode), _LINES[mode % 4],
+                   color=_COLOURS[mode % 10], label=f"mode {mode + 1} ({share:.1%})")  # fmt: skip
     right.axhline(0, color="0.7", lw=0.8, zorder=0)
     right.set(xlabel=name, ylabel="loading", title="Temporal modes, and their share of energy")
     right.legend(frameon=False)
@@ -56,12 +69,100 @@ def over_training(
     """Draw quantities of each time against time (PLGK figures 14 and 24)."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for name, curve in curves.items():
-        axes.plot(curve[TIME] if labels is None else labels, curve, label=name)
+    for i, (name, curve) in enumerate(curves.items()):
+        axes.plot(curve[TIME] if labels is None else labels, curve, _LINES[i % 4],
+                  color=_COLOURS[i % 10], label=name)  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="step" if labels is None else "epoch", ylabel=ylabel, title=title)
     if len(curves) > 1:
         axes.legend(frameon=False)
     return figure
+
+
+def similarity_to_target(
+    points: xr.DataArray, similarity: xr.DataArray, target: int, *, by: str = "label"
+) -> Figure:
+    """Draw a map coloured by similarity to one sample: whole, and its own class (PLGK figure 6).
+
+    Parameters
+    ----------
+    points
+        ``(example, component)`` of two components, as from `lkarray.embed`.
+    similarity
+        Of each to the target, such as ``lk.ips(G)[target]``; between -1 and 1.
+    target
+        Position of the sample, which is starred.
+    by
+        Coordinate of ``points`` with the classes.
+    """
+    xy, values, own = _about(points, similarity, target, by)
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    everything, mates = np.ones_like(own), own & (np.arange(len(own)) != target)
+    panels: tuple[tuple[np.ndarray, str, dict[str, Any]], ...] = (
+        (everything, f"All {len(xy):,} inputs", {"cmap": "RdBu_r", "vmin": -1, "vmax": 1}),
+        (mates, f"The {int(mates.sum()):,} others of the target's class", {"cmap": "viridis"}),
+    )
+    for axes, (at, title, colours) in zip(figure.subplots(1, 2), panels, strict=True):
+        # The most extreme last: where points overlap, they are what there is to see.
+        order = np.flatnonzero(at)[np.argsort(np.abs(values[at]), kind="stable")]
+        size = float(np.clip(24000 / max(len(order), 1), 4, 40))
+        dots = axes.scatter(*xy[order].T, s=size, c=values[order], edgecolors="0.6", lw=0.2,
+                            **colours)  # fmt: skip
+        axes.scatter(*xy[target], s=220, marker="*", color="#ffdd33", edgecolors="black")
+        axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2", title=title)
+        figure.colorbar(dots, ax=axes, label="similarity to the target (star)", shrink=0.9)
+    return figure
+
+
+def similarity_against_distance(
+    points: xr.DataArray,
+    similarity: xr.DataArray,
+    target: int,
+    by_distance: xr.Dataset,
+    *,
+    by: str = "label",
+) -> Figure:
+    """Draw similarity against distance on the map: to one sample, and of all pairs (PLGK 6.2).
+
+    Parameters
+    ----------
+    points, similarity, target, by
+        As for `similarity_to_target`.
+    by_distance
+        What `lkarray.similarity_by_distance` returns; bins of fewer than thirty pairs are left
+        out.
+    """
+    xy, values, own = _about(points, similarity, target, by)
+    distance = np.linalg.norm(xy - xy[target], axis=1)
+    other = np.arange(len(xy)) != target
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    for axes, at, (pairs, colour) in zip(
+        figure.subplots(1, 2), (own, ~own), _PAIRS.items(), strict=True
+    ):
+        chosen = at & other
+        size = float(np.clip(12000 / max(int(chosen.sum()), 1), 4, 24))
+        axes.scatter(distance[chosen], values[chosen], s=size, color="0.35", lw=0, alpha=0.6,
+                     label=f"to one input ({int(chosen.sum()):,} pairs)")  # fmt: skip
+        found = by_distance.sel(pairs=pairs)
+        drawn = found.isel(bin=found["count"].values >= _LEAST)
+        x, mean, sd = (drawn[part].values for part in ("distance", "mean", "sd"))
+        count = int(found["count"].sum())
+        axes.plot(x, mean, "o-", color=colour, label=f"all {count:,} pairs: mean and sd")
+        axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
+        axes.axhline(0, color="0.6", lw=0.8, zorder=0)
+        rank = float(found["rank_correlation"])
+        axes.set(xlabel="distance on the map", ylabel="similarity", xlim=(0, None),
+                 title=f"{pairs.capitalize()} classes: rank correlation {rank:.2f}")  # fmt: skip
+        axes.legend(frameon=False)
+    return figure
+
+
+def _about(
+    points: xr.DataArray, similarity: xr.DataArray, target: int, by: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return where samples are, how similar to the target, and whether of its class."""
+    xy, classes = points.transpose(..., COMPONENT).values, np.asarray(points[by])
+    return xy, np.asarray(similarity), classes == classes[target]
 
 
 def axis_extremes(points: xr.DataArray, images: np.ndarray, *, rows: int = 5) -> Figure:

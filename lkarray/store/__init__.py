@@ -8,6 +8,7 @@ everything that counts is really there, and `locking` who may write.
 from lkarray.store.commit import ChainRegion, Record, read_record
 from lkarray.store.derived import put
 from lkarray.store.fingerprints import refuse_changes
+from lkarray.store.gradients import discard_gradients
 from lkarray.store.layout import (
     LossSet,
     create_parts,
@@ -36,6 +37,7 @@ __all__ = [
     "create_parts",
     "create_run",
     "describe",
+    "discard_gradients",
     "discard_trace",
     "drop_unfinished",
     "file_lock",

@@ -15,13 +15,31 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.core.sync import sync
 
 from lkarray import schema
 from lkarray.schema import OUTPUT, TIME, VariableSpec
 from lkarray.store.commit import chunk_keys, flush
 from lkarray.store.fingerprints import refuse_changes
-from lkarray.store.layout import create_array, create_coord, require_space, stored_at
-from lkarray.store.location import MARK, as_store, create_root, describe, update_mark, writing
+from lkarray.store.layout import (
+    create_array,
+    create_coord,
+    finish,
+    listed,
+    require_space,
+    stored_at,
+)
+from lkarray.store.location import (
+    MARK,
+    StoreLike,
+    as_store,
+    create_root,
+    describe,
+    open_root,
+    update_mark,
+    writing,
+)
+from lkarray.store.locking import writer_lock
 from lkarray.store.variables import variables
 
 _ROWS, _COLUMNS = 128, 16384
@@ -101,6 +119,28 @@ def gradient_marks(root: zarr.Group) -> dict[str, Any]:
     """Return the groups of a store's gradient tensors, and what each was made with."""
     found: Any = dict(root.attrs[MARK]).get(schema.GRADIENTS, {})  # type: ignore[arg-type]
     return dict(found)
+
+
+def discard_gradients(path: StoreLike) -> None:
+    """Delete a store's gradient tensors and factors; what was computed from them stays.
+
+    Killed halfway, the same call deletes the rest.
+
+    Raises
+    ------
+    StoreError
+        There is no store of lkarray's.
+    LockedError
+        It is being written to.
+    """
+    with writer_lock(as_store(path)):
+        root = open_root(path, mode="r+")
+        update_mark(root, **{schema.GRADIENTS: {}})
+        with writing(root.store):
+            for name in listed(root.store):
+                if name == schema.GRADIENTS or name.startswith(gradient_group("")):
+                    sync(root.store.delete_dir(name))
+        finish(root)
 
 
 class TensorWriter:

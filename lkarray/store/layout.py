@@ -203,13 +203,18 @@ def drop_unfinished(root: zarr.Group) -> None:
     if stored_fingerprint(root) is not None:
         raise StoreError(f"{describe(root.store)} holds losses; nothing was removed")
     ours = {*schema.GROUPS, schema.OBSERVABLES}
-    for name in sync(_listed(root.store)):  # even groups whose metadata was removed already
+    for name in listed(root.store):  # even groups whose metadata was removed already
         if name in ours or name.startswith(f"{schema.LOSSES}_"):
             sync(root.store.delete_dir(name))
 
 
-async def _listed(store: Store) -> list[str]:
-    return [name async for name in store.list_dir("")]
+def listed(store: Store) -> list[str]:
+    """Return the names at a store's top, of groups without metadata too."""
+
+    async def names() -> list[str]:
+        return [name async for name in store.list_dir("")]
+
+    return sync(names())
 
 
 def loss_groups(root: zarr.Group) -> list[str]:

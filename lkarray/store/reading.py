@@ -75,13 +75,14 @@ def open_rectangle(
         return _open_parts(root, parts, chains, draws)
     training = _training_groups(root)
     if stored_fingerprint(root) is None:
-        if not training:
+        derived = derived_groups(root)
+        if not training and not derived:
             raise StoreError(
                 f"{describe(store)} holds no losses: its sampling was stopped before it began. "
                 "Run lk.sample on it again"
             )
         groups = {"/": xr.Dataset(attrs=dict(root.attrs))} | training
-        groups |= {path: _open_group(store, path) for path in derived_groups(root)}
+        groups |= {path: _open_group(store, path) for path in derived}
         return xr.DataTree.from_dict(groups, name="lkarray")
     shown, depth, hidden = _rectangle(root, chains)
     depth = min(depth, draws) if draws is not None else depth

@@ -91,7 +91,8 @@ def verify(path: StoreLike) -> list[Problem]:
     training = list(_training(root))
     if stored_fingerprint(root) is not None:
         return [*_problems(root), *training]
-    if trace_fingerprint(root) is None and not gradient_marks(root) and not audit_marks(root):
+    made = trace_fingerprint(root) or gradient_marks(root) or audit_marks(root)
+    if not made and not derived_groups(root):
         return [Problem("missing", schema.LOSSES, "sampling was stopped before it began")]
     return training
 

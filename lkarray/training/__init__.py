@@ -1,7 +1,9 @@
 """Training runs: recorded step by step, opened again, and turned into gradient tensors."""
 
 from lkarray.training.features import gradient_factors, gradient_features, gradient_plan
+from lkarray.training.frozen import snapshot
 from lkarray.training.hidden import activations, mode_sensitivity
+from lkarray.training.means import mean_gradient
 from lkarray.training.optimizers import RULES, Coefficients, Rule
 from lkarray.training.projection import Projection
 from lkarray.training.recorder import Recorder, record
@@ -19,8 +21,10 @@ __all__ = [
     "gradient_factors",
     "gradient_features",
     "gradient_plan",
+    "mean_gradient",
     "mode_sensitivity",
     "open_trace",
     "record",
     "shift_modes",
+    "snapshot",
 ]

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from scipy.linalg import subspace_angles
+from scipy.stats import norm
 
 from lkarray import errors
 from lkarray.kernels.difficulty import difficulty_table, hidden_similarity, ips_scores
@@ -264,6 +265,49 @@ def test_difficulty_table__equals_its_definitions(rng):
     assert np.isnan(table["spearman"].sel(score="constant"))
     assert float(table["aupr"].sel(score="constant")) == pytest.approx(0.2)
     assert table.attrs == {"examples": 40, "share_wrong": 0.2}
+
+
+def gaussian(rng, right=400, wrong=100, apart=1.0):
+    """Scores of unit variance, whose AUROC is Phi(apart / sqrt 2), and losses that go with them."""
+    missed = np.arange(right + wrong) < wrong
+    score = rng.normal(size=len(missed)) - apart * missed
+    return {"score": score}, missed, 0.8 * rng.normal(size=len(missed)) - score
+
+
+def test_difficulty_table__intervals_have_the_width_of_theory_and_of_fresh_examples(rng):
+    table = difficulty_table(*gaussian(rng), replicates=400, seed=3).isel(score=0)
+    area = norm.cdf(1 / np.sqrt(2))
+    first, second = area / (2 - area), 2 * area**2 / (1 + area)
+    hanley = area * (1 - area) + 99 * (first - area**2) + 399 * (second - area**2)  # and McNeil
+    fresh = xr.concat([difficulty_table(*gaussian(rng)) for _ in range(200)], "run").isel(score=0)
+    theory = {"auroc": np.sqrt(hanley / (100 * 400)), "aupr": None, "spearman": None}
+    for name, expected in theory.items():
+        low, high = float(table[f"{name}_low"]), float(table[f"{name}_high"])
+        assert low < float(table[name]) < high
+        spread = float(fresh[name].std())
+        assert (high - low) / (2 * 1.96) == pytest.approx(expected or spread, rel=0.2)
+        assert spread == pytest.approx(expected or spread, rel=0.2)
+    assert table.attrs["replicates"] == 400
+    assert table.attrs["level"] == 0.95
+
+
+def test_difficulty_table__replicates_change_no_estimate_and_follow_their_seed(rng):
+    scores, wrong, loss = gaussian(rng, 30, 10)
+    plain = difficulty_table(scores, wrong, loss)
+    tables = [difficulty_table(scores, wrong, loss, replicates=20, seed=s) for s in (5, 5, 6)]
+    xr.testing.assert_identical(tables[0], tables[1])
+    xr.testing.assert_equal(tables[0][list(plain)], plain)
+    assert float(tables[0]["auroc_low"][0]) != float(tables[2]["auroc_low"][0])
+
+
+def test_difficulty_table__draws_replicates_of_one_kind_again():
+    scores = {"good": np.array([0.0, 1.0, 2.0]), "constant": np.ones(3)}
+    table = difficulty_table(scores, [True, False, False], np.arange(3.0)[::-1], replicates=50)
+    assert table["auroc_low"].values.tolist() == [1, 0.5]
+    assert float(table["spearman_high"][0]) == pytest.approx(1)
+    assert np.isnan(table["spearman_low"][1])
+    with pytest.raises(ValueError, match="replicates must be at least 0"):
+        difficulty_table(scores, [True, False, False], np.ones(3), replicates=-1)
 
 
 def test_difficulty_table__takes_what_ips_scores_returns(G, audit):

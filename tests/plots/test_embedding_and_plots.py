@@ -2,6 +2,7 @@ import dask
 import numpy as np
 import pytest
 import xarray as xr
+from scipy.stats import spearmanr
 
 import lkarray as lk
 from lkarray import errors, plots
@@ -97,6 +98,87 @@ def test_embed__takes_as_many_neighbours_as_there_are(clusters, k):
 def drawn(figure):
     figure.savefig("/dev/null", format="png")
     return figure.axes
+
+
+@pytest.fixture(scope="module")
+def mapped():
+    """Thirty points in three groups, and a kernel that falls with their distance."""
+    rng = np.random.default_rng(0)
+    group = np.arange(30) % 3
+    xy = rng.normal(size=(30, 2)) + 3 * np.eye(3)[group, :2]
+    apart = np.linalg.norm(xy[:, None] - xy, axis=-1)
+    coords = {"label": ("sample", group)}
+    values = np.exp(-apart) - 0.3 * (group[:, None] != group)
+    kernel = xr.DataArray(values, dims=("sample", "sample_2"), coords=coords, name="ips")
+    return kernel, xr.DataArray(xy, dims=("sample", "component"), coords=coords), apart
+
+
+def test_similarity_by_distance__equals_a_loop_over_pairs(mapped):
+    kernel, points, apart = mapped
+    found = lk.similarity_by_distance(kernel.chunk({"sample": 7}), points, bins=4)
+    group = points["label"].values
+    for name in ("within", "between"):
+        pairs = [
+            (kernel.values[i, j], apart[i, j])
+            for i in range(30)
+            for j in range(i)
+            if (group[i] == group[j]) == (name == "within")
+        ]
+        low, high = min(d for _, d in pairs), max(d for _, d in pairs)
+        bins = [[] for _ in range(4)]
+        for value, d in pairs:
+            bins[min(int(4 * (d - low) / (high - low)), 3)].append(value)
+        row = found.sel(pairs=name)
+        assert row["count"].values.tolist() == [len(held) for held in bins]
+        for at, held in enumerate(bins):
+            if held:
+                assert float(row["mean"][at]) == pytest.approx(np.mean(held))
+                assert float(row["sd"][at]) == pytest.approx(np.std(held), abs=1e-12)
+            else:
+                assert np.isnan(row["mean"][at])
+        assert float(row["rank_correlation"]) == pytest.approx(spearmanr(pairs).statistic)
+        assert float(row["rank_correlation"]) == pytest.approx(-1)
+        np.testing.assert_allclose(
+            row["distance"], low + (high - low) * (np.arange(4) + 0.5) / 4, rtol=1e-6
+        )
+    one = lk.similarity_by_distance(kernel, points, np.zeros(30))
+    assert np.isnan(one["rank_correlation"].sel(pairs="between"))
+    assert int(one["count"].sum()) == 30 * 29 // 2
+
+
+def test_similarity_by_distance__refuses_what_does_not_fit(mapped):
+    kernel, points, _ = mapped
+    with pytest.raises(errors.SchemaError, match="similarity_by_distance: a kernel must be square"):
+        lk.similarity_by_distance(kernel[:, :5], points)
+    with pytest.raises(errors.SchemaError, match="points have .*of 30 samples"):
+        lk.similarity_by_distance(kernel, points[:5])
+    with pytest.raises(errors.SchemaError, match="'wnid' is no coordinate"):
+        lk.similarity_by_distance(kernel, points, "wnid")
+    with pytest.raises(ValueError, match="bins must be at least 1"):
+        lk.similarity_by_distance(kernel, points, bins=0)
+    with pytest.raises(ValueError, match="similarity_by_distance needs a kernel"):
+        lk.similarity_by_distance(kernel.assign_attrs(kernel="influence operator"), points)
+
+
+def test_similarity_figures__draw_every_input_about_the_target(mapped):
+    kernel, points, apart = mapped
+    whole, own, *bars = drawn(plots.similarity_to_target(points, kernel[4], 4))
+    assert [len(axes.collections[0].get_offsets()) for axes in (whole, own)] == [30, 9]
+    for axes in (whole, own):
+        np.testing.assert_array_equal(axes.collections[1].get_offsets()[0], points[4])
+    assert sorted(whole.collections[0].get_array()) == sorted(kernel[4].values)
+    assert [bar.get_ylabel() for bar in bars] == 2 * ["similarity to the target (star)"]
+    by_distance = lk.similarity_by_distance(kernel, points, bins=4)
+    within, between = drawn(plots.similarity_against_distance(points, kernel[4], 4, by_distance))
+    assert within.get_title() == "Within classes: rank correlation -1.00"
+    mates = np.arange(30) % 3 == 1
+    for axes, at, pairs in ((within, mates, "within"), (between, ~mates, "between")):
+        at = np.flatnonzero(at & (np.arange(30) != 4))
+        expected = np.stack([apart[4], kernel.values[4]], 1)[at]
+        np.testing.assert_allclose(axes.collections[0].get_offsets(), expected)
+        row = by_distance.sel(pairs=pairs)
+        shown = row["mean"].values[row["count"].values >= 30]
+        np.testing.assert_allclose(axes.lines[0].get_ydata(), shown)
 
 
 def test_neighbor_map__draws_every_sample_once_and_rings_the_marked(clusters):

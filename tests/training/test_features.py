@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 from zarr.storage import MemoryStore
 
 import lkarray as lk
-from lkarray import errors
+from lkarray import errors, store
 from lkarray.inspect import describe_store
 from lkarray.nn import Batches
 from lkarray.training import Projection, makers
@@ -33,6 +33,30 @@ def gradient(trace, step, example, number=cross_entropy):
     x, y = trace.train.take(np.array([example]))
     number(model(x), y).sum().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()]).numpy()
+
+
+def test_discard_gradients__leaves_what_was_computed(trace, tmp_path, monkeypatch):
+    path = tmp_path / "g"
+    made = lk.gradient_features(trace, [3, 7, 30], [0, 5], store=path)
+    lk.gradient_factors(trace, [3, 7], [0, 5], store=path)
+    store.put(path, "ips", lk.ips(made))
+    expected = lk.ips(made).values
+    with monkeypatch.context() as broken:  # killed before anything is deleted
+        broken.setattr("lkarray.store.gradients.listed", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lk.discard_gradients(path)
+    assert lk.verify(path) == []
+    for _ in range(2):
+        lk.discard_gradients(path)
+        assert lk.verify(path) == []
+        assert list(lk.open(path).children) == ["derived"]
+        assert describe_store(path).splitlines()[-1] == "  /derived/ips  ips(example, example_2)"
+        assert not list(path.glob("gradients*"))
+        np.testing.assert_array_equal(lk.open(path)["derived/ips"]["ips"], expected)
+    again = lk.gradient_features(trace, [3, 7, 30], [0, 5], store=path)  # may be made anew
+    np.testing.assert_array_equal(lk.ips(again), expected)
+    with pytest.raises(errors.StoreError, match="no store"):
+        lk.discard_gradients(tmp_path / "other")
 
 
 def test_features__are_the_gradients_at_each_time(trace, tmp_path):

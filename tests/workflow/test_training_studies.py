@@ -2,35 +2,70 @@
 
 import numpy as np
 import pytest
-from lkarray_workflows import audit_flips, audit_retraining, lenet_audit, lenet_path
+from lkarray_workflows import audit_flips, audit_retraining, ips_map, lenet_audit, lenet_training
 
 import lkarray as lk
 from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
 
-SMALL = [
-    *("batches=8", "batch_size=64", "epochs=4", "learning_rate=6e-4", "features=40"),
+SMALL = ["batches=8", "batch_size=64", "epochs=4", "learning_rate=6e-4"]
+IPS_MAP = [
     *("observed=120", "score_test=200", "score_train=120", "score_epochs=2", "neighbors=10"),
+    "replicates=20",
 ]
 
 
 @pytest.mark.slow
-def test_lenet_path__runs_whole_and_again(tmp_path, garments, caplog):  # noqa: F811
-    config = lenet_path.Config.build("small", [*SMALL, f"data={garments}"])
-    lenet_path.run(config, tmp_path / "run", progress=False)
-    figures = ["temporal", "participation", "regime", "map", "axes_1", "axes_9"]
-    metrics = check_report(tmp_path / "run", figures)
-    assert metrics["map"]["within"] > metrics["map"]["between"]
-    for name in ("feature_overlap", "subspace_overlap", "activation_overlap"):
+def test_lenet_training__runs_whole_and_is_used_by_ips_map(tmp_path, garments, caplog):  # noqa: F811
+    config = lenet_training.Config.build("small", [*SMALL, "features=40", f"data={garments}"])
+    lenet_training.run(config, tmp_path / "run", progress=False)
+    metrics = check_report(tmp_path / "run", ["loss", "temporal", "participation", "regime"])
+    for name in lenet_training.OVERLAPS:
         assert metrics["time"][name][-1] == pytest.approx(1, abs=1e-4)
-    assert set(metrics["table"]) == set(lenet_path.SCORES)
-    tree = lk.open(tmp_path / "run/train.zarr")
-    assert tree["gradients"].sizes["time"] == 5
+    assert len(metrics["time"]["participation_ratio"]) == 5
+    tree = lk.open(tmp_path / "run/gradients.zarr")
+    assert list(tree.children) == ["derived"]  # the tensor is gone
     K = tree["derived/temporal_kernel"]["temporal_kernel"].values
+    assert K.shape == (4, 4)
     assert (np.linalg.eigvalsh(K) > -1e-6 * np.trace(K)).all()
-    assert lk.verify(tmp_path / "run/train.zarr") == []
+    for store in ("train.zarr", "gradients.zarr"):
+        assert lk.verify(tmp_path / "run" / store) == []
     caplog.set_level("INFO")
-    lenet_path.run(config, tmp_path / "run", progress=False)
-    assert "lenet_path: report is done, reused" in caplog.text
+    lenet_training.run(config, tmp_path / "run", progress=False)
+    assert "lenet_training: report is done, reused" in caplog.text
+
+    before = sorted(p for p in (tmp_path / "run").rglob("*") if p.is_file())
+    settings = [*SMALL, *IPS_MAP, f"trained={tmp_path / 'run'}"]
+    ips_map.run(ips_map.Config.build("small", settings), tmp_path / "map", progress=False)
+    metrics = check_report(tmp_path / "map", ["map", "target", "distance", "axes_1", "axes_9"])
+    assert set(metrics["seconds"]) == {"factors", "map", "similarity", "scores"}
+    assert sorted(p for p in (tmp_path / "run").rglob("*") if p.is_file()) == before
+    other = ips_map.Config.build("small", [*settings, "epochs=3", "seed=2"])
+    with pytest.raises(ValueError, match=r"seed \(1, here 2\), epochs \(4, here 3\)"):
+        ips_map.run(other, tmp_path / "other", progress=False)
+
+
+@pytest.mark.slow
+def test_ips_map__runs_whole_and_again(tmp_path, garments, caplog):  # noqa: F811
+    config = ips_map.Config.build("small", [*SMALL, *IPS_MAP, f"data={garments}"])
+    ips_map.run(config, tmp_path / "run", progress=False)
+    metrics = check_report(tmp_path / "run", ["map", "target", "distance", "axes_1", "axes_9"])
+    assert metrics["map"]["within"] > metrics["map"]["between"]
+    assert metrics["similarity"]["rank_correlation"]["within"] < 0
+    assert sum(metrics["similarity"]["count"]["within"]) < 120 * 119 / 2
+    assert set(metrics["table"]) == set(ips_map.PAPER)
+    for row in metrics["table"].values():
+        for name in ips_map.MEASURES:
+            assert row[f"{name}_low"] - 1e-9 <= row[name] <= row[f"{name}_high"] + 1e-9
+    tree = lk.open(tmp_path / "run/maps.zarr")
+    assert set(tree["derived"].children) == {"ips", "map", "similarity_by_distance", "difficulty"}
+    ips = tree["derived/ips"]["ips"]
+    assert ips.shape == (120, 120)
+    np.testing.assert_array_equal(ips.values.diagonal(), 1)
+    assert list(tree.children) == ["derived"]  # factors and the recorded states are gone
+    assert "trajectory" not in {path.name for path in (tmp_path / "run/train.zarr").iterdir()}
+    caplog.set_level("INFO")
+    ips_map.run(config, tmp_path / "run", progress=False)
+    assert "ips_map: report is done, reused" in caplog.text
 
 
 @pytest.mark.slow

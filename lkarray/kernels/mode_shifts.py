@@ -1,0 +1,106 @@
+"""Which modes a perturbation of inputs moves, and what that does to learning (PLGK section 6.3)."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from lkarray.errors import SchemaError
+from lkarray.kernels.modes import of_modes
+from lkarray.kernels.ranks import participation_ratio
+from lkarray.schema import EXAMPLE, MODE
+
+FACTOR = "factor"
+_OF_MODES = ("singular_value", "alignment", "drive")
+
+
+def mode_shifts(
+    modes: xr.Dataset,
+    before: xr.DataArray,
+    after: xr.DataArray,
+    sensitivity: xr.DataArray | None = None,
+) -> xr.Dataset:
+    r"""Return how far inputs' mode coefficients moved, beside drive and sensitivity, computed.
+
+    The change of what a step of full-batch gradient descent does to a loss is
+    :math:`\sum_k \Lambda_k \Delta c_{kn}` but for :math:`-\eta/M` (PLGK section 6.3.1).
+
+    Parameters
+    ----------
+    modes
+        With ``singular_value``, ``alignment`` and ``drive``, as `modes` returns it.
+    before, after
+        `mode_coefficients` of the same examples, in the same order, before they were perturbed
+        and after: clean and adversarial images.
+    sensitivity
+        ``(example, mode)`` of the perturbed examples, as `lkarray.mode_sensitivity` gives.
+
+    Returns
+    -------
+    xarray.Dataset
+        Over ``mode``, means over examples in float64: ``change``, signed, ``shift``, of the
+        magnitudes :math:`|\Delta c|`, and ``contribution``, of :math:`|\Lambda \Delta c|`;
+        ``share``, that of ``contribution`` in its sum. Over ``factor`` (shift, drive, contribution
+        and, if given, sensitivity): ``effective_modes``, the participation ratio
+        :math:`(\sum_k w_k)^2 / \sum_k w_k^2` of the magnitudes; ``(factor, factor_2)``:
+        ``correlation`` over modes, and ``rank_correlation`` (Spearman).
+
+    Raises
+    ------
+    SchemaError
+        Dims or sizes do not fit, or there are fewer than three modes.
+    """
+    drive = np.abs(_bare(of_modes(modes, "drive"), (MODE,)))
+    first, last = (_bare(c, (EXAMPLE, MODE)) for c in (before, after))
+    if first.shape != last.shape or first.shape[1] != len(drive):
+        raise SchemaError(
+            f"coefficients have the shapes {first.shape} and {last.shape}, and there are "
+            f"{len(drive)} modes; pass mode_coefficients of the same examples and modes"
+        )
+    if len(drive) < 3:
+        raise SchemaError(f"correlations over modes need at least three of them, not {len(drive)}")
+    moved = last - first
+    factors = {
+        "shift": np.abs(moved).mean(0),
+        "drive": drive,
+        "contribution": np.abs(moved * drive).mean(0),
+    }
+    if sensitivity is not None:
+        factors["sensitivity"] = _bare(sensitivity, (EXAMPLE, MODE)).mean(0)
+        if factors["sensitivity"].shape != drive.shape:
+            raise SchemaError(
+                f"sensitivity is of {len(factors['sensitivity'])} modes, and there are "
+                f"{len(drive)}: select the same, modes.isel(mode=slice(K))"
+            )
+    table = np.stack(list(factors.values()))
+    # The participation ratio takes square roots of weights.
+    effective = participation_ratio(np.sqrt(table))
+    square = (FACTOR, f"{FACTOR}_2")
+    names = list(factors)
+    return xr.Dataset(
+        {
+            "change": (MODE, moved.mean(0)),
+            **{name: (MODE, factors[name]) for name in names if name != "drive"},
+            "share": (MODE, factors["contribution"] / factors["contribution"].sum()),
+            "effective_modes": (FACTOR, effective),
+            "correlation": (square, np.corrcoef(table)),
+            "rank_correlation": (square, np.corrcoef(_ranks(table))),
+        },
+        coords={
+            MODE: modes[MODE],
+            **{dim: np.array(names, dtype=object) for dim in square},
+            **{name: modes[name] for name in _OF_MODES if name in modes},
+        },
+    )
+
+
+def _ranks(table: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
+    return np.asarray(rankdata(table, axis=1))
+
+
+def _bare(x: xr.DataArray, dims: tuple[str, ...]) -> np.ndarray:
+    if set(x.dims) != set(dims):
+        raise SchemaError(f"{x.name!r} has dims {x.dims}; expected {dims}")
+    return np.asarray(x.transpose(*dims).values, np.float64)

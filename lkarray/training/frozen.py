@@ -1,0 +1,63 @@
+"""`snapshot`: a trace of a network that was trained elsewhere."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+
+from lkarray.nn.batches import Batches, MapDataset
+from lkarray.nn.losses import LossFunction, per_example_loss
+from lkarray.store.location import StoreLike
+from lkarray.training.recorder import record
+from lkarray.training.trace import Trace, open_trace
+
+
+def snapshot(
+    model: nn.Module,
+    train_set: MapDataset,
+    *,
+    loss: str | LossFunction = "cross_entropy",
+    store: StoreLike,
+) -> Trace:
+    """Return a trace of a model as it is: for networks whose training was not recorded.
+
+    Whatever asks one state of a trace works on it: gradients, their modes, activations, mode
+    coefficients. It is a recorded run of one step of plain gradient descent at a learning rate
+    of 0, so that its two states, 0 and 1, are the same: an audit of it is of a run in which
+    nothing happened.
+
+    Parameters
+    ----------
+    model
+        Any module of float32 or float64 parameters; its copy is used.
+    train_set
+        Examples to ask about: what it was trained on, or others.
+    loss
+        As for `record`.
+    store
+        Where the trace goes; the same call opens it again.
+
+    Raises
+    ------
+    ValueError
+        Examples of a batch influence each other: BatchNorm or dropout in train mode.
+    FingerprintError
+        The store holds a trace of another model, other data or another loss.
+    """
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    device = next(model.parameters()).device
+    data = Batches(train_set, name="train_set", device=device)
+    per_example = per_example_loss(loss).per_example
+    with record(model, optimizer, train_set, loss=loss, store=store) as trace:
+        for batch in trace.remaining([np.arange(min(2, data.n))]):
+            with trace.step(batch):
+                optimizer.zero_grad()
+                inputs, target = data.take(np.asarray(batch))
+                output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+                per_example(output, target).mean().backward()
+                optimizer.step()
+    return open_trace(store, model, train_set, loss=None if isinstance(loss, str) else loss)
