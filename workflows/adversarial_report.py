@@ -207,7 +207,8 @@ def figures(config: Config, paths: Paths) -> list[workflow.Figure]:
             by="kind", along="epoch", ylabel="influence (nats)")),
         ("regime", "Kernel regime", "Overlap with the end, against gross influence and loss "
          "(figure 14).", plots.regime(
-             {str(k): v for k, v in of("regime").data_vars.items()}, {"gross influence": gross_at, "loss": time_["loss"]},
+             {str(k): v for k, v in of("regime").data_vars.items()},
+             {"gross influence": gross_at, "loss": time_["loss"]},
              by="kind", labels=epochs,
              ylabels=("gross influence within the epoch (nats)", "loss (nats)"))),
         ("shifts", "Modes that perturbations move", "Colour and size: mean change of the "
