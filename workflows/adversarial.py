@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 import xarray as xr
 from lkarray_workflows.adversarial_modes import SENSITIVE, by_modes, cure, over_time
 from lkarray_workflows.adversarial_report import report
-from lkarray_workflows.attacks import KINDS, Attack, Pairs, make_pairs
-from lkarray_workflows.recorded import Trained, Training, discard, layers, train
-from pydantic import Field
+from lkarray_workflows.attacks import KINDS, Attack, Pairs, make_pairs, require_foolbox
+from lkarray_workflows.recorded import Trained, Training, check, discard, layers, train
+from pydantic import Field, model_validator
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
@@ -53,9 +53,22 @@ class Config(Training):
     correction_steps: int = Field(40, ge=1)
     seeds: int = Field(3, ge=1, description="networks that decide the claims")
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        images = self.batches * self.batch_size
+        for small, large in (
+            ("leading", self.modes), ("modes", self.features), ("pairs", self.tried),
+            ("detailed", self.pairs), ("features", images), ("tried", images),
+        ):  # fmt: skip
+            if getattr(self, small) > large:
+                raise ValueError(f"{small}={getattr(self, small)} is more than there are: {large}")
+        return self
+
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
+    check(config, config.seeds)
+    require_foolbox()
     with workflow.Run("adversarial", config, folder) as state:
         every: list[Paths] = []
         for seed in range(config.seed, config.seed + config.seeds):
@@ -72,12 +85,13 @@ def run(config: Config, folder: Path, *, progress: bool = True) -> str:
             for name, work in stages.items():
                 do = partial(work, config, paths, progress)
                 state.stage(f"{name} {seed}", do, [getattr(paths, name)])
-            if not config.keep and (folder / "report" / "index.html").exists():
-                lk.discard_gradients(paths.store)
         index = folder / "report" / "index.html"
         write = partial(report, config, every, state)
         state.stage("report", write, [index])
         discard(config, *(paths.run for paths in every))
+        for paths in every:
+            if not config.keep:
+                lk.discard_gradients(paths.store)
     return f"Report  {index}\nStore   {every[0].store}"
 
 

@@ -27,6 +27,7 @@ CURES = (
     "cured adversarial", "cured random", "adversarial + random", "signs at random",
     "attacked again",
 )  # fmt: skip
+DRAWS = 4  # of random signs
 SENSITIVE = 50  # modes whose sensitivity to the input is measured (figures 16, 17)
 
 
@@ -42,7 +43,7 @@ def by_modes(config: Config, paths: Paths, show: bool) -> None:
     )  # fmt: skip
     found = lk.modes(G.isel(time=0), config.modes).compute()
     mean = lk.mean_gradient(trace, last).isel(time=0)
-    found = with_drive(found, mean, trace.train.n)
+    found = with_drive(found, mean, trace.train.n, config.features)
     inputs = lk.gradient_features(
         trace, pairs.data(), last, coords=pairs.coords(), store=paths.store, name="inputs_end",
         progress=show,
@@ -67,14 +68,16 @@ def by_modes(config: Config, paths: Paths, show: bool) -> None:
     store.put(paths.store, "cancellation_end", ratio)
     energy = float((G["gradient"].astype(np.float64) ** 2).sum())
     share = np.cumsum(found["singular_value"].values ** 2) / energy
+    losses = {kind: losses_of(run_.final(), pairs.data([kind])) for kind in KINDS}
     raw, corrected = (felt[name].values for name in ("sensitivity", "corrected"))
     paths.modes.write_text(json.dumps({
         "energy": {str(k): float(share[k - 1]) for k in (10, SENSITIVE, config.modes)},
-        "losses": {k: float(losses_of(run_.final(), pairs.data([k])).mean()) for k in KINDS},
+        "losses": {k: [float(np.mean(v)), float(np.median(v))] for k, v in losses.items()},
         "fooled": pairs.fooled,
         "cancellation": {kind: _by_count(ratio, kind) for kind in KINDS},
         "paired_cancellation": {
-            kind: _paired(ratio, "adversarial", kind) for kind in KINDS if kind != "adversarial"
+            kind: _paired(ratio, "adversarial", kind, losses)
+            for kind in KINDS if kind != "adversarial"
         },
         "shifts": {kind: _described(part) for kind, part in shifts.items()},
         "shift_ratio": float(
@@ -88,17 +91,18 @@ def by_modes(config: Config, paths: Paths, show: bool) -> None:
     }))  # fmt: skip
 
 
-def with_drive(modes: xr.Dataset, mean: xr.DataArray, count: int) -> xr.Dataset:
-    """Return modes with the drive of the whole training set, and the alignment that goes with it.
+def with_drive(modes: xr.Dataset, mean: xr.DataArray, count: int, rows: int = 1) -> xr.Dataset:
+    """Return modes with the drive of all ``count`` training images, and the alignment to match.
 
-    Those of the images that gave the modes would be their sampling error, where training has
-    nearly converged.
+    Those of the ``rows`` images that gave the modes would be their sampling error, where training
+    has nearly converged. Singular values grow as the root of the number of images.
     """
-    drive = count * xr.dot(modes["direction"].astype(np.float64), mean, dim="param")
-    out = modes.assign(drive=drive)
+    # In the directions' own precision: as float64 they may not fit.
+    along = xr.dot(modes["direction"], mean.astype(modes["direction"].dtype), dim="param")
+    out = modes.assign(drive=count * along.astype(np.float64))
     if "singular_value" not in modes:
         return out
-    return out.assign(alignment=out["drive"] / modes["singular_value"])
+    return out.assign(alignment=out["drive"] / modes["singular_value"] / (count / rows) ** 0.5)
 
 
 def _signs(G: xr.Dataset, found: xr.Dataset, leading: int) -> float:
@@ -112,12 +116,26 @@ def _by_count(ratio: xr.DataArray, kind: str) -> dict[str, float]:
     return {str(k): float(part.isel(mode=k - 1)) for k in (10, SENSITIVE, ratio.sizes["mode"])}
 
 
-def _paired(ratio: xr.DataArray, kind: str, other: str) -> dict[str, float]:
-    """Return the mean difference of two kinds' ratios, all modes, and its standard error."""
+def _paired(
+    ratio: xr.DataArray, kind: str, other: str, losses: dict[str, np.ndarray]
+) -> dict[str, float | int | None]:
+    """Return the mean difference of two kinds' ratios, with all modes, and its standard error.
+
+    Natural errors count where their loss is within a tenth of that of the image that they stand
+    beside: where none is, there is nothing to compare.
+    """
     kinds = ratio["kind"].values
     last = ratio.isel(mode=-1).values
     gaps = last[kinds == kind] - last[kinds == other]
-    return {"mean": float(gaps.mean()), "error": float(gaps.std(ddof=1) / len(gaps) ** 0.5)}
+    kept = np.isfinite(gaps)
+    if other == "natural error":
+        kept &= np.abs(np.log(losses[kind] / losses[other])) < np.log(1.1)
+    count = int(kept.sum())
+    return {
+        "mean": float(gaps[kept].mean()) if count else None,
+        "error": float(gaps[kept].std(ddof=1) / count**0.5) if count > 1 else None,
+        "pairs": count,
+    }
 
 
 def _described(shifts: xr.Dataset) -> dict[str, Any]:
@@ -159,10 +177,11 @@ def over_time(config: Config, paths: Paths, show: bool) -> None:
         coords={"kind": ("example", inputs["kind"].values)},
     )  # fmt: skip
     online = lk.online_modes(G, config.modes).compute()
-    # Frozen at one time, the directions are asked about the next (A.8).
-    frozen, later = online.shift(time=1).isel(time=slice(1, None)), {"time": slice(1, None)}
+    # Frozen at one time, the directions are asked about the next (A.8). A view: they are large.
+    later = {"time": slice(1, None)}
+    frozen = online[["direction"]].isel(time=slice(-1)).assign_coords(time=online["time"][1:])
     mean = lk.mean_gradient(trace, steps, progress=show).isel(later)
-    frozen = with_drive(frozen, mean.assign_coords(time=frozen["time"]), trace.train.n)
+    frozen = with_drive(frozen, mean, trace.train.n)
     coefficients = lk.mode_coefficients(frozen, inputs.isel(later)).compute()
     ratio = lk.cancellation_ratio(frozen, coefficients)
     sensitivity = _sensitivity_over_time(config, paths, G, steps)
@@ -181,8 +200,8 @@ def over_time(config: Config, paths: Paths, show: bool) -> None:
         },
         "captured": [None if np.isnan(x) else float(x) for x in captured],
         "cancellation_last_half": {
-            kind: float(ratio.isel(mode=-1, time=slice(ratio.sizes["time"] // 2, None))
-                        .values[:, (ratio["kind"] == kind).values].mean())
+            kind: float(np.nanmean(ratio.isel(mode=-1, time=slice(ratio.sizes["time"] // 2, None))
+                                   .values[:, (ratio["kind"] == kind).values]))
             for kind in KINDS
         },
     }))  # fmt: skip
@@ -202,8 +221,8 @@ def _sensitivity_over_time(
             f"{name} {part}": felt[name].isel(mode=at).mean("mode")
             for name in ("sensitivity", "corrected")
             for part, at in (("top 10", slice(10)), ("rest", slice(10, None)))
-        }).drop_attrs().drop_vars("example"))  # fmt: skip
-    return xr.concat(rows, "time", coords="minimal").assign_coords(
+        }).drop_attrs().drop_vars("example").reset_coords(drop=True))  # fmt: skip
+    return xr.concat(rows, "time").assign_coords(
         kind=("example", pairs.coords()["kind"]), step=("time", [steps[int(t)] for t in chosen])
     )
 
@@ -219,7 +238,7 @@ def cure(config: Config, paths: Paths, show: bool) -> None:
     leading = found.isel(mode=slice(config.leading))
     clean, labels = pairs.images["clean"], pairs.labels["clean"]
     norm: Any = ATTACKS[config.attack][1]
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], config.leading)
+    draws = np.random.default_rng(seed).choice([-1.0, 1.0], (DRAWS, config.leading))
 
     def corrected(kind: str, modes: xr.Dataset) -> torch.Tensor:
         images = pairs.images[kind]
@@ -234,8 +253,9 @@ def cure(config: Config, paths: Paths, show: bool) -> None:
     moved = {
         "cured adversarial": corrected("adversarial", leading),
         "cured random": corrected("random", leading),
-        "signs at random": corrected("adversarial", leading.assign(drive=("mode", signs))),
     }
+    turned = [corrected("adversarial", leading.assign(drive=("mode", signs))) for signs in draws]
+    moved["signs at random"] = turned[0]
     change = moved["cured adversarial"] - adversarial
     moved["adversarial + random"] = noise_like(adversarial, change, config.attack, seed + 1)
     said = logits_of(model, adversarial).argmax(1)
@@ -255,9 +275,18 @@ def cure(config: Config, paths: Paths, show: bool) -> None:
     )  # fmt: skip
     store.put(paths.store, "cured_losses", losses)
     right = {kind: logits_of(model, images).argmax(1) == labels for kind, images in every.items()}
+    # One draw of signs may be nearly the true one: the accuracy is the mean over draws.
+    accuracy = {kind: float(found.double().mean()) for kind, found in right.items()}
+    accuracy["signs at random"] = float(np.mean([
+        float((logits_of(model, images).argmax(1) == labels).double().mean()) for images in turned
+    ]))  # fmt: skip
+    sizes = {
+        kind: every[kind] - pairs.images["random" if kind == "cured random" else "adversarial"]
+        for kind in CURES
+    }
     cosine = torch.cosine_similarity(change.flatten(1), (adversarial - clean).flatten(1), dim=1)
     paths.cure.write_text(json.dumps({
-        "accuracy": {kind: float(found.double().mean()) for kind, found in right.items()},
+        "accuracy": accuracy,
         "losses": {
             kind: float(losses_of(model, TensorDataset(images, labels)).mean())
             for kind, images in every.items()
@@ -267,5 +296,7 @@ def cure(config: Config, paths: Paths, show: bool) -> None:
             "attack": float(lengths(adversarial - clean).mean()),
             "correction": float(lengths(change).mean()),
         },
+        "l2": {kind: float(lengths(x).mean()) for kind, x in sizes.items()},
+        "largest": {kind: float(x.abs().max()) for kind, x in sizes.items()},
         "pairs": len(labels),
     }))  # fmt: skip

@@ -23,7 +23,8 @@ Attack = Literal["pgd", "fgsm", "l2_pgd", "deepfool"]
 KINDS = ("clean", "adversarial", "random", "natural error")
 
 
-def _foolbox() -> Any:
+def require_foolbox() -> Any:
+    """Return foolbox, or say how to get it."""
     import warnings
 
     with warnings.catch_warnings():
@@ -47,7 +48,7 @@ def attack(
     The radius is of pixel values 0 to 1, in the attack's norm. Fewer ``steps`` than the attack's
     own are longer: together 2.5 radii.
     """
-    foolbox = _foolbox()
+    foolbox = require_foolbox()
     options: dict[str, Any] = {}
     if steps is not None and "pgd" in kind:
         options = {"steps": steps, "rel_stepsize": 2.5 / steps}

@@ -62,12 +62,35 @@ def read_images(
     StoreError
         There is no folder, or it lacks a file; the message has the command that gets it.
     """
+    paths = _files(folder, part, dataset)
+    if dataset == "svhn":
+        return _read_svhn(paths[0])
+    arrays = []
+    for path, header in zip(paths, (16, 8), strict=True):
+        packed = path.read_bytes()
+        raw = gzip.decompress(packed) if path.suffix == ".gz" else packed
+        arrays.append(np.frombuffer(raw, np.uint8, offset=header))
+    return arrays[0].reshape(-1, 28, 28), arrays[1]
+
+
+def require_files(source: Source) -> None:
+    """Raise, as `read_images` would, unless all files of a data set are there."""
+    parts: tuple[Split, ...] = ("train", "test")
+    for part in parts:
+        _files(source.data, part, source.dataset)
+
+
+def _files(folder: Path | None, part: Split, dataset: Dataset) -> list[Path]:
+    """Return the files of images and of labels, packed or not; of SVHN one file."""
     if folder is None:
         raise StoreError(f"no folder of {CLASSES[dataset][0]}'s files: {how_to_get(dataset)}")
     if dataset == "svhn":
-        return _read_svhn(folder, part)
-    arrays = []
-    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+        path = folder / f"{part}_32x32.mat"  # as published and as torchvision keeps it
+        if not path.exists():
+            raise StoreError(f"{folder} has no {path.name}: {how_to_get('svhn')}")
+        return [path]
+    found = []
+    for kind in ("images-idx3", "labels-idx1"):
         path = folder / f"{'t10k' if part == 'test' else part}-{kind}-ubyte.gz"
         if not path.exists():
             path = path.with_suffix("")
@@ -75,18 +98,13 @@ def read_images(
             raise StoreError(
                 f"{folder} has no {path.name} or {path.name}.gz: {how_to_get(dataset)}"
             )
-        packed = path.read_bytes()
-        raw = gzip.decompress(packed) if path.suffix == ".gz" else packed
-        arrays.append(np.frombuffer(raw, np.uint8, offset=header))
-    return arrays[0].reshape(-1, 28, 28), arrays[1]
+        found.append(path)
+    return found
 
 
-def _read_svhn(folder: Path, part: Split) -> tuple[np.ndarray, np.ndarray]:
+def _read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
     from scipy.io import loadmat
 
-    path = folder / f"{part}_32x32.mat"  # as published and as torchvision keeps it
-    if not path.exists():
-        raise StoreError(f"{folder} has no {path.name}: {how_to_get('svhn')}")
     found = loadmat(str(path))
     labels = found["y"].ravel().astype(np.int64) % 10  # the digit 0 has the label 10
     return np.ascontiguousarray(found["X"].transpose(3, 0, 1, 2)), labels

@@ -22,6 +22,7 @@ from lkarray_workflows.recorded import (
     TEST,
     Trained,
     Training,
+    check,
     discard,
     last_hidden,
     logits_of,
@@ -66,6 +67,7 @@ class Config(Training):
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
+    check(config)
     with workflow.Run("ips_map", config, folder) as state:
         run_: Trained = train(state, config, folder, progress, every=config.batches)
         paths = Paths(folder, run_)
@@ -185,6 +187,10 @@ def scores(config: Config, paths: Paths, show: bool) -> None:
         own["norm"].values, own["margin"].values, near.values,
         torch.softmax(logits, 1).amax(1).numpy(), (top[:, 0] - top[:, 1]).numpy(),
     )  # fmt: skip
+    share = float((predicted != labels).mean())
+    if share in (0, 1):  # nothing to tell apart
+        paths.scores.write_text(json.dumps({"table": {}, "share_wrong": share}))
+        return
     table = lk.difficulty_table(
         dict(zip(PAPER, values, strict=True)), predicted != labels, losses_of(model, test),
         replicates=config.replicates, seed=config.seed,
@@ -300,8 +306,8 @@ def shown(value: float | None) -> str:
     return "none" if value is None else f"{value:.2f}"
 
 
-def interval(row: dict[str, float], key: str) -> str:
+def interval(row: dict[str, float | None], key: str) -> str:
     """Return a number and its interval, if there is one."""
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
     ends = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
-    return f"{row[key]:.3f}{ends}"
+    return f"{'none' if row[key] is None else format(row[key], '.3f')}{ends}"

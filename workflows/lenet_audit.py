@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import xarray as xr
@@ -28,6 +28,7 @@ from lkarray_workflows.recorded import (
     TEST,
     Trained,
     Training,
+    check,
     discard,
     fit,
     layers,
@@ -35,7 +36,7 @@ from lkarray_workflows.recorded import (
     plan,
     train,
 )
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import lkarray as lk
 from lkarray import plots, store, workflow
@@ -85,9 +86,16 @@ class Config(Training):
     trak_size: int = Field(2048, ge=8, description="columns of TRAK's projection")
     profiled: int = Field(500, ge=2, description="steps whose cost is measured")
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.detailed > self.audited:
+            raise ValueError(f"detailed={self.detailed} images are of the {self.audited} audited")
+        return self
+
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
+    check(config)
     with workflow.Run("lenet_audit", config, folder) as state:
         run_: Trained = train(state, config, folder, progress)
         paths = Paths(folder, run_)
@@ -205,11 +213,13 @@ def profile(config: Config, paths: Paths, show: bool) -> None:
     context = multiprocessing.get_context("spawn")
     for name, options in ways.items():
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            rows[name] = pool.submit(_cost, config, paths.run, options).result()
+            rows[name] = pool.submit(_cost, config, paths.run, options, paths.folder).result()
     paths.profile.write_text(json.dumps(rows))
 
 
-def _cost(config: Config, run: Trained, options: dict[str, Any] | None) -> dict[str, float]:
+def _cost(
+    config: Config, run: Trained, options: dict[str, Any] | None, where: Path
+) -> dict[str, float]:
     """Return what training costs, or with options of `lkarray.audit` recording it and auditing."""
     data, test = run.images("train"), run.images("test", config.audited)
     model = run.untrained()
@@ -220,7 +230,7 @@ def _cost(config: Config, run: Trained, options: dict[str, Any] | None) -> dict[
     if options is None:
         fit(model, data, batches, config.learning_rate)
     else:
-        with TemporaryDirectory(dir=run.folder) as folder:
+        with TemporaryDirectory(dir=where) as folder:
             fit(model, data, batches, config.learning_rate, store=Path(folder) / "train.zarr")
             trace = lk.open_trace(Path(folder) / "train.zarr", run.untrained(), data)
             lk.audit(trace, test, store=Path(folder) / "audit.zarr", **options)
@@ -228,7 +238,14 @@ def _cost(config: Config, run: Trained, options: dict[str, Any] | None) -> dict[
 
 
 def _peak() -> int:
-    """Return the largest memory that this process has had, in bytes."""
+    """Return the largest memory that this process has had, in bytes.
+
+    Of Linux's own count: what `getrusage` says of a new process is what its parent had.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -248,6 +265,7 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     )
     wrong = np.flatnonzero(found["label"].values != found["predicted"].values)
     at = int(wrong[0]) if len(wrong) else 0
+    which = "One wrong decision" if len(wrong) else "One decision (none is wrong)"
     with np.load(paths.run.data) as data:
         train_images, test_images = data["train_images"], data["test_images"]
     decided = int(found["predicted"][at])
@@ -260,7 +278,7 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         workflow.Figure("completeness", "Reconstruction over training",
                         "Mean error, and correlation with the true changes (PLGK figure 1).",
                         plots.completeness(found)),
-        workflow.Figure("decision", "One wrong decision", f"A {said}, and the influence of every "
+        workflow.Figure("decision", which, f"A {said}, and the influence of every "
                         "training image on its loss, sorted (figure 2).",
                         plots.decision(found, at, image=test_images[at])),
         workflow.Figure("images", "What helped and what harmed", "Training images that lowered its "
@@ -302,7 +320,7 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         workflow.Report(
             title="LeNet-5's decisions, decomposed",
             summary=[
-                f"{config.batches * config.batch_size:,} training images of "
+                f"{len(train_images):,} training images of "
                 f"{CLASSES[config.dataset][0]}, {config.epochs} epochs, Adam "
                 f"{config.learning_rate:g}; {config.audited} test images audited. The paper's "
                 "numbers are of MNIST."

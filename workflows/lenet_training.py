@@ -15,7 +15,15 @@ from typing import Any, ClassVar
 import numpy as np
 import xarray as xr
 from lkarray_workflows.images import CLASSES
-from lkarray_workflows.recorded import Trained, Training, last_hidden, layers, logits_of, train
+from lkarray_workflows.recorded import (
+    Trained,
+    Training,
+    check,
+    last_hidden,
+    layers,
+    logits_of,
+    train,
+)
 from pydantic import Field
 
 import lkarray as lk
@@ -40,6 +48,7 @@ def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Train in ``folder``, or go on; return what to tell the user."""
     if config.trained is not None:
         raise ValueError("lenet_training trains: --trained is a setting of the studies that use it")
+    check(config)
     with workflow.Run("lenet_training", config, folder) as state:
         trained: Trained = train(state, config, folder, progress)
         over, index = folder / "time.json", folder / "report" / "index.html"

@@ -13,7 +13,6 @@ Influence is summed over the audited images: magnitudes, or, called net, the mag
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from lkarray_workflows import retraining
 from lkarray_workflows.common import Numbers
 from lkarray_workflows.images import CLASSES, data_set
 from lkarray_workflows.pruning_report import FIGURES, NOTHING, compare, draw, judge
-from lkarray_workflows.recorded import TEST, Trained, Training, build, discard, plan, train
+from lkarray_workflows.recorded import TEST, Trained, Training, build, check, discard, plan, train
 from lkarray_workflows.retraining import SETS, order, without, without_of_each
 from pydantic import Field, field_validator
 from scipy.cluster.hierarchy import linkage
@@ -72,6 +71,7 @@ class Config(Training):
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
+    check(config, seeds=2)  # the audited images are taken from the files, whoever trained
     with workflow.Run("pruning", config, folder) as state:
         run_: Trained = train(state, config, folder, progress)
         paths = Paths(folder, run_)
@@ -147,7 +147,7 @@ def make_merges(config: Config, paths: Paths, show: bool) -> None:
     gone, into, height = (np.concatenate(parts) for parts in zip(*found, strict=True))
     by = np.argsort(height, kind="stable")  # those of a class stay in their order
     np.savez(paths.merges, gone=gone[by], into=into[by], height=height[by])
-    shutil.rmtree(paths.factors)  # GBs that nothing else reads
+    lk.discard_gradients(paths.factors)  # GBs that nothing else reads
 
 
 def merges(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lkarray_workflows.images import FOLDER, Dataset, data_set, take_images
+from lkarray_workflows.images import FOLDER, Dataset, data_set, require_files, take_images
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
@@ -114,15 +114,11 @@ def train(
     ``seed`` is one after the config's own, whose run is then always the study's own; it records
     every ``every``-th state.
 
-    Raises
-    ------
-    ValueError
-        The other run is not finished, was discarded, or has other settings.
+    See `check`, which is to be called first.
     """
     first = seed is None or seed == config.seed
     seed = config.seed if seed is None else seed
     if config.trained is not None and first:
-        _check(config, config.trained)
         return Trained(config.trained, config, seed)
     run = Trained(folder, config, seed)
     state.stage(f"data {seed}", lambda: _make_data(run), [run.data])
@@ -137,7 +133,24 @@ def discard(config: Training, *runs: Trained) -> None:
             lk.discard_trace(run.store)
 
 
-def _check(config: Training, folder: Path) -> None:
+def check(config: Training, seeds: int = 1) -> None:
+    """Refuse, before any work, what could not be done: for so many networks.
+
+    Raises
+    ------
+    ValueError
+        The run that ``config.trained`` names is not finished, was discarded, or has other
+        settings; or more than that run is needed and
+    StoreError
+        files of the data set are missing: the message has the command that gets them.
+    """
+    if config.trained is not None:
+        _check_run(config, config.trained)
+    if config.trained is None or seeds > 1:
+        require_files(config)
+
+
+def _check_run(config: Training, folder: Path) -> None:
     path = folder / "run.json"
     if not path.exists():
         raise ValueError(
@@ -160,12 +173,23 @@ def _check(config: Training, folder: Path) -> None:
             f"{folder} was trained with other settings: {', '.join(other)}; give the same ones, or "
             "name another folder"
         )
+    if not (folder / "train.zarr" / "trajectory").exists():
+        raise ValueError(
+            f"{folder} has no recorded states any more: they were discarded; train again in "
+            "another folder, and keep them"
+        )
 
 
 def _make_data(run: Trained) -> None:
-    wanted = run.config.batches * run.config.batch_size, TEST
+    wanted = run.config.batches * run.config.batch_size
     run.folder.mkdir(parents=True, exist_ok=True)
-    np.savez(run.data, **take_images(run.config, *wanted, seed=run.seed))
+    kept = take_images(run.config, wanted, TEST, seed=run.seed)
+    if len(kept["train_labels"]) < wanted:
+        raise ValueError(
+            f"{run.config.batches} batches of {run.config.batch_size} are {wanted:,} images, and "
+            f"there are {len(kept['train_labels']):,}; take fewer --batches"
+        )
+    np.savez(run.data, **kept)
 
 
 def _train(run: Trained, every: int, show: bool) -> None:

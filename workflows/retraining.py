@@ -23,6 +23,12 @@ SETS = ("audited", "held_out")
 def take(source: Source, train: int, audited: int, held_out: int, *, seed: int) -> dict[str, Any]:
     """Return training images, test images to audit, and others: ``audited_images``, ..."""
     kept: dict[str, Any] = take_images(source, train, audited + held_out, seed=seed)
+    for part, wanted in (("train", train), ("test", audited + held_out)):
+        if len(kept[f"{part}_labels"]) < wanted:
+            raise ValueError(
+                f"{wanted:,} {part} images are wanted, and there are "
+                f"{len(kept[f'{part}_labels']):,}; ask for fewer"
+            )
     for kind in ("images", "labels"):
         both = kept.pop(f"test_{kind}")
         kept[f"audited_{kind}"], kept[f"held_out_{kind}"] = np.split(both, [audited])

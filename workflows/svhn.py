@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lkarray_workflows import adversarial, ips_map, lenet_audit, lenet_training
+from lkarray_workflows.attacks import require_foolbox
 from lkarray_workflows.images import CLASSES, Dataset
-from lkarray_workflows.recorded import SHARED, Training
+from lkarray_workflows.recorded import SHARED, Training, check
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from pydantic import Field
@@ -63,7 +64,7 @@ PAPER = {
 #: Figures of each study that are shown here too.
 SHOWN = {
     "audit": ("completeness", "decision", "class_own", "class_decided"),
-    "map": ("map", "similarity"),
+    "map": ("map", "target", "distance"),
     "adversarial": ("inputs", "influence", "magnitude", "regime", "shifts", "cancellation"),
 }
 
@@ -72,13 +73,17 @@ def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the studies in ``folder``, or continue them; return what to tell the user."""
     if config.trained is not None:
         raise ValueError("svhn trains a network for its studies: --trained is a setting of those")
+    check(config)
+    require_foolbox()
+    prepared = studies(config, folder)  # and with that their settings are checked
     with workflow.Run("svhn", config, folder) as state:
-        for name, study in studies(config, folder).items():
+        for name, study in prepared.items():
             state.stage(name, partial(study, progress), [folder / name / "report" / "index.html"])
         index = folder / "report" / "index.html"
         state.stage("report", partial(report, config, folder, state), [index])
         if not config.keep:
             lk.discard_trace(folder / "training" / "train.zarr")
+            lk.discard_gradients(folder / "training" / "gradients.zarr")
     return f"Report  {index}"
 
 
@@ -97,7 +102,8 @@ def studies(config: Config, folder: Path) -> dict[str, Callable[[bool], object]]
             lenet_training, "training", trained=None, keep=True, features=config.features
         ),
         "audit": prepared(
-            lenet_audit, "audit", audited=config.audited, detailed=config.detailed,
+            lenet_audit, "audit", audited=config.audited,
+            detailed=min(config.detailed, config.audited),
             profiled=config.profiled, trak_size=config.trak_size,
             trak_train=min(5120, config.batches * config.batch_size),
         ),
@@ -107,6 +113,7 @@ def studies(config: Config, folder: Path) -> dict[str, Callable[[bool], object]]
         ),
         "adversarial": prepared(
             adversarial, "adversarial", pairs=config.pairs, radius=config.radius,
+            tried=min(4000, config.batches * config.batch_size),
             detailed=min(config.detailed, config.pairs), features=config.features,
             modes=config.modes, times=config.times, seeds=1, correction=config.radius,
         ),
@@ -172,7 +179,6 @@ def report(config: Config, folder: Path, state: workflow.Run) -> None:
                 workflow.Figure(f"{name}_{figure}", f"{name.capitalize()}: {figure}", "",
                                 picture(folder / name / "report" / f"{figure}.png"))
                 for name, figures in SHOWN.items() for figure in figures
-                if (folder / name / "report" / f"{figure}.png").exists()
             ],
             settings=config.model_dump(mode="json"),
             next_steps=f'tree = lk.open("{folder / "audit" / "audits.zarr"}")',

@@ -150,7 +150,7 @@ def mode_scatter(shifts: xr.Dataset, *, other: xr.Dataset | None = None, names: 
         )  # fmt: skip
         axes.axhline(0, color="0.7", lw=0.8, zorder=0)
         axes.set(
-            xscale="log", xlabel="singular value s", ylabel="alignment a, of training examples",
+            xscale="log", xlabel="singular value s", ylabel="alignment a of training examples",
             title=f"{name.capitalize()} minus clean",
         )  # fmt: skip
         figure.colorbar(dots, ax=axes, label="mean change of the coefficient")

@@ -194,6 +194,8 @@ def axis_extremes(points: xr.DataArray, images: np.ndarray, *, rows: int = 5) ->
 def mosaic(images: np.ndarray, rows: int) -> np.ndarray:
     """Return images, grey or of three colours, as one, ``rows`` by ``rows``, with a thin gap."""
     height, width, *colours = images.shape[1:]
+    if colours and images.dtype == np.uint8:
+        images = images / 255  # as bytes they would be taken for what is beyond white
     blank = 1.0 if colours else np.nan
     out = np.full((rows * (height + 1), rows * (width + 1), *colours), blank)
     for i, image in enumerate(images[: rows * rows]):

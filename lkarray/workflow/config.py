@@ -42,6 +42,8 @@ class Config(BaseModel):
         except ValidationError as error:
             wrong = "; ".join(
                 f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}"
+                if e["loc"]
+                else e["msg"].removeprefix("Value error, ")  # of several settings together
                 for e in error.errors()
             )
             raise ValueError(f"settings do not fit: {wrong}") from None

@@ -1,0 +1,155 @@
+"""The studies of attacked images, run whole at small size on made images."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from lkarray_workflows import adversarial, adversarial_modes, adversarial_training, svhn
+from lkarray_workflows.adversarial_report import claims
+from lkarray_workflows.attacks import KINDS
+from scipy.io import savemat
+
+import lkarray as lk
+from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
+
+SMALL = [
+    *("batches=8", "batch_size=64", "epochs=6", "learning_rate=2e-3", "pairs=5", "tried=400"),
+    *("detailed=2", "features=100", "modes=50", "times=3", "correction_steps=3", "radius=0.4"),
+]
+
+
+@pytest.mark.slow
+def test_adversarial__cut_off_in_the_middle_gives_the_same_numbers(
+    tmp_path,
+    garments,  # noqa: F811
+    monkeypatch,
+    caplog,
+):
+    config = adversarial.Config.build("small", [*SMALL, f"data={garments}"])
+    adversarial.run(config, tmp_path / "whole", progress=False)
+    whole = check_report(tmp_path / "whole", ("layers", "regime", "shifts", "cancellation", "cure"))
+
+    def fail(*args, **options):
+        raise RuntimeError("cut off")
+
+    for name in ("mode_sensitivity", "shift_modes", "gross_influence", "online_modes"):
+        with monkeypatch.context() as broken:
+            broken.setattr(lk, name, fail)
+            with pytest.raises(RuntimeError, match="cut off"):
+                adversarial.run(config, tmp_path / "run", progress=False)
+    caplog.set_level("INFO")
+    adversarial.run(config, tmp_path / "run", progress=False)
+    for stage in ("train 1", "pairs 1", "modes 1", "cure 1", "audit 1", "layers 1", "outputs 1"):
+        assert f"adversarial: {stage} is done, reused" in caplog.text
+    found = check_report(tmp_path / "run", ("path", "magnitude", "influence", "inputs"))
+    for key in ("networks", "claims"):
+        assert found[key] == whole[key]
+    one = found["networks"][0]
+    assert one["audit"]["lc"] > 0.99
+    assert one["outputs"]["lc"] > 0.99
+    assert set(one["modes"]["cancellation"]) == set(KINDS)
+    assert one["cure"]["accuracy"]["clean"] == 1
+    assert one["cure"]["accuracy"]["adversarial"] == 0
+    assert set(one["cure"]["accuracy"]) == {*KINDS[:3], *adversarial_modes.CURES}
+    assert set(found["networks"][1]) == {"modes", "cure"}
+    assert lk.verify(tmp_path / "run/analysis.zarr") == []
+    assert not (tmp_path / "run/train.zarr/trajectory").exists()
+
+
+def test_claims__need_every_network():
+    def network(cured, noise, ratio):
+        cures = {"cured adversarial": cured, "adversarial + random": noise}
+        cures |= dict.fromkeys(("signs at random", "attacked again"), 0.5)
+        gaps = {kind: {"mean": ratio} for kind in ("clean", "random", "natural error")}
+        return {"cure": {"accuracy": cures}, "modes": {"paired_cancellation": gaps}}
+
+    found = claims([network(0.8, 0.1, -0.2), network(0.4, 0.1, 0.1)])
+    held = {claim: of["holds"] for claim, of in found.items()}
+    assert held["the correction restores more than adversarial + random does"]
+    assert not held["the correction restores more than attacked again does"]
+    assert not held["adversarial images cancel more than natural error images of equal loss"]
+    gap = found["adversarial images cancel more than clean images"]
+    assert gap["differences"] == [0.2, -0.1]
+
+
+def test_with_drive__is_of_the_whole_training_set(rng):
+    import xarray as xr
+
+    gradients = rng.normal(size=(30, 12))
+    _, s, v = np.linalg.svd(gradients, full_matrices=False)
+    modes = xr.Dataset({"direction": (("mode", "param"), v[:4]), "singular_value": ("mode", s[:4])})
+    mean = xr.DataArray(gradients.mean(0), dims="param")
+    found = adversarial_modes.with_drive(modes, mean, 30)
+    np.testing.assert_allclose(found["drive"], (gradients @ v[:4].T).sum(0))
+    np.testing.assert_allclose(found["alignment"] * found["singular_value"], found["drive"])
+
+
+@pytest.mark.slow
+def test_adversarial_training__goes_on_with_a_part(tmp_path, garments, monkeypatch):  # noqa: F811
+    settings = [
+        *("batches=6", "batch_size=64", "epochs=5", "learning_rate=2e-3", "pairs=4", "tried=150"),
+        *("features=100", "parts=3", "radius=0.4", "attack_steps=2"),
+    ]
+    config = adversarial_training.Config.build("small", [*settings, f"data={garments}"])
+    adversarial_training.run(config, tmp_path / "whole", progress=False)
+    whole = check_report(tmp_path / "whole", ("energy", "images_standard", "images_attacked"))
+    plain = adversarial_training.train_attacked
+
+    def fail(config, paths, part, show):
+        if part == 1:
+            raise RuntimeError("cut off")
+        plain(config, paths, part, show)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(adversarial_training, "train_attacked", fail)
+        with pytest.raises(RuntimeError, match="cut off"):
+            adversarial_training.run(config, tmp_path / "run", progress=False)
+    first = torch.load(tmp_path / "run/attacked_1.pt", weights_only=True)["model"]
+    adversarial_training.run(config, tmp_path / "run", progress=False)
+    again = torch.load(tmp_path / "run/attacked_1.pt", weights_only=True)["model"]
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    metrics = json.loads((tmp_path / "run/report/metrics.json").read_text())
+    assert metrics["networks"] == whole["networks"]
+    for of in metrics["networks"].values():
+        assert of[0]["ranks"]["0.9"] <= of[0]["ranks"]["0.95"] <= of[0]["ranks"]["0.99"]
+        assert of[0]["nullspace"]["least"] >= 784 - of[0]["modes"]
+        assert of[0]["energy_ratio"] > 1
+
+
+@pytest.mark.slow
+def test_svhn__runs_on_files_in_svhns_format(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for part, n in (("train", 900), ("test", 300)):
+        labels = rng.integers(0, 10, n)
+        images = rng.integers(0, 120, (n, 32, 32, 3))
+        for row in (0, 1):
+            images[np.arange(n), 3 * labels + row] += 100
+        # As published: images last, and 10 for the digit 0.
+        stored = {"X": images.astype(np.uint8).transpose(1, 2, 3, 0),
+                  "y": np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)}  # fmt: skip
+        savemat(folder / f"{part}_32x32.mat", stored)
+    config = svhn.Config.build(
+        "small",
+        [
+            f"data={folder}",
+            "batches=8",
+            "radius=0.5",
+            "pairs=4",
+            "observed=100",
+            "learning_rate=2e-3",
+        ],
+    )
+    svhn.run(config, tmp_path / "run", progress=False)
+    shown = ("audit_decision", "map_map", "adversarial_regime", "adversarial_inputs")
+    metrics = check_report(tmp_path / "run", shown)
+    assert sum(metrics["training"]["parameters"].values()) == pytest.approx(2.5 * 61_706, rel=0.05)
+    assert metrics["audit"]["table"]["audit"]["lc"] > 0.99
+    assert not (tmp_path / "run/training/train.zarr/trajectory").exists()
+    caplog.set_level("INFO")
+    svhn.run(config, tmp_path / "run", progress=False)
+    assert "svhn: adversarial is done, reused" in caplog.text
+    with pytest.raises(ValueError, match="svhn trains a network"):
+        svhn.run(config.model_copy(update={"trained": tmp_path}), tmp_path / "x", progress=False)
