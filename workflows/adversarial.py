@@ -34,7 +34,7 @@ class Config(Training):
         "paper": {"dataset": "mnist", "pairs": 32, "features": 5000, "times": 51},
         "small": {
             "batches": 10, "batch_size": 64, "epochs": 6, "learning_rate": 2e-3, "pairs": 8,
-            "detailed": 3, "features": 150, "modes": 60, "times": 4, "tried": 600,
+            "detailed": 3, "predicted": 2, "features": 150, "modes": 60, "times": 4, "tried": 600,
             "correction_steps": 10, "seeds": 2, "radius": 0.2,
         },
     }  # fmt: skip
@@ -42,8 +42,9 @@ class Config(Training):
     attack: Attack = "pgd"
     radius: float = Field(0.1, gt=0, description="of the attack, in its norm, pixels 0 to 1")
     tried: int = Field(4000, ge=10, description="training images that are candidates")
-    pairs: int = Field(64, ge=2, description="images attacked, and natural errors beside them")
-    detailed: int = Field(12, ge=1, description="pairs audited by layer, and by output, too")
+    pairs: int = Field(40, ge=2, description="images attacked, and natural errors beside them")
+    detailed: int = Field(12, ge=1, description="pairs audited by layer too")
+    predicted: int = Field(4, ge=1, description="pairs of which every output is audited")
     features: int = Field(1000, ge=100, description="training images whose gradients give modes")
     modes: int = Field(125, ge=SENSITIVE)
     leading: int = Field(10, ge=1, description="modes that the correction shifts")
@@ -58,7 +59,8 @@ class Config(Training):
         images = self.batches * self.batch_size
         for small, large in (
             ("leading", self.modes), ("modes", self.features), ("pairs", self.tried),
-            ("detailed", self.pairs), ("features", images), ("tried", images),
+            ("detailed", self.pairs), ("predicted", self.pairs), ("features", images),
+            ("tried", images),
         ):  # fmt: skip
             if getattr(self, small) > large:
                 raise ValueError(f"{small}={getattr(self, small)} is more than there are: {large}")
@@ -217,7 +219,7 @@ def by_layer(config: Config, paths: Paths, show: bool) -> None:
 
 def outputs(config: Config, paths: Paths, show: bool) -> None:
     """Audit every output of the network for some: the prediction audit."""
-    pairs, count = Pairs.load(paths.pairs), config.detailed
+    pairs, count = Pairs.load(paths.pairs), config.predicted
     kinds = KINDS[:3]
     found = lk.audit(
         paths.run.trace(), pairs.data(kinds, count), target="prediction",

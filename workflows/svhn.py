@@ -114,7 +114,7 @@ def studies(config: Config, folder: Path) -> dict[str, Callable[[bool], object]]
         "adversarial": prepared(
             adversarial, "adversarial", pairs=config.pairs, radius=config.radius,
             tried=min(4000, config.batches * config.batch_size),
-            detailed=min(config.detailed, config.pairs), features=config.features,
+            detailed=min(config.detailed, config.pairs), predicted=2, features=config.features,
             modes=config.modes, times=config.times, seeds=1, correction=config.radius,
         ),
     }  # fmt: skip
