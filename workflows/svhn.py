@@ -29,7 +29,7 @@ class Config(Training):
     """Settings. The paper gives none of the training's but the network and the data."""
 
     presets: ClassVar = {
-        "paper": {"batches": 200, "epochs": 50, "audited": 256, "pairs": 64, "detailed": 12,
+        "paper": {"batches": 200, "epochs": 50, "learning_rate": 1e-4, "audited": 256, "pairs": 64, "detailed": 12,
                   "observed": 2000, "features": 1000, "times": 51, "profiled": 2000},
         "small": {
             "batches": 10, "batch_size": 64, "epochs": 6, "learning_rate": 1e-3, "audited": 16,
@@ -41,8 +41,8 @@ class Config(Training):
     dataset: Dataset = "svhn"
     network: Literal["lenet", "cnn"] = "cnn"
     batches: int = Field(100, ge=1, description="of an epoch")
-    epochs: int = Field(20, ge=2)
-    learning_rate: float = Field(1e-4, gt=0, description="of Adam")
+    epochs: int = Field(10, ge=2)
+    learning_rate: float = Field(2e-4, gt=0, description="of Adam")
     audited: int = Field(64, ge=2, description="test images")
     detailed: int = Field(8, ge=1, description="audited by layer and epoch too")
     profiled: int = Field(100, ge=2, description="steps whose cost is measured")

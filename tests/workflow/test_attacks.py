@@ -54,7 +54,7 @@ def test_attack__few_steps_are_longer(model, data):
     images, labels = data.tensors
     moved, _ = attacks.attack(model, images, labels, radius=0.05, steps=2)
     whole, _ = attacks.attack(model, images, labels, radius=0.05)
-    loss = [float(F.cross_entropy(model(x), labels)) for x in (images, moved, whole)]
+    loss = [F.cross_entropy(model(x), labels).item() for x in (images, moved, whole)]
     assert loss[1] - loss[0] > 0.8 * (loss[2] - loss[0])
 
 
@@ -66,8 +66,9 @@ def test_noise_like__has_the_norm_of_the_attack(model, data, kind):
     assert 0 <= float(noisy.min()) <= float(noisy.max()) <= 1
     wanted, found = (attacks.lengths(x - images).flatten() for x in (moved, noisy))
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
+    # Not 0: at the edge of the range both can only go inwards.
     cosine = torch.cosine_similarity((noisy - images).flatten(1), (moved - images).flatten(1))
-    assert abs(float(cosine.mean())) < 0.1
+    assert abs(float(cosine.mean())) < 0.3
 
 
 def test_natural_errors__are_the_best_match(rng):
