@@ -29,8 +29,10 @@ class Config(Training):
     """Settings. The paper gives none of the training's but the network and the data."""
 
     presets: ClassVar = {
-        "paper": {"batches": 200, "epochs": 50, "learning_rate": 1e-4, "audited": 256,
-                  "pairs": 64, "detailed": 12, "observed": 2000, "features": 1000, "times": 51, "profiled": 2000},
+        "paper": {
+            "batches": 200, "epochs": 50, "learning_rate": 1e-4, "audited": 256, "pairs": 64,
+            "detailed": 12, "observed": 2000, "features": 1000, "times": 51, "profiled": 2000,
+        },
         "small": {
             "batches": 10, "batch_size": 64, "epochs": 6, "learning_rate": 1e-3, "audited": 16,
             "detailed": 4, "pairs": 6, "observed": 200, "features": 120, "times": 4,

@@ -265,3 +265,44 @@ def test_config__shares_are_checked_and_in_order():
     assert pruning.Config.build("small", ["shares=0.6,0.2"]).shares == (0.2, 0.6)
     with pytest.raises(ValueError, match="shares lie above 0"):
         pruning.Config.build("small", ["shares=0.2,1"])
+
+
+def test_make_merges__goes_on_from_a_cut_off_cleanup(tmp_path, monkeypatch):
+    """Killed while the factors were being deleted: what is left of them is not taken for whole."""
+    from types import SimpleNamespace
+
+    import torch
+    from torch import nn
+    from torch.utils.data import TensorDataset
+    from zarr.storage import LocalStore
+
+    import lkarray as lk
+
+    torch.manual_seed(0)
+    data = TensorDataset(torch.rand(40, 6), torch.arange(40) % 2)
+    trace = lk.snapshot(nn.Linear(6, 2), data, store=tmp_path / "t")
+    run = SimpleNamespace(trace=lambda: trace, images=lambda part: data, epochs=lambda count: [0])
+    paths = SimpleNamespace(
+        run=run, factors=tmp_path / "factors.zarr", merges=tmp_path / "merges.npz"
+    )
+    config = SimpleNamespace(times=1)
+    pruning.make_merges(config, paths, False)
+    whole = dict(np.load(paths.merges))
+    paths.merges.unlink()
+
+    plain = LocalStore.delete_dir
+
+    def killed(store, prefix):
+        chunks = [p for p in (store.root / "gradients_factors").rglob("c/*/*") if p.is_file()]
+        if not chunks:  # a group being begun
+            return plain(store, prefix)
+        chunks[0].unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LocalStore, "delete_dir", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pruning.make_merges(config, paths, False)
+    pruning.make_merges(config, paths, False)
+    for name, values in np.load(paths.merges).items():
+        np.testing.assert_array_equal(values, whole[name])

@@ -1,0 +1,136 @@
+"""What studies of recorded runs refuse before any work, and count."""
+
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+from lkarray_workflows import (
+    adversarial,
+    adversarial_training,
+    ips_map,
+    lenet_audit,
+    lenet_training,
+    pruning,
+    recorded,
+    retraining,
+    svhn,
+)
+
+from lkarray import errors, plots
+from lkarray.plots.training import mosaic
+
+
+def finished(folder, config, *, states=True):
+    """A folder as a finished run of lenet_training leaves it, without its arrays."""
+    folder.mkdir()
+    record = {"workflow": "lenet_training", "config": config.model_dump(mode="json")}
+    (folder / "run.json").write_text(json.dumps(record | {"stages": {"report": {}}}))
+    if states:
+        (folder / "train.zarr/trajectory").mkdir(parents=True)
+    return folder
+
+
+def test_check__takes_a_finished_run_of_the_same_settings(tmp_path):
+    other = finished(tmp_path / "r", recorded.Training(seed=3))
+    recorded.check(recorded.Training(seed=3, trained=other))
+    with pytest.raises(ValueError, match=r"other settings: seed \(3, here 4\)"):
+        recorded.check(recorded.Training(seed=4, trained=other))
+    with pytest.raises(ValueError, match=r"holds no run; make it with: lkarray run lenet_training"):
+        recorded.check(recorded.Training(trained=tmp_path))
+    gone = finished(tmp_path / "g", recorded.Training(), states=False)
+    with pytest.raises(ValueError, match="no recorded states any more"):
+        recorded.check(recorded.Training(trained=gone))
+
+
+def test_check__wants_files_of_later_networks(tmp_path):
+    other = finished(tmp_path / "r", recorded.Training())
+    config = recorded.Training(trained=other)
+    with pytest.raises(errors.StoreError, match="FashionMNIST as D"):
+        recorded.check(config, seeds=2)
+    with pytest.raises(errors.StoreError, match="has no train-images-idx3-ubyte"):
+        recorded.check(config.model_copy(update={"data": tmp_path}), seeds=2)
+
+
+@pytest.mark.parametrize("study", [ips_map, lenet_audit, lenet_training, adversarial, pruning, svhn,
+                                   adversarial_training])  # fmt: skip
+def test_studies__refuse_missing_files_before_they_make_a_folder(study, tmp_path):
+    with pytest.raises(errors.StoreError, match="no folder of"):
+        study.run(study.Config.build("small"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("study", [adversarial, adversarial_training, svhn])
+def test_studies__of_attacks_need_foolbox_before_they_train(study, tmp_path, monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("attacks need foolbox: pip install 'lkarray[adversarial]'")
+
+    monkeypatch.setattr(study, "require_foolbox", missing)
+    monkeypatch.setattr(study, "check", lambda *args: None)
+    with pytest.raises(ModuleNotFoundError, match=r"lkarray\[adversarial\]"):
+        study.run(study.Config.build("small"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("study", "settings", "message"),
+    [
+        (adversarial, ["leading=300"], "leading=300 is more than there are: 60"),
+        (adversarial, ["features=100", "modes=125"], "modes=125 is more than there are: 100"),
+        (adversarial, ["batches=2"], "features=150 is more than there are: 128"),
+        (adversarial, ["predicted=9"], "predicted=9 is more than there are: 8"),
+        (adversarial_training, ["modes=200"], "modes=200 is more than there are: 150"),
+        (lenet_audit, ["audited=4", "detailed=5"], "detailed=5 images are of the 4 audited"),
+    ],
+)
+def test_configs__refuse_what_does_not_fit_together(study, settings, message):
+    with pytest.raises(ValueError, match=f"settings do not fit: {message}"):
+        study.Config.build("small", settings)
+
+
+def test_svhn__its_studies_settings_are_checked_with_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(svhn, "check", lambda config: None)
+    config = svhn.Config.build("small", ["pairs=700"])
+    with pytest.raises(ValueError, match="pairs=700 is more than there are"):
+        svhn.run(config, tmp_path / "run", progress=False)
+
+
+def test_retraining__refuses_more_images_than_there_are(monkeypatch):
+    def few(source, train, test, *, seed):
+        return {"train_labels": np.zeros(min(train, 50)), "test_labels": np.zeros(min(test, 20))}
+
+    monkeypatch.setattr(retraining, "take_images", few)
+    with pytest.raises(ValueError, match="25 test images are wanted, and there are 20"):
+        retraining.take(None, 50, 5, 20, seed=0)
+
+
+def test_ips_map__numbers_that_are_missing_are_said_so():
+    assert ips_map.interval({"auroc": None}, "auroc") == "none"
+    found = ips_map.interval({"auroc": 0.5, "auroc_low": 0.25, "auroc_high": 0.75}, "auroc")
+    assert found == "0.500 [0.250, 0.750]"
+
+
+def _hungry(mebibytes):
+    before = lenet_audit._peak()
+    held = np.ones(mebibytes << 17)
+    return lenet_audit._peak() - before - held.nbytes
+
+
+def test_lenet_audit__peak_is_of_the_process_itself():
+    """Not what its parent had before, which a new process inherits in getrusage."""
+    held = np.ones(300 << 17)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        off = pool.submit(_hungry, 100).result()
+    assert held[0] == 1
+    assert abs(off) < 20 << 20
+
+
+def test_mosaic__bytes_of_three_colours_are_not_all_white():
+    images = np.full((2, 3, 3, 3), 51, np.uint8)
+    found = mosaic(images, 2)
+    assert found[0, 0].tolist() == [0.2] * 3
+    assert found.max() == 1  # the gap
+    grey = mosaic(images[..., 0], 2)
+    assert grey[0, 0] == 51
+    assert plots.image_rows([[images[0] / 255]], ["a"]).axes[0].images[0].get_clim() == (0, 1)
