@@ -19,7 +19,15 @@ import xarray as xr
 from lkarray_workflows.adversarial_modes import SENSITIVE, by_modes, cure, over_time
 from lkarray_workflows.adversarial_report import report
 from lkarray_workflows.attacks import KINDS, Attack, Pairs, make_pairs, require_foolbox
-from lkarray_workflows.recorded import Trained, Training, check, discard, layers, train
+from lkarray_workflows.recorded import (
+    Trained,
+    Training,
+    check,
+    discard,
+    layers,
+    require_enough,
+    train,
+)
 from pydantic import Field, model_validator
 from torch.utils.data import TensorDataset
 
@@ -57,13 +65,10 @@ class Config(Training):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         images = self.batches * self.batch_size
-        for small, large in (
-            ("leading", self.modes), ("modes", self.features), ("pairs", self.tried),
-            ("detailed", self.pairs), ("predicted", self.pairs), ("features", images),
-            ("tried", images),
-        ):  # fmt: skip
-            if getattr(self, small) > large:
-                raise ValueError(f"{small}={getattr(self, small)} is more than there are: {large}")
+        require_enough(self, {
+            "leading": self.modes, "modes": self.features, "pairs": self.tried,
+            "detailed": self.pairs, "predicted": self.pairs, "features": images, "tried": images,
+        })  # fmt: skip
         return self
 
 

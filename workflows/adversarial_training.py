@@ -26,6 +26,7 @@ from lkarray_workflows.recorded import (
     fit,
     logits_of,
     plan,
+    require_enough,
     train,
 )
 from matplotlib.figure import Figure
@@ -67,11 +68,9 @@ class Config(Training):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         images = self.batches * self.batch_size
-        for small, large in (
-            ("modes", self.features), ("features", images), ("parts", self.batches * self.epochs),
-        ):  # fmt: skip
-            if getattr(self, small) > large:
-                raise ValueError(f"{small}={getattr(self, small)} is more than there are: {large}")
+        require_enough(self, {
+            "modes": self.features, "features": images, "parts": self.batches * self.epochs
+        })  # fmt: skip
         return self
 
 

@@ -34,6 +34,7 @@ from lkarray_workflows.recorded import (
     layers,
     logits_of,
     plan,
+    require_enough,
     train,
 )
 from pydantic import Field, model_validator
@@ -88,8 +89,7 @@ class Config(Training):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.detailed > self.audited:
-            raise ValueError(f"detailed={self.detailed} images are of the {self.audited} audited")
+        require_enough(self, {"detailed": self.audited})
         return self
 
 

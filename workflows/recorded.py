@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,13 @@ class Training(workflow.Config):
 #: Settings that another study's run must share.
 SHARED = ("seed", "dataset", "network", "batches", "batch_size", "epochs", "learning_rate")
 TEST = 10_000  # images at most kept for testing
+
+
+def require_enough(config: workflow.Config, available: Mapping[str, int]) -> None:
+    """Raise where a setting asks for more than there is of something."""
+    for name, most in available.items():
+        if getattr(config, name) > most:
+            raise ValueError(f"{name}={getattr(config, name)} is more than there are: {most}")
 
 
 @dataclass(frozen=True)

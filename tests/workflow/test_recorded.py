@@ -81,7 +81,7 @@ def test_studies__of_attacks_need_foolbox_before_they_train(study, tmp_path, mon
         (adversarial, ["batches=2"], "features=150 is more than there are: 128"),
         (adversarial, ["predicted=9"], "predicted=9 is more than there are: 8"),
         (adversarial_training, ["modes=200"], "modes=200 is more than there are: 150"),
-        (lenet_audit, ["audited=4", "detailed=5"], "detailed=5 images are of the 4 audited"),
+        (lenet_audit, ["audited=4", "detailed=5"], "detailed=5 is more than there are: 4"),
     ],
 )
 def test_configs__refuse_what_does_not_fit_together(study, settings, message):
