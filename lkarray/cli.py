@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from lkarray._version import __version__
-from lkarray.errors import LkarrayError, LockedError
+from lkarray.errors import LkarrayError, LockedError, SettingsError
 
 
 class _Group(click.Group):
@@ -24,6 +24,9 @@ class _Group(click.Group):
         except LockedError as error:
             click.echo(f"lkarray: {error}", err=True)
             ctx.exit(3)
+        except SettingsError as error:
+            click.echo(f"lkarray: {error}", err=True)
+            ctx.exit(2)
         except (LkarrayError, MemoryError) as error:
             click.echo(f"lkarray: {error}", err=True)
             ctx.exit(1)

@@ -43,6 +43,14 @@ class LockedError(StoreError):
     """Another process is writing to the store, or running in the folder."""
 
 
+class SettingsError(LkarrayError, ValueError):
+    """Settings of a study do not fit each other, its data, or the run that it was given."""
+
+
+class MissingPackageError(LkarrayError, ModuleNotFoundError):
+    """An optional package is not installed; the message has the extra that brings it."""
+
+
 class MissingCorpusError(LkarrayError, LookupError):
     """A corpus that a taxonomy is read from is not installed."""
 

@@ -13,6 +13,8 @@ from lkarray_workflows.recorded import logits_of, losses_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from lkarray.errors import MissingPackageError, SettingsError
+
 #: Foolbox's class of each attack, the norm of its perturbation, and its steps of one gradient.
 ATTACKS = {
     "pgd": ("LinfPGD", "linf"), "fgsm": ("FGSM", "linf"), "l2_pgd": ("L2PGD", "l2"),
@@ -33,7 +35,7 @@ def require_foolbox() -> Any:
         try:
             import foolbox
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
+            raise MissingPackageError(
                 f"attacks need {error.name}: pip install 'lkarray[adversarial]'"
             ) from None
     return foolbox
@@ -93,7 +95,7 @@ def natural_errors(losses: np.ndarray, wrong: np.ndarray, wanted: np.ndarray) ->
 
     at = np.flatnonzero(wrong)
     if len(at) < len(wanted):
-        raise ValueError(
+        raise SettingsError(
             f"{len(at)} of the images are misclassified, and {len(wanted)} are needed to set "
             "beside the adversarial ones; take fewer pairs"
         )
@@ -161,7 +163,7 @@ def make_pairs(
 
     Raises
     ------
-    ValueError
+    SettingsError
         The attack fools it on too few, or too few are misclassified as they are.
     """
     images, labels = data.tensors
@@ -178,7 +180,7 @@ def make_pairs(
         at = np.append(at, tried[fooled])
         moved_.append(moved[torch.from_numpy(fooled)])
     if len(at) < count:
-        raise ValueError(
+        raise SettingsError(
             f"{kind} within {radius} fools the network on {len(at)} of {right.sum()} images, and "
             f"{count} are needed; take a larger --radius or fewer --pairs"
         )

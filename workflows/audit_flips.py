@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lkarray_workflows.images import FOLDER, NAMES, data_set, take_images
+from lkarray_workflows.images import FOLDER, NAMES, data_set, require_files, take_images
 from lkarray_workflows.recorded import build, fit, plan
 from matplotlib.figure import Figure
 from pydantic import Field
@@ -67,6 +67,7 @@ class Config(workflow.Config):
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     seeds = range(config.seed, config.seed + config.seeds)
+    require_files(config)
     with workflow.Run("audit_flips", config, folder) as state:
         for seed in seeds:
             paths = Paths(folder, seed)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from lkarray_workflows import retraining
-from lkarray_workflows.images import FOLDER, data_set
+from lkarray_workflows.images import FOLDER, data_set, require_files
 from lkarray_workflows.recorded import build, fit, plan
 from lkarray_workflows.retraining import SETS, influence, order, take, without, without_of_each
 from matplotlib.figure import Figure
@@ -64,6 +64,7 @@ class Config(workflow.Config):
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
+    require_files(config, folder / "data.npz")
     with workflow.Run("audit_retraining", config, folder) as state:
         paths = Paths(folder)
         state.stage("data", lambda: make_data(config, paths), [paths.data])

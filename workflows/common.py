@@ -190,20 +190,33 @@ def brightness(images: np.ndarray, groups: int = 8) -> np.ndarray:
 def garment_lifts(losses: xr.DataArray, taxonomy: lk.Taxonomy, k: int, seed: int) -> dict[str, Any]:
     """Return how much more often neighbours share class, brightness and ancestors than chance.
 
-    Each with its standard error. Brightness and ancestors are counted among neighbours of other
-    classes, so that neither is the class again.
+    Each with its standard error, or interval, of which inputs (labels) were asked about and of the
+    sampling, by leaving out chains, together. Brightness and ancestors are counted among
+    neighbours of other classes, so that neither is the class again.
     """
-    near = lk.neighbors(losses, k).compute()
-    other = lk.neighbors(losses, k, exclude="label").compute()
 
-    def pooled(found: xr.Dataset) -> dict[str, float]:
-        error = float(found["pooled_standard_error"])
-        return {"value": float(found["pooled_lift"]), "error": error}
+    def pooled(part: xr.DataArray) -> list[xr.Dataset]:
+        near, other = (lk.neighbors(part, k, exclude=kind).compute() for kind in (None, "label"))
+        return [
+            lk.attribute_lift(near, "label", seed=seed),
+            lk.attribute_lift(other, "brightness", seed=seed),
+        ]
 
-    lift = lk.taxonomic_lift(other, taxonomy, seed=seed)
+    values, by_chains = without_chain(
+        losses, lambda part: [float(found["pooled_lift"]) for found in pooled(part)]
+    )
+    by_queries = [float(found["pooled_standard_error"]) for found in pooled(losses)]
+    both = np.hypot(by_chains, by_queries)
+    lift = lk.taxonomic_lift(losses, taxonomy, k=k, seed=seed)
     return {
-        "class": pooled(lk.attribute_lift(near, "label", seed=seed)),
-        "brightness": pooled(lk.attribute_lift(other, "brightness", seed=seed)),
+        **{
+            name: {
+                "value": float(values[i]),
+                "error": float(both[i]),
+                "error_of_chains": float(by_chains[i]),
+            }
+            for i, name in enumerate(("class", "brightness"))
+        },
         "depths": [int(d) for d in lift["depth"].values],
         "pooled_lift": [float(v) if np.isfinite(v) else None for v in lift["pooled_lift"].values],
         "low": [float(v) if np.isfinite(v) else None for v in lift["pooled_low"].values],

@@ -27,7 +27,7 @@ from lkarray_workflows.common import (
     load_model,
     without_chain,
 )
-from lkarray_workflows.images import FOLDER, NAMES, take_images
+from lkarray_workflows.images import FOLDER, NAMES, require_files, take_images
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -43,7 +43,7 @@ class Config(Sampling):
     """Settings: the paper's posterior; draws further apart instead of more of them."""
 
     presets: ClassVar = {
-        "paper": {"draws": 500, "thin": 1, "burn_in": 10},
+        "paper": {"dataset": "mnist", "draws": 500, "thin": 1, "burn_in": 10},
         "small": {
             "train": 2000, "test": 1000, "epochs": 8, "relabelled_epochs": 60, "chains": 3,
             "draws": 40, "burn_in": 50, "thin": 2, "mapped": 600,
@@ -74,6 +74,7 @@ class Config(Sampling):
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
+    require_files(config, folder / "data.npz")
     with workflow.Run("digits_probe", config, folder) as state:
         paths = Paths(folder)
         state.stage("data", lambda: make_data(config, paths), [paths.data])

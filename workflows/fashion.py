@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from lkarray_workflows.images import FOLDER, Split, read_images
+from lkarray_workflows.images import FOLDER, Split, read_images, require_files
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
@@ -24,6 +24,7 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import plots, progress, store, workflow
+from lkarray.taxonomy import sources
 
 #: WordNet's synset of each class.
 SYNSETS: dict[Hashable, str] = {
@@ -52,6 +53,7 @@ class Config(workflow.Config):
     }  # fmt: skip
 
     seed: int = Field(1, ge=0)
+    dataset: ClassVar[str] = "fashion"
     data: Path | None = Field(None, description=FOLDER)
     train: int = Field(60000, ge=100, le=60000, description="training images")
     observed: int = Field(2000, ge=50, le=10000, description="test images")
@@ -71,6 +73,8 @@ class Config(workflow.Config):
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
+    require_files(config, folder / "data.npz")
+    sources.open_wordnet()  # asked for at the end
     with workflow.Run("fashion", config, folder) as state:
         paths = Paths(folder)
         state.stage("data", lambda: make_data(config, paths), [paths.data])

@@ -66,6 +66,7 @@ class Config(workflow.Config):
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
+    sources.open_wordnet()  # missing, it is told before a folder is made
     with workflow.Run("glosses", config, folder) as state:
         paths = Paths(folder)
         state.stage(

@@ -46,7 +46,12 @@ def how_to_get(dataset: Dataset) -> str:
     parts = "split=s" if dataset == "svhn" else "train=s"
     over = "('train', 'test')" if dataset == "svhn" else "(True, False)"
     folder = str(Path("data") / inside)
-    return (
+    debian = (
+        "apt-get install dataset-fashion-mnist, then --data /usr/share/datasets/fashion-mnist; or: "
+        if dataset == "fashion"
+        else ""
+    )
+    return debian + (
         f"python -c \"from torchvision.datasets import {name} as D; [D('data', {parts}, "
         f'download=True) for s in {over}]", then --data {folder}'
     )
@@ -73,8 +78,13 @@ def read_images(
     return arrays[0].reshape(-1, 28, 28), arrays[1]
 
 
-def require_files(source: Source) -> None:
-    """Raise, as `read_images` would, unless all files of a data set are there."""
+def require_files(source: Source, made: Path | None = None) -> None:
+    """Raise, as `read_images` would, unless all files of a data set are there.
+
+    Nothing is required once ``made``, the study's own copy of what it takes of them, exists.
+    """
+    if made is not None and made.exists():
+        return
     parts: tuple[Split, ...] = ("train", "test")
     for part in parts:
         _files(source.data, part, source.dataset)
@@ -90,6 +100,8 @@ def _files(folder: Path | None, part: Split, dataset: Dataset) -> list[Path]:
             raise StoreError(f"{folder} has no {path.name}: {how_to_get('svhn')}")
         return [path]
     found = []
+    inside = folder / CLASSES[dataset][1]
+    folder = inside if inside.is_dir() else folder  # a root of torchvision's will do
     for kind in ("images-idx3", "labels-idx1"):
         path = folder / f"{'t10k' if part == 'test' else part}-{kind}-ubyte.gz"
         if not path.exists():

@@ -83,6 +83,7 @@ class Config(Sampling):
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
+    sources.open_wordnet()  # missing, it is told before a folder is made
     with workflow.Run("language", config, folder) as state:
         paths = Paths(folder)
         state.stage("data", lambda: make_data(config, paths), [paths.data])

@@ -325,7 +325,8 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
                 f"{config.learning_rate:g}; {config.audited} test images audited. The paper's "
                 "numbers are of MNIST."
             ],
-            metrics={"table": table, "profile": profile_, "seconds": state.seconds(),
+            metrics={"table": table, "profile": profile_, "layers": by_layer(detailed),
+                     "seconds": state.seconds(),
                      "config": config.model_dump(mode="json")},
             rows=rows,
             figures=figures,
@@ -335,3 +336,12 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         ),
         paths.report,
     )  # fmt: skip
+
+
+def by_layer(detailed: xr.Dataset) -> dict[str, Any]:
+    """Return net and gross influence of layers and epochs, ``(layer, epoch)``, means of images."""
+    parts = {"net": lk.net_influence(detailed), "gross": lk.gross_influence(detailed)}
+    tables = {k: v.mean("audit").transpose("layer", "epoch").values for k, v in parts.items()}
+    return {"names": [str(name) for name in detailed["layer"].values]} | {
+        name: table.tolist() for name, table in tables.items()
+    }

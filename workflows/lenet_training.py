@@ -28,6 +28,7 @@ from pydantic import Field
 
 import lkarray as lk
 from lkarray import plots, store, workflow
+from lkarray.errors import SettingsError
 
 OVERLAPS = ("feature_overlap", "subspace_overlap", "activation_overlap")
 
@@ -47,7 +48,9 @@ class Config(Training):
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Train in ``folder``, or go on; return what to tell the user."""
     if config.trained is not None:
-        raise ValueError("lenet_training trains: --trained is a setting of the studies that use it")
+        raise SettingsError(
+            "lenet_training trains: --trained is a setting of the studies that use it"
+        )
     check(config)
     with workflow.Run("lenet_training", config, folder) as state:
         trained: Trained = train(state, config, folder, progress)

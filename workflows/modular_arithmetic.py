@@ -33,6 +33,7 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import plots, progress, store, workflow
+from lkarray.errors import SettingsError
 
 TASKS = ("addition", "division")
 _COLOURS = {"addition": "#3f90da", "division": "#ffa90e", "between": "#717581"}
@@ -125,11 +126,11 @@ def all_pairs(modulus: int) -> dict[str, np.ndarray]:
 
     Raises
     ------
-    ValueError
+    SettingsError
         The modulus is not a prime, so that some numbers have no inverse.
     """
     if any(modulus % n == 0 for n in range(2, int(modulus**0.5) + 1)):
-        raise ValueError(f"modulus must be a prime, not {modulus}: division needs inverses")
+        raise SettingsError(f"modulus must be a prime, not {modulus}: division needs inverses")
     a, b = (x.ravel() for x in np.meshgrid(np.arange(modulus), np.arange(modulus), indexing="ij"))
     inverse = np.array([pow(int(n), modulus - 2, modulus) for n in range(modulus)])
     return {

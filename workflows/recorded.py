@@ -19,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import progress, workflow
+from lkarray.errors import SettingsError
 from lkarray.training import Trace
 
 
@@ -46,7 +47,7 @@ def require_enough(config: workflow.Config, available: Mapping[str, int]) -> Non
     """Raise where a setting asks for more than there is of something."""
     for name, most in available.items():
         if getattr(config, name) > most:
-            raise ValueError(f"{name}={getattr(config, name)} is more than there are: {most}")
+            raise SettingsError(f"{name}={getattr(config, name)} is more than there are: {most}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def check(config: Training, seeds: int = 1) -> None:
 
     Raises
     ------
-    ValueError
+    SettingsError
         The run that ``config.trained`` names is not finished, was discarded, or has other
         settings; or more than that run is needed and
     StoreError
@@ -160,12 +161,12 @@ def check(config: Training, seeds: int = 1) -> None:
 def _check_run(config: Training, folder: Path) -> None:
     path = folder / "run.json"
     if not path.exists():
-        raise ValueError(
+        raise SettingsError(
             f"{folder} holds no run; make it with: lkarray run lenet_training --out {folder}"
         )
     record = json.loads(path.read_text())
     if record["workflow"] != "lenet_training" or "report" not in record["stages"]:
-        raise ValueError(
+        raise SettingsError(
             f"{folder} holds no finished run of lenet_training but {record['workflow']}, with the "
             f"stages {list(record['stages'])}; name another folder, or finish it first"
         )
@@ -176,12 +177,12 @@ def _check_run(config: Training, folder: Path) -> None:
         if record["config"][key] != now[key]
     ]
     if other:
-        raise ValueError(
+        raise SettingsError(
             f"{folder} was trained with other settings: {', '.join(other)}; give the same ones, or "
             "name another folder"
         )
     if not (folder / "train.zarr" / "trajectory").exists():
-        raise ValueError(
+        raise SettingsError(
             f"{folder} has no recorded states any more: they were discarded; train again in "
             "another folder, and keep them"
         )
@@ -192,7 +193,7 @@ def _make_data(run: Trained) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     kept = take_images(run.config, wanted, TEST, seed=run.seed)
     if len(kept["train_labels"]) < wanted:
-        raise ValueError(
+        raise SettingsError(
             f"{run.config.batches} batches of {run.config.batch_size} are {wanted:,} images, and "
             f"there are {len(kept['train_labels']):,}; take fewer --batches"
         )

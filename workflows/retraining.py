@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
+from lkarray.errors import SettingsError
 from lkarray.training import Trace
 
 SETS = ("audited", "held_out")
@@ -25,7 +26,7 @@ def take(source: Source, train: int, audited: int, held_out: int, *, seed: int) 
     kept: dict[str, Any] = take_images(source, train, audited + held_out, seed=seed)
     for part, wanted in (("train", train), ("test", audited + held_out)):
         if len(kept[f"{part}_labels"]) < wanted:
-            raise ValueError(
+            raise SettingsError(
                 f"{wanted:,} {part} images are wanted, and there are "
                 f"{len(kept[f'{part}_labels']):,}; ask for fewer"
             )

@@ -23,6 +23,7 @@ from pydantic import Field
 
 import lkarray as lk
 from lkarray import workflow
+from lkarray.errors import SettingsError
 
 
 class Config(Training):
@@ -74,7 +75,9 @@ SHOWN = {
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the studies in ``folder``, or continue them; return what to tell the user."""
     if config.trained is not None:
-        raise ValueError("svhn trains a network for its studies: --trained is a setting of those")
+        raise SettingsError(
+            "svhn trains a network for its studies: --trained is a setting of those"
+        )
     check(config)
     require_foolbox()
     prepared = studies(config, folder)  # and with that their settings are checked

@@ -287,8 +287,12 @@ class Problem:
                 )
 
     def _check_steps(self) -> None:
-        some = {self.start, (self.start + self.stop) // 2, self.stop - 1}
-        self.refuse_other_gradients(sorted(some))
+        for step in sorted({self.start, (self.start + self.stop) // 2, self.stop - 1}):
+            try:
+                self.refuse_other_gradients([step])
+            except FingerprintError:
+                self.refuse_other_gradients(range(self.start, step + 1))  # to name the first
+                raise
 
 
 def join(parts: list[Features]) -> Features:

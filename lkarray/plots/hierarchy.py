@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from matplotlib import colormaps
+from matplotlib import color_sequences, colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
@@ -62,7 +62,7 @@ def lift_curves(
     """
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
-    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colours = color_sequences["petroff10"]
     for at, (name, lift) in enumerate(lifts.items()):
         expected = (lift["pairs"] * lift["base_rate"].fillna(0)).sum("query_depth")
         part = lift.where((expected >= least) & (lift["pooled_lift"] > 0), drop=True)

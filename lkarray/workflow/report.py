@@ -34,7 +34,7 @@ class Report:
     title, summary
         Heading, and paragraphs under it.
     metrics
-        Numbers for ``metrics.json``, nested at will.
+        Numbers for ``metrics.json``, nested at will; ``rows`` stand beside them.
     rows
         Rows of the table at the top: what, measured, and what to compare it with.
     settings
@@ -59,7 +59,8 @@ def write_report(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for figure in report.figures:
         figure.figure.savefig(folder / f"{figure.name}.png", dpi=130)
-    text = json.dumps(report.metrics, indent=2, allow_nan=False)
+    rows = [dict(zip(("what", "measured", "compare"), row, strict=True)) for row in report.rows]
+    text = json.dumps({**report.metrics, "rows": rows}, indent=2, allow_nan=False)
     (folder / "metrics.json").write_text(text + "\n")
     template = files("lkarray.workflow").joinpath("report.html").read_text()
     page = Environment(autoescape=True).from_string(template)

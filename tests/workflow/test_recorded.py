@@ -6,12 +6,25 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from lkarray_workflows import (
     adversarial,
     adversarial_training,
+    audit_flips,
+    audit_retraining,
+    development,
+    digits_probe,
+    fashion,
+    gamma_sweep,
+    glosses,
+    imagenet,
+    images,
     ips_map,
+    language,
     lenet_audit,
     lenet_training,
+    mislabeled_images,
+    modular_arithmetic,
     pruning,
     recorded,
     retraining,
@@ -19,6 +32,7 @@ from lkarray_workflows import (
 )
 
 from lkarray import errors, plots
+from lkarray.cli import main
 from lkarray.plots.training import mosaic
 
 
@@ -53,8 +67,14 @@ def test_check__wants_files_of_later_networks(tmp_path):
         recorded.check(config.model_copy(update={"data": tmp_path}), seeds=2)
 
 
-@pytest.mark.parametrize("study", [ips_map, lenet_audit, lenet_training, adversarial, pruning, svhn,
-                                   adversarial_training])  # fmt: skip
+@pytest.mark.parametrize(
+    "study",
+    [
+        *(ips_map, lenet_audit, lenet_training, adversarial, pruning, svhn, adversarial_training),
+        *(audit_flips, audit_retraining, development, digits_probe, fashion, gamma_sweep),
+        mislabeled_images,
+    ],
+)
 def test_studies__refuse_missing_files_before_they_make_a_folder(study, tmp_path):
     with pytest.raises(errors.StoreError, match="no folder of"):
         study.run(study.Config.build("small"), tmp_path / "run", progress=False)
@@ -109,6 +129,71 @@ def test_ips_map__numbers_that_are_missing_are_said_so():
     assert ips_map.interval({"auroc": None}, "auroc") == "none"
     found = ips_map.interval({"auroc": 0.5, "auroc_low": 0.25, "auroc_high": 0.75}, "auroc")
     assert found == "0.500 [0.250, 0.750]"
+
+
+@pytest.mark.parametrize("study", [glosses, language, gamma_sweep, development, fashion])
+def test_studies__of_wordnet_want_it_before_they_make_a_folder(study, tmp_path, monkeypatch):
+    def missing():
+        raise errors.MissingCorpusError("nltk's WordNet corpus is missing; get it with: ...")
+
+    monkeypatch.setattr("lkarray.taxonomy.sources.open_wordnet", missing)
+    monkeypatch.setattr(study, "require_files", lambda *args: None, raising=False)
+    with pytest.raises(errors.MissingCorpusError):
+        study.run(study.Config.build("small"), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cli__settings_that_do_not_fit_exit_with_two(tmp_path):
+    words = ["run", "modular_arithmetic", "--preset", "small", "--modulus", "9"]
+    result = CliRunner().invoke(main, [*words, "--out", str(tmp_path / "m")])
+    assert result.exit_code == 2
+    assert "modulus must be a prime" in result.output
+    assert "Traceback" not in result.output
+    words = ["run", "ips_map", "--trained", str(tmp_path), "--out", str(tmp_path / "i")]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert "holds no run" in result.output
+
+
+def test_files__of_fashion_mnist_are_told_and_found_in_a_root_of_torchvisions(tmp_path):
+    assert "apt-get install dataset-fashion-mnist" in images.how_to_get("fashion")
+    assert "apt-get" not in images.how_to_get("mnist")
+    inside = tmp_path / "MNIST/raw"
+    inside.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (inside / f"{part}-images-idx3-ubyte").write_bytes(bytes(16 + 784 * 3))
+        (inside / f"{part}-labels-idx1-ubyte").write_bytes(bytes(8) + bytes([5, 0, 4]))
+    pixels, labels = images.read_images(tmp_path, "train", "mnist")
+    assert pixels.shape == (3, 28, 28)
+    assert labels.tolist() == [5, 0, 4]
+
+
+#: Rows of the papers' tables 1: batch size, chains, draws, burn-in, step size, nbeta, gamma.
+TABLES = {
+    "modular_arithmetic": (512, 30, 800, 200, 2e-7, 500, 30_000),
+    "imagenet": (256, 15, 500, 100, 5e-5, 20, 4000),
+    "mislabeled_images": (256, 8, 1000, 100, 1e-5, 20, 4000),
+    "gamma_sweep": (256, 5, 1200, 2000, 1e-4, 20, None),
+    "development": (256, 15, 500, 100, 5e-5, 20, 4000),
+    "digits_probe": (64, 5, 500, 10, 5e-3, 10, 30),
+}
+
+
+@pytest.mark.parametrize(
+    "study",
+    [modular_arithmetic, imagenet, mislabeled_images, gamma_sweep, development, digits_probe],
+)
+def test_presets__of_the_papers_are_their_tables(study):
+    needed = ["data=x"] if study is imagenet else []
+    config = study.Config.build("paper", needed)
+    found = (
+        config.sampler_batch, config.chains, config.draws, config.burn_in, config.step_size,
+        config.nbeta, config.gamma,
+    )  # fmt: skip
+    name = study.__name__.rsplit(".", 1)[1]
+    for value, expected in zip(found, TABLES[name], strict=True):
+        assert expected is None or value == expected
+    assert config.thin == 1
 
 
 def _hungry(mebibytes):
