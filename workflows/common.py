@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import xarray as xr
+from matplotlib.axes import Axes
 from pydantic import BeforeValidator, Field
 from torch import nn
 from torch.nn import functional as F
@@ -222,6 +223,16 @@ def garment_lifts(losses: xr.DataArray, taxonomy: lk.Taxonomy, k: int, seed: int
         "low": [float(v) if np.isfinite(v) else None for v in lift["pooled_low"].values],
         "high": [float(v) if np.isfinite(v) else None for v in lift["pooled_high"].values],
     }
+
+
+def curve_with_errors(
+    axes: Axes, x: Sequence[float], points: Sequence[tuple[float | None, ...]], label: str
+) -> None:
+    """Draw values with their intervals, ``(value, low, high)``, where all values are known."""
+    table = np.array(points, dtype=float)  # None is NaN
+    if not np.isnan(table[:, 0]).any():
+        ends = np.nan_to_num(np.abs(table[:, 1:] - table[:, :1])).T
+        axes.errorbar(x, table[:, 0], ends, fmt="o-", ms=4, capsize=2, lw=1.3, label=label)
 
 
 def area(flags: np.ndarray, score: np.ndarray) -> float:

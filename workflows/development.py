@@ -20,6 +20,7 @@ from lkarray_workflows.common import (
     accuracy,
     brightness,
     convolutional,
+    curve_with_errors,
     draw_losses,
     fit,
     garment_lifts,
@@ -265,8 +266,8 @@ def draw_maps(points: np.ndarray, labels: np.ndarray, steps: list[int]) -> Figur
 
 def draw_curves(found: list[dict[str, Any]]) -> Figure:
     """Draw CKA, accuracy and lifts against the step."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    left, right, deep = figure.subplots(1, 3)
     steps = [max(one["step"], 1) for one in found]
     lines = {"cka_to_final": ("CKA with the last kernel", "o-"),
              "cka_without_noise": ("... noise taken out", "s--"),
@@ -277,10 +278,16 @@ def draw_curves(found: list[dict[str, Any]]) -> Figure:
         lifts = [one["lifts"][name] for one in found]
         right.errorbar(steps, [v["value"] for v in lifts], [v["error"] for v in lifts], fmt=style,
                        ms=4, capsize=3, label=name)  # fmt: skip
-    right.axhline(1, color="black", lw=0.8, ls=":")
-    right.set(ylabel="lift (chance: 1)")
+    for column, depth in enumerate(found[0]["lifts"]["depths"]):
+        points = [tuple(one["lifts"][key][column] for key in ("pooled_lift", "low", "high"))
+                  for one in found]  # fmt: skip
+        curve_with_errors(deep, steps, points, f"depth {depth}")
+    right.set(ylabel="lift (chance: 1)", title="class and brightness")
+    deep.set(ylabel="lift (chance: 1)", title="common ancestor in WordNet, other classes")
     left.set(ylabel="CKA, share")
-    for axes in (left, right):
+    for axes in (right, deep):
+        axes.axhline(1, color="black", lw=0.8, ls=":")
+    for axes in (left, right, deep):
         axes.set(xscale="log", xlabel="training step (0 drawn at 1)")
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)

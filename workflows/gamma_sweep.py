@@ -22,6 +22,7 @@ from lkarray_workflows.common import (
     accuracy,
     brightness,
     convolutional,
+    curve_with_errors,
     draw_losses,
     fit,
     garment_lifts,
@@ -281,9 +282,9 @@ def draw_lift(kernels: list[dict[str, Any]]) -> Figure:
         left.errorbar(gammas, [v["value"] for v in lifts], [v["error"] for v in lifts], fmt=style,
                       color=color, capsize=3, label=name)  # fmt: skip
     for column, depth in enumerate(kernels[0]["lifts"]["depths"]):
-        values = [one["lifts"]["pooled_lift"][column] for one in kernels]
-        if None not in values:
-            right.plot(gammas, values, "o-", ms=4, label=f"depth {depth}")
+        points = [tuple(one["lifts"][key][column] for key in ("pooled_lift", "low", "high"))
+                  for one in kernels]  # fmt: skip
+        curve_with_errors(right, gammas, points, f"depth {depth}")
     for axes, title in ((left, "class and brightness"), (right, "common ancestor in WordNet")):
         axes.axhline(1, color="black", lw=0.8, ls=":")
         axes.set(xscale="log", xlabel="gamma", ylabel="lift (chance: 1)", title=title)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import xarray as xr
 from lkarray_workflows import wnids
-from lkarray_workflows.common import Sampling, draw_losses, halves_agree
+from lkarray_workflows.common import Sampling, curve_with_errors, draw_losses, halves_agree
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -299,9 +299,10 @@ def draw_draws(curve: list[dict[str, Any]]) -> Figure:
     axes = figure.add_subplot()
     draws = [one["draws"] for one in curve]
     for column, depth in enumerate(curve[0]["lift"]["depth"]):
-        values = [one["lift"]["lift"][column] for one in curve]
-        if depth in (4, 6, 8, 10) and None not in values:
-            axes.plot(draws, values, "o-", ms=4, label=f"depth {depth:.0f}")
+        points = [tuple(one["lift"][key][column] for key in ("lift", "low", "high"))
+                  for one in curve]  # fmt: skip
+        if depth in (4, 6, 8, 10):
+            curve_with_errors(axes, draws, points, f"depth {depth:.0f}")
     axes.axhline(1, color="black", lw=1, ls=":")
     axes.set(xlabel="draws of all chains", ylabel="lift (chance: 1)")
     axes.grid(alpha=0.25)

@@ -61,6 +61,9 @@ def lift_of(found: Any, labels: np.ndarray, seed: int, k: int = 30) -> xr.Datase
     return lift
 
 
+_CURVE = ("depth", "lift", "low", "high")
+
+
 def numbers(lift: xr.Dataset) -> dict[str, list[float | None]]:
     """Return the pooled lift by depth, with its interval, as plain numbers."""
     of = {"depth": "depth", "lift": "pooled_lift", "low": "pooled_low", "high": "pooled_high"}
@@ -71,9 +74,13 @@ def numbers(lift: xr.Dataset) -> dict[str, list[float | None]]:
 
 
 def lift_text(lift: dict[str, list[Any]]) -> str:
-    """Return a lift by depth as one line."""
-    parts = zip(lift["depth"], lift["lift"], strict=True)
-    return ", ".join(f"{d:.0f}: {v:.2f}" for d, v in parts if v is not None)
+    """Return a lift by depth as one line, with its interval where there is one."""
+    parts = []
+    for depth, value, low, high in zip(*(lift[key] for key in _CURVE), strict=True):
+        if value is not None:
+            ends = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+            parts.append(f"{depth:.0f}: {value:.2f}{ends}")
+    return ", ".join(parts)
 
 
 def figures(path: Path, lift: xr.Dataset, *, shown: int = 6, seed: int = 0) -> list[Any]:
