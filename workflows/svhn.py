@@ -43,19 +43,19 @@ class Config(Training):
 
     dataset: Dataset = "svhn"
     network: Literal["lenet", "cnn"] = "cnn"
-    batches: int = Field(100, ge=1, description="of an epoch")
-    epochs: int = Field(10, ge=2)
-    learning_rate: float = Field(2e-4, gt=0, description="of Adam")
+    batches: int = Field(60, ge=1, description="of an epoch")
+    epochs: int = Field(6, ge=2)
+    learning_rate: float = Field(5e-4, gt=0, description="of Adam")
     audited: int = Field(64, ge=2, description="test images")
     detailed: int = Field(8, ge=1, description="audited by layer and epoch too")
-    profiled: int = Field(100, ge=2, description="steps whose cost is measured")
+    profiled: int = Field(60, ge=2, description="steps whose cost is measured")
     trak_size: int = Field(512, ge=8, description="columns of TRAK's projection")
     observed: int = Field(1000, ge=50, description="test images of the map, and of its scores")
-    pairs: int = Field(32, ge=2, description="images attacked")
+    pairs: int = Field(24, ge=2, description="images attacked")
     radius: float = Field(0.05, gt=0, description="of the attack: it needs less here (figure 35)")
     features: int = Field(500, ge=100, description="training images whose gradients give modes")
     modes: int = Field(125, ge=50)
-    times: int = Field(11, ge=3, description="epochs, evenly spaced, of what is asked over time")
+    times: int = Field(7, ge=3, description="epochs, evenly spaced, of what is asked over time")
 
 
 #: Of A.16's tables: mean reconstruction error, correlation; seconds over training's, GiB.
