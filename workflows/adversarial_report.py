@@ -101,7 +101,8 @@ def rows(every: Sequence[dict[str, Any]], decided: dict[str, Any]) -> list[tuple
     found = [
         ("Attack fools the network", listed([of["fooled"] for of in modes], "{:.1%}"), ""),
         *(
-            (f"Right: {kind}", listed([of["cure"]["accuracy"][kind] for of in every], "{:.1%}"),
+            (f"Right: {kind}", listed([of["cure"]["accuracy"][kind] for of in every], "{:.1%}")
+             + pooled([(of["cure"]["accuracy"][kind], of["cure"]["pairs"]) for of in every]),
              f"paper: {TABLE_2[kind]}" if kind in TABLE_2 else "control")
             for kind in one["cure"]["accuracy"]
         ),
@@ -173,6 +174,16 @@ def rows(every: Sequence[dict[str, Any]], decided: dict[str, Any]) -> list[tuple
          listed([of["subset_signs_agree"] for of in modes], "{:.0%}"), ""),
     ]  # fmt: skip
     return found
+
+
+def pooled(shares: Sequence[tuple[float, int]]) -> str:
+    """Return the share of the images of all networks, and its 95% interval (Wilson's)."""
+    from scipy.stats import binomtest
+
+    of = sum(count for _, count in shares)
+    right = sum(share * count for share, count in shares)
+    found = binomtest(round(right), of).proportion_ci(method="wilson")
+    return f"; together {right / of:.1%} [{found.low:.1%}, {found.high:.1%}]"
 
 
 def figures(config: Config, paths: Paths) -> list[workflow.Figure]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lkarray_workflows import adversarial, adversarial_modes, adversarial_training, svhn
-from lkarray_workflows.adversarial_report import claims
+from lkarray_workflows.adversarial_report import claims, pooled
 from lkarray_workflows.attacks import KINDS
 from scipy.io import savemat
 
@@ -71,6 +71,15 @@ def test_claims__need_every_network():
     assert not held["adversarial images cancel more than natural error images of equal loss"]
     gap = found["adversarial images cancel more than clean images"]
     assert gap["differences"] == [0.2, -0.1]
+
+
+def test_pooled__is_wilsons_interval():
+    """Of 28 of 32: against the formula (Wilson 1927)."""
+    p, n, z = 28 / 32, 32, 1.959964
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    expected = f"; together 87.5% [{middle - half:.1%}, {middle + half:.1%}]"
+    assert pooled([(0.75, 16), (1.0, 16)]) == expected
 
 
 def test_with_drive__is_of_the_whole_training_set(rng):
