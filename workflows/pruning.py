@@ -52,7 +52,7 @@ class Config(Training):
 
     seed: int = Field(1, ge=0, description="of the audited run; the others have the seeds after it")
     batches: int = Field(20, ge=1, description="of an epoch")
-    epochs: int = Field(25, ge=2)
+    epochs: int = Field(15, ge=2)
     learning_rate: float = Field(1e-3, gt=0, description="of Adam")
     audited: int = Field(512, ge=2, description="test images")
     held_out: int = Field(4000, ge=2, description="other test images")
