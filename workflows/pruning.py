@@ -37,7 +37,7 @@ ARMS = tuple(dict.fromkeys(arm for arms in FIGURES.values() for arm in arms))
 
 
 class Config(Training):
-    """Settings; with the defaults of `audit_retraining`, but half of its epochs."""
+    """Settings; with the defaults of `audit_retraining`, but fewer epochs."""
 
     presets: ClassVar = {
         "paper": {
