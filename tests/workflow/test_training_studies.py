@@ -142,4 +142,4 @@ def test_audit_flips__ranks_changed_labels_by_every_score(tmp_path, garments):  
     metrics = check_report(tmp_path / "run", ["scores", "suspects"])
     assert set(metrics["auroc"]) == set(audit_flips.SCORES)
     assert metrics["auroc"]["self-influence"][0] > 0.6
-    assert min(metrics["facts"]["1"]["lc"]) > 0.99
+    assert min(metrics["facts"]["1"]["lc"]) > 0.98  # of few, large steps
