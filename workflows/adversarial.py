@@ -52,7 +52,7 @@ class Config(Training):
     tried: int = Field(4000, ge=10, description="training images that are candidates")
     pairs: int = Field(40, ge=2, description="images attacked, and natural errors beside them")
     detailed: int = Field(12, ge=1, description="pairs audited by layer too")
-    predicted: int = Field(4, ge=1, description="pairs of which every output is audited")
+    predicted: int = Field(2, ge=1, description="pairs of which every output is audited")
     features: int = Field(1000, ge=100, description="training images whose gradients give modes")
     modes: int = Field(125, ge=SENSITIVE)
     leading: int = Field(10, ge=1, description="modes that the correction shifts")

@@ -10,6 +10,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from lkarray.errors import SchemaError
 from lkarray.schema import MODE, TIME
@@ -153,6 +154,7 @@ def mode_scatter(shifts: xr.Dataset, *, other: xr.Dataset | None = None, names: 
             xscale="log", xlabel="singular value s", ylabel="alignment a of training examples",
             title=f"{name.capitalize()} minus clean",
         )  # fmt: skip
+        axes.xaxis.set_minor_formatter(NullFormatter())  # they would overlap
         figure.colorbar(dots, ax=axes, label="mean change of the coefficient")
     return figure
 
