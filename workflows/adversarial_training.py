@@ -46,24 +46,29 @@ PAPER = {
 
 
 class Config(Training):
-    """Settings; of the training the paper's, on Fashion-MNIST."""
+    """Settings; each step of the second network is as many as there are steps of the attack."""
 
     presets: ClassVar = {
-        "paper": {"dataset": "mnist", "features": 5000},
+        "paper": {
+            "dataset": "mnist", "epochs": 50, "learning_rate": 1.5e-5, "features": 5000,
+            "parts": 50,
+        },
         "small": {
             "batches": 10, "batch_size": 64, "epochs": 6, "learning_rate": 2e-3, "features": 150,
-            "pairs": 8, "tried": 200, "parts": 2, "attack_steps": 3, "modes": 40,
+            "pairs": 8, "tried": 200, "parts": 2, "attack_steps": 3, "modes": 40, "seeds": 1,
         },
     }  # fmt: skip
 
+    epochs: int = Field(10, ge=2)
+    learning_rate: float = Field(1e-4, gt=0, description="of Adam")
     radius: float = Field(0.05, gt=0, description="of the attacks, largest change of a pixel")
     attack_steps: int = Field(5, ge=1, description="of the attack on each training batch")
-    parts: int = Field(10, ge=1, description="that training on attacked images is kept in")
+    parts: int = Field(5, ge=1, description="that training on attacked images is kept in")
     features: int = Field(1000, ge=100, description="training images whose gradients give modes")
     pairs: int = Field(64, ge=2, description="images attacked, of either network")
     tried: int = Field(2000, ge=10, description="test images for robust accuracy")
     modes: int = Field(100, ge=10, description="whose coefficients' slopes are compared")
-    seeds: int = Field(1, ge=1, description="pairs of networks")
+    seeds: int = Field(2, ge=1, description="pairs of networks")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
