@@ -84,8 +84,11 @@ def lift_text(lift: dict[str, list[Any]]) -> str:
 
 
 def figures(path: Path, lift: xr.Dataset, *, shown: int = 6, seed: int = 0) -> list[Any]:
-    """Draw the map by hierarchy, the most correlated images, and the lift (figures 1, 4, 5)."""
+    """Draw map and matrix by hierarchy, the most correlated images, the lift (figures 1, 4, 5)."""
     taxonomy = lk.Taxonomy.imagenet()
+    losses = losses_of(path)
+    occurring = taxonomy.subset(np.unique(losses["label"].values).tolist())
+    by_distance = lk.correlation_by_distance(losses, occurring, replicates=0).compute()
     tree = lk.open(path)
     points, near = tree["derived/map"].to_dataset()["embedding"].load(), neighbors_of(path)
     titles = [taxonomy.title(wnid)[:14] for wnid in near["label"].values.tolist()]
@@ -100,6 +103,10 @@ def figures(path: Path, lift: xr.Dataset, *, shown: int = 6, seed: int = 0) -> l
             "UMAP at distance 1 - R, edges within a class removed; colour is the place of the "
             "class in WordNet, so that related classes look alike (figure 1).",
             plots.neighbor_map(points, by="label", hues=hues),
+        ),
+        workflow.Figure(
+            "matrix", "Mean correlation of classes, beside their distance",
+            "Classes in the hierarchy's order (figure 1B).", plots.hierarchy_matrices(by_distance),
         ),
         workflow.Figure(
             "nearest", "Most correlated images of other classes",

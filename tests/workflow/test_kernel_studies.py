@@ -131,7 +131,9 @@ def test_imagenet__runs_whole_on_a_folder(tmp_path, imagenet_folder, caplog):
     network = torchvision.models.googlenet(weights=None, init_weights=False)  # with its aux heads
     torch.save(network.state_dict(), weights)
     config = imagenet.Config.build("small", [f"data={imagenet_folder}", f"weights={weights}"])
-    metrics = run_twice(imagenet, config, tmp_path / "run", caplog, ["map", "nearest", "lift"])
+    metrics = run_twice(
+        imagenet, config, tmp_path / "run", caplog, ["map", "matrix", "nearest", "lift"]
+    )
     assert (metrics["images"], metrics["classes"]) == (60, 8)
     assert metrics["lift"]["lift"][0] == pytest.approx(1)
     tree = lk.open(tmp_path / "run/store.zarr")
@@ -164,7 +166,7 @@ def test_imagenet__tells_what_does_not_fit(tmp_path, imagenet_folder):
 
 def test_imagenet_prototypes__runs_whole(tmp_path, caplog):
     config = imagenet_prototypes.Config.build("small", ["classes=30"])
-    figures = "controls", "draws", "map", "nearest", "lift"
+    figures = "controls", "draws", "map", "matrix", "nearest", "lift"
     metrics = run_twice(imagenet_prototypes, config, tmp_path / "run", caplog, figures)
     assert metrics["intended"] > 0.1  # chance: a thousandth
     controls = {"penultimate features", "pixels", "random"}
