@@ -171,7 +171,7 @@ def over_time(config: Config, paths: Paths, show: bool) -> None:
     metrics = xr.Dataset({
         "features": lk.feature_overlap(G), "subspace": lk.subspace_overlap(G, 10),
         "activations": lk.activation_overlap(hidden),
-    }).drop_attrs()  # fmt: skip
+    }).drop_attrs().compute()  # fmt: skip
     losses = xr.DataArray(
         run_.losses_along(pairs.data(), steps), dims=("time", "example"), name="loss",
         coords={"kind": ("example", inputs["kind"].values)},
@@ -186,7 +186,7 @@ def over_time(config: Config, paths: Paths, show: bool) -> None:
     ratio = lk.cancellation_ratio(frozen, coefficients)
     sensitivity = _sensitivity_over_time(config, paths, G, steps)
     for name, value in (
-        ("regime", metrics.compute()), ("losses", losses), ("cancellation", ratio),
+        ("regime", metrics), ("losses", losses), ("cancellation", ratio),
         ("sensitivity_over_time", sensitivity),
         ("captured", online["energy_captured"]),
     ):  # fmt: skip
@@ -196,7 +196,7 @@ def over_time(config: Config, paths: Paths, show: bool) -> None:
         "epochs": epochs.tolist(),
         "half_way": {
             str(name): int(epochs[int(np.argmax(values.values > 0.5))])
-            for name, values in metrics.compute().items()
+            for name, values in metrics.items()
         },
         "captured": [None if np.isnan(x) else float(x) for x in captured],
         "cancellation_last_half": {
@@ -292,10 +292,7 @@ def cure(config: Config, paths: Paths, show: bool) -> None:
             for kind, images in every.items()
         },
         "cosine": {"mean": float(cosine.mean()), "deviation": float(cosine.std())},
-        "norms": {
-            "attack": float(lengths(adversarial - clean).mean()),
-            "correction": float(lengths(change).mean()),
-        },
+        "l2_of_attack": float(lengths(adversarial - clean).mean()),
         "l2": {kind: float(lengths(x).mean()) for kind, x in sizes.items()},
         "largest": {kind: float(x.abs().max()) for kind, x in sizes.items()},
         "pairs": len(labels),

@@ -109,7 +109,7 @@ def rows(every: Sequence[dict[str, Any]], decided: dict[str, Any]) -> list[tuple
         ("Cosine of attack and correction",
          listed([of["cure"]["cosine"]["mean"] for of in every], "{:.2f}"), "paper: -0.3"),
         ("Norm of the correction over that of the attack",
-         listed([of["cure"]["norms"]["correction"] / of["cure"]["norms"]["attack"]
+         listed([of["cure"]["l2"]["cured adversarial"] / of["cure"]["l2_of_attack"]
                  for of in every], "{:.2f}"), ""),
         *(
             (f"Loss, mean and median: {kind}",

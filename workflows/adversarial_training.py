@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from lkarray_workflows.attacks import Pairs, attack, make_pairs, require_foolbox
+from lkarray_workflows.attacks import attack, make_pairs, require_foolbox
 from lkarray_workflows.images import CLASSES
 from lkarray_workflows.recorded import (
     Trained,
@@ -32,6 +32,7 @@ from lkarray_workflows.recorded import (
 from matplotlib.figure import Figure
 from pydantic import Field, model_validator
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import plots, workflow
@@ -46,7 +47,7 @@ PAPER = {
 
 
 class Config(Training):
-    """Settings; each step of the second network is as many as there are steps of the attack."""
+    """Settings. A step on attacked images costs as many passes more as the attack has steps."""
 
     presets: ClassVar = {
         "paper": {
@@ -176,20 +177,21 @@ def measure(config: Config, paths: Paths, name: str, show: bool) -> None:
     options: dict[str, Any] = {"store": where, "progress": show}
     both = right_in_both(config, paths)
     moved, _ = attack(model, *both, radius=config.radius, seed=run_.seed)
-    same = Pairs({"clean": both[0], "adversarial": moved},
-                 dict.fromkeys(("clean", "adversarial"), both[1]), float("nan"))  # fmt: skip
     G = lk.gradient_features(trace, np.arange(config.features), [1], **options).isel(time=0)
     square = np.linalg.eigvalsh(lk.lgk(G).values.astype(np.float64))[::-1]
     values = np.sqrt(np.maximum(square, 0))
     ranks = {str(share): int(lk.energy_rank(values, share)) for share in SHARES}
 
-    def energy_of(of: Pairs, kind: str, name: str) -> float:
+    def energy_of(inputs: TensorDataset, name: str) -> float:
         """Return the mean square of the gradients' norms."""
-        part = lk.gradient_features(trace, of.data([kind]), [1], name=name, **options)
+        part = lk.gradient_features(trace, inputs, [1], name=name, **options)
         return float((part["gradient"].astype(np.float64) ** 2).sum("param").mean())
 
-    energy = {kind: energy_of(pairs, kind, kind) for kind in ("clean", "adversarial", "random")}
-    shared = {kind: energy_of(same, kind, f"same_{kind}") for kind in ("clean", "adversarial")}
+    energy = {kind: energy_of(pairs.data([kind]), kind) for kind in pairs.images}
+    shared = {
+        kind: energy_of(TensorDataset(of, both[1]), f"same_{kind}")
+        for kind, of in (("clean", both[0]), ("adversarial", moved))
+    }
     found = lk.modes(G, config.modes).compute()
     slopes = lk.mode_sensitivity(trace, found, pairs.data(["clean"]), 1, whole=True)["slope"]
     spectra = np.linalg.svd(slopes.values.astype(np.float64), compute_uv=False)

@@ -140,8 +140,8 @@ def report(trained: Trained, over: Path, folder: Path, state: workflow.Run) -> N
             metrics=metrics,
             rows=rows,
             figures=[
-                workflow.Figure("loss", "Loss over training", "Mean of 2,000 training images, at "
-                                "the start of each epoch and at the end.",
+                workflow.Figure("loss", "Loss over training", "Mean of 2,000 training images, or "
+                                "all, at each epoch's start and the end.",
                                 plots.over_training({"mean loss": curve}, ylabel="loss (nats)",
                                                     title="Training", labels=epochs)),
                 workflow.Figure("temporal", "Gradients over training", "All gradients, epoch "

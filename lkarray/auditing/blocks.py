@@ -7,6 +7,7 @@ fit the processor's cache.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ Room = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(ABC):
     """Some tensors, side by side.
 
     Attributes
@@ -54,29 +55,29 @@ class Block:
         parts = [values[place] for place in self.places]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @abstractmethod
     def prepare(self, nodes: Nodes) -> Any:
         """Return the gradients of a stretch, in the form that `mean` takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mean(self, prepared: Any, rows: slice, out: Tensor) -> None:
         """Write the mean gradient over the stretch of some audited examples."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dot(self, prepared: Any, vector: Tensor) -> Tensor:
         """Return the inner products of all mean gradients with one vector, ``(row,)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def training(self, features: Features) -> Any:
         """Return the training examples' gradients in the form that `products` takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def products(self, k: Tensor, training: Any, room: Room) -> Tensor:
         """Return the inner products of ``k`` ``(row, element)`` with training gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch_mean(self, training: Any) -> Tensor:
         """Return the mean of the training examples' gradients, ``(element,)``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
-from zarr.core.sync import sync
 
 from lkarray import schema
 from lkarray.schema import OUTPUT, TIME, VariableSpec
 from lkarray.store.commit import chunk_keys, flush
+from lkarray.store.discarding import discard
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import (
     create_array,
     create_coord,
-    finish,
-    listed,
     require_space,
     stored_at,
 )
@@ -35,11 +33,9 @@ from lkarray.store.location import (
     as_store,
     create_root,
     describe,
-    open_root,
     update_mark,
     writing,
 )
-from lkarray.store.locking import writer_lock
 from lkarray.store.variables import variables
 
 _ROWS, _COLUMNS = 128, 16384
@@ -133,14 +129,12 @@ def discard_gradients(path: StoreLike) -> None:
     LockedError
         It is being written to.
     """
-    with writer_lock(as_store(path)):
-        root = open_root(path, mode="r+")
-        update_mark(root, **{schema.GRADIENTS: {}})
-        with writing(root.store):
-            for name in listed(root.store):
-                if name == schema.GRADIENTS or name.startswith(gradient_group("")):
-                    sync(root.store.delete_dir(name))
-        finish(root)
+    siblings = gradient_group("")
+    discard(
+        path,
+        lambda name: name == schema.GRADIENTS or name.startswith(siblings),
+        **{schema.GRADIENTS: {}},
+    )
 
 
 class TensorWriter:

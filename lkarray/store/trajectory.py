@@ -19,17 +19,16 @@ import zarr
 
 from lkarray import schema
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
+from lkarray.store.discarding import discard
 from lkarray.store.layout import create_array, create_coord, require_space, stored_at
 from lkarray.store.location import (
     MARK,
     StoreLike,
     as_store,
     create_root,
-    open_root,
     update_mark,
     writing,
 )
-from lkarray.store.locking import writer_lock
 from lkarray.store.variables import variables
 
 ROOT = schema.TRAJECTORY
@@ -187,12 +186,7 @@ def discard_trace(path: StoreLike) -> None:
     LockedError
         It is being written to.
     """
-    with writer_lock(as_store(path)):
-        root = open_root(path, mode="r+")
-        update_mark(root, **{ROOT: None})
-        with writing(root.store):
-            if ROOT in root:
-                del root[ROOT]
+    discard(path, lambda name: name == ROOT, **{ROOT: None})
 
 
 def read_steps(root: zarr.Group) -> tuple[int, int]:

@@ -42,7 +42,7 @@ def test_discard_gradients__leaves_what_was_computed(trace, tmp_path, monkeypatc
     store.put(path, "ips", lk.ips(made))
     expected = lk.ips(made).values
     with monkeypatch.context() as broken:  # killed before anything is deleted
-        broken.setattr("lkarray.store.gradients.listed", lambda *args: 1 / 0)
+        broken.setattr("lkarray.store.discarding.listed", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             lk.discard_gradients(path)
     assert lk.verify(path) == []
