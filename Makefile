@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-slow lint types format check bench clean
+.PHONY: help demo test test-services test-slow lint types format check bench clean
 
 help:
 	@echo "make demo       train, sample, kernel, map, report on real digits (runs/digits)"
 	@echo "make test       the whole fast test suite"
+	@echo "make test-services  clusters of several hosts, S3, Slurm, schedules, notebooks"
 	@echo "make test-slow  studies of minutes"
 	@echo "make lint       ruff, code style and format"
 	@echo "make types      mypy"
@@ -39,6 +40,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
+test-services: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'services and not slow'
+
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow --timeout 3600
 
@@ -53,7 +57,7 @@ format: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test test-services
 
 bench: $(VENV)/.installed
 	@set -e; for file in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do \

@@ -84,7 +84,7 @@ from lkarray.store import discard_gradients, discard_trace, verify
 from lkarray.store import open_store as open  # noqa: A004
 
 if TYPE_CHECKING:
-    from lkarray import plots
+    from lkarray import cluster, plots
     from lkarray.auditing import (
         audit,
         gradient_similarity,
@@ -161,7 +161,11 @@ _LAZY = {
     "taxonomy_distance": "lkarray.taxonomy",
 }
 
-_MODULES = {"plots": "lkarray.plots", "schedules": "lkarray.sampling.schedules"}
+_MODULES = {
+    "cluster": "lkarray.cluster",
+    "plots": "lkarray.plots",
+    "schedules": "lkarray.sampling.schedules",
+}
 
 __all__ = [
     "PRESETS",
@@ -181,6 +185,7 @@ __all__ = [
     "chord_distance",
     "cka",
     "cka_curve",
+    "cluster",
     "color_groups",
     "completeness",
     "concentration",

@@ -47,6 +47,10 @@ class SettingsError(LkarrayError, ValueError):
     """Settings of a study do not fit each other, its data, or the run that it was given."""
 
 
+class ClusterError(LkarrayError, RuntimeError):
+    """A cluster cannot be reached or started, or does not run what the client runs."""
+
+
 class MissingPackageError(LkarrayError, ModuleNotFoundError):
     """An optional package is not installed; the message has the extra that brings it."""
 

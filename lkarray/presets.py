@@ -90,6 +90,12 @@ def preset(name: str) -> Preset:
     name
         One of `PRESETS`, for example ``"loss-kernel/imagenet"``.
 
+    Returns
+    -------
+    Preset
+        ``posterior``, what `lkarray.LocalPosterior` takes, and ``sampling``, what
+        `lkarray.sample` takes, as dicts; and each setting by its name.
+
     Raises
     ------
     ValueError

@@ -16,14 +16,14 @@ from dask.base import tokenize
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 from zarr.abc.store import Store
-from zarr.core.sync import sync
+from zarr.storage import MemoryStore
 
 from lkarray.engine.contraction import Contraction, Tile, compute_tile, contraction_of, gram_array
-from lkarray.engine.plan import WRITTEN_BYTES, make_plan
+from lkarray.engine.plan import WRITTEN_BYTES, make_plan, on_cluster
 from lkarray.errors import SchemaError, StoreError
 from lkarray.progress import dask_bar
 from lkarray.store.layout import CODECS
-from lkarray.store.location import StoreLike, as_store, create_root, describe, writing
+from lkarray.store.location import StoreLike, as_store, create_root, describe, sizes, writing
 from lkarray.store.locking import writer_lock
 
 _SAVED = "lkarray_save"  # attribute of the group: what is being saved there
@@ -65,8 +65,9 @@ def save(
     Raises
     ------
     StoreError
-        The group holds another kernel (nothing is touched), or writing failed: the disk is
-        full, say. Tiles that were written stay, and the same call goes on from them.
+        The group holds another kernel (nothing is touched), the store is in memory and the
+        workers elsewhere, or writing failed: the disk is full, say. Tiles that were written
+        stay, and the same call goes on from them.
     LockedError
         Another process is writing to the store.
     SchemaError
@@ -85,6 +86,11 @@ def save(
     _check(kernel)
     group = f"derived/{kernel.name}" if group is None else group.strip("/")
     target = as_store(store)
+    if isinstance(target, MemoryStore) and on_cluster():
+        raise StoreError(
+            "a store in memory cannot be written by Dask workers; give a folder that all of them "
+            "see, or a URL"
+        )
     safe = "Tiles that were written are kept; run the same call again to go on"
     with writer_lock(target), writing(target, safe=safe):
         array, side = _open_target(target, kernel, group, upper)
@@ -234,18 +240,15 @@ def _written(array: zarr.Array) -> set[Index]:
     counts = [-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)]
     prefix = array.path
 
-    async def look() -> set[Index]:
-        found = set()
-        async for key in array.store.list_prefix(f"{prefix}/c/"):
-            parts = key.removeprefix(f"{prefix}/c/").split("/")
-            if not all(part.isdecimal() for part in parts):
-                continue  # what a killed write left beside its chunk
-            index = tuple(map(int, parts))
-            if len(index) == len(counts) and await array.store.getsize(key) == size:
-                found.add(index)
-        return found
-
-    return sync(look())
+    found = set()
+    for key, stored in sizes(array.store, f"{prefix}/c/"):
+        parts = key.removeprefix(f"{prefix}/c/").split("/")
+        if not all(part.isdecimal() for part in parts):
+            continue  # what a killed write left beside its chunk
+        index = tuple(map(int, parts))
+        if len(index) == len(counts) and stored == size:
+            found.add(index)
+    return found
 
 
 def _compare(work: _Work, array: zarr.Array, written: set[Index], group: str) -> None:

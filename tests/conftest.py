@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,16 @@ from torch.utils.data import TensorDataset
 from zarr.storage import MemoryStore
 
 import lkarray as lk
+
+#: Address of a scheduler: all that a test computes with Dask then runs there (tests/cluster).
+CLUSTER = os.environ.get("LKARRAY_TEST_CLUSTER")
+
+
+@pytest.fixture(scope="session", autouse=CLUSTER is not None)
+def on_cluster() -> Iterator[None]:
+    assert CLUSTER is not None
+    with lk.cluster.connect(CLUSTER):
+        yield
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ def slow(*args):
 contraction.sum_pieces = slow
 """
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
         client.run(exec, killer, {})
@@ -232,3 +232,12 @@ def test_plan__says_what_will_happen(losses):
     assert lk.plan(kernel.isel(sample=3)).tiles == plan.tiles
     with pytest.raises(ValueError, match="lazy kernel"):
         lk.plan(kernel.compute())
+
+
+def test_save__into_memory_is_refused_on_a_cluster(losses):
+    with (
+        LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster),
+        pytest.raises(errors.StoreError, match="cannot be written by Dask workers"),
+    ):
+        lk.save(kernel_of(losses), MemoryStore())

@@ -14,9 +14,9 @@ from torch import nn
 from lkarray import store as stores
 from lkarray.auditing.problem import Problem, Request
 from lkarray.errors import StoreError
-from lkarray.sampling.workers import check_place, submit
+from lkarray.sampling.workers import check_place, patiently, submit
 from lkarray.store import audits
-from lkarray.store.location import local_path
+from lkarray.store.location import address
 from lkarray.training.trace import Trace, open_trace
 
 if TYPE_CHECKING:
@@ -64,12 +64,15 @@ def run_on(
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 
+    from lkarray.cluster.versions import refuse_mismatch
+
     trace = problem.trace
     for store in (root.store, trace.root.store):
         check_place(store)
+    refuse_mismatch(client, needs=("torch",))
     job = _Job(
-        _place(trace.root), trace.flat.module, trace.train_set, trace.loss.function,
-        problem.request, _place(root), layout, fingerprint, budget,
+        address(trace.root.store), trace.flat.module, trace.train_set, trace.loss.function,
+        problem.request, address(root.store), layout, fingerprint, budget,
     )  # fmt: skip
     payload = cloudpickle.dumps(job)
     key = hashlib.sha256(payload).hexdigest()
@@ -88,15 +91,8 @@ def run_on(
         client.cancel([task for task in tasks if not task.done()])
 
 
-def _place(root: zarr.Group) -> Any:
-    folder = local_path(root.store)
-    return str(folder) if folder is not None else root.store.with_read_only(False)
-
-
 def _run(payload: bytes, key: str, panel: int) -> None:
     """Run one panel, in a worker."""
-    from lkarray.auditing.front import run_panel
-
     job: _Job = pickle.loads(payload)
     root = stores.open_root(stores.as_store(job.store), mode="r+")
     if audits.audit_marks(root).get(job.layout.group) != job.fingerprint:
@@ -104,6 +100,12 @@ def _run(payload: bytes, key: str, panel: int) -> None:
             f"a worker sees another store at {stores.describe(root.store)} than the client does; "
             "give a path on storage that all of them share"
         )
+    patiently(lambda: _panel(job, root, key, panel))
+
+
+def _panel(job: _Job, root: zarr.Group, key: str, panel: int) -> None:
+    from lkarray.auditing.front import run_panel
+
     name = f"{job.layout.group}-{panel}"
     with _turn, stores.region_lock(root.store, name):
         if key not in _ready:

@@ -77,7 +77,7 @@ def memory_budget(memory: int | str | None) -> int:
     given = memory if memory is not None else os.environ.get("LKARRAY_MEMORY")
     if given is None:
         limits = [worker["memory_limit"] for worker in _workers() if worker["memory_limit"]]
-        return min(limits) // 2 if limits else _machine_memory() // 4
+        return min(limits) // 2 if limits else machine_memory() // 4
     try:
         budget = int(parse_bytes(given))
     except ValueError as error:
@@ -106,7 +106,13 @@ def _workers() -> list[dict[str, Any]]:
         return []
 
 
-def _machine_memory() -> int:
+def on_cluster() -> bool:
+    """Say whether Dask computes on the workers of a cluster."""
+    return bool(_workers())
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory of this machine, or of the container that it runs in."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))

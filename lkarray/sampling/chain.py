@@ -91,6 +91,7 @@ class Stack:
         seats: Sequence[Seat],
         tick: Callable[[int], object],
     ) -> None:
+        assert all(seat.region.record.step < schedule.steps for seat in seats), "finished chains"
         self._target, self._sampler, self._schedule = target, sampler, schedule
         self._waiting = sorted(seats, key=lambda seat: (seat.region.record.step, seat.chain))
         self._active: list[Seat] = []

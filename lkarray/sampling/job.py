@@ -192,7 +192,8 @@ def run_group(
             random = ChainRandomness(
                 job.seed, chain, n=target.train.n, batch_size=job.batch_size, like=target.center
             )
-            if not region.diverged():
+            # Finished: by a worker that was given up before it could say so.
+            if not region.diverged() and region.record.step < job.schedule.steps:
                 seats.append(Seat(chain % width, chain, region, random))
         stack = Stack(target, job.sampler, job.schedule, seats, tick)
         stack.run()

@@ -6,28 +6,37 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import zarr
 from zarr.abc.store import Store
 from zarr.storage import MemoryStore
 
 from lkarray import store as stores
-from lkarray.errors import StoreError
+from lkarray.errors import LockedError, StoreError
 from lkarray.sampling import checks
 from lkarray.sampling.job import Job, Prepared, check_center, prepare, run_group
 from lkarray.sampling.target import Target
-from lkarray.store.location import local_path
+from lkarray.store.location import address, local_path
 
 if TYPE_CHECKING:
     from distributed import Client
 
 logger = logging.getLogger("lkarray")
 
+T = TypeVar("T")
+
 _GPU = "GPU"
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _POLL_REMOTE_SECONDS = 0.5, 5.0  # on object storage every look is a request
+
+#: Seconds that a task waits for the one before it, whose worker was given up but may still live:
+#: a host that the scheduler lost sight of ends its own tasks within a minute or so.
+PATIENCE = 150.0
+_PAUSE = 0.5
 
 _idle: dict[str, list[Target]] = {}
 _lock = threading.Lock()
@@ -44,6 +53,9 @@ def check_place(store: Store) -> None:
 
 def prepare_on(client: Client, job: Job, **request: Any) -> Prepared:
     """Prepare a job where it will run: threads, device and layout are a worker's own."""
+    from lkarray.cluster.versions import refuse_mismatch
+
+    refuse_mismatch(client, needs=("torch",))
     payload = _dumps(job)
     known: Prepared = submit(client, _prepare, payload, request).result()
     return known
@@ -69,8 +81,7 @@ def run_on(
     from distributed import wait
     from distributed.scheduler import KilledWorker
 
-    place = local_path(root.store)
-    where: Any = str(place) if place is not None else root.store
+    where = address(root.store)
     payload = _dumps(job)
     # One copy of the job for each worker; it is made anew from these bytes if that worker dies.
     loaded = client.submit(_loads, payload, pure=False)
@@ -78,10 +89,11 @@ def run_on(
     common = (loaded, key, where, known.fingerprint)
     tasks = [submit(client, _run, *common, group) for group in groups]
     shown = _steps(root, groups)
+    pause = _POLL_SECONDS if local_path(root.store) is not None else _POLL_REMOTE_SECONDS
     try:
         while running := [task for task in tasks if not task.done()]:
             with suppress(TimeoutError):
-                wait(running, timeout=_POLL_SECONDS)
+                wait(running, timeout=pause)
             now = _steps(root, groups)
             bar.update(now - shown)
             shown = now
@@ -169,4 +181,16 @@ def _run(
         checks.numerics(fingerprint["threads"]),
     ):
         check_center(root, target)
-        return run_group(root, job, target, chains, lambda _: None)
+        return patiently(partial(run_group, root, job, target, chains, lambda _: None))
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """Return what ``work`` does, once a task that was given up has let go of its region."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return work()
+        except LockedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_PAUSE)

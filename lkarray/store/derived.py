@@ -10,16 +10,17 @@ import xarray as xr
 from lkarray.store.layout import CODECS, finish
 from lkarray.store.location import StoreLike, local_path, open_root, writing
 from lkarray.store.locking import writer_lock
+from lkarray.store.objects import UrlStore
 from lkarray.store.reading import DERIVED, HIDDEN
 
 
 def put(path: StoreLike, name: str, result: xr.Dataset | xr.DataArray) -> None:
     """Write a result to ``/derived/NAME``, replacing what was there; lazy ones are computed.
 
-    On a local disk the new result is written beside the old one and renamed to its place once
-    it is whole: it may be computed from the old one, and a failure or kill while it is written
-    leaves the old one (a kill between the two renames leaves neither in sight, and the result
-    to be written again). Elsewhere it is written in place.
+    On a local disk and on object storage the new result is written beside the old one and moved
+    to its place once it is whole: it may be computed from the old one, and a failure or kill
+    while it is written leaves the old one (a kill during the move leaves neither in sight, and
+    the result to be written again). Elsewhere it is written in place.
 
     Raises
     ------
@@ -35,11 +36,12 @@ def put(path: StoreLike, name: str, result: xr.Dataset | xr.DataArray) -> None:
     ds = ds.assign({name: ds[name].astype(object) for name in ds.variables
                     if ds[name].dtype.kind == "U"})  # fmt: skip
     encoding = {v: {"compressors": CODECS} for v in ds.variables if ds[v].dtype.kind in "fiub"}
-    folder = local_path(root.store)
-    group = f"{DERIVED}/{name}" if folder is None else f"{DERIVED}/{HIDDEN}{name}"
-    with writer_lock(root.store), writing(root.store, safe="The losses are not touched"):
+    folder, store = local_path(root.store), root.store
+    moves = folder is not None or isinstance(store, UrlStore)
+    group = f"{DERIVED}/{HIDDEN}{name}" if moves else f"{DERIVED}/{name}"
+    with writer_lock(store), writing(store, safe="The losses are not touched"):
         ds.to_zarr(
-            root.store,
+            store,
             group=group,
             mode="w",
             consolidated=False,
@@ -49,6 +51,8 @@ def put(path: StoreLike, name: str, result: xr.Dataset | xr.DataArray) -> None:
         )
         if folder is not None:
             _replace(folder / group, folder / DERIVED / name)
+        elif isinstance(store, UrlStore):
+            store.move(group, f"{DERIVED}/{name}")
         finish(root)
 
 

@@ -122,6 +122,11 @@ def discard_gradients(path: StoreLike) -> None:
 
     Killed halfway, the same call deletes the rest.
 
+    Parameters
+    ----------
+    path
+        A folder, a URL or a Zarr store.
+
     Raises
     ------
     StoreError

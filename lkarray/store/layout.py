@@ -31,6 +31,7 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.objects import UrlStore
 
 #: Bit flips pass raw and zstd chunks unseen, and zstd halves the speed of reading.
 CODECS = (Crc32cCodec(),)
@@ -294,9 +295,15 @@ def stored_at(root: zarr.Group, path: str) -> zarr.Array:
 
 
 def require_space(store: Store, needed: int) -> None:
-    """Raise `StoreError` unless the disk of a local store has ``needed`` bytes free."""
+    """Raise `StoreError` unless the disk of a local store has ``needed`` bytes free.
+
+    Object storage has space, and is asked for the right to write.
+    """
     folder = local_path(store)
     if folder is None:
+        if isinstance(store, UrlStore):
+            with writing(store, safe="Nothing was computed"):
+                store.probe()
         return
     while not folder.exists():
         folder = folder.parent

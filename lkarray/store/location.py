@@ -11,10 +11,13 @@ from typing import Any
 
 import zarr
 from zarr.abc.store import Store
+from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore
 
 from lkarray._version import __version__
-from lkarray.errors import DamagedError, StoreError, StoreVersionError
+from lkarray.errors import DamagedError, MissingPackageError, StoreError, StoreVersionError
+from lkarray.store import objects
+from lkarray.store.objects import ObjectError, UrlStore, without_credentials
 
 StoreLike = str | os.PathLike[str] | Store
 
@@ -35,12 +38,30 @@ _CAUSES = {
 
 
 def as_store(path: StoreLike) -> Store:
-    """Return the Zarr store that a path, a URL or a store stands for. Touches nothing."""
+    """Return the Zarr store that a path, a URL or a store stands for. Touches nothing.
+
+    URLs of object storage (``s3://``, ``gs://``, ``az://``) are opened by obstore, with the
+    credentials of the environment; other URLs by fsspec.
+
+    Raises
+    ------
+    MissingPackageError
+        What opens such a URL is not installed.
+    StoreError
+        The URL cannot be opened, or holds credentials that have no place there.
+    """
     if isinstance(path, Store):
-        return path
+        return objects.adopt(path)
     text = os.fspath(path).removeprefix("file://")
+    if objects.kind_of(text) is not None:
+        return objects.open_url(text)
     if "://" in text:
-        return FsspecStore.from_url(text)
+        try:
+            return FsspecStore.from_url(text)
+        except ImportError as error:
+            raise MissingPackageError(f"{without_credentials(text)}: {error}") from None
+        except ValueError as error:
+            raise StoreError(f"{without_credentials(text)}: {error}; correct the URL") from None
     return LocalStore(Path(text).expanduser().absolute())
 
 
@@ -60,6 +81,8 @@ def inner_store(store: Store, path: str) -> Store:
     folder = local_path(store)
     if folder is not None:
         return LocalStore(folder / path, read_only=store.read_only)
+    if isinstance(store, UrlStore):
+        return store.inside(path)
     if isinstance(store, FsspecStore):
         return FsspecStore(store.fs, path=f"{store.path}/{path}", read_only=store.read_only)
     raise StoreError(
@@ -68,9 +91,41 @@ def inner_store(store: Store, path: str) -> Store:
 
 
 def describe(store: Store) -> str:
-    """Return a name for the store that a user recognises."""
+    """Return a name for the store that a user recognises, without any credentials."""
     folder = local_path(store)
-    return str(folder) if folder is not None else str(store)
+    if folder is not None:
+        return str(folder)
+    if isinstance(store, UrlStore):
+        return store.url
+    if isinstance(store, FsspecStore) and "://" not in store.path:
+        protocol = store.fs.protocol
+        name = protocol if isinstance(protocol, str) else protocol[0]
+        return f"{name}://{store.path.lstrip('/')}"
+    return without_credentials(store.path if isinstance(store, FsspecStore) else str(store))
+
+
+def address(store: Store) -> str | Store:
+    """Return what another process opens the store by, with its own credentials if need be.
+
+    A path or a URL; of a store that was given as an object, that object.
+    """
+    folder = local_path(store)
+    if folder is not None:
+        return str(folder)
+    if isinstance(store, UrlStore) and store.by_url:
+        return store.url
+    return store.with_read_only(False) if store.read_only else store
+
+
+def sizes(store: Store, prefix: str) -> Iterator[tuple[str, int]]:
+    """Yield the keys under a prefix, and the bytes stored at each."""
+
+    async def look() -> list[tuple[str, int]]:
+        if isinstance(store, UrlStore):  # a list tells the sizes too
+            return [(item["path"], item["size"]) async for item in store._list(prefix)]
+        return [(key, await store.getsize(key)) async for key in store.list_prefix(prefix)]
+
+    yield from sync(look())
 
 
 def exists(store: Store) -> bool:
@@ -79,7 +134,8 @@ def exists(store: Store) -> bool:
     Raises
     ------
     StoreError
-        The path is a file, or a folder that holds something else.
+        The path is a file, or a folder that holds something else; or there is no such bucket,
+        access to it is denied, or it cannot be reached.
     """
     folder = local_path(store)
     if folder is not None:
@@ -91,22 +147,32 @@ def exists(store: Store) -> bool:
             # What a kill leaves while a store is being made does not count.
             names = sorted(p.name for p in folder.iterdir())
             other = [n for n in names if not n.startswith(".lkarray") and not n.endswith("partial")]
-            if other:
-                raise StoreError(
-                    f"{folder} holds {other[:3]} and is not a Zarr v3 store; nothing was touched. "
-                    "Choose another path"
-                )
+            _refuse_others(store, other)
             return False
     try:
         zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
     except FileNotFoundError:
+        if isinstance(store, UrlStore):
+            _refuse_others(store, store.others())
         return False
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot read {describe(store)}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(
             f"the root metadata of {describe(store)} cannot be read ({error}); nothing was "
             "touched. Restore zarr.json from a copy"
         ) from None
     return True
+
+
+def _refuse_others(store: Store, names: list[str]) -> None:
+    if names:
+        raise StoreError(
+            f"{describe(store)} holds {sorted(names)[:3]} and is not a Zarr v3 store; nothing was "
+            "touched. Choose another path"
+        )
 
 
 def open_root(path: StoreLike, *, mode: str = "r") -> zarr.Group:
@@ -160,6 +226,8 @@ def update_mark(root: zarr.Group, **entries: Any) -> None:
 def writing(store: Store, *, safe: str = "") -> Iterator[None]:
     """Turn an ``OSError`` of writing into a `StoreError` that says what to do.
 
+    One of object storage says so already, and is told what is safe.
+
     Parameters
     ----------
     store
@@ -167,11 +235,13 @@ def writing(store: Store, *, safe: str = "") -> Iterator[None]:
     safe
         What is stored already and not lost, for the message.
     """
+    tail = f". {safe}" if safe else ""
     try:
         yield
+    except ObjectError as error:
+        raise StoreError(f"cannot write to {error}{tail}") from None
     except StoreError:
         raise
     except OSError as error:
         cause = _CAUSES.get(error.errno or 0, f"{error.strerror or error}; choose another path")
-        tail = f". {safe}" if safe else ""
         raise StoreError(f"cannot write to {describe(store)}: {cause}{tail}") from error

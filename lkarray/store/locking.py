@@ -1,8 +1,9 @@
 """One writer at a time, by the operating system's own file lock.
 
-``flock`` dies with its process, so a killed writer never leaves a store locked. Object
-stores have no such lock: there, `writer_lock` does nothing, and two writers must not be
-pointed at one store.
+``flock`` dies with its process, so a killed writer never leaves a store locked. On object
+storage the lock is an object, which a killed writer leaves for a minute (see `leases`). Other
+stores, those of fsspec's URLs among them, have no lock: there, `writer_lock` does nothing, and
+two writers must not be pointed at one store.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from zarr.abc.store import Store
 
 from lkarray.errors import LockedError
+from lkarray.store.leases import holder, leased
 from lkarray.store.location import local_path, writing
+from lkarray.store.objects import UrlStore
 
 _LOCK_NAME = ".lkarray.lock"
 
@@ -52,14 +55,16 @@ def file_lock(folder: Path, name: str = _LOCK_NAME) -> Iterator[None]:
 
 @contextmanager
 def writer_lock(store: Store) -> Iterator[None]:
-    """Hold the right to write to a store on a local disk; see the module for others."""
-    folder = local_path(store)
-    if folder is None:
-        yield
-        return
+    """Hold the right to write to a store on a local disk or object storage.
+
+    Raises
+    ------
+    LockedError
+        Another process holds it; the message names its process id, host and start.
+    """
     with ExitStack() as stack:
         with writing(store):
-            stack.enter_context(file_lock(folder))
+            stack.enter_context(_lock(store, "", "writer"))
         yield
 
 
@@ -69,17 +74,19 @@ def region_lock(store: Store, name: str) -> Iterator[None]:
 
     A worker may go on for a while after the process that it works for was killed.
     """
+    with _lock(store, f".lkarray.region-{name}.lock", f"region-{name}"):
+        yield
+
+
+def _lock(store: Store, file: str, name: str) -> AbstractContextManager[None]:
     folder = local_path(store)
-    if folder is None:
-        yield
-        return
-    with file_lock(folder, f".lkarray.region-{name}.lock"):
-        yield
+    if folder is not None:
+        return file_lock(folder, file or _LOCK_NAME)
+    return leased(store, name) if isinstance(store, UrlStore) else nullcontext()
 
 
 def _holder(text: str) -> str:
     try:
-        who = json.loads(text)
-        return f"process {who['pid']} on {who['host']} since {who['since']}"
-    except (ValueError, KeyError):
+        return holder(json.loads(text))
+    except (ValueError, AttributeError):
         return "another process"

@@ -38,7 +38,7 @@ def open_store(path: StoreLike) -> xr.DataTree:
     Parameters
     ----------
     path
-        A folder, a URL that fsspec understands, or a Zarr store.
+        A folder, a URL or a Zarr store.
 
     Returns
     -------

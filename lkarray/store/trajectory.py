@@ -179,6 +179,11 @@ def discard_trace(path: StoreLike) -> None:
     A recorded run is as large as its model times its steps; what was computed from it, and stored
     beside it, opens without it. Killed halfway, the same call deletes the rest.
 
+    Parameters
+    ----------
+    path
+        A folder, a URL or a Zarr store.
+
     Raises
     ------
     StoreError

@@ -185,7 +185,20 @@ def gradient_factors(
 def gradient_plan(
     trace: Trace | Recorder, params: str | Iterable[str] | None = None
 ) -> GradientPlan:
-    """Return how each tensor's gradients are made and multiplied; prints as a table."""
+    """Return how each tensor's gradients are made and multiplied; prints as a table.
+
+    Parameters
+    ----------
+    trace
+        What `open_trace` returned, or a finished `record`.
+    params
+        Patterns of tensor or module names; all by default.
+
+    Returns
+    -------
+    GradientPlan
+        Of each tensor: the form of its gradients, and the numbers that they take. It prints.
+    """
     source = as_trace(trace)
     return Maker(source, [0], "loss", params, None).plan
 

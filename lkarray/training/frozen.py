@@ -40,6 +40,11 @@ def snapshot(
     store
         Where the trace goes; the same call opens it again.
 
+    Returns
+    -------
+    Trace
+        With one step, and so two states, which are the same.
+
     Raises
     ------
     ValueError

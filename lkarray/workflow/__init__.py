@@ -3,14 +3,18 @@
 from lkarray.workflow.config import Config
 from lkarray.workflow.report import Figure, Report, write_report
 from lkarray.workflow.running import Run, Workflow, find_workflow, workflow_names
+from lkarray.workflow.scheduling import Request, run_if_changed, run_in
 
 __all__ = [
     "Config",
     "Figure",
     "Report",
+    "Request",
     "Run",
     "Workflow",
     "find_workflow",
+    "run_if_changed",
+    "run_in",
     "workflow_names",
     "write_report",
 ]

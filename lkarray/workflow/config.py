@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lkarray.errors import SettingsError
+
 
 class Config(BaseModel):
     """Settings of a study: a subclass declares fields with types, limits and descriptions.
@@ -23,19 +25,19 @@ class Config(BaseModel):
 
         Raises
         ------
-        ValueError
+        SettingsError
             The preset or a key is unknown, or a value does not fit its field.
         """
         known = {"default": {}, "laptop": {}, **cls.presets}
         if preset not in known:
-            raise ValueError(f"preset {preset!r} is not one of {sorted(known)}")
+            raise SettingsError(f"preset {preset!r} is not one of {sorted(known)}")
         values: dict[str, Any] = dict(known[preset])
         for setting in settings:
             key, equals, value = setting.partition("=")
             if not equals:
-                raise ValueError(f"setting {setting!r} is not of the form key=value")
+                raise SettingsError(f"setting {setting!r} is not of the form key=value")
             if key not in cls.model_fields:
-                raise ValueError(f"setting {key!r} is not one of {sorted(cls.model_fields)}")
+                raise SettingsError(f"setting {key!r} is not one of {sorted(cls.model_fields)}")
             values[key] = value
         try:
             return cls.model_validate(values)
@@ -46,4 +48,4 @@ class Config(BaseModel):
                 else e["msg"].removeprefix("Value error, ")  # of several settings together
                 for e in error.errors()
             )
-            raise ValueError(f"settings do not fit: {wrong}") from None
+            raise SettingsError(f"settings do not fit: {wrong}") from None

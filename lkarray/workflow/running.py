@@ -8,14 +8,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from lkarray._version import __version__
-from lkarray.errors import StoreError
+from lkarray.errors import SettingsError, StoreError
 from lkarray.store import file_lock, refuse_changes
 from lkarray.workflow.config import Config
 
@@ -44,14 +45,73 @@ def find_workflow(name: str) -> Workflow:
 
     Raises
     ------
-    ValueError
+    SettingsError
         No study has that name; the message lists those there are.
     """
+    study: Workflow = find_entry(name).load()
+    return study
+
+
+def find_entry(name: str) -> importlib.metadata.EntryPoint:
+    """Return where an installed study is, importing nothing of it; raise as `find_workflow`."""
     for entry in importlib.metadata.entry_points(group=_GROUP):
         if entry.name == name:
-            study: Workflow = entry.load()
-            return study
-    raise ValueError(f"there is no workflow {name!r}; there are {workflow_names()}")
+            return entry
+    raise SettingsError(f"there is no workflow {name!r}; there are {workflow_names()}")
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder, made if missing; raise as `Run` does."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(folder))
+        except (FileExistsError, NotADirectoryError):
+            raise StoreError(f"{folder} is a file; choose another --out") from None
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"cannot write to {folder}: {error.strerror}") from error
+        yield
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the record of the run in a folder; empty where there is none that can be read."""
+    try:
+        record = json.loads((folder / _RECORD).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def is_complete(folder: Path) -> bool:
+    """Say whether the run in a folder came to its end and its files are still there."""
+    record = read_record(folder)
+    stages = record.get("stages", {})
+    outputs = [out for entry in stages.values() for out in entry.get("outputs", ())]
+    return "finished" in record and all((folder / out).exists() for out in outputs)
+
+
+def finish(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Record that the whole study in a folder is done, and what it was made from."""
+    if not (folder / _RECORD).exists():
+        return  # a study that records nothing is never taken for complete
+    with run_lock(folder):
+        before = read_record(folder)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        after = {"finished": now, **before, **facts}
+        if after != before:
+            _write(folder, after)
+
+
+def _write(folder: Path, record: Mapping[str, Any]) -> None:
+    path = folder / _RECORD
+    part = path.with_suffix(".part")
+    with open(part, "w", encoding="utf8") as file:
+        json.dump(record, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 @dataclass
@@ -60,7 +120,7 @@ class Run:
 
     A stage counts when the run's record says so, which is written after the stage's files,
     in one move; a kill in between repeats the stage. A stage that runs again makes all
-    later ones run again.
+    later ones run again. The run is complete when the record says ``finished``: `finish`.
 
     Parameters
     ----------
@@ -86,14 +146,7 @@ class Run:
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
-        try:
-            self._stack.enter_context(file_lock(self.folder))
-        except (FileExistsError, NotADirectoryError):
-            raise StoreError(f"{self.folder} is a file; choose another --out") from None
-        except OSError as error:
-            if isinstance(error, StoreError):
-                raise
-            raise StoreError(f"cannot write to {self.folder}: {error.strerror}") from error
+        self._stack.enter_context(run_lock(self.folder))
         try:
             self._record = self._load()
         except BaseException:
@@ -113,13 +166,18 @@ class Run:
             return False
         for later in list(stages)[list(stages).index(name) if name in stages else len(stages) :]:
             del stages[later]
+        self._record.pop("finished", None)
         self._save()  # from here on until it is finished, the stage counts as not done
         logger.info("%s: %s", self.name, name)
         began = time.perf_counter()
         work()
         missing = [path.name for path in outputs if not path.exists()]
         assert not missing, f"stage {name} left out {missing}"
-        stages[name] = {"seconds": round(time.perf_counter() - began, 3)}
+        stages[name] = {
+            "seconds": round(time.perf_counter() - began, 3),
+            "ended": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "outputs": [os.path.relpath(path, self.folder) for path in outputs],
+        }
         self._save()
         return True
 
@@ -147,10 +205,4 @@ class Run:
         return record
 
     def _save(self) -> None:
-        path = self.folder / _RECORD
-        part = path.with_suffix(".part")
-        with open(part, "w", encoding="utf8") as file:
-            json.dump(self._record, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        _write(self.folder, self._record)

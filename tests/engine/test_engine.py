@@ -266,7 +266,7 @@ def test_engine__same_numbers_on_worker_processes(store):
     expected = lk.correlation(losses).values
     near = lk.neighbors(losses, 5, exclude="label").compute()
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
     ):
         assert memory_budget(None) <= min(

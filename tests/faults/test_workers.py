@@ -13,7 +13,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors
-from tests.conftest import classification, small_network
+from tests.conftest import CLUSTER, classification, small_network
 
 CHAINS, DRAWS = 4, 250
 
@@ -55,9 +55,12 @@ def sample(path, client, **options):
 def cluster():
     from distributed import LocalCluster
 
+    if CLUSTER is not None:
+        yield CLUSTER
+        return
     pause = {"LKARRAY_TEST_PAUSE": "0.012"}
     with LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, env=pause
+        n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", env=pause
     ) as started:
         yield started
 

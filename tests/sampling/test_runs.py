@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import zarr
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -421,3 +422,21 @@ def test_presets__are_the_rows_of_the_papers_tables(data):
         _ = lk.preset("loss-kernel/imagenet-gamma-sweep").posterior
     with pytest.raises(ValueError, match="choose from"):
         lk.preset("imagenet")
+
+
+def test_group__that_a_lost_worker_had_finished_is_left_as_it_is(tmp_path, sample, monkeypatch):
+    """A worker may finish and be given up before it says so; its task then runs once more."""
+    from lkarray.sampling import run
+
+    whole = sample(tmp_path / "whole")
+    once = run.run_group
+
+    def twice(*args):
+        once(*args)
+        return once(*args)
+
+    monkeypatch.setattr(run, "run_group", twice)
+    again = sample(tmp_path / "again")
+    assert again["losses"].to_dataset().identical(whole["losses"].to_dataset())
+    root = zarr.open_group(tmp_path / "again")
+    assert [row[0] for row in root["commit/record"][:]] == [9, 9]

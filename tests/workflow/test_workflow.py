@@ -162,7 +162,7 @@ def test_digits__a_second_run_reuses_the_store_and_says_so(digits):
 
 
 def test_digits__refuses_other_settings_in_the_same_folder(digits):
-    result = run_in(digits, "run", "digits", "--preset", "quick", "--set", "seed=5", code=1)
+    result = run_in(digits, "run", "digits", "--preset", "quick", "--set", "seed=5", code=2)
     assert "seed: stored 1, now 5" in result.stderr
 
 

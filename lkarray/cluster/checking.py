@@ -1,0 +1,281 @@
+"""`check`: a self-test of a minute, before a run of hours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import xarray as xr
+from dask.utils import format_bytes
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from lkarray.cluster.versions import mismatches
+from lkarray.errors import LkarrayError
+from lkarray.kernels import correlation
+from lkarray.saving import save
+from lkarray.store import verify
+from lkarray.store.location import StoreLike, as_store, create_root, local_path
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+_CHAINS, _DRAWS, _SAMPLES = 2, 40, 300
+_WAIT = 45.0  # seconds that one step may take
+
+#: What a step tells: whether it went as it should, and what was found.
+Told: TypeAlias = Iterator[tuple[bool | None, str]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one step of the self-test found.
+
+    Attributes
+    ----------
+    step
+        What was tried.
+    ok
+        Whether it went as it should; ``None`` where it could not be tried, or deserves a look.
+    message
+        What was found, and what to do about it.
+    """
+
+    step: str
+    ok: bool | None
+    message: str
+
+    def __str__(self) -> str:
+        word = {True: "ok     ", False: "PROBLEM", None: "note   "}[self.ok]
+        return f"{word} {self.step}: {self.message}"
+
+
+def check(client: Client, shared: StoreLike | None = None, *, loss: bool = True) -> list[Finding]:
+    """Try what a run will need on a cluster, and say what is wrong in plain words.
+
+    Parameters
+    ----------
+    client
+        What `connect` returned.
+    shared
+        A folder or URL that client and workers should all see: where the stores will be. A folder
+        of its own is made in it, and removed. Default: the working directory.
+    loss
+        Also end one worker's process, to see its tasks run again elsewhere. It is left out where
+        the cluster is at other work.
+
+    Returns
+    -------
+    list of Finding
+        One or more for each step: workers, versions, threads, shared storage, a tile job (a
+        correlation written by the workers, compared with numpy in float64), the loss of a worker.
+        Steps that rest on one that failed are left out.
+
+    Notes
+    -----
+    Takes well under a minute on a cluster that answers. Nothing raises but the loss of the
+    client's own connection.
+    """
+    place = f"{os.fspath(shared) if shared is not None else Path.cwd()}".rstrip("/")  # type: ignore[arg-type]
+    folder = f"{place}/lkarray-check-{uuid.uuid4().hex[:8]}"
+    found: list[Finding] = []
+    with _removed(folder):
+        steps: dict[str, Callable[[], Told]] = {
+            "workers": partial(_workers, client),
+            "versions": partial(_versions, client),
+            "threads": partial(_threads, client),
+            "shared storage": partial(_shared, client, folder),
+            "tile job": partial(_tiles, client, folder),
+            "worker loss": partial(_loss, client) if loss else _left_out,
+        }
+        for step, work in steps.items():
+            try:
+                found += [Finding(step, ok, message) for ok, message in work()]
+            except (LkarrayError, OSError, RuntimeError, TimeoutError, ValueError) as error:
+                found.append(Finding(step, False, f"{type(error).__name__}: {error}"))
+            if found[-1].ok is False and step in ("versions", "shared storage"):
+                break
+    return found
+
+
+def _workers(client: Client) -> Told:
+    info = client.scheduler_info(n_workers=-1)
+    workers = list(info["workers"].values())
+    hosts = {worker["host"] for worker in workers}
+    threads = sum(worker["nthreads"] for worker in workers)
+    limits = [worker["memory_limit"] for worker in workers]
+    yield True, f"{len(workers)} with {threads} threads on {len(hosts)} hosts"
+    if not all(limits):
+        yield None, "some have no memory limit: the operating system ends what outgrows the machine"
+    else:
+        yield True, f"{format_bytes(min(limits))} or more each"
+    address = str(info["address"])
+    if address.startswith("tcp://") and not address.startswith(("tcp://127.", "tcp://[::1]")):
+        yield (
+            None,
+            (
+                f"{address} is not encrypted, and whoever reaches it can run code on the workers; "
+                "cluster/tls has certificates"
+            ),
+        )
+
+
+def _versions(client: Client) -> Told:
+    lines = mismatches(client)
+    if lines:
+        yield False, "; ".join(lines) + ". Install the same versions everywhere"
+    else:
+        yield True, "client, scheduler and workers have the same"
+
+
+def _threads(client: Client) -> Told:
+    def ask() -> dict[str, Any]:
+        import os
+
+        return {"cores": len(os.sched_getaffinity(0)), "blas": os.environ.get("OMP_NUM_THREADS")}
+
+    told = client.run(ask)
+    threads = {a: w["nthreads"] for a, w in client.scheduler_info(n_workers=-1)["workers"].items()}
+    bad = [a for a, answer in told.items() if answer["blas"] is None and threads.get(a, 1) > 1]
+    if bad:
+        yield (
+            None,
+            (
+                f"{bad[0]} (of {len(bad)}) runs {threads[bad[0]]} tasks at once, each with "
+                "BLAS threads for every core; start workers with OMP_NUM_THREADS=1"
+            ),
+        )
+    else:
+        yield True, "BLAS threads times tasks stay within the cores"
+
+
+def _shared(client: Client, folder: str) -> Told:
+    token = uuid.uuid4().hex
+    try:
+        create_root(folder)
+    except (LkarrayError, OSError) as error:
+        yield False, f"the client cannot write there: {error}"
+        return
+    _put(folder, "client", token)
+
+    def look(folder: str, token: str, name: str) -> str:
+        try:
+            if _get(folder, "client") != token:
+                return "does not see what the client wrote"
+            _put(folder, name, token)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
+    for number, address in enumerate(addresses):
+        told = client.submit(
+            look, folder, token, f"worker{number}", workers=[address], pure=False
+        ).result(timeout=_WAIT)
+        if not told and _get(folder, f"worker{number}") != token:
+            told = "writes, but the client does not see it"
+        if told:
+            yield (
+                False,
+                (
+                    f"{address} at {folder}: {told}. Give a folder on storage that all hosts "
+                    "mount at the same path, or a URL"
+                ),
+            )
+            return
+    yield True, f"{len(addresses)} workers and the client read and write it"
+
+
+def _tiles(client: Client, folder: str) -> Told:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(_CHAINS, _DRAWS, _SAMPLES)).astype(np.float32)
+    losses = xr.DataArray(
+        values, dims=("chain", "draw", "sample"), coords={"sample": np.arange(_SAMPLES)},
+        name="loss",
+    )  # fmt: skip
+    began = time.perf_counter()
+    lazy = correlation(losses.chunk(sample=100), memory="64 MiB")
+    with client.as_current():
+        stored = save(lazy, f"{folder}/kernel.zarr", "derived/correlation")
+        difference = np.abs(stored.values - np.corrcoef(values.reshape(-1, _SAMPLES).T)).max()
+    seconds = time.perf_counter() - began
+    problems = verify(f"{folder}/kernel.zarr")
+    if difference > 1e-5 or problems:
+        yield False, f"a kernel is wrong by {difference:.1e} ({[str(p) for p in problems]})"
+    else:
+        yield True, f"a correlation of {_SAMPLES} samples agrees with numpy ({seconds:.1f} s)"
+
+
+def _loss(client: Client) -> Told:
+    info = client.scheduler_info(n_workers=-1)["workers"]
+    busy = [address for address, tasks in client.processing().items() if tasks]
+    if busy:
+        yield None, f"not tried: {len(busy)} workers are at other work"
+        return
+    nannies = [worker.get("nanny") for worker in info.values()]
+    if len(info) < 2 and not all(nannies):
+        yield None, "not tried: there is one worker, and no nanny to start it again"
+        return
+
+    def die_once(doomed: str) -> int:
+        import os
+
+        from distributed import get_worker
+
+        if get_worker().address == doomed:
+            os._exit(1)
+        return 42
+
+    doomed, nanny = next(iter(info)), next(iter(nannies))
+    began = time.perf_counter()
+    task = client.submit(die_once, doomed, workers=[doomed], allow_other_workers=True, pure=False)
+    if task.result(timeout=_WAIT) != 42:
+        yield False, "the task of a worker that was ended gave another number"
+        return
+    wanted = len(info) if nanny else len(info) - 1
+    try:
+        client.wait_for_workers(wanted, timeout=_WAIT)
+    except TimeoutError:
+        yield False, "a worker that was ended did not come back; look at its nanny's log"
+        return
+    seconds = time.perf_counter() - began
+    back = "it was started again" if nanny else "no nanny, so it stays away"
+    yield True, f"one was ended, its task ran elsewhere in {seconds:.1f} s; {back}"
+
+
+def _left_out() -> Told:
+    yield None, "left out, as asked"
+
+
+def _put(folder: str, name: str, text: str) -> None:
+    buffer = default_buffer_prototype().buffer.from_bytes(text.encode())
+    sync(as_store(folder).set(name, buffer))
+
+
+def _get(folder: str, name: str) -> str | None:
+    found = sync(as_store(folder).get(name, default_buffer_prototype()))
+    return None if found is None else found.to_bytes().decode()
+
+
+@contextmanager
+def _removed(folder: str) -> Iterator[None]:
+    """Remove a folder, or what is under a URL, at the end."""
+    try:
+        yield
+    finally:
+        store = as_store(folder)
+        local = local_path(store)
+        if local is not None:
+            shutil.rmtree(local, ignore_errors=True)
+        else:
+            with suppress(OSError, RuntimeError):
+                sync(store.delete_dir(""))
