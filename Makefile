@@ -57,7 +57,7 @@ format: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-check: lint types test test-services
+check: lint types test
 
 bench: $(VENV)/.installed
 	@set -e; for file in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do \

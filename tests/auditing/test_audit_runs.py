@@ -191,7 +191,7 @@ def test_audit__on_workers(tmp_path, three_panels):
     trace = recorded(adam, store=tmp_path / "t")
     whole = lk.audit(trace, audited())
     with Client(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
     ) as client:
         found = lk.audit(trace, audited(), store=tmp_path / "t", client=client)
         np.testing.assert_allclose(found["influence"], whole["influence"], rtol=1e-9, atol=1e-14)

@@ -160,8 +160,9 @@ def test_host_cut_off__while_a_kernel_is_written_changes_nothing(address, doomed
     def under_way() -> bool:
         return len(list(kernel.glob("derived/correlation/correlation/c/*/*"))) >= 3
 
+    start_worker(doomed, address, tmp_path / "worker.log")  # its last one ended when it was cut off
     with lk.cluster.connect(address, workers=2) as client:
-        client.wait_for_workers(2, timeout=90)
+        client.wait_for_workers(2, timeout=60)
         lazy = lk.correlation(lk_open(tmp_path / "losses.zarr"), memory="24 MiB")
         assert lk.plan(lazy).tasks > 50
         cutter = cut_when(doomed, under_way, done)

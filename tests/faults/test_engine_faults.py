@@ -110,7 +110,7 @@ def test_split__shares_few_tiles_among_many_workers(rng, tmp_path):
     stored.chunk(time=1, param=10_000).to_zarr(tmp_path / "g.zarr", consolidated=False)
     lazy = xr.open_dataarray(tmp_path / "g.zarr", engine="zarr", consolidated=False, chunks={})
     expected = np.einsum("tip,tjp->ij", values.astype("f8"), values)
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(**options) as cluster, Client(cluster):
         kernel = lk.gram(lazy, over=("time", "param"))
         parts = [key for key in kernel.data.dask if isinstance(key, tuple) and "part" in key[0]]
