@@ -57,8 +57,31 @@ def prepare_on(client: Client, job: Job, **request: Any) -> Prepared:
 
     refuse_mismatch(client, needs=("torch",))
     payload = _dumps(job)
-    known: Prepared = submit(client, _prepare, payload, request).result()
+    with deaths_told("prepared to sample", "The draws committed are safe"):
+        known: Prepared = submit(client, _prepare, payload, request).result()
     return known
+
+
+@contextmanager
+def deaths_told(what: str, safe: str) -> Iterator[None]:
+    """Turn Dask's error of workers that died again and again into words.
+
+    Parameters
+    ----------
+    what
+        What they were at.
+    safe
+        What is stored already and not lost.
+    """
+    from distributed.scheduler import KilledWorker
+
+    try:
+        yield
+    except KilledWorker as error:
+        raise StoreError(
+            f"workers died while they {what} ({error}); look into their logs, for want of memory "
+            f"perhaps. {safe}: run again to continue"
+        ) from None
 
 
 def run_on(
