@@ -283,7 +283,15 @@ def _run(work: _Work, array: zarr.Array, todo: Iterable[tuple[Any, list[Index]]]
     graph[f"{name}-all"] = (_count, keys)
     below: list[Any] = [] if c is not None else [work.data]
     whole = HighLevelGraph.from_collections(name, graph, below)
-    dask.compute(Delayed(f"{name}-all", whole, layer=name))
+    try:
+        dask.compute(Delayed(f"{name}-all", whole, layer=name))
+    except Exception as error:
+        if type(error).__name__ != "KilledWorker":  # of distributed, which may not be loaded
+            raise
+        raise StoreError(
+            f"workers died while they computed ({error}); look into their logs, for want of "
+            "memory perhaps. Tiles that were written are kept: run again to continue"
+        ) from None
 
 
 def _save_tile(c: Contraction, tile: Tile, array: zarr.Array, outs: list[Index]) -> int:

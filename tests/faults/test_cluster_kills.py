@@ -1,0 +1,132 @@
+"""Ten rounds of workers killed at random moments: nothing changes, is lost, or is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import psutil
+import pytest
+import xarray as xr
+
+import lkarray as lk
+from lkarray import errors
+from tests.conftest import numpy_correlation, random_losses
+from tests.faults.test_workers import identical, sample
+
+pytestmark = pytest.mark.services
+
+ROUNDS = 10
+MOST = 3  # kills in a round: a worker takes a second to come back
+
+#: Tiles of a worker take their time, so that kills fall within them.
+SLOW_TILES = """
+import time
+from lkarray.engine import contraction
+if not hasattr(contraction, "_quick"):
+    contraction._quick = contraction.sum_pieces
+    def slow(*args):
+        time.sleep(0.01)
+        return contraction._quick(*args)
+    contraction.sum_pieces = slow
+"""
+
+
+def workers_of(client) -> list[int]:
+    """Processes of the workers that run now."""
+    return [
+        nanny.pid
+        for nanny in (w.process for w in client.cluster.workers.values())
+        if nanny is not None and nanny.pid is not None
+    ]
+
+
+@contextmanager
+def killing(client, rng, within: float):
+    """Kill one worker after another, at random moments, until the block is left."""
+    done, kills = threading.Event(), []
+
+    def kill() -> None:
+        while len(kills) < MOST and not done.wait(rng.uniform(0.1, within)):
+            if pids := workers_of(client):
+                pid = int(rng.choice(pids))
+                os.kill(pid, signal.SIGKILL)
+                kills.append(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield kills
+    finally:
+        done.set()
+        killer.join()
+
+
+def until_done(work):
+    """Call again whenever workers died too often, as the message says."""
+    for _ in range(20):
+        try:
+            return work()
+        except errors.StoreError as error:
+            assert "run again to continue" in str(error)  # noqa: PT017
+    raise AssertionError("twenty calls did not finish it")
+
+
+@pytest.fixture
+def no_orphans():
+    """Every process that a test starts is gone soon after its cluster is closed."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    yield
+    deadline = time.monotonic() + 10
+    while True:
+        left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+        left = [p for p in left if not any("resource_tracker" in word for word in p.cmdline())]
+        left = [p for p in left if not any("forkserver" in word for word in p.cmdline())]
+        if not left or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert left == []
+
+
+def test_dense_correlation__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
+    losses = random_losses(rng, chains=4, draws=60, samples=1200)
+    source = tmp_path / "losses.zarr"
+    losses.to_dataset().chunk(sample=200).to_zarr(source, consolidated=False)
+    lazy = lk.correlation(
+        xr.open_zarr(source, consolidated=False, chunks={})["loss"], memory="1500 KiB"
+    )
+    assert lk.plan(lazy).tiles > 30
+    whole = lk.save(lazy, tmp_path / "whole.zarr").values
+    np.testing.assert_allclose(whole, numpy_correlation(losses), atol=1e-5)
+    kills = 0
+    with lk.cluster.connect("local", workers=2, threads=1, memory="1 GiB") as client:
+        client.register_worker_callbacks(lambda: exec(SLOW_TILES, {}))
+        for number in range(ROUNDS):
+            store = tmp_path / f"{number}.zarr"
+            with killing(client, rng, 0.6) as killed:
+                found = until_done(lambda store=store: lk.save(lazy, store))
+            np.testing.assert_array_equal(found.values, whole)
+            assert lk.verify(store) == []
+            kills += len(killed)
+    assert kills >= ROUNDS // 2
+
+
+def test_sampling__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
+    options = {"draws": 40, "chains": 3}
+    whole = sample(tmp_path / "whole", None, **options)
+    kills = 0
+    with lk.cluster.connect(
+        "local", workers=2, threads=1, memory="1 GiB", env={"LKARRAY_TEST_PAUSE": "0.01"}
+    ) as client:
+        for number in range(ROUNDS):
+            store = tmp_path / str(number)
+            with killing(client, rng, 1.0) as killed:
+                found = until_done(lambda store=store: sample(store, client, **options))
+            assert identical(found, whole)
+            assert lk.verify(store) == []
+            kills += len(killed)
+    assert kills >= ROUNDS // 2
