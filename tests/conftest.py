@@ -18,6 +18,8 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 
+pytest_plugins = ["tests.cluster.services"]
+
 #: Address of a scheduler: all that a test computes with Dask then runs there (tests/cluster).
 CLUSTER = os.environ.get("LKARRAY_TEST_CLUSTER")
 

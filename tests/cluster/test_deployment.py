@@ -27,7 +27,7 @@ from distributed.system import MEMORY_LIMIT
 import lkarray as lk
 from lkarray._version import __version__
 from lkarray.cli import main
-from tests.cluster.conftest import Slurm, wait_for
+from tests.cluster.services import Slurm, wait_for
 
 pytestmark = pytest.mark.services
 
