@@ -19,6 +19,7 @@ _HALF = 10  # draws of a half of a chain, from which its standard error can be t
 _KERNEL_ESS = 100  # below which entries of R carry an error above 0.1
 _LOW, _HIGH = 0.5, 0.999  # acceptance below and above which the step size is off
 _WORTH = 0.1  # effective draws for each draw, below which larger steps would pay
+_RESOLUTION = 1e-6  # nats: float32 losses that deviate less are moved by rounding alone
 _EXCESS = 0.1  # of a pooled variance over one centred by chain
 
 
@@ -137,6 +138,14 @@ def _of_one(report: xr.Dataset, run: Run, turned: np.ndarray) -> Iterator[str]:
             f"{run.now('step_size')}, or let other parameters move (trainable=)"
         )
         return
+    moved = report["within_variance"] + report["between_variance"]
+    still, known = int((moved < _RESOLUTION**2).sum()), int(moved.count())
+    if still > _SOME * known:
+        yield (
+            f"the losses of {still} of {known} samples do not move beyond rounding, so their R and "
+            "their neighbours mean nothing: leave these samples out of statistics of neighbours, "
+            "or observe inputs that the model is less certain of"
+        )
     longer = f"raise {run.now('burn_in')}, take more draws (now {run.draws} a chain)"
     bad, n = int((report["rhat"] > _RHAT).sum()), int(report["rhat"].count())
     if bad > _SOME * n:

@@ -434,3 +434,11 @@ def test_diagnostics__of_components_sampled_together(sample, tmp_path):
     lines = [line for line in found.attrs["verdicts"] if "burn_in to 40" in line]
     assert len(lines) == 1
     assert lines[0].startswith("component first; component second: ")
+
+
+def test_verdicts__count_the_samples_whose_losses_do_not_move(rng):
+    losses = random_losses(rng, chains=4, draws=200, samples=20)
+    still = losses.where(losses["sample"] >= 3, 0.25)
+    (line,) = [v for v in lk.diagnostics(still).attrs["verdicts"] if "rounding" in v]
+    assert line.startswith("the losses of 3 of 20 samples do not move beyond rounding")
+    assert not [v for v in lk.diagnostics(losses).attrs["verdicts"] if "rounding" in v]
