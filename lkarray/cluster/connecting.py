@@ -14,9 +14,10 @@ import dask
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Security
 
+from lkarray.cluster.reaching import answering, await_workers, reach
 from lkarray.cluster.versions import refuse_mismatch
 from lkarray.engine.plan import machine_memory, memory_budget
-from lkarray.errors import ClusterError, MissingPackageError
+from lkarray.errors import MissingPackageError
 
 #: Where the dashboard of a cluster that `connect` opens listens: this machine alone.
 LOOPBACK = "127.0.0.1:8787"
@@ -132,18 +133,18 @@ def connect(
         if options or threads is not None or memory is not None:
             given = [*options, *(n for n, v in (("threads", threads), ("memory", memory)) if v)]
             raise ValueError(f"{target} runs already: {given} are settings of whoever started it")
-        client: Client = _reach(lambda: Client(rest, security=security, timeout=timeout), target)
+        client: Client = reach(lambda: answering(rest, security, timeout), target)
     else:
         shows = dashboard is not None
         plan = _Plan(rest, workers, threads, limit, security, _free(dashboard), shows, options)
-        cluster = _reach(lambda: _OPENERS[kind](plan), target)
+        cluster = reach(lambda: _OPENERS[kind](plan), target)
         try:
-            client = _reach(lambda: _Owner(cluster, timeout=timeout), target)
+            client = reach(lambda: _Owner(cluster, timeout=timeout), target)
         except BaseException:
             cluster.close()
             raise
     try:
-        _await(client, workers or 1, timeout, target, all_of_them=kind == "local")
+        await_workers(client, workers or 1, timeout, target, all_of_them=kind == "local")
         refuse_mismatch(client)
     except BaseException:
         client.close()
@@ -366,30 +367,4 @@ def _package(name: str, extra: str | None = None) -> Any:
         extra = extra or _EXTRAS[name]
         raise MissingPackageError(
             f"{error.name} is not installed: pip install 'lkarray[{extra}]'"
-        ) from None
-
-
-def _reach(call: Callable[[], Any], target: str) -> Any:
-    """Return what a call opens; turn its failure into words."""
-    try:
-        return call()
-    except (ClusterError, MissingPackageError):
-        raise
-    except Exception as error:
-        if isinstance(error, (TypeError, ValueError)) and not target.startswith("tls://"):
-            raise  # an option that what opens the cluster does not know
-        cause = str(error).strip() or type(error).__name__
-        raise ClusterError(
-            f"cannot reach or start {target}: {cause}. Is its scheduler up, are the address and "
-            "the certificates right? Nothing was started"
-        ) from error
-
-
-def _await(client: Client, workers: int, timeout: float, target: str, *, all_of_them: bool) -> None:
-    try:
-        client.wait_for_workers(workers if all_of_them else 1, timeout=timeout)
-    except TimeoutError:
-        raise ClusterError(
-            f"no worker of {target} came within {timeout:g} s; look at the queue, or the workers' "
-            "logs, or wait longer with timeout="
         ) from None

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib import color_sequences, colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 _LEAST = 30  # pairs behind a point that is drawn
 
@@ -36,6 +36,7 @@ def lift_by_depth(lift: xr.Dataset, *, least: int = _LEAST) -> Figure:
         axes.plot(part["depth"], part["lift"], "o-", ms=3.5, color=colour, label=str(group))
         axes.fill_between(part["depth"], part["low"], part["high"], color=colour, alpha=0.12, lw=0)
     axes.axhline(1, color="black", lw=0.8, ls=":")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _limit(axes, lift["lift"].where(shown).values)
     axes.set(
         xlabel="depth of the shared ancestor (edges from the root)",
@@ -74,6 +75,7 @@ def lift_curves(
         axes.errorbar(x, part["pooled_lift"], half, fmt="o-", ms=3.5, lw=1.4, elinewidth=1,
                       capsize=2, color=colour, label=name)  # fmt: skip
     axes.axhline(1, color="black", lw=0.8, ls=":")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log")
     bottom, top = max(axes.get_ylim()[0], 0.25), axes.get_ylim()[1]
     axes.set_ylim(bottom, top)

@@ -137,6 +137,24 @@ def test_no_worker__is_said_and_closed(tmp_path):
             default_client()
 
 
+def test_silence__is_not_waited_for_without_end():
+    """Something listens, and never says a word."""
+    code = (
+        "import socket, sys, lkarray as lk\n"
+        "if __name__ == '__main__':\n"
+        "    listening = socket.create_server(('127.0.0.1', 0))\n"
+        "    address = 'tcp://127.0.0.1:%d' % listening.getsockname()[1]\n"
+        "    try:\n"
+        "        lk.cluster.connect(address, timeout=1)\n"
+        "    except lk.errors.ClusterError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "accepts connections but did not answer within 1 s" in done.stdout
+
+
 @pytest.fixture(scope="module")
 def other_version(tmp_path_factory):
     """A cluster whose worker says that it has another xarray and no zarr."""

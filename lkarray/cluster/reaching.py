@@ -1,0 +1,68 @@
+"""Clients that answer in time, and failures to reach a cluster in words."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from distributed import Client, Security
+
+from lkarray.errors import ClusterError, MissingPackageError
+
+_GRACE = 2.0  # seconds beyond a timeout until an answer is given up
+
+
+def answering(address: str, security: Security | None, timeout: float) -> Client:
+    """Return a client, unless whatever listens at the address never says anything.
+
+    Distributed itself would wait for its answer without end.
+    """
+    answer: Future[Client] = Future()
+
+    def call() -> None:
+        try:
+            answer.set_result(Client(address, security=security, timeout=timeout))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=call, daemon=True, name="lkarray-connect").start()
+    try:
+        return answer.result(timeout + _GRACE)
+    except TimeoutError:
+        if answer.done():
+            raise
+        raise ClusterError(
+            f"{address} accepts connections but did not answer within {timeout:g} s; is a Dask "
+            "scheduler what listens there, and is it well?"
+        ) from None
+
+
+def reach(call: Callable[[], Any], target: str) -> Any:
+    """Return what a call opens; turn its failure into words."""
+    try:
+        return call()
+    except (ClusterError, MissingPackageError):
+        raise
+    except Exception as error:
+        if isinstance(error, (TypeError, ValueError)) and not target.startswith("tls://"):
+            raise  # an option that what opens the cluster does not know
+        cause = str(error).strip() or type(error).__name__
+        raise ClusterError(
+            f"cannot reach or start {target}: {cause}. Is its scheduler up, are the address and "
+            "the certificates right? Nothing was started"
+        ) from error
+
+
+def await_workers(
+    client: Client, workers: int, timeout: float, target: str, *, all_of_them: bool
+) -> None:
+    """Wait for the workers, or for the first of them, and say so where none comes."""
+    try:
+        client.wait_for_workers(workers if all_of_them else 1, timeout=timeout)
+    except TimeoutError:
+        raise ClusterError(
+            f"no worker of {target} came within {timeout:g} s; look at the queue, or the workers' "
+            "logs, or wait longer with timeout="
+        ) from None
