@@ -147,13 +147,14 @@ def info(path: str) -> None:
 def verify(path: str) -> None:
     """Check every committed chunk of the store at PATH; exit with 1 if any is not whole."""
     from lkarray.store import verify as check
+    from lkarray.store.objects import without_credentials
 
     problems = check(path)
     for problem in problems:
         click.echo(str(problem))
     if problems:
         raise SystemExit(1)
-    click.echo(f"{path} is sound")
+    click.echo(f"{without_credentials(path)} is sound")
 
 
 @main.group()

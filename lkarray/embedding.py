@@ -244,6 +244,8 @@ def _umap(
         warnings.filterwarnings("ignore", message=r"(?s).*Spectral initiali[sz]ation failed.*")
         # "Tensorflow not installed": it is needed for parametric UMAP only.
         warnings.simplefilter("ignore", ImportWarning)
+        # "IProgress not found": no bar is drawn.
+        warnings.filterwarnings("ignore", message=r"IProgress not found.*")
         from umap import UMAP
 
         model = UMAP(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import xarray as xr
 import zarr
 from dask.utils import format_bytes
+from zarr.storage import FsspecStore
 
 from lkarray import schema
 from lkarray.errors import DivergedError
@@ -22,7 +23,7 @@ from lkarray.store import (
 from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import recorded
-from lkarray.store.location import StoreLike, local_path
+from lkarray.store.location import StoreLike, sizes
 from lkarray.store.reading import DERIVED, derived_groups, open_store
 from lkarray.store.trajectory import open_trajectory, trace_fingerprint
 
@@ -31,10 +32,9 @@ def describe_store(path: StoreLike) -> str:
     """Return a description: groups, sizes, labels, chains, settings. Reads no losses."""
     root = open_root(path)
     lines = [describe(root.store)]
-    folder = local_path(root.store)
-    if folder is not None:
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        lines.append(f"  {format_bytes(size)} on disk")
+    if not isinstance(root.store, FsspecStore):  # those need a request for each chunk
+        size = sum(size for _, size in sizes(root.store, ""))
+        lines.append(f"  {format_bytes(size)} stored")
     parts = parts_of(root)
     if parts is not None:
         for label in parts["labels"]:
@@ -52,8 +52,8 @@ def describe_store(path: StoreLike) -> str:
         group, name = at.split("/")
         if group != schema.SAMPLE_STATS:
             dims = array.metadata.dimension_names  # type: ignore[union-attr]
-            sizes = ", ".join(f"{d} {n:,}" for d, n in zip(dims or (), array.shape, strict=True))
-            lines.append(f"  /{group}  {name}({sizes}), chunks {array.chunks}, {array.dtype}")
+            shape = ", ".join(f"{d} {n:,}" for d, n in zip(dims or (), array.shape, strict=True))
+            lines.append(f"  /{group}  {name}({shape}), chunks {array.chunks}, {array.dtype}")
     loss = stored(root, schema.LOSSES, schema.LOSS)
     records = [read_record(root, chain) for chain in range(loss.shape[0])]
     lines.append(f"  draws committed by chain: {[record.draws for record in records]}")
@@ -92,12 +92,12 @@ def _training(root: zarr.Group) -> Iterator[str]:
         )
     for group in gradient_marks(root):
         tensor = next(iter(open_gradients(root, group).data_vars.values()))
-        sizes = ", ".join(f"{dim} {n:,}" for dim, n in tensor.sizes.items())
-        yield f"  /{group}  {tensor.name}({sizes}), {tensor.dtype}, {format_bytes(tensor.nbytes)}"
+        shape = ", ".join(f"{dim} {n:,}" for dim, n in tensor.sizes.items())
+        yield f"  /{group}  {tensor.name}({shape}), {tensor.dtype}, {format_bytes(tensor.nbytes)}"
     for group in audit_marks(root):
         influence = open_audit(root, group)["influence"]
-        sizes = ", ".join(f"{dim} {n:,}" for dim, n in influence.sizes.items())
-        yield f"  /{group}  influence({sizes}), {influence.dtype}, {format_bytes(influence.nbytes)}"
+        shape = ", ".join(f"{dim} {n:,}" for dim, n in influence.sizes.items())
+        yield f"  /{group}  influence({shape}), {influence.dtype}, {format_bytes(influence.nbytes)}"
     if mark is not None:
         yield from ["", "  recorded with"]
         yield from (f"    {key}: {value}" for key, value in mark.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,13 +11,20 @@ from typing import Any
 _DELAY = 2.0
 
 
+def _tqdm() -> Any:
+    """Return tqdm's class for here: that of notebooks needs ipywidgets, and warns without it."""
+    if importlib.util.find_spec("ipywidgets") is None:
+        from tqdm import tqdm
+    else:
+        from tqdm.auto import tqdm
+    return tqdm
+
+
 def bar(
     description: str, *, total: int, done: int = 0, unit: str = "step", show: bool = True
 ) -> Any:
     """Return a tqdm bar that appears after two seconds, in terminals and notebooks alike."""
-    from tqdm.auto import tqdm
-
-    return tqdm(
+    return _tqdm()(
         desc=description,
         total=total,
         initial=done,
@@ -38,11 +46,10 @@ def dask_bar(description: str, *, show: bool = True) -> AbstractContextManager[A
     """Return a context in which every computation on Dask's local schedulers has a bar."""
     if not show:
         return nullcontext()
-    from tqdm.auto import tqdm
     from tqdm.dask import TqdmCallback
 
     bars: AbstractContextManager[Any] = TqdmCallback(
-        desc=description, unit="task", delay=_DELAY, tqdm_class=tqdm, dynamic_ncols=True
+        desc=description, unit="task", delay=_DELAY, tqdm_class=_tqdm(), dynamic_ncols=True
     )
     return bars
 

@@ -18,11 +18,9 @@ from traitlets.config import Config
 
 FOLDER = Path(__file__).parent
 LIMIT = 120  # seconds
-#: The commands of this environment, `lkarray` among them, come first; and tqdm does not ask for
-#: ipywidgets, as it does when a notebook imports it, whether or not a bar is drawn.
+#: The commands of this environment, `lkarray` among them, come first.
 ENVIRONMENT = {
-    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-    "PYTHONWARNINGS": "ignore:IProgress not found",
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 }
 
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 import zarr
 from click.testing import CliRunner
+from dask.utils import format_bytes
 from torch import optim
 
 import lkarray as lk
@@ -35,13 +36,15 @@ pytest.importorskip("moto.server")
 obstore = pytest.importorskip("obstore")
 
 KEY, SECRET = "AKIADISTINCTIVEFAKE0", "distinctive/fake/secret/9f8e7d"
+
+pytestmark = pytest.mark.services
+
 #: One request at a time: moto looks and writes in two steps, which S3 does in one.
 SERVE = """
 import sys
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import run_simple
 
-pytestmark = pytest.mark.services
 run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app))
 """
 
@@ -149,6 +152,8 @@ def test_sample__equals_a_local_store_bit_for_bit(bucket, tmp_path, sample):
         done = CliRunner().invoke(main, [command, url])
         assert done.exit_code == 0, done.output
         assert url in done.output
+    size = sum(item["size"] for item in obstore.list(bare(url)).collect())
+    assert f"{format_bytes(size)} stored" in CliRunner().invoke(main, ["info", url]).output
 
 
 def test_sample__several_components_each_at_a_url_of_its_own(bucket, sample):

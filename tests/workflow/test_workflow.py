@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from pydantic import Field
 
 import lkarray as lk
-from lkarray import errors, workflow
+from lkarray import errors, progress, workflow
 from lkarray.cli import main
 from lkarray.store import file_lock
 
@@ -193,10 +193,19 @@ def invoke(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
+@pytest.mark.filterwarnings("error")
+def test_progress__without_ipywidgets_is_plain_and_warns_of_nothing(monkeypatch):
+    from tqdm.std import tqdm
+
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert type(progress.bar("sampling", total=2)) is tqdm
+
+
 def test_cli__info_says_what_a_store_holds(digits):
     result = invoke("info", digits / "runs/digits/store.zarr")
     assert result.exit_code == 0
     for text in (
+        " stored\n",
         "loss(chain 2, draw 150, sample 1,500)",
         "[150, 150]",
         "label",
