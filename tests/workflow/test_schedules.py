@@ -20,6 +20,8 @@ from lkarray.store import file_lock
 from lkarray.workflow.ending import without_credentials
 from lkarray.workflow.scheduling import input_hash, source_hash
 
+pytestmark = pytest.mark.services
+
 #: In their order, also of docs/scheduling.md.
 FIELDS = [
     "workflow", "status", "exit_code", "folder", "lkarray", "seconds", "stages", "reused",
@@ -33,8 +35,6 @@ from pathlib import Path
 
 from lkarray import workflow
 from lkarray.errors import StoreError
-
-pytestmark = pytest.mark.services
 
 
 class Config(workflow.Config):
