@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import dask
 from distributed import Client, Security
 
 from lkarray.errors import ClusterError, MissingPackageError
@@ -31,8 +32,9 @@ def answering(address: str, security: Security | None, timeout: float) -> Client
     try:
         return answer.result(timeout + _GRACE)
     except TimeoutError:
-        if answer.done():
+        if answer.done() and answer.exception():
             raise
+        answer.add_done_callback(lambda late: late.exception() or late.result().close())
         raise ClusterError(
             f"{address} accepts connections but did not answer within {timeout:g} s; is a Dask "
             "scheduler what listens there, and is it well?"
@@ -41,12 +43,17 @@ def answering(address: str, security: Security | None, timeout: float) -> Client
 
 def reach(call: Callable[[], Any], target: str) -> Any:
     """Return what a call opens; turn its failure into words."""
+    scheduler = dask.config.get("scheduler", None)
     try:
         return call()
-    except (ClusterError, MissingPackageError):
-        raise
-    except Exception as error:
-        if isinstance(error, (TypeError, ValueError)) and not target.startswith("tls://"):
+    except BaseException as error:
+        # A client that fails leaves itself as Dask's scheduler.
+        dask.config.set(scheduler=scheduler)
+        if isinstance(error, ClusterError | MissingPackageError):
+            raise
+        if not isinstance(error, Exception):
+            raise
+        if isinstance(error, TypeError | ValueError) and not target.startswith("tls://"):
             raise  # an option that what opens the cluster does not know
         cause = str(error).strip() or type(error).__name__
         raise ClusterError(

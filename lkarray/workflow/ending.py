@@ -150,7 +150,7 @@ def _stoppable(write: Callable[[bytes], object], ending: Ending) -> Iterator[Non
         return
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
     asked: list[int] = []
-    unwound = threading.Event()
+    once = threading.Lock()  # held by whichever thread ends the run, and never released
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
@@ -161,7 +161,7 @@ def _stoppable(write: Callable[[bytes], object], ending: Ending) -> Iterator[Non
         raise Stopped(number)
 
     def give_up(number: int) -> None:
-        if not unwound.is_set():
+        if once.acquire(blocking=False):
             error = Stopped(number)
             ending.failed(error)
             os.write(2, f"lkarray: {error}\n".encode())
@@ -180,7 +180,7 @@ def _stoppable(write: Callable[[bytes], object], ending: Ending) -> Iterator[Non
             raise Stopped(asked[0]) from error  # what a library has made of it
         raise
     finally:
-        unwound.set()
+        once.acquire()
         if not asked:  # else signals stay ignored until the process ends
             signal.set_wakeup_fd(woken)
             for number, handler in before.items():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import dask.array as da
 import psutil
 import pytest
 from distributed import Client, LocalCluster, default_client
@@ -35,6 +36,7 @@ def test_local__closes_what_it_opened():
         default_client()
     with pytest.raises(errors.ClusterError, match="cannot reach or start tcp://"):
         lk.cluster.connect(address, timeout=0.5)
+    assert da.ones(3, chunks=1).sum().compute() == 3  # not left to a scheduler that is gone
 
 
 def test_close__does_the_same_as_leaving_the_block():
