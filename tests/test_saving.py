@@ -112,6 +112,18 @@ def test_save__upper_leaves_the_lower_triangle_missing(tmp_path, losses):
         lk.save(1 - kernel_of(losses), tmp_path / "x.zarr", upper=True)
 
 
+def test_verify__reads_a_kernel_that_stands_alone(tmp_path, losses):
+    lk.save(kernel_of(losses), tmp_path / "k.zarr")
+    lk.save(lk.covariance(losses), tmp_path / "k.zarr", "derived/half", upper=True)
+    assert lk.verify(tmp_path / "k.zarr") == []
+    first, second, *_ = chunk_files(tmp_path / "k.zarr")
+    raw = bytearray(first.read_bytes())
+    raw[7] ^= 1
+    first.write_bytes(raw)
+    second.unlink()
+    assert [p.kind for p in lk.verify(tmp_path / "k.zarr")] == ["corrupt", "missing"]
+
+
 def test_save__refuses_another_kernel_in_the_same_group(tmp_path, losses):
     path = tmp_path / "k.zarr"
     lk.save(kernel_of(losses), path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import xarray as xr
 from dask.utils import format_bytes
+from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
@@ -24,13 +25,23 @@ from lkarray.errors import LkarrayError
 from lkarray.kernels import correlation
 from lkarray.saving import save
 from lkarray.store import verify
-from lkarray.store.location import StoreLike, as_store, create_root, local_path
+from lkarray.store.location import (
+    StoreLike,
+    address,
+    as_store,
+    create_root,
+    describe,
+    inner_store,
+    local_path,
+)
+from lkarray.store.objects import without_credentials
 
 if TYPE_CHECKING:
     from distributed import Client
 
 _CHAINS, _DRAWS, _SAMPLES = 2, 40, 300
 _WAIT = 45.0  # seconds that one step may take
+_FORGETTING = 2.0  # seconds in which workers forget what the steps before have left
 
 #: What a step tells: whether it went as it should, and what was found.
 Told: TypeAlias = Iterator[tuple[bool | None, str]]
@@ -54,6 +65,9 @@ class Finding:
     ok: bool | None
     message: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", without_credentials(self.message))
+
     def __str__(self) -> str:
         word = {True: "ok     ", False: "PROBLEM", None: "note   "}[self.ok]
         return f"{word} {self.step}: {self.message}"
@@ -67,11 +81,11 @@ def check(client: Client, shared: StoreLike | None = None, *, loss: bool = True)
     client
         What `connect` returned.
     shared
-        A folder or URL that client and workers should all see: where the stores will be. A folder
-        of its own is made in it, and removed. Default: the working directory.
+        A folder, URL or Zarr store that client and workers should all see: where the stores will
+        be. A folder of its own is made in it, and removed. Default: the working directory.
     loss
         Also end one worker's process, to see its tasks run again elsewhere. It is left out where
-        the cluster is at other work.
+        the cluster is at other work, or holds somebody's data.
 
     Returns
     -------
@@ -85,26 +99,38 @@ def check(client: Client, shared: StoreLike | None = None, *, loss: bool = True)
     Takes well under a minute on a cluster that answers. Nothing raises but the loss of the
     client's own connection.
     """
-    place = f"{os.fspath(shared) if shared is not None else Path.cwd()}".rstrip("/")  # type: ignore[arg-type]
-    folder = f"{place}/lkarray-check-{uuid.uuid4().hex[:8]}"
+    name = f"lkarray-check-{uuid.uuid4().hex[:8]}"
     found: list[Finding] = []
-    with _removed(folder):
+    with ExitStack() as at_the_end:
         steps: dict[str, Callable[[], Told]] = {
             "workers": partial(_workers, client),
             "versions": partial(_versions, client),
             "threads": partial(_threads, client),
-            "shared storage": partial(_shared, client, folder),
-            "tile job": partial(_tiles, client, folder),
+            "shared storage": lambda: _shared(client, _made(shared, name, at_the_end)),
+            "tile job": lambda: _tiles(client, _folder(shared, name)),
             "worker loss": partial(_loss, client) if loss else _left_out,
         }
         for step, work in steps.items():
             try:
                 found += [Finding(step, ok, message) for ok, message in work()]
-            except (LkarrayError, OSError, RuntimeError, TimeoutError, ValueError) as error:
+            except Exception as error:
                 found.append(Finding(step, False, f"{type(error).__name__}: {error}"))
             if found[-1].ok is False and step in ("versions", "shared storage"):
                 break
     return found
+
+
+def _folder(shared: StoreLike | None, name: str) -> str | Store:
+    """Return what workers, too, open a folder in the shared one by."""
+    return address(inner_store(as_store(Path.cwd() if shared is None else shared), name))
+
+
+def _made(shared: StoreLike | None, name: str, at_the_end: ExitStack) -> str | Store:
+    """Make the folder, to be removed at the end."""
+    folder = _folder(shared, name)
+    at_the_end.callback(_remove, folder)
+    create_root(folder)
+    return folder
 
 
 def _workers(client: Client) -> Told:
@@ -138,36 +164,39 @@ def _versions(client: Client) -> Told:
 
 
 def _threads(client: Client) -> Told:
-    def ask() -> dict[str, Any]:
+    def ask() -> tuple[str, int, str | None]:
         import os
+        import socket
 
-        return {"cores": len(os.sched_getaffinity(0)), "blas": os.environ.get("OMP_NUM_THREADS")}
+        return socket.gethostname(), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
 
-    told = client.run(ask)
-    threads = {a: w["nthreads"] for a, w in client.scheduler_info(n_workers=-1)["workers"].items()}
-    bad = [a for a, answer in told.items() if answer["blas"] is None and threads.get(a, 1) > 1]
+    cores: dict[str, int] = {}
+    threads: dict[str, int] = defaultdict(int)
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    for worker, (host, own, blas) in client.run(ask).items():
+        cores[host] = max(own, cores.get(host, 0))
+        threads[host] += workers[worker]["nthreads"] * (
+            int(blas) if (blas or "").isdigit() else own
+        )
+    bad = [host for host in cores if threads[host] > cores[host]]
     if bad:
         yield (
             None,
             (
-                f"{bad[0]} (of {len(bad)}) runs {threads[bad[0]]} tasks at once, each with "
-                "BLAS threads for every core; start workers with OMP_NUM_THREADS=1"
+                f"{bad[0]} (of {len(bad)} such) may run {threads[bad[0]]} threads, tasks times "
+                f"BLAS threads of each, on {cores[bad[0]]} cores; start workers with "
+                "OMP_NUM_THREADS=1, and no more tasks at once than cores"
             ),
         )
     else:
         yield True, "BLAS threads times tasks stay within the cores"
 
 
-def _shared(client: Client, folder: str) -> Told:
+def _shared(client: Client, folder: str | Store) -> Told:
     token = uuid.uuid4().hex
-    try:
-        create_root(folder)
-    except (LkarrayError, OSError) as error:
-        yield False, f"the client cannot write there: {error}"
-        return
     _put(folder, "client", token)
 
-    def look(folder: str, token: str, name: str) -> str:
+    def look(folder: str | Store, token: str, name: str) -> str:
         try:
             if _get(folder, "client") != token:
                 return "does not see what the client wrote"
@@ -176,10 +205,10 @@ def _shared(client: Client, folder: str) -> Told:
             return f"{type(error).__name__}: {error}"
         return ""
 
-    addresses = list(client.scheduler_info(n_workers=-1)["workers"])
-    for number, address in enumerate(addresses):
+    workers = list(client.scheduler_info(n_workers=-1)["workers"])
+    for number, worker in enumerate(workers):
         told = client.submit(
-            look, folder, token, f"worker{number}", workers=[address], pure=False
+            look, folder, token, f"worker{number}", workers=[worker], pure=False
         ).result(timeout=_WAIT)
         if not told and _get(folder, f"worker{number}") != token:
             told = "writes, but the client does not see it"
@@ -187,15 +216,16 @@ def _shared(client: Client, folder: str) -> Told:
             yield (
                 False,
                 (
-                    f"{address} at {folder}: {told}. Give a folder on storage that all hosts "
-                    "mount at the same path, or a URL"
+                    f"{worker} at {describe(as_store(folder))}: {told}. Give a folder on storage "
+                    "that all hosts mount at the same path, or a URL"
                 ),
             )
             return
-    yield True, f"{len(addresses)} workers and the client read and write it"
+    yield True, f"{len(workers)} workers and the client read and write it"
 
 
-def _tiles(client: Client, folder: str) -> Told:
+def _tiles(client: Client, folder: str | Store) -> Told:
+    store = address(inner_store(as_store(folder), "kernel.zarr"))
     rng = np.random.default_rng(0)
     values = rng.normal(size=(_CHAINS, _DRAWS, _SAMPLES)).astype(np.float32)
     losses = xr.DataArray(
@@ -205,10 +235,10 @@ def _tiles(client: Client, folder: str) -> Told:
     began = time.perf_counter()
     lazy = correlation(losses.chunk(sample=100), memory="64 MiB")
     with client.as_current():
-        stored = save(lazy, f"{folder}/kernel.zarr", "derived/correlation")
+        stored = save(lazy, store, "derived/correlation")
         difference = np.abs(stored.values - np.corrcoef(values.reshape(-1, _SAMPLES).T)).max()
     seconds = time.perf_counter() - began
-    problems = verify(f"{folder}/kernel.zarr")
+    problems = verify(store)
     if difference > 1e-5 or problems:
         yield False, f"a kernel is wrong by {difference:.1e} ({[str(p) for p in problems]})"
     else:
@@ -217,10 +247,12 @@ def _tiles(client: Client, folder: str) -> Told:
 
 def _loss(client: Client) -> Told:
     info = client.scheduler_info(n_workers=-1)["workers"]
-    busy = [address for address, tasks in client.processing().items() if tasks]
-    if busy:
-        yield None, f"not tried: {len(busy)} workers are at other work"
-        return
+    until = time.monotonic() + _FORGETTING
+    while busy := {at for at, keys in _kept(client) if keys}:
+        if time.monotonic() > until:
+            yield None, f"not tried: {len(busy)} workers are at other work, or hold its data"
+            return
+        time.sleep(0.1)
     nannies = [worker.get("nanny") for worker in info.values()]
     if len(info) < 2 and not all(nannies):
         yield None, "not tried: there is one worker, and no nanny to start it again"
@@ -231,13 +263,14 @@ def _loss(client: Client) -> Told:
 
         from distributed import get_worker
 
-        if get_worker().address == doomed:
+        if get_worker().id == doomed:  # one that is started again may have its address
             os._exit(1)
         return 42
 
     doomed, nanny = next(iter(info)), next(iter(nannies))
+    process = client.run(_worker_id, workers=[doomed])[doomed]
     began = time.perf_counter()
-    task = client.submit(die_once, doomed, workers=[doomed], allow_other_workers=True, pure=False)
+    task = client.submit(die_once, process, workers=[doomed], allow_other_workers=True, pure=False)
     if task.result(timeout=_WAIT) != 42:
         yield False, "the task of a worker that was ended gave another number"
         return
@@ -252,30 +285,35 @@ def _loss(client: Client) -> Told:
     yield True, f"one was ended, its task ran elsewhere in {seconds:.1f} s; {back}"
 
 
+def _kept(client: Client) -> Iterator[tuple[str, Any]]:
+    """Yield each worker with the keys that it works on, and with those that it holds."""
+    yield from client.processing().items()
+    yield from client.has_what().items()
+
+
+def _worker_id(dask_worker: Any = None) -> str:
+    return str(dask_worker.id)
+
+
 def _left_out() -> Told:
     yield None, "left out, as asked"
 
 
-def _put(folder: str, name: str, text: str) -> None:
+def _put(folder: str | Store, name: str, text: str) -> None:
     buffer = default_buffer_prototype().buffer.from_bytes(text.encode())
     sync(as_store(folder).set(name, buffer))
 
 
-def _get(folder: str, name: str) -> str | None:
+def _get(folder: str | Store, name: str) -> str | None:
     found = sync(as_store(folder).get(name, default_buffer_prototype()))
     return None if found is None else found.to_bytes().decode()
 
 
-@contextmanager
-def _removed(folder: str) -> Iterator[None]:
-    """Remove a folder, or what is under a URL, at the end."""
-    try:
-        yield
-    finally:
-        store = as_store(folder)
-        local = local_path(store)
-        if local is not None:
-            shutil.rmtree(local, ignore_errors=True)
-        else:
-            with suppress(OSError, RuntimeError):
-                sync(store.delete_dir(""))
+def _remove(folder: str | Store) -> None:
+    store = as_store(folder)
+    local = local_path(store)
+    if local is not None:
+        shutil.rmtree(local, ignore_errors=True)
+    else:
+        with suppress(LkarrayError, OSError, RuntimeError):
+            sync(store.delete_dir(""))

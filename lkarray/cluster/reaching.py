@@ -62,14 +62,13 @@ def reach(call: Callable[[], Any], target: str) -> Any:
         ) from error
 
 
-def await_workers(
-    client: Client, workers: int, timeout: float, target: str, *, all_of_them: bool
-) -> None:
-    """Wait for the workers, or for the first of them, and say so where none comes."""
+def await_workers(client: Client, workers: int, timeout: float, target: str) -> None:
+    """Wait for so many workers, and say how many there are where they do not come."""
     try:
-        client.wait_for_workers(workers if all_of_them else 1, timeout=timeout)
+        client.wait_for_workers(workers, timeout=timeout)
     except TimeoutError:
+        came = len(client.scheduler_info(n_workers=-1)["workers"])
         raise ClusterError(
-            f"no worker of {target} came within {timeout:g} s; look at the queue, or the workers' "
-            "logs, or wait longer with timeout="
+            f"{came or 'no'} worker{'s' * (came > 1)} of {target} came within {timeout:g} s, not "
+            f"{workers}; look at the queue, or the workers' logs, or wait longer with timeout="
         ) from None

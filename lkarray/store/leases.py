@@ -167,7 +167,8 @@ def _acquire(store: UrlStore, key: str) -> Lease:
         _check_conditions(store, lease)
         return lease
     first: _Found | None = None
-    began, offset, said = time.monotonic(), 0.0, False
+    began = since = time.monotonic()
+    offset, said = 0.0, False
     while True:
         found = _read(store, key)
         if found is None:
@@ -185,11 +186,12 @@ def _acquire(store: UrlStore, key: str) -> Lease:
         if first is None:
             first = found
             offset = (_server_time(store) - found.modified).total_seconds()
+            since = time.monotonic()  # after the request, however long it took: rather too late
         elif found.version != first.version:
             raise LockedError(f"{store.url} is in use by {holder(found.body)}; wait for it")
         expires = float(found.body.get("expires", EXPIRY))
         # A second more, since servers tell the time in whole seconds.
-        left = expires + 1 - offset - (time.monotonic() - began)
+        left = expires + 1 - offset - (time.monotonic() - since)
         if left <= 0:
             if lease.put(found.version):
                 logger.warning(

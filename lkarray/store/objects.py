@@ -146,8 +146,8 @@ class UrlStore(ObjectStore[Any]):
         parts = None if len(value) > _ONE_PUT else False
         deadline = time.monotonic() + _WRITE_PATIENCE
         while True:
-            await self._assured()
             try:
+                await self._assured()
                 with told(self.url):
                     await obstore.put_async(self.store, key, data, use_multipart=parts)
                     return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -88,13 +88,13 @@ def verify(path: StoreLike) -> list[Problem]:
                 found = [Problem("missing", "zarr.json", str(error))]
             problems += [p._replace(path=f"{at}/{p.path}") for p in found]
         return problems
-    training = list(_training(root))
+    others = [*_derived(root), *_training(root)]
     if stored_fingerprint(root) is not None:
-        return [*_problems(root), *training]
+        return [*_problems(root), *others]
     made = trace_fingerprint(root) or gradient_marks(root) or audit_marks(root)
     if not made and not derived_groups(root):
         return [Problem("missing", schema.LOSSES, "sampling was stopped before it began")]
-    return training
+    return others
 
 
 def _training(root: zarr.Group) -> Iterator[Problem]:
@@ -180,18 +180,27 @@ def _shapes(
 
 
 def _whole_arrays(root: zarr.Group, arrays: dict[str, zarr.Array]) -> Iterator[Problem]:
-    """Check the arrays that are written at once: coordinates, center losses, derived."""
-    groups = loss_groups(root)
-    for group_name in groups:
-        yield from _chunks(arrays[f"{group_name}/{schema.CENTER_LOSS.name}"], ())
-    for group_name in (*groups, *derived_groups(root)):
-        group = root[group_name]
-        assert isinstance(group, zarr.Group)
-        for name in sorted(group.array_keys()):
-            if f"{group_name}/{name}" not in arrays:
-                found = _open_array(root, f"{group_name}/{name}")
-                problems = [found] if isinstance(found, Problem) else _chunks(found, ())
-                yield from (p for p in problems if not _left_out(found, p))
+    """Check the arrays that are written at once: coordinates and center losses."""
+    for group in loss_groups(root):
+        yield from _chunks(arrays[f"{group}/{schema.CENTER_LOSS.name}"], ())
+        yield from _of_group(root, group, arrays)
+
+
+def _derived(root: zarr.Group) -> Iterator[Problem]:
+    """Check the results that the store keeps, whatever it holds besides."""
+    for group in derived_groups(root):
+        yield from _of_group(root, group, ())
+
+
+def _of_group(root: zarr.Group, group: str, known: Container[str]) -> Iterator[Problem]:
+    """Check the arrays of a group, but for those that are known."""
+    node = root[group]
+    assert isinstance(node, zarr.Group)
+    for name in sorted(node.array_keys()):
+        if f"{group}/{name}" not in known:
+            found = _open_array(root, f"{group}/{name}")
+            problems = [found] if isinstance(found, Problem) else _chunks(found, ())
+            yield from (p for p in problems if not _left_out(found, p))
 
 
 def _left_out(array: zarr.Array | Problem, problem: Problem) -> bool:

@@ -10,7 +10,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
@@ -25,10 +24,10 @@ import click
 
 from lkarray._version import __version__
 from lkarray.errors import FingerprintError, LockedError, SettingsError
+from lkarray.store.objects import without_credentials
 from lkarray.workflow.running import read_record
 
 _GRACE = 5.0  # seconds in which a stopped run may close what it has open
-_URL = re.compile(r"\b([a-z][a-z0-9+.-]*://)(?:[^/\s'\"]*@)?([^\s?'\"]*)(?:\?[^\s'\")]*)?", re.I)
 
 
 class Stopped(BaseException):
@@ -48,11 +47,6 @@ def ending_of(error: BaseException) -> tuple[str, int]:
     if isinstance(error, SettingsError | FingerprintError | click.UsageError):
         return "refused", 2
     return "failed", 1
-
-
-def without_credentials(text: str) -> str:
-    """Return a text whose URLs have neither user, password nor query."""
-    return _URL.sub(r"\1\2", text)
 
 
 class Ending:

@@ -13,7 +13,7 @@ from distributed import Client, LocalCluster, default_client
 
 import lkarray as lk
 from lkarray import errors
-from lkarray.cluster import connecting, versions
+from lkarray.cluster import opening, versions
 
 GIB = 2**30
 
@@ -97,7 +97,7 @@ def test_dashboard__takes_another_port_when_its_own_is_taken():
 def test_local_shape__fits_cores_and_memory(asked, machine, found):
     given = {"workers": None, "threads": None, "memory": None} | asked
     cores, total = machine
-    assert connecting.local_shape(**given, cores=cores, machine=total) == found
+    assert opening.local_shape(**given, cores=cores, machine=total) == found
 
 
 @pytest.mark.parametrize(
@@ -247,3 +247,38 @@ def test_check__says_what_is_not_shared(tmp_path):
     notes = {f.step: f.message for f in found if f.ok is None}
     assert "start workers with OMP_NUM_THREADS=1" in notes["threads"]
     assert "no memory limit" in notes.get("workers", "no memory limit")
+
+
+def test_check__leaves_workers_alone_that_hold_data_and_has_no_credentials(tmp_path, monkeypatch):
+    """On an address of somebody else; another working directory is no fault of the storage."""
+    elsewhere, here = tmp_path / "elsewhere", tmp_path / "here"
+    elsewhere.mkdir(), here.mkdir()
+    with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address,
+             "--no-nanny", "--no-dashboard", "--nthreads", "8", "--host", "127.0.0.1"],
+            cwd=elsewhere, env=os.environ | {"OMP_NUM_THREADS": "64"}, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            with Client(cluster) as other, lk.cluster.connect(cluster.scheduler_address) as client:
+                held = other.scatter(list(range(3)))
+                monkeypatch.chdir(here)
+                found = lk.cluster.check(client, "stores")
+                secret = lk.cluster.check(client, "s3://me:sec/ret@bucket/x", loss=False)
+                assert other.gather(held) == [0, 1, 2]
+        finally:
+            worker.terminate()
+            worker.wait()
+    assert [f for f in found if f.ok is False] == []
+    notes = {f.step: f.message for f in found if f.ok is None}
+    assert "1 workers are at other work, or hold its data" in notes["worker loss"]
+    assert "may run 512 threads" in notes["threads"]
+    assert [f.step for f in secret if f.ok is False] == ["shared storage"]
+    assert "sec/ret" not in "".join(map(str, secret))
+
+
+def test_workers__of_an_address_are_waited_for():
+    local = LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0")
+    told = pytest.raises(errors.ClusterError, match=r"1 worker of .* within 0.5 s, not 5")
+    with local as cluster, told:
+        lk.cluster.connect(cluster.scheduler_address, workers=5, timeout=0.5)

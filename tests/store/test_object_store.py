@@ -497,6 +497,39 @@ def test_lock__a_server_that_ignores_conditions_is_refused(bucket, monkeypatch):
         pass
 
 
+def test_write__outlives_an_outage_in_which_its_lock_grew_old(bucket, quick, monkeypatch):
+    store, real = stores.as_store(f"{bucket}/run"), obstore.put
+    failures = [obstore.exceptions.GenericError("HTTP error: error sending request")] * 2
+
+    def put(*args, **options):
+        if failures:
+            raise failures.pop()
+        return real(*args, **options)
+
+    with stores.writer_lock(store):
+        (lease,) = objects.guards[store.url]
+        lease._over.set()
+        lease._thread.join()
+        lease._until = 0.0
+        monkeypatch.setattr(obstore, "put", put)
+        zarr.create_group(store, zarr_format=3)
+    assert failures == []
+
+
+def test_lock__a_slow_taker_does_not_take_it_early(bucket, quick, monkeypatch):
+    url, real = f"{bucket}/run", leases._server_time
+    leases._acquire(stores.as_store(url), ".lkarray.writer.lock")  # and never renewed
+    began = time.monotonic()
+
+    def slow(store):
+        time.sleep(1.5)
+        return real(store)
+
+    monkeypatch.setattr(leases, "_server_time", slow)
+    leases._acquire(stores.as_store(url), ".lkarray.writer.lock")
+    assert time.monotonic() - began > leases.EXPIRY
+
+
 def test_write__under_a_lock_is_repeated_when_nothing_answered(bucket, quick, monkeypatch):
     store, real = stores.as_store(f"{bucket}/run"), obstore.put_async
     failures = [obstore.exceptions.GenericError("HTTP error: error sending request")]
