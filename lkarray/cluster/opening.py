@@ -202,7 +202,8 @@ def _dask_cluster(plan: Plan, operator: Any, options: dict[str, Any]) -> dict[st
         )
     resources = options.pop("resources", None)
     if resources is None and plan.memory:
-        resources = {"limits": {"memory": str(plan.memory)}}
+        # A tenth more, for the process that watches over the worker.
+        resources = {"limits": {"memory": str(plan.memory * 10 // 9)}}
     more = ("idle_timeout", "jupyter", "scheduler_service_type")
     spec: dict[str, Any] = operator.make_cluster_spec(
         name=options.pop("name", None) or f"lkarray-{uuid.uuid4().hex[:8]}",

@@ -19,12 +19,14 @@ from typing import Any
 
 import click
 import dask.config
+import psutil
 import pytest
 import yaml
 from distributed import Client, LocalCluster, Security
 from distributed.system import MEMORY_LIMIT
 
 import lkarray as lk
+from lkarray import errors
 from lkarray._version import __version__
 from lkarray.cli import main
 from tests.cluster.services import Slurm, wait_for
@@ -353,6 +355,26 @@ def test_jobqueue_settings__start_workers_that_compute(slurm: Slurm) -> None:
         assert "lkarray-worker" in slurm.call("squeue", "--noheader", "--format=%j")
 
 
+@pytest.mark.usefixtures("jobqueue")
+def test_connect__wins_over_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dask_jobqueue
+
+    made: list[dict[str, Any]] = []
+
+    def cluster(**options: Any) -> None:
+        made.append(options["scheduler_options"])
+        raise OSError("not started")
+
+    monkeypatch.setattr(dask_jobqueue, "SLURMCluster", cluster)
+    mine = {"dashboard_address": "127.0.0.1:9998"}
+    file = {"jobqueue.slurm.scheduler-options": {"dashboard_address": "127.0.0.1:9997"}}
+    for given in ({}, {"dashboard": "127.0.0.1:9999"}, {"scheduler_options": mine}):
+        with dask.config.set(file), pytest.raises(errors.ClusterError, match="not started"):
+            lk.cluster.connect("slurm", **given)  # type: ignore[arg-type]
+    ports = [options["dashboard_address"].rpartition(":")[2] for options in made]
+    assert ports == ["9997", "9999", "9998"]
+
+
 @pytest.mark.usefixtures("jobqueue", "slurm")
 def test_connect__starts_secured_jobs(certificates: Path) -> None:
     with lk.cluster.connect("slurm", tls=certificates, dashboard="127.0.0.1:0") as client:
@@ -465,6 +487,16 @@ def test_certificates__are_used_by_hosts_reached_by_ssh(
     ):
         assert client.scheduler.address.startswith("tls://127.0.0.1:")
         assert client.submit(sum, [1, 2, 3]).result() == 6
+        worker = psutil.Process(*client.run(os.getpid).values())
+        started = [worker, worker.parent(), psutil.Process(client.run_on_scheduler(os.getpid))]
+        listening = {
+            (process.pid, c.laddr.ip)
+            for process in started
+            for c in process.net_connections("inet")
+            if c.status == psutil.CONN_LISTEN
+        }
+    assert len({pid for pid, _ in listening}) == 3  # worker, its nanny, scheduler
+    assert {address for _, address in listening} == {"127.0.0.1"}
 
 
 # --- Kubernetes ----------------------------------------------------------------------------
@@ -592,19 +624,79 @@ def test_dask_cluster__is_reached_by_name_and_keeps_workers_in_their_limit() -> 
     assert policy["spec"]["podSelector"]["matchLabels"] == {"dask.org/cluster-name": name}
     (scheduler,) = cluster["spec"]["scheduler"]["spec"]["containers"]
     (worker,) = cluster["spec"]["worker"]["spec"]["containers"]
-    assert "127.0.0.1:8787" in scheduler["command"]
-    words, limits = worker["command"], worker["resources"]["limits"]
+    assert "127.0.0.1:8787" in scheduler["args"]
+    words, limits = worker["args"], worker["resources"]["limits"]
     threads = words[words.index("--nthreads") + 1]
     memory = words[words.index("--memory-limit") + 1]
     assert threads == limits["cpu"]
     pod = dask.utils.parse_bytes(limits["memory"].replace("Gi", "GiB"))
     assert 0.85 < dask.utils.parse_bytes(memory) / pod < 0.95
     assert {"name": "OMP_NUM_THREADS", "value": "1"} in worker["env"]
-    for command in (scheduler["command"], worker["command"]):
-        program = command[1:] if command[0] == "dask" else command
-        told = said(sys.executable, "-m", "dask", program[0], "--help")
-        for option in (word for word in program if word.startswith("--")):
-            assert option in told
+    for container in (scheduler, worker):
+        dask_command_is_known(container)
+
+
+def dask_command_is_known(container: Mapping[str, Any]) -> None:
+    """Fail unless a container starts Dask with options that it has, whatever the image starts."""
+    assert container["command"] == ["dask"]
+    program, *words = container["args"]
+    told = said(sys.executable, "-m", "dask", program, "--help")
+    for option in (word for word in words if word.startswith("--")):
+        assert option in told
+
+
+def test_connect__makes_a_dask_cluster_that_kubernetes_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    operator = pytest.importorskip("dask_kubernetes.operator")
+    made: list[dict[str, Any]] = []
+
+    def cluster(**options: Any) -> None:
+        made.append(options)
+        raise OSError("there is no Kubernetes here")
+
+    monkeypatch.setattr(operator, "KubeCluster", cluster)
+    with pytest.raises(errors.ClusterError, match="there is no Kubernetes here"):
+        lk.cluster.connect("kubernetes", image="mine", threads=4, memory="9 GiB", namespace="n")
+    (options,) = made
+    spec = options.pop("custom_cluster_spec")
+    assert options == {"namespace": "n"}
+    judge(spec)
+    (scheduler,) = spec["spec"]["scheduler"]["spec"]["containers"]
+    (worker,) = spec["spec"]["worker"]["spec"]["containers"]
+    assert {scheduler["image"], worker["image"]} == {"mine"}
+    assert spec["spec"]["worker"]["replicas"] == 1
+    assert {"name": "OMP_NUM_THREADS", "value": "1"} in worker["env"]
+    assert worker["args"][-4:] == ["--nthreads", "4", "--memory-limit", f"{9 * 2**30}B"]
+    for container in (scheduler, worker):
+        dask_command_is_known(container)
+    for wrong, message in [
+        ({"tls": None}, "needs image="),
+        ({"threads": 2, "target": "kubernetes://lkarray"}, "settings of its manifest"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            lk.cluster.connect(wrong.pop("target", "kubernetes"), **wrong)  # type: ignore[arg-type]
+
+
+def test_connect__leaves_a_dask_cluster_that_it_did_not_make(
+    monkeypatch: pytest.MonkeyPatch, certificates: Path
+) -> None:
+    """The operator's own class, without the requests with which it starts."""
+    kubecluster = pytest.importorskip("dask_kubernetes.operator.kubecluster.kubecluster")
+    seen: list[Any] = []
+
+    async def start(cluster: Any) -> None:
+        seen.append(cluster)
+
+    monkeypatch.setattr(kubecluster.KubeCluster, "_start", start)
+    monkeypatch.setattr(kubecluster, "DaskCluster", None)  # deleting it would need this
+    with pytest.raises(ValueError, match="Not Connected"):
+        lk.cluster.connect("kubernetes://lkarray", timeout=0.1)
+    cluster, *_ = seen
+    assert (cluster.name, cluster.shutdown_on_close) == ("lkarray", False)
+    assert cluster.create_mode == kubecluster.CreateMode.CONNECT_ONLY
+    with pytest.raises(ValueError, match="kubernetes takes no tls="):
+        lk.cluster.connect("kubernetes://lkarray", tls=certificates)
 
 
 # --- The image -----------------------------------------------------------------------------
