@@ -59,7 +59,7 @@ types: $(VENV)/.installed-dev
 
 check: lint types test
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-test
 	@set -e; for file in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do \
 	  echo "== $$file"; $(BIN)/python $$file; done
 

@@ -98,7 +98,7 @@ def run(
 
     Each setting of the workflow is an option too: --dataset mnist is --set dataset=mnist.
 
-    Exit codes: 0 done or unchanged, 1 failed, 2 wrong settings or a missing input, 3 in use by
+    Exit codes: 0 done or unchanged, 1 failed, 2 wrong settings, 3 in use by
     another process, 130 and 143 stopped; run again to continue.
     """
     from lkarray.workflow import Request, run_if_changed, run_in, workflow_names
