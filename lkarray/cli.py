@@ -1,8 +1,8 @@
 """The command line: ``lkarray run``, ``info``, ``verify`` and ``cluster check``.
 
 Exit codes: 0 done, or unchanged; 1 failed, or problems found; 2 wrong usage or settings, or
-a missing input; 3 in use by another process, try again later; 130 and 143 stopped by Ctrl-C
-and by SIGTERM.
+a path that is missing under ``--if-changed``; 3 in use by another process, try again later; 130
+and 143 stopped by Ctrl-C and by SIGTERM.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def run(
 
     Each setting of the workflow is an option too: --dataset mnist is --set dataset=mnist.
 
-    Exit codes: 0 done or unchanged, 1 failed, 2 wrong settings, 3 in use by
-    another process, 130 and 143 stopped; run again to continue.
+    Exit codes: 0 done or unchanged, 1 failed, 2 wrong settings, or under
+    --if-changed a missing path, 3 in use by another process, 130 and 143 stopped; run again to
+    continue.
     """
     from lkarray.workflow import Request, run_if_changed, run_in, workflow_names
 
