@@ -92,6 +92,7 @@ def no_orphans():
     assert left == []
 
 
+@pytest.mark.timeout(900)
 def test_dense_correlation__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
     losses = random_losses(rng, chains=4, draws=60, samples=1200)
     source = tmp_path / "losses.zarr"
@@ -100,10 +101,11 @@ def test_dense_correlation__ten_rounds_of_killed_workers(tmp_path, rng, no_orpha
         xr.open_zarr(source, consolidated=False, chunks={})["loss"], memory="1500 KiB"
     )
     assert lk.plan(lazy).tiles > 30
-    whole = lk.save(lazy, tmp_path / "whole.zarr").values
-    np.testing.assert_allclose(whole, numpy_correlation(losses), atol=1e-5)
     kills = 0
     with lk.cluster.connect("local", workers=2, threads=1, memory="1 GiB") as client:
+        # Undisturbed on the same workers: as many BLAS threads give the same last bits.
+        whole = lk.save(lazy, tmp_path / "whole.zarr").values
+        np.testing.assert_allclose(whole, numpy_correlation(losses), atol=1e-5)
         client.register_worker_callbacks(lambda: exec(SLOW_TILES, {}))
         for number in range(ROUNDS):
             store = tmp_path / f"{number}.zarr"
@@ -115,6 +117,7 @@ def test_dense_correlation__ten_rounds_of_killed_workers(tmp_path, rng, no_orpha
     assert kills >= ROUNDS // 2
 
 
+@pytest.mark.timeout(900)
 def test_sampling__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
     options = {"draws": 40, "chains": 3}
     whole = sample(tmp_path / "whole", None, **options)
