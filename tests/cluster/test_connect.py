@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import dask.array as da
 import psutil
@@ -13,7 +16,7 @@ from distributed import Client, LocalCluster, default_client
 
 import lkarray as lk
 from lkarray import errors
-from lkarray.cluster import opening, versions
+from lkarray.cluster import opening, reaching, versions
 
 GIB = 2**30
 
@@ -36,6 +39,8 @@ def test_local__closes_what_it_opened():
         default_client()
     with pytest.raises(errors.ClusterError, match="cannot reach or start tcp://"):
         lk.cluster.connect(address, timeout=0.5)
+    with pytest.raises(errors.ClusterError, match="certificates"):
+        lk.cluster.connect(address.replace("tcp://", "tls://"), timeout=0.5)
     assert da.ones(3, chunks=1).sum().compute() == 3  # not left to a scheduler that is gone
 
 
@@ -142,7 +147,7 @@ def test_no_worker__is_said_and_closed(tmp_path):
 def test_silence__is_not_waited_for_without_end():
     """Something listens, and never says a word."""
     code = (
-        "import socket, sys, lkarray as lk\n"
+        "import socket, sys, lkarray as lk, dask.array as da\n"
         "if __name__ == '__main__':\n"
         "    listening = socket.create_server(('127.0.0.1', 0))\n"
         "    address = 'tcp://127.0.0.1:%d' % listening.getsockname()[1]\n"
@@ -150,11 +155,27 @@ def test_silence__is_not_waited_for_without_end():
         "        lk.cluster.connect(address, timeout=1)\n"
         "    except lk.errors.ClusterError as error:\n"
         "        print(error)\n"
+        "    print(da.ones(9, chunks=3).sum().compute())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert "accepts connections but did not answer within 1 s" in done.stdout
+    assert "9.0" in done.stdout  # computed here, not waited for there
+
+
+def test_silence__that_ends_too_late_leaves_no_client(monkeypatch):
+    closed = threading.Event()
+
+    def late(*args, **options):
+        time.sleep(0.3)
+        return SimpleNamespace(close=closed.set)
+
+    monkeypatch.setattr(reaching, "Client", late)
+    monkeypatch.setattr(reaching, "_GRACE", 0.0)
+    with pytest.raises(errors.ClusterError, match="did not answer within 0.1 s"):
+        lk.cluster.connect("tcp://127.0.0.1:1", timeout=0.1)
+    assert closed.wait(10)
 
 
 @pytest.fixture(scope="module")
