@@ -68,10 +68,10 @@ def reach(call: Callable[[], Any], target: str) -> Any:
 
 
 def _default() -> Client | None:
-    try:
-        return default_client()
-    except ValueError:
-        return None
+    with suppress(ValueError):
+        client: Client = default_client()
+        return client
+    return None
 
 
 def await_workers(client: Client, workers: int, timeout: float, target: str) -> None:
