@@ -24,9 +24,10 @@ from lkarray.store.layout import (
 )
 from lkarray.store.location import as_store, describe, open_root, writing
 from lkarray.store.locking import file_lock, region_lock, writer_lock
+from lkarray.store.problems import Problem
 from lkarray.store.reading import open_rectangle, open_store
 from lkarray.store.trajectory import discard_trace
-from lkarray.store.verifying import Problem, verify
+from lkarray.store.verifying import verify
 
 __all__ = [
     "ChainRegion",

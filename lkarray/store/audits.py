@@ -21,7 +21,7 @@ import zarr
 from zarr.core.sync import sync
 
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, OUTPUT, VariableSpec
-from lkarray.store.commit import chunk_keys, flush
+from lkarray.store.chunks import chunk_keys, flush
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import create_array, create_coord, require_space, stored_at
 from lkarray.store.location import (

@@ -9,19 +9,18 @@ written again, with the same numbers, by the run that resumes.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from typing import NamedTuple
 
 import numpy as np
 import zarr
-from zarr.abc.store import Store
 
 from lkarray import schema
+from lkarray.store.chunks import chunk_keys, flush
 from lkarray.store.layout import carried, recorded, stored
-from lkarray.store.location import local_path, writing
+from lkarray.store.location import writing
 
 #: A chain commits when a block fills, or after this long and this many times the last cost.
 COMMIT_SECONDS = 30.0
@@ -178,24 +177,3 @@ class ChainRegion:
             self._record[chain] = record
             flush(self._root.store, chunk_keys(self._record, (chain,)))
         return time.monotonic() - began
-
-
-def flush(store: Store, keys: Iterable[str]) -> None:
-    """Make the operating system put some keys of a local store, and their folders, on the disk."""
-    folder = local_path(store)
-    if folder is None:
-        return
-    files = [path for key in keys if (path := folder / key).exists()]
-    for path in [*files, *{path.parent for path in files}]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def chunk_keys(array: zarr.Array, leading: tuple[int, ...]) -> list[str]:
-    """Return the keys of the chunks of ``array`` whose first indices are ``leading``."""
-    tail = array.cdata_shape[len(leading) :]
-    keys = (array.metadata.encode_chunk_key((*leading, *rest)) for rest in np.ndindex(tail))
-    return [f"{array.path}/{key}" for key in keys]

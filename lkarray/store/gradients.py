@@ -18,7 +18,7 @@ import zarr
 
 from lkarray import schema
 from lkarray.schema import OUTPUT, TIME, VariableSpec
-from lkarray.store.commit import chunk_keys, flush
+from lkarray.store.chunks import chunk_keys, flush
 from lkarray.store.discarding import discard
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import (

@@ -17,6 +17,7 @@ from zarr.storage import FsspecStore, LocalStore
 from lkarray._version import __version__
 from lkarray.errors import DamagedError, MissingPackageError, StoreError, StoreVersionError
 from lkarray.store import objects
+from lkarray.store.checksums import json_digest
 from lkarray.store.objects import ObjectError, UrlStore, without_credentials
 
 StoreLike = str | os.PathLike[str] | Store
@@ -26,6 +27,7 @@ SCHEMA_VERSION = 1
 
 #: Root attribute under which lkarray keeps what it must know of a store.
 MARK = "lkarray"
+_SEAL = "seal"  # in it: a checksum of the rest
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -204,6 +206,12 @@ def open_root(path: StoreLike, *, mode: str = "r") -> zarr.Group:
             f"{mark['schema']}; this is lkarray {__version__}, which reads up to layout "
             f"{SCHEMA_VERSION}. Upgrade lkarray; nothing was touched"
         )
+    rest = {key: value for key, value in mark.items() if key != _SEAL}
+    if mark.get(_SEAL, json_digest(rest)) != json_digest(rest):
+        raise DamagedError(
+            f"the root metadata of {describe(store)} were changed since they were written "
+            f"(attribute {MARK!r} of zarr.json); nothing was touched. Restore zarr.json from a copy"
+        )
     return root
 
 
@@ -213,13 +221,26 @@ def create_root(path: StoreLike) -> zarr.Group:
     if exists(store):
         return open_root(store, mode="r+")
     with writing(store):
-        mark = {"schema": SCHEMA_VERSION, "version": __version__}
+        mark = sealed({"schema": SCHEMA_VERSION, "version": __version__})
         return zarr.create_group(store, zarr_format=3, attributes={MARK: mark})
 
 
 def update_mark(root: zarr.Group, **entries: Any) -> None:
     """Set entries of the root attribute that lkarray keeps."""
-    root.update_attributes({MARK: dict(root.attrs[MARK]) | entries})  # type: ignore[arg-type]
+    mark = {key: value for key, value in dict(root.attrs[MARK]).items() if key != _SEAL}  # type: ignore[arg-type]
+    # A store of lkarray 0.1.0 has no seals, and does not get this one: it would promise others.
+    now = mark | entries
+    root.update_attributes({MARK: sealed(now) if is_sealed(root) else now})
+
+
+def sealed(mark: dict[str, Any]) -> dict[str, Any]:
+    """Return what lkarray keeps of a store with a checksum of it."""
+    return mark | {_SEAL: json_digest(mark)}
+
+
+def is_sealed(root: zarr.Group) -> bool:
+    """Say whether a store has seals and digests, as all have but those of lkarray 0.1.0."""
+    return _SEAL in dict(root.attrs[MARK])  # type: ignore[arg-type]
 
 
 @contextmanager

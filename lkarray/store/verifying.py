@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from lkarray import schema
 from lkarray.errors import DamagedError, StoreError
 from lkarray.store.audits import audit_marks, committed_panels
-from lkarray.store.commit import Record, chunk_keys, read_record
+from lkarray.store.chunks import chunk_keys, raw
+from lkarray.store.commit import Record, read_record
 from lkarray.store.gradients import committed_shards, gradient_marks
 from lkarray.store.layout import (
     carried_paths,
@@ -26,29 +25,9 @@ from lkarray.store.layout import (
     stored_fingerprint,
 )
 from lkarray.store.location import StoreLike, open_root
+from lkarray.store.problems import Problem
 from lkarray.store.reading import derived_groups
 from lkarray.store.trajectory import committed_chunks, trace_fingerprint
-
-
-class Problem(NamedTuple):
-    """One fault of a store.
-
-    Attributes
-    ----------
-    kind
-        ``missing``, ``truncated``, ``corrupt`` or ``mismatch``.
-    path
-        The piece: a chunk's key, or an array's or group's path.
-    detail
-        What was expected and what was found.
-    """
-
-    kind: str
-    path: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.path}: {self.detail}"
 
 
 def verify(path: StoreLike) -> list[Problem]:
@@ -244,17 +223,15 @@ def _chunks(
     array: zarr.Array, leading: tuple[int, ...], *, optional: bool = False
 ) -> Iterator[Problem]:
     """Check the chunks whose first indices are ``leading``: there, of full length, sound."""
-    raw = isinstance(array.serializer, BytesCodec) and all(
-        isinstance(codec, Crc32cCodec) for codec in array.compressors
-    )
+    plain = raw(array)
     expected = prod(array.chunks) * array.dtype.itemsize + 4 * len(array.compressors)
     for key, at in zip(chunk_keys(array, leading), _indices(array, leading), strict=True):
         buffer = sync(array.store.get(key, default_buffer_prototype()))
         if buffer is None:
             if not optional:
                 yield Problem("missing", key, "the chunk was committed, but is not there")
-        elif len(buffer) == 0 or (raw and len(buffer) != expected):
-            yield Problem("truncated", key, f"{len(buffer)} of {expected if raw else '?'} bytes")
+        elif len(buffer) == 0 or (plain and len(buffer) != expected):
+            yield Problem("truncated", key, f"{len(buffer)} of {expected if plain else '?'} bytes")
         else:
             try:
                 array.blocks[at]

@@ -12,7 +12,7 @@ import numpy as np
 import zarr
 
 from lkarray.schema import VariableSpec
-from lkarray.store.commit import chunk_keys, flush
+from lkarray.store.chunks import chunk_keys, flush
 from lkarray.store.layout import create_array, stored_at
 from lkarray.store.location import writing
 from lkarray.store.trajectory import (

@@ -1,0 +1,184 @@
+"""Chunks as files: their keys, their checksums, and that they are really there.
+
+Zarr reads a chunk that is missing as its fill value, so whatever reads something that must be
+there asks for it here. Each chunk ends in the CRC-32C of its content; kept a second time, in a
+place of its own, that number also tells when a sound chunk lies where another belongs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import zarr
+from zarr.abc.store import Store, SuffixByteRequest
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from lkarray.errors import DamagedError
+from lkarray.store.checksums import crc
+from lkarray.store.location import describe, local_path
+
+_CRC_BYTES = 4
+_AT_ONCE = 64  # requests under way
+
+
+def chunk_keys(array: zarr.Array, leading: tuple[int, ...] = ()) -> list[str]:
+    """Return the keys of the chunks of ``array`` whose first indices are ``leading``."""
+    return [chunk_key(array, (*leading, *rest)) for rest in _rest(array, leading)]
+
+
+def chunk_key(array: zarr.Array, at: tuple[int, ...]) -> str:
+    """Return the key of one chunk."""
+    return f"{array.path}/{array.metadata.encode_chunk_key(at)}"
+
+
+def _rest(array: zarr.Array, leading: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
+    return np.ndindex(array.cdata_shape[len(leading) :])
+
+
+def flush(store: Store, keys: Iterable[str]) -> None:
+    """Make the operating system put some keys of a local store, and their folders, on the disk."""
+    folder = local_path(store)
+    if folder is None:
+        return
+    files = [path for key in keys if (path := folder / key).exists()]
+    for path in [*files, *{path.parent for path in files}]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def digests(array: zarr.Array, leading: tuple[int, ...], values: np.ndarray) -> np.ndarray:
+    """Return the CRC-32C of the chunks that ``values`` would be stored as, ``uint32``.
+
+    Parameters
+    ----------
+    array
+        Of numbers, stored raw.
+    leading
+        First indices of the chunks; they have one chunk along each dim of these.
+    values
+        What these chunks hold, without the dims of ``leading`` whose chunks are one long. It may be
+        shorter than the chunks: the rest is the fill value, as Zarr stores it.
+    """
+    chunks = array.chunks
+    squeezed = len(chunks) - values.ndim
+    whole = chunks[squeezed:]
+    fixed = len(leading) - squeezed
+    little = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
+    found = []
+    for rest in _rest(array, leading):
+        at = (*(0,) * fixed, *rest)
+        place = tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, whole, strict=True))
+        piece = values[place]
+        if piece.shape != whole or piece.dtype != little:
+            padded = np.full(whole, array.fill_value, little)
+            padded[tuple(map(slice, piece.shape))] = piece
+            piece = padded
+        found.append(crc(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
+    return np.array(found, np.uint32)
+
+
+def stored_digests(array: zarr.Array, keys: Sequence[str]) -> list[bytes | None]:
+    """Return the checksums that some stored chunks end in, ``None`` for those that are missing.
+
+    Of an array without checksums, as lkarray 0.1.0 stored text, they are taken of the chunk.
+    """
+    checked = any(isinstance(codec, Crc32cCodec) for codec in array.compressors)
+    part = SuffixByteRequest(_CRC_BYTES) if checked else None
+    prototype = default_buffer_prototype()
+
+    async def one(key: str) -> bytes | None:
+        buffer = await array.store.get(key, prototype, part)
+        if buffer is None:
+            return None
+        content = buffer.to_bytes()
+        return content if checked else crc(content).to_bytes(_CRC_BYTES, "little")
+
+    async def look() -> list[bytes | None]:
+        found: list[bytes | None] = []
+        for start in range(0, len(keys), _AT_ONCE):
+            found += await asyncio.gather(*map(one, keys[start : start + _AT_ONCE]))
+        return found
+
+    return sync(look())
+
+
+def missing(store: Store, keys: Iterable[str]) -> list[str]:
+    """Return those keys at which nothing is stored, or a file without content."""
+    keys = list(keys)
+    folder = local_path(store)
+    if folder is not None:
+        return [key for key in keys if not _has_content(folder / key)]
+
+    async def look() -> list[str]:
+        there: list[bool] = []
+        for start in range(0, len(keys), _AT_ONCE):
+            there += await asyncio.gather(*map(store.exists, keys[start : start + _AT_ONCE]))
+        return [key for key, known in zip(keys, there, strict=True) if not known]
+
+    return sync(look())
+
+
+def _has_content(path: os.PathLike[str]) -> bool:
+    try:
+        return os.stat(path).st_size > 0
+    except OSError:
+        return False
+
+
+def require_chunks(array: zarr.Array, leading: tuple[int, ...] = ()) -> None:
+    """Raise `DamagedError`, naming the first, unless the chunks below ``leading`` are there."""
+    lost = missing(array.store, chunk_keys(array, leading))
+    if lost:
+        raise DamagedError(
+            f"{describe(array.store)} is damaged: {lost[0]} was committed, but is missing or "
+            f"empty ({len(lost)} such chunks of {array.path}). Nothing was touched: restore it "
+            "from a copy; lk.verify lists all faults, and lk.repair takes again what it can"
+        )
+
+
+def read_whole(array: zarr.Array) -> np.ndarray:
+    """Return an array that was written whole; a chunk that is missing or damaged is an error.
+
+    Raises
+    ------
+    DamagedError
+        A chunk is missing, cut off, or fails its checksum; the message names it.
+    """
+    require_chunks(array)
+    return read(array, ...)
+
+
+def read(array: zarr.Array, place: object) -> np.ndarray:
+    """Return a selection of an array of which the chunks are known to be there.
+
+    Raises
+    ------
+    DamagedError
+        A chunk cannot be decoded; the message names the array.
+    """
+    try:
+        return np.asarray(array[place])  # type: ignore[index]
+    except Exception as error:  # every codec raises its own
+        if isinstance(error, OSError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise DamagedError(
+            f"{describe(array.store)} is damaged: a chunk of {array.path} cannot be read "
+            f"({reason}). Nothing was touched: restore it from a copy; lk.verify lists all faults, "
+            "and lk.repair takes again what it can"
+        ) from error
+
+
+def raw(array: zarr.Array) -> bool:
+    """Say whether chunks are stored as they are in memory, so that their size is known."""
+    return isinstance(array.serializer, BytesCodec) and all(
+        isinstance(codec, Crc32cCodec) for codec in array.compressors
+    )

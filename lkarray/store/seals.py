@@ -1,0 +1,124 @@
+"""Seals: what a group must be like, kept beside it, so that any change of it is noticed.
+
+Metadata is JSON without a checksum: one flipped bit in a fill value, a unit or ``nbeta`` is read
+without a word. So the attributes of each group hold, under `SEAL`, a checksum of each other
+attribute, and of each array in it the checksums of its metadata and, where it was written once
+and for all, of its content (of the checksums that its chunks end in, in order). What the root
+says of lkarray's own is sealed by itself (`location.update_mark`).
+
+A seal is made anew whenever lkarray changes the group: when it is made, grows, or is finished.
+Attributes that a user adds later are not sealed, and no fault.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import zarr
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+
+from lkarray.errors import DamagedError
+from lkarray.store.checksums import crc, json_digest
+from lkarray.store.chunks import chunk_keys, stored_digests
+from lkarray.store.location import describe
+from lkarray.store.problems import Problem
+
+SEAL = "lkarray_seal"
+_GROWS = ("shape",)  # of an array that grows; its length is held against the others'
+
+
+def seal(group: zarr.Group, *, growing: Collection[str] = ()) -> None:
+    """Seal a group as it is.
+
+    Parameters
+    ----------
+    group
+        Of lkarray's, with its arrays directly below it.
+    growing
+        Names of arrays whose length and content go on changing: commits have digests of these.
+    """
+    arrays = {name: _entry(array, name in growing) for name, array in sorted(group.arrays())}
+    attributes = {key: json_digest(value) for key, value in group.attrs.items() if key != SEAL}
+    group.update_attributes({SEAL: {"arrays": arrays, "attributes": attributes}})
+
+
+def _entry(array: zarr.Array, grows: bool) -> dict[str, Any]:
+    if grows:
+        return {"metadata": metadata_digest(array, without=_GROWS), "grows": True}
+    return {"metadata": metadata_digest(array), "content": content_digest(array)}
+
+
+def metadata_digest(array: zarr.Array, *, without: Collection[str] = ()) -> int:
+    """Return a checksum of an array's stored metadata."""
+    found = stored_metadata(array)
+    return json_digest({key: value for key, value in found.items() if key not in without})
+
+
+def stored_metadata(node: zarr.Array | zarr.Group) -> dict[str, Any]:
+    """Return the metadata of a node as they are stored.
+
+    Raises
+    ------
+    DamagedError
+        They are missing or no JSON.
+    """
+    key = f"{node.path}/zarr.json".lstrip("/")
+    buffer = sync(node.store.get(key, default_buffer_prototype()))
+    try:
+        found: dict[str, Any] = json.loads(buffer.to_bytes() if buffer is not None else b"")
+    except ValueError as error:
+        raise DamagedError(
+            f"{describe(node.store)} is damaged: {key} cannot be read ({error}); restore it from a "
+            "copy"
+        ) from None
+    return found
+
+
+def content_digest(array: zarr.Array) -> int:
+    """Return a checksum of what is stored of an array: of the checksums of its chunks, in order."""
+    found = stored_digests(array, chunk_keys(array))
+    return crc(b"".join(tail if tail is not None else b"none" for tail in found))
+
+
+def seal_of(group: zarr.Group) -> dict[str, Any] | None:
+    """Return a group's seal; ``None`` where it has none, as of lkarray 0.1.0."""
+    found = group.attrs.get(SEAL)
+    return found if isinstance(found, dict) and {"arrays", "attributes"} <= set(found) else None
+
+
+def broken_seals(group: zarr.Group) -> Iterator[Problem]:
+    """Yield what of a group differs from its seal; nothing where it has none."""
+    known = seal_of(group)
+    if known is None:
+        return
+    for key, digest in known["attributes"].items():
+        if key not in group.attrs:
+            yield Problem("missing", f"{group.path}/zarr.json", f"attribute {key!r} is gone")
+        elif json_digest(group.attrs[key]) != digest:
+            detail = f"attribute {key!r} was changed: it is {group.attrs[key]!r:.80}"
+            yield Problem("mismatch", f"{group.path}/zarr.json", detail)
+    for name, entry in known["arrays"].items():
+        yield from _broken(group, name, entry)
+
+
+def _broken(group: zarr.Group, name: str, entry: dict[str, Any]) -> Iterator[Problem]:
+    path = f"{group.path}/{name}"
+    try:
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        without = _GROWS if entry.get("grows") else ()
+        same = metadata_digest(array, without=without) == entry["metadata"]
+    except KeyError:
+        yield Problem("missing", f"{path}/zarr.json", "no such array")
+        return
+    except Exception as error:  # zarr names no common base for broken metadata
+        yield Problem("corrupt", f"{path}/zarr.json", f"metadata cannot be read ({error})")
+        return
+    if not same:
+        yield Problem("mismatch", f"{path}/zarr.json", "metadata were changed since it was sealed")
+    elif "content" in entry and content_digest(array) != entry["content"]:
+        detail = "its chunks are not those that were written, or stand in each other's places"
+        yield Problem("mismatch", path, detail)
