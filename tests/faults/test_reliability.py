@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_reliability.py"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.mark.services
 @pytest.mark.timeout(1800)
-def test_attacks__none_is_silent():
-    spec = importlib.util.spec_from_file_location("make_reliability", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = made  # processes that are started find it by this name
-    spec.loader.exec_module(made)
+def test_attacks__none_is_silent(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)  # so that processes that are started find it too
+    made = importlib.import_module("make_reliability")
     tallies, silent = made.table(rounds=15, kills=8, seed=1)
     assert not silent
     assert sum(tally.total() for tally in tallies.values()) == 2 * 5 * 15 + 2 * 8
