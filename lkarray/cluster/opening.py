@@ -139,7 +139,7 @@ def _ssh(plan: Plan) -> Any:
         for at, host in enumerate(hosts)
     }
     # What is started over SSH takes its certificates from Dask's configuration, which is sent.
-    with dask.config.set(_tls_settings(plan.security)):
+    with dask.config.set(tls_settings(plan.security)):
         return SpecCluster(
             workers, process(Scheduler, 0, hosts[0], scheduler), name="SSHCluster",
             security=plan.security, **options,
@@ -158,7 +158,7 @@ def _bound(host: str) -> dict[str, Any]:
         return {}
 
 
-def _tls_settings(security: Any) -> dict[str, Any]:
+def tls_settings(security: Any) -> dict[str, Any]:
     """Return Dask's own settings for these certificates."""
     if security is None or not security.require_encryption:
         return {}
