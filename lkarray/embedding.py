@@ -16,6 +16,7 @@ from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.schema import COMPONENT, RANK, second
+from lkarray.waiting import computed
 
 PAIRS = "pairs"
 _ROWS = 1024  # of a kernel in memory, at a time
@@ -173,7 +174,7 @@ def _from_neighbors(ds: xr.Dataset) -> Table:
             f"embed: the Dataset lacks {sorted(missing) or RANK}; pass lk.neighbors(...)"
         )
     rows = str(next(dim for dim in ds["neighbor"].dims if dim != RANK))
-    ds = ds.transpose(rows, RANK, ...).compute()
+    ds = computed(ds.transpose(rows, RANK, ...))
     index, similarity = ds["neighbor"].values, ds["similarity"].values
     if rows in ds.indexes:
         if not ds.indexes[rows].is_unique:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
@@ -25,9 +24,11 @@ from lkarray.progress import dask_bar
 from lkarray.store.layout import CODECS
 from lkarray.store.location import StoreLike, as_store, create_root, describe, sizes, writing
 from lkarray.store.locking import writer_lock
+from lkarray.waiting import compute
 
 _SAVED = "lkarray_save"  # attribute of the group: what is being saved there
 _CRC_BYTES = 4
+_SAFE = "Tiles that were written are kept"
 
 Index = tuple[int, ...]
 
@@ -68,6 +69,8 @@ def save(
         The group holds another kernel (nothing is touched), the store is in memory and the
         workers elsewhere, or writing failed: the disk is full, say. Tiles that were written
         stay, and the same call goes on from them.
+    ClusterError
+        No worker is left to compute, and none came; the same call goes on.
     LockedError
         Another process is writing to the store.
     SchemaError
@@ -91,7 +94,7 @@ def save(
             "a store in memory cannot be written by Dask workers; give a folder that all of them "
             "see, or a URL"
         )
-    safe = "Tiles that were written are kept; run the same call again to go on"
+    safe = f"{_SAFE}; run the same call again to go on"
     with writer_lock(target), writing(target, safe=safe):
         array, side = _open_target(target, kernel, group, upper)
         work = _Work.of(kernel, array, side, upper)
@@ -255,7 +258,7 @@ def _compare(work: _Work, array: zarr.Array, written: set[Index], group: str) ->
     """Compute the first and last stored tile again: they must be the same kernel's."""
     for index in {min(written), max(written)} if written else ():
         stored = array.blocks[index]
-        fresh = work.data.blocks[index].compute()
+        (fresh,) = compute(work.data.blocks[index], safe=_SAFE)
         scale = max(float(np.abs(fresh).max(initial=0)), 1e-30)
         if not np.allclose(stored, fresh, rtol=1e-3, atol=1e-4 * scale):
             raise StoreError(
@@ -283,15 +286,7 @@ def _run(work: _Work, array: zarr.Array, todo: Iterable[tuple[Any, list[Index]]]
     graph[f"{name}-all"] = (_count, keys)
     below: list[Any] = [] if c is not None else [work.data]
     whole = HighLevelGraph.from_collections(name, graph, below)
-    try:
-        dask.compute(Delayed(f"{name}-all", whole, layer=name))
-    except Exception as error:
-        if type(error).__name__ != "KilledWorker":  # of distributed, which may not be loaded
-            raise
-        raise StoreError(
-            f"workers died while they computed ({error}); look into their logs, for want of "
-            "memory perhaps. Tiles that were written are kept: run again to continue"
-        ) from None
+    compute(Delayed(f"{name}-all", whole, layer=name), safe=_SAFE)
 
 
 def _save_tile(c: Contraction, tile: Tile, array: zarr.Array, outs: list[Index]) -> int:

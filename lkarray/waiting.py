@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import dask
-
 from lkarray.errors import ClusterError, StoreError
 
 if TYPE_CHECKING:
@@ -45,6 +43,8 @@ def compute(*collections: Any, doing: str = "computed", safe: str = _SAFE) -> tu
     doing, safe
         As of `workers_awaited`.
     """
+    import dask
+
     with workers_awaited(doing, safe):
         out: tuple[Any, ...] = dask.compute(*collections)
     return out

@@ -100,7 +100,9 @@ class Keeper:
         if cluster.status is not Status.running or cluster._lock.locked():
             return
         await self._ask_queue()
-        gone = [name for name in cluster.workers if name in cluster.worker_spec and self._gone(name)]
+        gone = [
+            name for name in cluster.workers if name in cluster.worker_spec and self._gone(name)
+        ]
         missing = set(cluster.worker_spec) - set(cluster.workers)
         if not gone and not missing:
             if all(self._here(name) for name in cluster.worker_spec):

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -193,8 +193,8 @@ class Watch:
         """Return what the scheduler says of itself and its workers; ``None`` before it answers."""
         if self._answer is None:
             needs = any(wait.resource for wait in self._waits)
-            asked = client.scheduler.identity(n_workers=-1 if needs else _SOME)
-            self._answer = asyncio.run_coroutine_threadsafe(_awaited(asked), _loop_of(client))
+            asked = _identity(client, -1 if needs else _SOME)
+            self._answer = asyncio.run_coroutine_threadsafe(asked, _loop_of(client))
         try:
             info = self._answer.result(_ANSWER)
         except TimeoutError:
@@ -240,8 +240,9 @@ def watch_for_good(client: Client, name: str, keeper: Keeper | None = None) -> N
 def end_watch(client: Client) -> None:
     """Stop watching a client, before it is closed."""
     watch = _watches.pop(client, None)
-    for wait in list(watch._waits) if watch is not None else ():
-        watch.leave(wait)
+    if watch is not None:
+        for wait in list(watch._waits):
+            watch.leave(wait)
 
 
 @contextmanager
@@ -250,7 +251,8 @@ def watched(client: Client, **wait: Any) -> Iterator[_Wait]:
     with _lock:
         watch = _watches.get(client)
         if watch is None:
-            watch = _watches[client] = Watch(client, str(client.scheduler.address))
+            scheduler: Any = client.scheduler
+            watch = _watches[client] = Watch(client, str(scheduler.address))
     mine = _Wait(**wait)
     watch.enter(mine)
     try:
@@ -292,13 +294,15 @@ def _idle(worker: dict[str, Any]) -> bool:
     return not any(counts.get(state) for state in ("executing", "long-running"))
 
 
-async def _awaited(answer: Awaitable[Any]) -> dict[str, Any]:
-    return dict(await answer)
+async def _identity(client: Client, workers: int) -> dict[str, Any]:
+    scheduler: Any = client.scheduler
+    return dict(await scheduler.identity(n_workers=workers))
 
 
 def _loop_of(client: Client) -> asyncio.AbstractEventLoop:
-    loop: asyncio.AbstractEventLoop = client.loop.asyncio_loop
-    return loop
+    loop: Any = client.loop
+    found: asyncio.AbstractEventLoop = loop.asyncio_loop
+    return found
 
 
 def _fail(client: Client, error: WorkersLostError) -> None:
