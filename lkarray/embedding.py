@@ -16,12 +16,13 @@ from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.schema import COMPONENT, RANK, second
-from lkarray.waiting import computed
+from lkarray.waiting import workers_awaited
 
 PAIRS = "pairs"
 _ROWS = 1024  # of a kernel in memory, at a time
 
 
+@workers_awaited("computed")
 def embed(
     neighbors_or_kernel: xr.Dataset | xr.DataArray,
     method: str = "umap",
@@ -88,6 +89,7 @@ def embed(
     )
 
 
+@workers_awaited("computed")
 def similarity_by_distance(
     kernel: xr.DataArray, points: xr.DataArray, groups: Hashable | Any = "label", *, bins: int = 20
 ) -> xr.Dataset:
@@ -174,7 +176,7 @@ def _from_neighbors(ds: xr.Dataset) -> Table:
             f"embed: the Dataset lacks {sorted(missing) or RANK}; pass lk.neighbors(...)"
         )
     rows = str(next(dim for dim in ds["neighbor"].dims if dim != RANK))
-    ds = computed(ds.transpose(rows, RANK, ...))
+    ds = ds.transpose(rows, RANK, ...).compute()
     index, similarity = ds["neighbor"].values, ds["similarity"].values
     if rows in ds.indexes:
         if not ds.indexes[rows].is_unique:

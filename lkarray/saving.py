@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
@@ -24,7 +25,7 @@ from lkarray.progress import dask_bar
 from lkarray.store.layout import CODECS
 from lkarray.store.location import StoreLike, as_store, create_root, describe, sizes, writing
 from lkarray.store.locking import writer_lock
-from lkarray.waiting import compute
+from lkarray.waiting import workers_awaited
 
 _SAVED = "lkarray_save"  # attribute of the group: what is being saved there
 _CRC_BYTES = 4
@@ -33,6 +34,7 @@ _SAFE = "Tiles that were written are kept"
 Index = tuple[int, ...]
 
 
+@workers_awaited("computed", _SAFE)
 def save(
     kernel: xr.DataArray,
     store: StoreLike,
@@ -258,7 +260,7 @@ def _compare(work: _Work, array: zarr.Array, written: set[Index], group: str) ->
     """Compute the first and last stored tile again: they must be the same kernel's."""
     for index in {min(written), max(written)} if written else ():
         stored = array.blocks[index]
-        (fresh,) = compute(work.data.blocks[index], safe=_SAFE)
+        fresh = work.data.blocks[index].compute()
         scale = max(float(np.abs(fresh).max(initial=0)), 1e-30)
         if not np.allclose(stored, fresh, rtol=1e-3, atol=1e-4 * scale):
             raise StoreError(
@@ -286,7 +288,7 @@ def _run(work: _Work, array: zarr.Array, todo: Iterable[tuple[Any, list[Index]]]
     graph[f"{name}-all"] = (_count, keys)
     below: list[Any] = [] if c is not None else [work.data]
     whole = HighLevelGraph.from_collections(name, graph, below)
-    compute(Delayed(f"{name}-all", whole, layer=name), safe=_SAFE)
+    dask.compute(Delayed(f"{name}-all", whole, layer=name))
 
 
 def _save_tile(c: Contraction, tile: Tile, array: zarr.Array, outs: list[Index]) -> int:

@@ -67,6 +67,8 @@ def workers_awaited(
 ) -> Iterator[None]:
     """Watch the workers while the block waits for them, and turn their loss into words.
 
+    Also a decorator, of what computes here and there.
+
     Parameters
     ----------
     doing

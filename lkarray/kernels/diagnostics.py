@@ -19,7 +19,7 @@ from lkarray.kernels import convergence
 from lkarray.kernels.gram import free_dim, sample_coords
 from lkarray.kernels.verdicts import Run, summary, verdicts
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, losses_node
-from lkarray.waiting import compute, computed
+from lkarray.waiting import workers_awaited
 
 _LEADING = (schema.CHECKPOINT, schema.COMPONENT)
 
@@ -43,6 +43,7 @@ _MEANING = {
 }
 
 
+@workers_awaited("computed")
 def diagnostics(
     tree: Losses, *, pairs: int = 200, seed: int = 0, memory: int | str | None = None
 ) -> xr.Dataset:
@@ -193,7 +194,7 @@ def _found(tree: Losses) -> _Found:
         if schema.SAMPLE_STATS in tree.children:
             whole = tree[schema.SAMPLE_STATS].to_dataset()
             used = (schema.DISTANCE, schema.ACCEPTANCE, schema.STEP_SIZE, schema.DIVERGED)
-            stats = computed(whole[[spec.name for spec in used if spec.name in whole]])
+            stats = whole[[spec.name for spec in used if spec.name in whole]].compute()
     elif isinstance(tree, xr.Dataset) and schema.LOSS.name in tree:
         losses = tree[schema.LOSS.name]
     else:
@@ -264,7 +265,7 @@ def _entry(
     strips = make_strips(operand, memory=memory, rows=True, needs=needs)
     node = dask.delayed(strips, traverse=False)
     tasks = [dask.delayed(_blocks)(node, part, wanted) for part in strips.parts]
-    blocks = compute(*tasks)
+    blocks = dask.compute(*tasks)
     stats, sums, series = zip(*blocks, strict=True)
     columns = dict(zip(convergence.PER_SAMPLE, np.concatenate(stats).T, strict=True))
     mean = np.sum(sums, axis=0).reshape(operand.shape) / operand.n

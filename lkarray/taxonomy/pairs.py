@@ -12,7 +12,6 @@ from scipy import sparse
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import sample_coords
 from lkarray.schema import RANK
-from lkarray.waiting import compute
 
 _PAIRS = 2**22  # in memory, at a time
 _DENSE = 2**24  # entries of a table of counts that are counted without sorting
@@ -92,7 +91,7 @@ def count_pairs(
         blocks = lazy.to_delayed()[:, 0]
         count = dask.delayed(counted, pure=False)
         parts = list(
-            compute(*(count(b, int(start)) for b, start in zip(blocks, starts, strict=True)))
+            dask.compute(*(count(b, int(start)) for b, start in zip(blocks, starts, strict=True)))
         )
         return _added([p[0] for p in parts], shape), sum(p[1] for p in parts)
     values, step = table.values, max(1, _PAIRS // max(1, table.shape[1]))
