@@ -16,11 +16,13 @@ from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.schema import COMPONENT, RANK, second
+from lkarray.waiting import workers_awaited
 
 PAIRS = "pairs"
 _ROWS = 1024  # of a kernel in memory, at a time
 
 
+@workers_awaited("computed")
 def embed(
     neighbors_or_kernel: xr.Dataset | xr.DataArray,
     method: str = "umap",
@@ -87,6 +89,7 @@ def embed(
     )
 
 
+@workers_awaited("computed")
 def similarity_by_distance(
     kernel: xr.DataArray, points: xr.DataArray, groups: Hashable | Any = "label", *, bins: int = 20
 ) -> xr.Dataset:

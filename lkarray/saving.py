@@ -25,13 +25,16 @@ from lkarray.progress import dask_bar
 from lkarray.store.layout import CODECS
 from lkarray.store.location import StoreLike, as_store, create_root, describe, sizes, writing
 from lkarray.store.locking import writer_lock
+from lkarray.waiting import workers_awaited
 
 _SAVED = "lkarray_save"  # attribute of the group: what is being saved there
 _CRC_BYTES = 4
+_SAFE = "Tiles that were written are kept"
 
 Index = tuple[int, ...]
 
 
+@workers_awaited("computed", _SAFE)
 def save(
     kernel: xr.DataArray,
     store: StoreLike,
@@ -68,6 +71,8 @@ def save(
         The group holds another kernel (nothing is touched), the store is in memory and the
         workers elsewhere, or writing failed: the disk is full, say. Tiles that were written
         stay, and the same call goes on from them.
+    ClusterError
+        No worker is left to compute, and none came; the same call goes on.
     LockedError
         Another process is writing to the store.
     SchemaError
@@ -91,7 +96,7 @@ def save(
             "a store in memory cannot be written by Dask workers; give a folder that all of them "
             "see, or a URL"
         )
-    safe = "Tiles that were written are kept; run the same call again to go on"
+    safe = f"{_SAFE}; run the same call again to go on"
     with writer_lock(target), writing(target, safe=safe):
         array, side = _open_target(target, kernel, group, upper)
         work = _Work.of(kernel, array, side, upper)
@@ -283,15 +288,7 @@ def _run(work: _Work, array: zarr.Array, todo: Iterable[tuple[Any, list[Index]]]
     graph[f"{name}-all"] = (_count, keys)
     below: list[Any] = [] if c is not None else [work.data]
     whole = HighLevelGraph.from_collections(name, graph, below)
-    try:
-        dask.compute(Delayed(f"{name}-all", whole, layer=name))
-    except Exception as error:
-        if type(error).__name__ != "KilledWorker":  # of distributed, which may not be loaded
-            raise
-        raise StoreError(
-            f"workers died while they computed ({error}); look into their logs, for want of "
-            "memory perhaps. Tiles that were written are kept: run again to continue"
-        ) from None
+    dask.compute(Delayed(f"{name}-all", whole, layer=name))
 
 
 def _save_tile(c: Contraction, tile: Tile, array: zarr.Array, outs: list[Index]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from torch import nn
 from lkarray import store as stores
 from lkarray.auditing.problem import Problem, Request
 from lkarray.errors import StoreError
-from lkarray.sampling.workers import check_place, patiently, submit
+from lkarray.sampling.workers import cancel, check_place, needed, patiently, submit
 from lkarray.store import audits
 from lkarray.store.location import address
 from lkarray.training.trace import Trace, open_trace
+from lkarray.waiting import workers_awaited
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 #: budget is that of the process.
 _ready: dict[str, Problem] = {}
 _turn = threading.Lock()
+
+_SAFE = "The panels finished are safe"
 
 
 @dataclass(frozen=True)
@@ -59,36 +63,41 @@ def run_on(
     ------
     StoreError
         The store is in memory; workers died again and again, or see another store.
+    ClusterError
+        No worker is left, and none came.
     """
     import cloudpickle
-    from distributed import as_completed
-    from distributed.scheduler import KilledWorker
 
     from lkarray.cluster.versions import refuse_mismatch
 
     trace = problem.trace
     for store in (root.store, trace.root.store):
         check_place(store)
-    refuse_mismatch(client, needs=("torch",))
     job = _Job(
         address(trace.root.store), trace.flat.module, trace.train_set, trace.loss.function,
         problem.request, address(root.store), layout, fingerprint, budget,
     )  # fmt: skip
     payload = cloudpickle.dumps(job)
     key = hashlib.sha256(payload).hexdigest()
-    sent = client.scatter(payload, hash=False)
+    with workers_awaited("audited", _SAFE, client=client, bar=bar, resource=needed(client)):
+        refuse_mismatch(client, needs=("torch",))
+        _run_all(client, payload, key, panels, lambda: bar.update(problem.stop - problem.start))
+
+
+def _run_all(
+    client: Client, payload: bytes, key: str, panels: list[int], tick: Callable[[], Any]
+) -> None:
+    from distributed import as_completed
+
+    # One copy for each worker; unlike scattered data it is made anew if the worker dies.
+    sent = client.submit(bytes, payload, pure=False)
     tasks = [submit(client, _run, sent, key, panel) for panel in panels]
     try:
         for task in as_completed(tasks):
             task.result()
-            bar.update(problem.stop - problem.start)
-    except KilledWorker as error:
-        raise StoreError(
-            f"workers died while they audited ({error}); look into their logs, for want of memory "
-            "perhaps. The panels finished are safe: run again to continue"
-        ) from None
+            tick()
     finally:
-        client.cancel([task for task in tasks if not task.done()])
+        cancel(client, tasks)
 
 
 def _run(payload: bytes, key: str, panel: int) -> None:

@@ -8,9 +8,11 @@ from urllib.parse import urlsplit
 
 from distributed import Client, Security
 
-from lkarray.cluster.opening import LOOPBACK, OPENERS, Plan
-from lkarray.cluster.reaching import answering, await_workers, reach
+from lkarray.cluster.opening import LOOPBACK, OPENERS, Plan, tls_settings
+from lkarray.cluster.reaching import answering, await_workers, reach, started
+from lkarray.cluster.replacing import Keeper
 from lkarray.cluster.versions import refuse_mismatch
+from lkarray.cluster.watching import end_watch, watch_for_good
 from lkarray.engine.plan import memory_budget
 
 _ADDRESSES = ("tcp", "tls", "ws", "wss", "ucx", "inproc")
@@ -27,6 +29,7 @@ class _Owner(Client):
 
     def close(self, *args: Any, **options: Any) -> Any:
         """Close the client, then the cluster."""
+        end_watch(self)
         try:
             return super().close(*args, **options)
         finally:
@@ -121,14 +124,17 @@ def connect(
             given = [*options, *(n for n, v in (("threads", threads), ("memory", memory)) if v)]
             raise ValueError(f"{target} runs already: {given} are settings of whoever started it")
         client: Client = reach(lambda: answering(rest, security, timeout), target)
+        watch_for_good(client, target)
     else:
         plan = Plan(rest, workers, threads, limit, security, dashboard, options)
-        cluster = reach(lambda: OPENERS[kind](plan), target)
+        cluster = reach(lambda: started(lambda: OPENERS[kind](plan), target, timeout), target)
         try:
             client = reach(lambda: _Owner(cluster, timeout=timeout), target)
         except BaseException:
             cluster.close()
             raise
+        settings = tls_settings(security) if kind == "ssh" else {}
+        watch_for_good(client, target, Keeper(cluster, target, settings))
     try:
         runs = kind in _WHOLE or (kind == "kubernetes" and rest)
         await_workers(client, (workers if runs else None) or 1, timeout, target)

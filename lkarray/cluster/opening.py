@@ -13,6 +13,7 @@ from typing import Any
 import dask
 from dask.system import CPU_COUNT
 from distributed import LocalCluster, Security, SpecCluster
+from distributed.deploy.cluster import Cluster
 
 from lkarray.engine.plan import machine_memory
 from lkarray.errors import MissingPackageError
@@ -26,6 +27,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 _MOST_PROCESSES = 8  # of "local": more threads in a process share more of its panel cache
 _LEAST_BYTES = 2 * 2**30  # of a worker of "local"; torch alone takes a quarter of that
 _MACHINE_SHARE = 0.9  # of the machine's memory that workers of "local" have together
+_STARTING = 120.0  # seconds in which a worker of "local" has started, or is ended
 _EXTRAS = {"dask_jobqueue": "slurm", "dask_kubernetes.operator": "kubernetes", "dask_cuda": "cuda"}
 
 
@@ -88,6 +90,17 @@ def local_shape(
     return workers, threads or max(1, cores // workers), memory or share // workers
 
 
+class _Local(LocalCluster):
+    """Processes of this machine, none of which is given up while it starts again.
+
+    Distributed would end it after 15 s, and a busy machine takes longer to start one; `replacing`
+    sees which are gone for good.
+    """
+
+    def _update_worker_status(self, op: str, msg: Any) -> None:
+        Cluster._update_worker_status(self, op, msg)
+
+
 def _local(plan: Plan) -> Any:
     workers, threads, memory = local_shape(
         plan.workers, plan.threads, plan.memory, cores=CPU_COUNT, machine=machine_memory()
@@ -100,9 +113,11 @@ def _local(plan: Plan) -> Any:
         "scheduler_kwargs": {"dashboard": plan.shows},
         "security": plan.security,
         "host": "127.0.0.1",
+        "death_timeout": _STARTING,
+        "name": "LocalCluster",
     }
     env = ONE_THREAD | plan.options.get("env", {})
-    return LocalCluster(**(settings | plan.options | {"env": env}))
+    return _Local(**(settings | plan.options | {"env": env}))
 
 
 def _ssh(plan: Plan) -> Any:
@@ -139,7 +154,7 @@ def _ssh(plan: Plan) -> Any:
         for at, host in enumerate(hosts)
     }
     # What is started over SSH takes its certificates from Dask's configuration, which is sent.
-    with dask.config.set(_tls_settings(plan.security)):
+    with dask.config.set(tls_settings(plan.security)):
         return SpecCluster(
             workers, process(Scheduler, 0, hosts[0], scheduler), name="SSHCluster",
             security=plan.security, **options,
@@ -158,7 +173,7 @@ def _bound(host: str) -> dict[str, Any]:
         return {}
 
 
-def _tls_settings(security: Any) -> dict[str, Any]:
+def tls_settings(security: Any) -> dict[str, Any]:
     """Return Dask's own settings for these certificates."""
     if security is None or not security.require_encryption:
         return {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -13,7 +15,11 @@ from distributed import Client, Security, default_client
 
 from lkarray.errors import ClusterError, MissingPackageError
 
+logger = logging.getLogger("lkarray")
+
 _GRACE = 2.0  # seconds beyond a timeout until an answer is given up
+_PAUSE = 1.0  # seconds until a cluster is opened again
+_DIED = "Nanny failed to start worker process"  # a process that ended without an error of its own
 
 
 def answering(address: str, security: Security | None, timeout: float) -> Client:
@@ -65,6 +71,19 @@ def reach(call: Callable[[], Any], target: str) -> Any:
             f"cannot reach or start {target}: {cause}. Is its scheduler up, are the address and "
             "the certificates right? Nothing was started"
         ) from error
+
+
+def started(call: Callable[[], Any], target: str, timeout: float) -> Any:
+    """Return what a call opens, called again if a worker's process dies while it starts."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return call()
+        except RuntimeError as error:
+            if _DIED not in str(error.__cause__) or time.monotonic() > deadline:
+                raise
+            logger.warning("a worker of %s died while it started; starting again", target)
+            time.sleep(_PAUSE)
 
 
 def _default() -> Client | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, prod
@@ -16,6 +16,7 @@ from dask.utils import format_bytes, parse_bytes
 from lkarray.engine.blas import products_at_once
 from lkarray.engine.operand import AHEAD, Operand, Piece
 from lkarray.errors import MemoryBudgetError
+from lkarray.waiting import current_client
 
 #: Bytes for each element of a tile that is written: its transpose, and what that is encoded to.
 WRITTEN_BYTES = 8
@@ -29,6 +30,9 @@ _BUFFERS = 32 << 20  # of Zarr, BLAS and threads: left free, with a tenth for th
 _SHARED = 16 << 20  # bytes of an operand, at least, before its contraction is shared out
 _TASK = 2 << 20  # bytes that could be read in the time which a tile's task takes besides
 _HELD = 2  # pieces of panels that a task holds, besides the chunks that one is made from
+
+#: What is known of the workers of each client, for while they are started again.
+_known: weakref.WeakKeyDictionary[Any, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -95,20 +99,23 @@ def _concurrent_tasks() -> int:
 
 
 def _workers() -> list[dict[str, Any]]:
-    """Return what the scheduler knows of its workers, if this process is its client."""
-    if "distributed" not in sys.modules:
-        return []
-    from distributed import default_client
+    """Return what the scheduler knows of its workers, if this process is its client.
 
-    try:
-        return list(default_client().scheduler_info(n_workers=-1)["workers"].values())
-    except ValueError:
+    Where all of them are just being started again, what it knew of the last ones: those that come
+    have their memory.
+    """
+    client = current_client()
+    if client is None:
         return []
+    found = list(client.scheduler_info(n_workers=-1)["workers"].values())
+    if found:
+        _known[client] = found
+    return found or _known.get(client, [])
 
 
 def on_cluster() -> bool:
     """Say whether Dask computes on the workers of a cluster."""
-    return bool(_workers())
+    return current_client() is not None
 
 
 def machine_memory() -> int:

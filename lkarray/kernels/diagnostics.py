@@ -19,6 +19,7 @@ from lkarray.kernels import convergence
 from lkarray.kernels.gram import free_dim, sample_coords
 from lkarray.kernels.verdicts import Run, summary, verdicts
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, losses_node
+from lkarray.waiting import workers_awaited
 
 _LEADING = (schema.CHECKPOINT, schema.COMPONENT)
 
@@ -42,6 +43,7 @@ _MEANING = {
 }
 
 
+@workers_awaited("computed")
 def diagnostics(
     tree: Losses, *, pairs: int = 200, seed: int = 0, memory: int | str | None = None
 ) -> xr.Dataset:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
-import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
@@ -18,6 +17,7 @@ from lkarray.engine.strips import Strips, apply_step, joined, make_strips, proje
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of
 from lkarray.schema import POSTERIOR, Losses, as_losses, second
+from lkarray.waiting import compute
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -227,7 +227,7 @@ def _multiply(strips: Strips, block: np.ndarray) -> np.ndarray:
         graph[name] = (_join, keys)
     else:
         total(graph, name, node, strips, apply_step, f"{name}-block")
-    (out,) = dask.compute(Delayed(name, HighLevelGraph.from_collections(name, graph), layer=name))
+    (out,) = compute(Delayed(name, HighLevelGraph.from_collections(name, graph), layer=name))
     product: np.ndarray = np.asarray(out, np.float64)
     return product
 

@@ -17,6 +17,7 @@ from lkarray.errors import SchemaError
 from lkarray.kernels.audits import as_influence, whole_influence
 from lkarray.plots.training import mosaic
 from lkarray.schema import AUDIT, EPOCH, LAYER, OUTPUT, RANK
+from lkarray.waiting import computed
 
 _HELPFUL, _HARMFUL = "#3f90da", "#bd1f01"
 _DRAWN = 2000  # points of a curve
@@ -34,7 +35,7 @@ def completeness(audit: xr.Dataset) -> Figure:
     audit
         What `lkarray.audit` or `lkarray.completeness` returned.
     """
-    found = (audit if "mre" in audit.data_vars else kernels.completeness(audit)).compute()
+    found = computed(audit if "mre" in audit.data_vars else kernels.completeness(audit))
     epochs = found[EPOCH].values if EPOCH in found.coords else np.arange(found.sizes[EPOCH])
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -154,7 +155,7 @@ def influential_images(
         influence = _column(as_influence(x)[0], at)
         table = kernels.most_influential(influence, k, by=by)
         split = [] if by is None else [by]
-    table = table.isel({RANK: slice(k)}).transpose(*split, RANK).compute()
+    table = computed(table.isel({RANK: slice(k)}).transpose(*split, RANK))
     rows = [table.isel({split[0]: i}) for i in range(table.sizes[split[0]])] if split else [table]
     side = int(np.ceil(np.sqrt(min(k, table.sizes[RANK]))))
     size = 3.6 if len(rows) == 1 else 2.4
@@ -253,7 +254,7 @@ def layer_epoch(audit: xr.Dataset | xr.DataArray) -> Figure:
     ):
         means = make(x)
         table = means.mean([dim for dim in means.dims if dim not in (LAYER, EPOCH)])
-        table = table.transpose(LAYER, EPOCH).compute()
+        table = computed(table.transpose(LAYER, EPOCH))
         _heatmap(axes, table, f"{sign}influence{sign} ({units})", diverging=not sign)
     figure.axes[0].set_title("Net influence: signed sum")
     figure.axes[1].set_title("Gross influence: sum of magnitudes")

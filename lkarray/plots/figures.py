@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from lkarray.errors import SchemaError
 from lkarray.kernels import loss_gain
 from lkarray.schema import CENTER_LOSS, COMPONENT, RANK, Losses, losses_node
+from lkarray.waiting import computed
 
 _MARK = "#111111"
 _MOST = 2000  # samples of a kernel that a figure can show
@@ -204,7 +205,7 @@ def gain_against_loss(tree: Losses, *, mark: str | None = None) -> Figure:
     mark
         Boolean coordinate of samples to set apart.
     """
-    gain = loss_gain(tree).compute()
+    gain = computed(loss_gain(tree))
     node = losses_node(tree).to_dataset() if isinstance(tree, xr.DataTree) else tree
     loss = node[CENTER_LOSS.name].values
     flags = _coordinate(gain, mark).astype(bool) if mark else np.zeros(len(loss), bool)

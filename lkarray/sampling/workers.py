@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,7 @@ from lkarray.sampling import checks
 from lkarray.sampling.job import Job, Prepared, check_center, prepare, run_group
 from lkarray.sampling.target import Target
 from lkarray.store.location import address, local_path
+from lkarray.waiting import workers_awaited
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -31,6 +32,7 @@ logger = logging.getLogger("lkarray")
 T = TypeVar("T")
 
 _GPU = "GPU"
+_SAFE = "The draws committed are safe"
 _POLL_SECONDS, _POLL_REMOTE_SECONDS = 0.5, 5.0  # on object storage every look is a request
 
 #: Seconds that a task waits for the one before it, whose worker was given up but may still live:
@@ -55,33 +57,11 @@ def prepare_on(client: Client, job: Job, **request: Any) -> Prepared:
     """Prepare a job where it will run: threads, device and layout are a worker's own."""
     from lkarray.cluster.versions import refuse_mismatch
 
-    refuse_mismatch(client, needs=("torch",))
     payload = _dumps(job)
-    with deaths_told("prepared to sample", "The draws committed are safe"):
+    with workers_awaited("prepared to sample", _SAFE, client=client):
+        refuse_mismatch(client, needs=("torch",))
         known: Prepared = submit(client, _prepare, payload, request).result()
     return known
-
-
-@contextmanager
-def deaths_told(what: str, safe: str) -> Iterator[None]:
-    """Turn Dask's error of workers that died again and again into words.
-
-    Parameters
-    ----------
-    what
-        What they were at.
-    safe
-        What is stored already and not lost.
-    """
-    from distributed.scheduler import KilledWorker
-
-    try:
-        yield
-    except KilledWorker as error:
-        raise StoreError(
-            f"workers died while they {what} ({error}); look into their logs, for want of memory "
-            f"perhaps. {safe}: run again to continue"
-        ) from None
 
 
 def run_on(
@@ -100,9 +80,22 @@ def run_on(
     ------
     StoreError
         Workers died again and again, or cannot see the store.
+    ClusterError
+        No worker is left, and none came.
     """
+    with workers_awaited("sampled", _SAFE, client=client, bar=bar, resource=needed(client)):
+        return _run_on(client, root, job, known, groups, bar)
+
+
+def _run_on(
+    client: Client,
+    root: zarr.Group,
+    job: Job,
+    known: Prepared,
+    groups: list[list[int]],
+    bar: Any,
+) -> list[tuple[int, int]]:
     from distributed import wait
-    from distributed.scheduler import KilledWorker
 
     where = address(root.store)
     payload = _dumps(job)
@@ -121,26 +114,30 @@ def run_on(
             bar.update(now - shown)
             shown = now
         return [found for task in tasks for found in task.result()]
-    except KilledWorker as error:
-        raise StoreError(
-            f"workers died while they sampled ({error}); look into their logs, for want of memory "
-            "perhaps. The draws committed are safe: run again to continue"
-        ) from None
     finally:
-        client.cancel([task for task in tasks if not task.done()])
+        cancel(client, tasks)
 
 
 def submit(client: Client, function: Callable[..., Any], *args: Any) -> Any:
     """Submit a task; on a GPU of its own where workers announce the resource ``GPU``."""
-    resources = {_GPU: 1} if _has_gpus(client) else None
+    resource = needed(client)
+    resources = None if resource is None else {resource: 1}
     return client.submit(function, *args, pure=False, resources=resources)
 
 
-def _has_gpus(client: Client) -> bool:
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    if not workers:
-        raise StoreError("the cluster has no workers; start some, or wait for them")
-    return any(worker.get("resources", {}).get(_GPU, 0) >= 1 for worker in workers)
+def needed(client: Client) -> str | None:
+    """Return the resource that a task takes one of, if workers announce it; wait for a worker."""
+    from lkarray.cluster.watching import worker_infos
+
+    found = worker_infos(client)
+    return _GPU if any(w.get("resources", {}).get(_GPU, 0) >= 1 for w in found) else None
+
+
+def cancel(client: Client, tasks: Iterable[Any]) -> None:
+    """Cancel what has not ended, where there is still a scheduler to tell."""
+    left = [task for task in tasks if not task.done()]
+    if left and client.status == "running":
+        client.cancel(left)
 
 
 def _steps(root: zarr.Group, groups: list[list[int]]) -> int:

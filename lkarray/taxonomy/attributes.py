@@ -14,10 +14,12 @@ from lkarray.kernels.groups import group_codes
 from lkarray.schema import SAMPLE, second
 from lkarray.taxonomy.lift import interval, jackknife, ratio
 from lkarray.taxonomy.pairs import as_table, count_pairs, labels_of, table_rows
+from lkarray.waiting import workers_awaited
 
 _CHANNELS = ("red", "green", "blue")
 
 
+@workers_awaited("computed")
 def attribute_lift(
     neighbors: xr.Dataset | xr.DataTree,
     attribute: Hashable | Any,

@@ -14,6 +14,7 @@ from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses, second
 from lkarray.taxonomy import graph
 from lkarray.taxonomy.lift import interval, jackknife, ratio, resampled, spread
 from lkarray.taxonomy.taxonomy import Taxonomy
+from lkarray.waiting import workers_awaited
 
 
 def taxonomy_distance(taxonomy: Taxonomy, labels: Iterable[Hashable] | None = None) -> xr.DataArray:
@@ -43,6 +44,7 @@ def taxonomy_distance(taxonomy: Taxonomy, labels: Iterable[Hashable] | None = No
     )
 
 
+@workers_awaited("computed")
 def correlation_by_distance(
     losses: Losses,
     taxonomy: Taxonomy,

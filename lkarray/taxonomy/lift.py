@@ -18,6 +18,7 @@ from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses
 from lkarray.taxonomy import graph
 from lkarray.taxonomy.pairs import as_table, count_pairs, labels_of, table_rows
 from lkarray.taxonomy.taxonomy import Taxonomy
+from lkarray.waiting import workers_awaited
 
 BASES = ("matched", "dataset")
 _BLOCK = 2**22  # pairs of labels in memory, at a time
@@ -73,6 +74,7 @@ class Sums:
         return ratio(self.shared.sum(axis=1), expected)
 
 
+@workers_awaited("computed")
 def taxonomic_lift(
     neighbors: xr.Dataset | Losses,
     taxonomy: Taxonomy,

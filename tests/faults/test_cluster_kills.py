@@ -40,7 +40,7 @@ def workers_of(client) -> list[int]:
     """Processes of the workers that run now."""
     return [
         nanny.pid
-        for nanny in (w.process for w in client.cluster.workers.values())
+        for nanny in (w.process for w in list(client.cluster.workers.values()))
         if nanny is not None and nanny.pid is not None
     ]
 
@@ -71,7 +71,7 @@ def until_done(work):
     for _ in range(20):
         try:
             return work()
-        except errors.StoreError as error:
+        except (errors.StoreError, errors.ClusterError) as error:
             assert "run again to continue" in str(error)  # noqa: PT017
     raise AssertionError("twenty calls did not finish it")
 

@@ -104,7 +104,8 @@ def killed(path, cluster, client, kills, seed):
     def kill():
         nonlocal count
         while count < kills and not done.wait(rng.uniform(0.3, 1.2)):
-            processes = [n.process.pid for n in cluster.workers.values() if n.process is not None]
+            nannies = list(cluster.workers.values())
+            processes = [n.process.pid for n in nannies if n.process is not None]
             processes = [pid for pid in processes if pid is not None]
             if processes:
                 os.kill(int(rng.choice(processes)), signal.SIGKILL)
@@ -116,7 +117,7 @@ def killed(path, cluster, client, kills, seed):
         for _ in range(kills):
             try:
                 return sample(path, client), count
-            except errors.StoreError as error:
+            except (errors.StoreError, errors.ClusterError) as error:
                 assert "run again to continue" in str(error)  # noqa: PT017
         return sample(path, client), count
     finally:
