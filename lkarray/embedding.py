@@ -69,7 +69,7 @@ def embed(
     if n_components < 1:
         raise ValueError(f"n_components must be at least 1, not {n_components}")
     neighbors_or_kernel = opened(neighbors_or_kernel, "embed")
-    if isinstance(neighbors_or_kernel, xr.Dataset) and RANK not in neighbors_or_kernel.dims:
+    if isinstance(neighbors_or_kernel, xr.Dataset) and len(neighbors_or_kernel.data_vars) == 1:
         neighbors_or_kernel = as_array(neighbors_or_kernel, "embed")
     if isinstance(neighbors_or_kernel, xr.Dataset | xr.DataArray):
         require_kernel(neighbors_or_kernel, "embed")

@@ -24,9 +24,7 @@ def one_each(values: Any, x: xr.DataArray | xr.Dataset, dim: Hashable, *, what: 
     return aligned(values, x.indexes.get(dim), x.sizes[dim], dim=dim, what=what)
 
 
-def aligned(
-    values: Any, index: pd.Index | None, n: int, *, dim: Hashable, what: str
-) -> np.ndarray:
+def aligned(values: Any, index: pd.Index | None, n: int, *, dim: Hashable, what: str) -> np.ndarray:
     """Return one value for each of ``n`` entries, in the order of their index.
 
     Parameters

@@ -13,6 +13,7 @@ from dask.utils import format_bytes, format_time
 
 from lkarray.engine.contraction import Contraction, contraction_of
 from lkarray.engine.plan import parts_of
+from lkarray.results import Result, opened
 
 _READ_RATE = 1e9  # bytes a second, of a disk that is neither slow nor fast
 
@@ -72,7 +73,7 @@ class KernelPlan:
         )
 
 
-def plan(kernel: xr.DataArray | xr.Dataset) -> KernelPlan:
+def plan(kernel: Result) -> KernelPlan:
     """Return what a lazy kernel or neighbour table will cost; nothing is computed.
 
     Parameters
@@ -92,6 +93,7 @@ def plan(kernel: xr.DataArray | xr.Dataset) -> KernelPlan:
     ValueError
         ``kernel`` is not lazy, or no kernel of lkarray.
     """
+    kernel = opened(kernel, "kernel")
     arrays = list(kernel.data_vars.values()) if isinstance(kernel, xr.Dataset) else [kernel]
     for array in arrays:
         c = contraction_of(getattr(array, "data", None))

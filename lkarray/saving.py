@@ -22,6 +22,7 @@ from lkarray.engine.contraction import Contraction, Tile, compute_tile, contract
 from lkarray.engine.plan import WRITTEN_BYTES, make_plan, on_cluster
 from lkarray.errors import SchemaError, StoreError
 from lkarray.progress import dask_bar
+from lkarray.results import Result, as_array, opened
 from lkarray.store.layout import CODECS
 from lkarray.store.location import StoreLike, as_store, create_root, describe, sizes, writing
 from lkarray.store.locking import writer_lock
@@ -33,7 +34,7 @@ Index = tuple[int, ...]
 
 
 def save(
-    kernel: xr.DataArray,
+    kernel: Result,
     store: StoreLike,
     group: str | None = None,
     *,
@@ -46,7 +47,7 @@ def save(
     ----------
     kernel
         What `gram`, `covariance`, `correlation` or `influence` returned, or any named DataArray
-        on a Dask array of even chunks.
+        on a Dask array of even chunks; or the Dataset or node that holds it alone.
     store
         Path, URL or Zarr store; made if it is missing.
     group
@@ -83,6 +84,9 @@ def save(
     right size. When there are some already, the first and the last are computed again and
     compared, so that a kernel of other data is noticed. Memory is the plan's (`lkarray.plan`).
     """
+    kernel = opened(kernel, "kernel")
+    if isinstance(kernel, xr.Dataset) and len(kernel.data_vars) == 1:
+        kernel = as_array(kernel, "kernel")
     _check(kernel)
     group = f"derived/{kernel.name}" if group is None else group.strip("/")
     target = as_store(store)

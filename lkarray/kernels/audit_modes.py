@@ -89,9 +89,7 @@ def audit_modes(
     return out.drop_attrs().assign_coords(coords).assign_attrs(attrs)
 
 
-def extend_audit(
-    modes: Result, cross: Result, *, training: str | None = None
-) -> xr.Dataset:
+def extend_audit(modes: Result, cross: Result, *, training: str | None = None) -> xr.Dataset:
     r"""Return the predicted change of examples' losses, and what each mode contributes, lazily.
 
     .. math:: \Delta_n \approx -c \sum_k s_k\, (Q_k \cdot P'_{\cdot n})

@@ -204,6 +204,12 @@ def difficulty_table(
     if replicates < 0:
         raise ValueError(f"replicates must be at least 0, not {replicates}")
     given = {str(name): score for name, score in dict(opened(scores, "scores")).items()}
+    for name, score in (given | {"loss": loss}).items():
+        if np.shape(score) != np.shape(wrong) or np.ndim(wrong) != 1:
+            raise ValueError(
+                f"{name!r} has shape {np.shape(score)} and wrong {np.shape(wrong)}; expected one "
+                "number for each example"
+            )
     columns = as_columns(given | {"loss": loss, "wrong": wrong}, dim=EXAMPLE)
     missed = columns.pop("wrong").astype(bool)
     named = {name: values.astype(np.float64) for name, values in columns.items()}

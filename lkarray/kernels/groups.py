@@ -66,7 +66,9 @@ def group_codes(
     return name, values, codes
 
 
-def with_labels(x: Labelled, rows: str, labels: Hashable | Any, *, what: str) -> tuple[Labelled, str]:
+def with_labels(
+    x: Labelled, rows: str, labels: Hashable | Any, *, what: str
+) -> tuple[Labelled, str]:
     """Return ``x`` with labels of its samples among its coordinates, and their name.
 
     Parameters

@@ -27,9 +27,7 @@ _ENTRY = np.dtype([("score", np.float64), ("place", np.int64)])
 _SIGNS = {"helpful": -1, "harmful": 1}
 
 
-def most_influential(
-    audit: Result, k: int = 25, *, by: Hashable | Any | None = None
-) -> xr.Dataset:
+def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = None) -> xr.Dataset:
     """Return the training examples that helped and harmed each audited example most.
 
     Helpful examples drove the audited quantity down (its loss, unless the audit's target says
@@ -38,7 +36,8 @@ def most_influential(
     Parameters
     ----------
     audit
-        What `lkarray.audit` returned, its node in a store, or its ``influence``; summed over layers and epochs.
+        What `lkarray.audit` returned, its node in a store, or its ``influence``; summed over layers
+        and epochs.
     k
         Examples at each end; all where there are fewer.
     by
@@ -110,7 +109,8 @@ def concentration(audit: Result) -> xr.DataArray:
     Parameters
     ----------
     audit
-        What `lkarray.audit` returned, its node in a store, or its ``influence``; summed over layers and epochs.
+        What `lkarray.audit` returned, its node in a store, or its ``influence``; summed over layers
+        and epochs.
 
     Returns
     -------

@@ -50,8 +50,8 @@ def neighbors(
         A coordinate of the samples, such as ``"label"``: pairs that share its value are left
         out *before* the k are taken (loss-kernel B: noise in the output layer alone makes
         inputs of one label correlate). Or one label for each sample, as for `lkarray.group_mean`;
-        it becomes a coordinate of the result. Or any rule: a function of two mappings from the names
-        of the samples' coordinates to arrays that broadcast, which is true where a pair is
+        it becomes a coordinate of the result. Or any rule: a function of two mappings from the
+        names of the samples' coordinates to arrays that broadcast, which is true where a pair is
         left out: ``lambda a, b: (a["label"] == b["label"]) | (a["split"] != b["split"])``.
         A sample is never its own neighbour.
     largest
