@@ -16,7 +16,7 @@ from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.labels import in_order, squared
-from lkarray.results import Result, as_array, opened
+from lkarray.results import Result, alone, as_array
 from lkarray.schema import COMPONENT, RANK, second
 
 PAIRS = "pairs"
@@ -68,9 +68,7 @@ def embed(
         raise ValueError(f"method must be 'umap', not {method!r}")
     if n_components < 1:
         raise ValueError(f"n_components must be at least 1, not {n_components}")
-    neighbors_or_kernel = opened(neighbors_or_kernel, "embed")
-    if isinstance(neighbors_or_kernel, xr.Dataset) and len(neighbors_or_kernel.data_vars) == 1:
-        neighbors_or_kernel = as_array(neighbors_or_kernel, "embed")
+    neighbors_or_kernel = alone(neighbors_or_kernel, "embed")
     if isinstance(neighbors_or_kernel, xr.Dataset | xr.DataArray):
         require_kernel(neighbors_or_kernel, "embed")
     if isinstance(neighbors_or_kernel, xr.Dataset):

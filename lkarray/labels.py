@@ -103,8 +103,25 @@ def squared(kernel: xr.DataArray, what: str) -> xr.DataArray:
     rows, columns = kernel.dims
     index, n = kernel.indexes.get(rows), kernel.sizes[rows]
     if index is None and columns in kernel.indexes:
-        kernel = kernel.drop_vars(columns)  # of a side without labels, as they are
+        kernel = kernel.drop_vars([columns])  # of a side without labels, as they are
     return in_order(kernel, columns, index, n, what=f"{columns!r} of {what}")
+
+
+def items(given: Any, index: pd.Index | None, n: int, *, dim: Hashable, what: str) -> Any:
+    """Return things such as images, one for each of ``n`` entries, in the order of an index.
+
+    As `aligned`, but what carries no index of its own is given back as it is.
+    """
+    own = None
+    if isinstance(given, xr.DataArray) and given.ndim:
+        own = given.indexes.get(given.dims[0])
+    elif isinstance(given, pd.Series):
+        own = given.index
+    if own is None:
+        return given
+    at = positions(own, index, n, dim=dim, what=what)
+    values = given.values
+    return values if at is None else values[at]
 
 
 def as_columns(values: Mapping[str, Any], *, dim: Hashable) -> dict[str, np.ndarray]:
@@ -141,7 +158,7 @@ def positions(
     require_unique(index, f"the index of {dim!r}")
     if own.equals(index):
         return None
-    at = own.get_indexer(index)
+    at: np.ndarray = own.get_indexer(index)
     if (at < 0).any():
         absent = index[at < 0]
         raise SchemaError(

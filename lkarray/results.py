@@ -39,10 +39,11 @@ def as_array(obj: Any, what: str, *, prefer: Iterable[str] = ()) -> xr.DataArray
             f"not {type(obj).__name__}"
         )
     ds = as_dataset(obj, what)
-    names = [name for name in prefer if name in ds.data_vars][:1] or list(ds.data_vars)
+    there = [str(name) for name in ds.data_vars]
+    names = [name for name in prefer if name in there][:1] or there
     if len(names) != 1:
         raise SchemaError(
-            f"{what} must hold one variable, and there are {sorted(map(str, names))}; pass the one "
+            f"{what} must hold one variable, and there are {sorted(names)}; pass the one "
             "you mean, for example ds['correlation']"
         )
     return ds[names[0]]
@@ -73,9 +74,12 @@ def as_dataset(obj: Any, what: str) -> xr.Dataset:
     return obj
 
 
+def alone(obj: Any, what: str) -> Any:
+    """Return the only variable of a node or a Dataset; anything else as it is."""
+    ds = opened(obj, what)
+    return as_array(ds, what) if isinstance(ds, xr.Dataset) and len(ds.data_vars) == 1 else ds
+
+
 def opened(obj: Any, what: str) -> Any:
-    """Return a node's Dataset, or its only variable; anything else as it is."""
-    if not isinstance(obj, xr.DataTree):
-        return obj
-    ds = as_dataset(obj, what)
-    return as_array(ds, what) if len(ds.data_vars) == 1 else ds
+    """Return a node's Dataset; anything else as it is."""
+    return as_dataset(obj, what) if isinstance(obj, xr.DataTree) else obj

@@ -22,7 +22,7 @@ from lkarray.engine.contraction import Contraction, Tile, compute_tile, contract
 from lkarray.engine.plan import WRITTEN_BYTES, make_plan, on_cluster
 from lkarray.errors import SchemaError, StoreError
 from lkarray.progress import dask_bar
-from lkarray.results import Result, as_array, opened
+from lkarray.results import Result, alone
 from lkarray.store.layout import CODECS
 from lkarray.store.location import StoreLike, as_store, create_root, describe, sizes, writing
 from lkarray.store.locking import writer_lock
@@ -84,10 +84,7 @@ def save(
     right size. When there are some already, the first and the last are computed again and
     compared, so that a kernel of other data is noticed. Memory is the plan's (`lkarray.plan`).
     """
-    kernel = opened(kernel, "kernel")
-    if isinstance(kernel, xr.Dataset) and len(kernel.data_vars) == 1:
-        kernel = as_array(kernel, "kernel")
-    _check(kernel)
+    kernel = _checked(alone(kernel, "kernel"))
     group = f"derived/{kernel.name}" if group is None else group.strip("/")
     target = as_store(store)
     if isinstance(target, MemoryStore) and on_cluster():
@@ -148,7 +145,7 @@ class _Work:
             yield tile, both
 
 
-def _check(kernel: xr.DataArray) -> None:
+def _checked(kernel: Any) -> xr.DataArray:
     if not isinstance(kernel, xr.DataArray):
         raise TypeError(
             f"save takes a DataArray, not {type(kernel).__name__}; neighbours and other small "
@@ -164,6 +161,7 @@ def _check(kernel: xr.DataArray) -> None:
                 f"the chunks of {dim!r} are uneven ({lengths[:4]}...), as a selection leaves them; "
                 "select on the losses before the kernel, or rechunk"
             )
+    return kernel
 
 
 def _open_target(

@@ -68,9 +68,7 @@ def audit_modes(
     at its cost, since the singular values of a path kernel, which is positive semi-definite, are
     its eigenvalues; what is below 1e-8 of the largest is lost there.
     """
-    kernel = opened(kernel, "kernel")
-    if isinstance(kernel, xr.Dataset):
-        kernel = as_array(kernel, "kernel")
+    kernel = as_array(kernel, "kernel")
     rows, columns = _square(kernel)
     k, n = operator.index(k), kernel.sizes[rows]
     if not 1 <= k <= n:
@@ -170,10 +168,6 @@ def _eigh(kernel: np.ndarray, k: int) -> np.ndarray:
 
 
 def _square(kernel: xr.DataArray) -> tuple[str, str]:
-    if not isinstance(kernel, xr.DataArray):
-        raise TypeError(
-            f"kernel must be the DataArray of lk.plgk(G_train), not {type(kernel).__name__}"
-        )
     require_kernel(kernel, "audit_modes")
     dims = tuple(map(str, kernel.dims))
     if len(dims) != 2 or dims[1] != second(dims[0]) or len(set(kernel.shape)) != 1:

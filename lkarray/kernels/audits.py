@@ -13,7 +13,7 @@ import xarray as xr
 
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import sample_coords
-from lkarray.results import Result, opened
+from lkarray.results import Result, as_array, opened
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, WINDOW
 
 INFLUENCE = "influence"
@@ -168,6 +168,8 @@ def _variable(audit: Any, name: str) -> xr.DataArray:
 def as_influence(audit: Result) -> tuple[xr.DataArray, str]:
     """Return the influence, and the dim of the training examples or their groups."""
     audit = _opened(audit)
+    if isinstance(audit, xr.Dataset) and len(audit.data_vars) == 1 and INFLUENCE not in audit:
+        audit = as_array(audit, AUDIT)  # of a baseline, such as tracin
     x = audit if isinstance(audit, xr.DataArray) else _variable(audit, INFLUENCE)
     source = next((dim for dim in SOURCES if dim in x.dims), None)
     unknown = [dim for dim in x.dims if dim not in (source, AUDIT, OUTPUT, *SPLITS)]

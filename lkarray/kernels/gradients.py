@@ -15,7 +15,6 @@ from lkarray.schema import (
     AUDIT,
     EXAMPLE,
     FACTOR,
-    GRADIENT,
     GRADIENTS,
     LEARNING_RATE,
     PARAM,
@@ -327,10 +326,9 @@ def named(x: xr.DataArray, name: str, weight: str | None, *, units: str) -> xr.D
 def kernel_or_gradients(k: Any, what: str) -> Any:
     """Return the kernel that a node or a Dataset holds; what holds gradients as it is."""
     if isinstance(k, xr.DataTree | xr.Dataset):
-        names = {GRADIENT.name, FACTOR.name} & set(k.data_vars)
-        if not names and not (isinstance(k, xr.DataTree) and GRADIENTS in k.children):
-            wide = [name for name in k.data_vars if PARAM in k[name].dims]
-            return k if wide else as_array(k, what)
+        wide = any(PARAM in v.dims for v in k.data_vars.values()) or FACTOR.name in k.data_vars
+        if not wide and not (isinstance(k, xr.DataTree) and GRADIENTS in k.children):
+            return as_array(k, what)
     return k
 
 

@@ -161,11 +161,11 @@ class Taxonomy:
         >>> Taxonomy.from_edges([("animal", "dog"), ("animal", "cat")]).labels
         ('dog', 'cat')
         """
-        rows = []
+        rows: list[tuple[str, tuple[Any, Any]]] = []
         for number, edge in enumerate(edges):
             if isinstance(edge, str) or len(edge) != 2:
                 raise ValueError(f"edge {number} is {edge!r}; expected (parent, child)")
-            rows.append((f"edge {number}", tuple(edge)))
+            rows.append((f"edge {number}", (edge[0], edge[1])))
         return cls(sources.parents_of(rows), labels, roots=roots)
 
     @classmethod
