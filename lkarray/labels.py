@@ -60,6 +60,9 @@ def aligned(values: Any, index: pd.Index | None, n: int, *, dim: Hashable, what:
             "column of it, for example table['label']"
         )
     array = np.asarray(values)
+    if array.dtype.kind == "U" and isinstance(values, list | tuple) and array.ndim == 1:
+        kept = np.array(values, dtype=object)
+        array = array if all(isinstance(v, str) for v in kept) else kept  # NaN is no text
     own = _own_index(values)
     if own is None or array.ndim != 1:
         if array.shape != (n,):
@@ -186,8 +189,7 @@ def coded(values: np.ndarray, *, what: str) -> tuple[np.ndarray, np.ndarray]:
     SchemaError
         A value is missing (NaN, None), or they are of kinds that have no order.
     """
-    # numpy's text of any length is what pandas does not look into, and has no missing values here.
-    missing = np.zeros(len(values), bool) if values.dtype.kind == "T" else pd.isna(values)
+    missing = is_missing(values)
     if missing.any():
         raise SchemaError(
             f"{what} is missing for {int(missing.sum())} of {len(values)}, first at position "
@@ -199,6 +201,31 @@ def coded(values: np.ndarray, *, what: str) -> tuple[np.ndarray, np.ndarray]:
         kinds = sorted({type(value).__name__ for value in values.tolist()})
         raise SchemaError(f"{what} mixes {' and '.join(kinds)}; use numbers or strings") from None
     return distinct, codes
+
+
+def is_missing(values: np.ndarray) -> np.ndarray:
+    """Say which values are missing: NaN, None and the like."""
+    if values.dtype.kind == "T":  # numpy's text of any length, into which pandas does not look
+        if not hasattr(values.dtype, "na_object"):
+            return np.zeros(values.shape, bool)
+        values = values.astype(object)
+    found: np.ndarray = pd.isna(values)
+    return found
+
+
+def require_storable(ds: xr.Dataset) -> None:
+    """Raise ``SchemaError`` where text is missing: a store would have it as empty text."""
+    for name, variable in ds.variables.items():
+        if variable.dtype.kind in "OT":
+            missing = is_missing(np.asarray(variable.values))
+            if missing.any():
+                where = [int(at) for at in np.argwhere(missing)[0]]
+                raise SchemaError(
+                    f"{name!r} is missing for {int(missing.sum())} of {missing.size}, first at "
+                    f"position {where[0] if len(where) == 1 else where}, and a store would write "
+                    "empty text for it; give these a label of their own, or drop the coordinate: "
+                    f".drop_vars({name!r})"
+                )
 
 
 def _own_index(values: Any) -> pd.Index | None:

@@ -21,6 +21,7 @@ from zarr.storage import MemoryStore
 from lkarray.engine.contraction import Contraction, Tile, compute_tile, contraction_of, gram_array
 from lkarray.engine.plan import WRITTEN_BYTES, make_plan, on_cluster
 from lkarray.errors import SchemaError, StoreError
+from lkarray.labels import require_storable
 from lkarray.progress import dask_bar
 from lkarray.results import Result, alone
 from lkarray.store.layout import CODECS
@@ -72,7 +73,7 @@ def save(
     LockedError
         Another process is writing to the store.
     SchemaError
-        The kernel is not lazy, or its chunks are uneven.
+        The kernel is not lazy, its chunks are uneven, or text among its coordinates is missing.
     NonFiniteError, DamagedError
         The input holds NaN or infinity, or cannot be read.
 
@@ -161,6 +162,7 @@ def _checked(kernel: Any) -> xr.DataArray:
                 f"the chunks of {dim!r} are uneven ({lengths[:4]}...), as a selection leaves them; "
                 "select on the losses before the kernel, or rechunk"
             )
+    require_storable(kernel.coords.to_dataset())
     return kernel
 
 
