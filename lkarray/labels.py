@@ -128,22 +128,28 @@ def items(given: Any, index: pd.Index | None, n: int, *, dim: Hashable, what: st
 
 
 def as_columns(values: Mapping[str, Any], *, dim: Hashable) -> dict[str, np.ndarray]:
-    """Return several columns of the same entries, in the order of the first that has an index.
+    """Return several columns of the same entries in one order, that of the first with an index.
 
     Raises
     ------
     TypeError
         One is a table.
     SchemaError
-        Their lengths or indexes do not fit.
+        Their lengths or indexes do not fit; or indexes are in different orders, and one that has
+        none could be in either.
     """
-    first = next(iter(values.values()))
-    lead = next((v for v in values.values() if _own_index(v) is not None), first)
-    n = len(np.atleast_1d(np.asarray(lead)))
-    return {
-        name: aligned(each, _own_index(lead), n, dim=dim, what=repr(name))
-        for name, each in values.items()
-    }
+    indexes = {name: index for name, x in values.items() if (index := _own_index(x)) is not None}
+    lead = next(iter(indexes), next(iter(values)))
+    index, n = indexes.get(lead), np.size(values[lead])
+    out = {name: aligned(x, index, n, dim=dim, what=repr(name)) for name, x in values.items()}
+    bare = [name for name in values if name not in indexes]
+    moved = [name for name, own in indexes.items() if not own.equals(index)]
+    if bare and moved:
+        raise SchemaError(
+            f"{bare[0]!r} has no index, and {lead!r} and {moved[0]!r} have theirs in different "
+            f"orders, so that nothing says whose it is in; give it the labels of its {dim}s"
+        )
+    return out
 
 
 def positions(
@@ -166,7 +172,7 @@ def positions(
         absent = index[at < 0]
         raise SchemaError(
             f"{what} has the index {_some(own)}, which lacks {len(absent)} of the {n} {dim}s, the "
-            f"first being {absent[0]!r}; give it the labels of {dim!r}, or {_BARE}"
+            f"first being {absent[:1].tolist()[0]!r}; give it the labels of {dim!r}, or {_BARE}"
         )
     return at
 
@@ -175,7 +181,7 @@ def require_unique(index: pd.Index, what: str) -> None:
     """Raise ``SchemaError`` where an index has a value twice, and name one."""
     if not index.is_unique:
         raise SchemaError(
-            f"{what} has values twice, {index[index.duplicated()][0]!r} for one, so that labels "
+            f"{what} has values twice, {index[index.duplicated()][:1].tolist()[0]!r} for one, so that labels "
             "cannot be told apart; make them distinct, for example with "
             ".assign_coords(sample=np.arange(n))"
         )

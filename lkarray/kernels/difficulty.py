@@ -175,7 +175,7 @@ def difficulty_table(
         Whether each example is misclassified.
     loss
         Of each example, in nats. What of these has an index (a DataArray, a Series) is brought
-        into one order by it; arrays are taken to be in that order, of the first that has one.
+        into one order by it.
     replicates, seed
         Resamplings of the examples for intervals, and their seed; none by default.
 
@@ -210,7 +210,7 @@ def difficulty_table(
                 f"{name!r} has shape {np.shape(score)} and wrong {np.shape(wrong)}; expected one "
                 "number for each example"
             )
-    columns = as_columns(given | {"loss": loss, "wrong": wrong}, dim=EXAMPLE)
+    columns = as_columns({"wrong": wrong} | given | {"loss": loss}, dim=EXAMPLE)
     missed = columns.pop("wrong").astype(bool)
     named = {name: values.astype(np.float64) for name, values in columns.items()}
     for name, values in named.items():
