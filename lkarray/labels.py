@@ -67,8 +67,8 @@ def aligned(values: Any, index: pd.Index | None, n: int, *, dim: Hashable, what:
     if own is None or array.ndim != 1:
         if array.shape != (n,):
             raise SchemaError(
-                f"{what} has shape {array.shape}; expected ({n},): one value for each {dim}, in "
-                "order"
+                f"{what} has shape {array.shape}, but there are {n} {dim}s; give one value per {dim}, "
+                "in order"
             )
         return array
     at = positions(own, index, n, dim=dim, what=what)
@@ -180,10 +180,10 @@ def positions(
 def require_unique(index: pd.Index, what: str) -> None:
     """Raise ``SchemaError`` where an index has a value twice, and name one."""
     if not index.is_unique:
+        value = index[index.duplicated()].tolist()[0]
         raise SchemaError(
-            f"{what} has values twice, {index[index.duplicated()][:1].tolist()[0]!r} for one, so that labels "
-            "cannot be told apart; make them distinct, for example with "
-            ".assign_coords(sample=np.arange(n))"
+            f"{what} has values twice, {value!r} for one, so that labels cannot be told apart; "
+            "make them distinct, for example with .assign_coords(sample=np.arange(n))"
         )
 
 

@@ -369,11 +369,6 @@ def sample_coords(
             raise SchemaError(f"coords: {name!r} is a name of lkarray itself; choose another")
         if name == dim:
             values = numbers
-        elif np.shape(values) != (n,) and not isinstance(values, pd.Series | xr.DataArray):
-            raise SchemaError(
-                f"coords[{name!r}] has shape {np.shape(values)}, but there are {n} {dim}s; "
-                f"give one value per {dim}, in order"
-            )
         array = aligned(values, known, n, dim=dim, what=f"coords[{name!r}]")
         if array.dtype.kind not in "biufUOTM":
             raise SchemaError(f"coords[{name!r}] has dtype {array.dtype}; use numbers or strings")
