@@ -151,7 +151,7 @@ def mode_scatter(
     names
         Of the two.
     """
-    parts = [as_dataset(x, "shifts") for x in (shifts, other) if x is not None]
+    parts = [as_dataset(x, "shifts").compute() for x in (shifts, other) if x is not None]
     figure = Figure(figsize=(6.4 * len(parts), 4.8), layout="constrained")
     grid = figure.subplots(1, len(parts), squeeze=False)[0]
     for axes, part, name in zip(grid, parts, names, strict=False):

@@ -28,7 +28,7 @@ def lift_by_depth(lift: xr.DataTree | xr.Dataset, *, least: int = _LEAST) -> Fig
         Points with fewer pairs of the table behind them, or expected by chance to share fewer
         than one, are left out.
     """
-    lift = as_dataset(lift, "lift")
+    lift = as_dataset(lift, "lift").compute()
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.add_subplot()
     expected = lift["pairs"] * lift["base_rate"]
@@ -72,7 +72,7 @@ def lift_curves(
     axes = figure.add_subplot()
     colours = color_sequences["petroff10"]
     for at, (name, given) in enumerate(lifts.items()):
-        lift = as_dataset(given, name)
+        lift = as_dataset(given, name).compute()
         expected = (lift["pairs"] * lift["base_rate"].fillna(0)).sum("query_depth")
         part = lift.where((expected >= least) & (lift["pooled_lift"] > 0), drop=True)
         colour = colours[at % 10]
@@ -109,7 +109,7 @@ def hierarchy_matrices(by_distance: xr.DataTree | xr.Dataset) -> Figure:
     by_distance
         What `lkarray.correlation_by_distance` returns.
     """
-    by_distance = as_dataset(by_distance, "by_distance")
+    by_distance = as_dataset(by_distance, "by_distance").compute()
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     mean = by_distance["label_mean"].values.astype(float)
     kernel = by_distance.attrs.get("kernel", "correlation")
@@ -145,7 +145,7 @@ def correlation_against_distance(curves: Mapping[str, xr.DataTree | xr.Dataset])
     figure = Figure(figsize=(6.5, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for name, given in curves.items():
-        found = as_dataset(given, name)
+        found = as_dataset(given, name).compute()
         kernel = found.attrs.get("kernel", "correlation")
         (line,) = axes.plot(found["distance"], found[kernel], "o-", ms=4, label=name)
         axes.fill_between(found["distance"], found["low"], found["high"], alpha=0.15, lw=0,
@@ -173,7 +173,7 @@ def transitions(
     """
     figure = Figure(figsize=(4.2 * max(1, len(lifts)), 4), layout="constrained")
     for at, (name, given) in enumerate(lifts.items()):
-        lift = as_dataset(given, name)
+        lift = as_dataset(given, name).compute()
         share, dim = lift["transition"].values, lift["transition"].dims[0]
         values = [str(value) for value in lift[dim].values]
         palette = colormaps["tab20"].colors  # type: ignore[attr-defined]

@@ -42,7 +42,10 @@ def temporal_structure(
     k
         Modes drawn.
     """
-    kernel, modes = squared(as_array(kernel, "kernel"), "kernel"), as_dataset(modes, "modes")
+    kernel, modes = (
+        squared(as_array(kernel, "kernel"), "kernel"),
+        as_dataset(modes, "modes").compute(),
+    )
     values = kernel.values.astype(np.float64)
     norm = np.sqrt(np.diag(values))
     at = _times(kernel, labels)
@@ -150,7 +153,7 @@ def similarity_against_distance(
         What `lkarray.similarity_by_distance` returns; bins of fewer than thirty pairs are left
         out.
     """
-    by_distance = as_dataset(by_distance, "by_distance")
+    by_distance = as_dataset(by_distance, "by_distance").compute()
     xy, values, own = _about(points, similarity, target, by)
     distance = np.linalg.norm(xy - xy[target], axis=1)
     other = np.arange(len(xy)) != target
