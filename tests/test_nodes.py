@@ -52,7 +52,9 @@ def things():
     )  # fmt: skip
     found = {
         "kernel": R, "near": near, "points": points, "the_audit": audit, "ips": ips, "modes": modes,
-        "coefficients": coefficients, "moved": (coefficients * 1.5 + 0.1).rename("moved"), "plgk": K, "audit_modes": audit_modes, "temporal": temporal,
+        "coefficients": coefficients,
+        "moved": (coefficients * 1.5 + 0.1).rename("moved"), "felt": abs(coefficients),
+        "plgk": K, "audit_modes": audit_modes, "temporal": temporal,
         "temporal_modes": lk.temporal_modes(temporal), "cross": lk.plgk(G, G), "panel": panel,
         "hidden": last.rename("hidden").rename(param="unit"),
         "shifts": lk.mode_shifts(modes, coefficients, coefficients * 1.5 + 0.1),
@@ -108,7 +110,7 @@ TAKE = {
     "cancellation_ratio": lambda t: lk.cancellation_ratio(t["modes"], t["coefficients"]),
     "mode_coefficients": lambda t: lk.mode_coefficients(t["modes"], t["last"]),
     "mode_shifts": lambda t: lk.mode_shifts(
-        t["modes"], t["coefficients"], t["moved"], t["coefficients"]
+        t["modes"], t["coefficients"], t["moved"], t["felt"]
     ),
     "temporal_modes": lambda t: lk.temporal_modes(t["temporal"]),
     "ips_scores": lambda t: lk.ips_scores(t["ips"], LABELS, GUESS),

@@ -159,7 +159,7 @@ def top_correlated(
     shown
         Neighbours of each reference.
     """
-    neighbors = as_dataset(neighbors, "neighbors")
+    neighbors = as_dataset(neighbors, "neighbors").compute()
     dim = str(next(d for d in neighbors["neighbor"].dims if d != RANK))
     labels = _coordinate(neighbors, by)
     flags = _coordinate(neighbors, mark) if mark else np.zeros(len(labels), bool)
