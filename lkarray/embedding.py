@@ -15,6 +15,8 @@ from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import sample_coords
 from lkarray.kernels.groups import group_codes
+from lkarray.labels import in_order, squared
+from lkarray.results import Result, alone, as_array
 from lkarray.schema import COMPONENT, RANK, second
 from lkarray.waiting import workers_awaited
 
@@ -24,7 +26,7 @@ _ROWS = 1024  # of a kernel in memory, at a time
 
 @workers_awaited("computed")
 def embed(
-    neighbors_or_kernel: xr.Dataset | xr.DataArray,
+    neighbors_or_kernel: Result,
     method: str = "umap",
     n_components: int = 2,
     seed: int = 0,
@@ -68,6 +70,7 @@ def embed(
         raise ValueError(f"method must be 'umap', not {method!r}")
     if n_components < 1:
         raise ValueError(f"n_components must be at least 1, not {n_components}")
+    neighbors_or_kernel = alone(neighbors_or_kernel, "embed")
     if isinstance(neighbors_or_kernel, xr.Dataset | xr.DataArray):
         require_kernel(neighbors_or_kernel, "embed")
     if isinstance(neighbors_or_kernel, xr.Dataset):
@@ -91,7 +94,7 @@ def embed(
 
 @workers_awaited("computed")
 def similarity_by_distance(
-    kernel: xr.DataArray, points: xr.DataArray, groups: Hashable | Any = "label", *, bins: int = 20
+    kernel: Result, points: Result, groups: Hashable | Any = "label", *, bins: int = 20
 ) -> xr.Dataset:
     """Return how a kernel goes with distance on its map, within groups and between them.
 
@@ -103,9 +106,11 @@ def similarity_by_distance(
     kernel
         Square, as from `lkarray.ips` or `lkarray.correlation`.
     points
-        Its map, ``(sample, component)``, as from `lkarray.embed`.
+        Its map, ``(sample, component)``, as from `lkarray.embed`; in any order, where kernel and
+        map have labels of the samples.
     groups
-        A coordinate of the samples of ``points``, or one label for each sample.
+        A coordinate of the samples of ``points``, or one label for each sample of the kernel, as
+        for `lkarray.group_mean`.
     bins
         Of distance, equally wide from the smallest to the largest of either kind of pairs.
 
@@ -127,17 +132,20 @@ def similarity_by_distance(
     """
     from scipy.spatial.distance import pdist
 
+    kernel, points = as_array(kernel, "kernel"), as_array(points, "points")
     require_kernel(kernel, "similarity_by_distance")
     bins = operator.index(bins)
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
     rows = _require_square(kernel, "similarity_by_distance")
-    if set(points.dims) != {rows, COMPONENT} or points.sizes[rows] != kernel.sizes[rows]:
+    if set(points.dims) != {rows, COMPONENT} or points.sizes[rows] < kernel.sizes[rows]:
         raise SchemaError(
             f"points have {dict(points.sizes)}; expected {rows!r} and {COMPONENT!r} of "
             f"{kernel.sizes[rows]} samples, as lk.embed(kernel) returns"
         )
-    _, _, codes = group_codes(points, rows, groups)
+    kernel = squared(kernel, "kernel")
+    points = in_order(points, rows, kernel.indexes.get(rows), kernel.sizes[rows], what="points")
+    _, _, codes = group_codes(points if isinstance(groups, str) else kernel, rows, groups)
     first, last = np.triu_indices(len(codes), 1)
     values = kernel.values[first, last].astype(np.float64)
     apart = pdist(points.transpose(rows, COMPONENT).values)
@@ -203,6 +211,7 @@ def _require_square(kernel: xr.DataArray, name: str) -> str:
 
 def _from_kernel(kernel: xr.DataArray, k: int) -> Table:
     rows, n = _require_square(kernel, "embed"), kernel.shape[0]
+    kernel = squared(kernel, "kernel")
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     k = min(k, n - 1)

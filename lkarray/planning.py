@@ -13,6 +13,7 @@ from dask.utils import format_bytes, format_time
 
 from lkarray.engine.contraction import Contraction, contraction_of
 from lkarray.engine.plan import parts_of
+from lkarray.results import Result, as_dataset
 
 _READ_RATE = 1e9  # bytes a second, of a disk that is neither slow nor fast
 
@@ -72,7 +73,7 @@ class KernelPlan:
         )
 
 
-def plan(kernel: xr.DataArray | xr.Dataset) -> KernelPlan:
+def plan(kernel: Result) -> KernelPlan:
     """Return what a lazy kernel or neighbour table will cost; nothing is computed.
 
     Parameters
@@ -92,7 +93,9 @@ def plan(kernel: xr.DataArray | xr.Dataset) -> KernelPlan:
     ValueError
         ``kernel`` is not lazy, or no kernel of lkarray.
     """
-    arrays = list(kernel.data_vars.values()) if isinstance(kernel, xr.Dataset) else [kernel]
+    arrays: list[Any] = [kernel]
+    if isinstance(kernel, xr.Dataset | xr.DataTree):
+        arrays = list(as_dataset(kernel, "kernel").data_vars.values())
     for array in arrays:
         c = contraction_of(getattr(array, "data", None))
         if c is not None:

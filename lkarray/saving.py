@@ -21,7 +21,9 @@ from zarr.storage import MemoryStore
 from lkarray.engine.contraction import Contraction, Tile, compute_tile, contraction_of, gram_array
 from lkarray.engine.plan import WRITTEN_BYTES, make_plan, on_cluster
 from lkarray.errors import SchemaError, StoreError
+from lkarray.labels import require_storable
 from lkarray.progress import dask_bar
+from lkarray.results import Result, alone
 from lkarray.store.layout import CODECS
 from lkarray.store.location import StoreLike, as_store, create_root, describe, sizes, writing
 from lkarray.store.locking import writer_lock
@@ -36,7 +38,7 @@ Index = tuple[int, ...]
 
 @workers_awaited("computed", _SAFE)
 def save(
-    kernel: xr.DataArray,
+    kernel: Result,
     store: StoreLike,
     group: str | None = None,
     *,
@@ -49,7 +51,7 @@ def save(
     ----------
     kernel
         What `gram`, `covariance`, `correlation` or `influence` returned, or any named DataArray
-        on a Dask array of even chunks.
+        on a Dask array of even chunks; or the Dataset or node that holds it alone.
     store
         Path, URL or Zarr store; made if it is missing.
     group
@@ -76,7 +78,7 @@ def save(
     LockedError
         Another process is writing to the store.
     SchemaError
-        The kernel is not lazy, or its chunks are uneven.
+        The kernel is not lazy, its chunks are uneven, or text among its coordinates is missing.
     NonFiniteError, DamagedError
         The input holds NaN or infinity, or cannot be read.
 
@@ -88,7 +90,7 @@ def save(
     right size. When there are some already, the first and the last are computed again and
     compared, so that a kernel of other data is noticed. Memory is the plan's (`lkarray.plan`).
     """
-    _check(kernel)
+    kernel = _checked(alone(kernel, "kernel"))
     group = f"derived/{kernel.name}" if group is None else group.strip("/")
     target = as_store(store)
     if isinstance(target, MemoryStore) and on_cluster():
@@ -149,7 +151,7 @@ class _Work:
             yield tile, both
 
 
-def _check(kernel: xr.DataArray) -> None:
+def _checked(kernel: Any) -> xr.DataArray:
     if not isinstance(kernel, xr.DataArray):
         raise TypeError(
             f"save takes a DataArray, not {type(kernel).__name__}; neighbours and other small "
@@ -165,6 +167,8 @@ def _check(kernel: xr.DataArray) -> None:
                 f"the chunks of {dim!r} are uneven ({lengths[:4]}...), as a selection leaves them; "
                 "select on the losses before the kernel, or rechunk"
             )
+    require_storable(kernel.coords.to_dataset())
+    return kernel
 
 
 def _open_target(

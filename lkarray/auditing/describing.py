@@ -59,7 +59,8 @@ def _labels(
     by = problem.groups
     first = next(iter(sizes))
     index = by[EXAMPLE].labels if EXAMPLE in by else problem.examples
-    given = {AUDIT: (coords, problem.index), first: (example_coords, np.arange(sizes[first]))}
+    numbered = np.arange(sizes[first]) if EXAMPLE in by else problem.examples
+    given = {AUDIT: (coords, problem.index), first: (example_coords, numbered)}
     out: dict[str, tuple[str, np.ndarray]] = {}
     for dim, (labels, numbers) in given.items():
         for key, values in schema.sample_coords(labels, sizes[dim], dim=dim, index=numbers).items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lkarray.labels import aligned, coded
 from lkarray.schema import EPOCH, EXAMPLE, GROUP, LAYER, PARAM, TIME, WINDOW
 from lkarray.training.choosing import select
 
@@ -100,7 +101,8 @@ def _examples(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
         for label, given in value.items():
             index = np.asarray(given)
             if index.dtype == bool and index.shape == (n,):
-                index = np.flatnonzero(index)
+                what = f"groups['example'][{label!r}]"
+                index = np.flatnonzero(aligned(given, None, n, dim=EXAMPLE, what=what))
             if index.ndim != 1 or not index.size or index.dtype.kind not in "iu":
                 raise ValueError(
                     f"groups['example'][{label!r}] must be indices of training examples, or a "
@@ -110,13 +112,13 @@ def _examples(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
                 raise ValueError(f"groups['example'][{label!r}] has indices outside 0 to {n - 1}")
             members.append(np.unique(index))
         return Groups(GROUP, _labels(list(value)), tuple(members))
-    labels = np.asarray(value)
-    if labels.shape != (n,):
+    if np.shape(value) != (n,):
         raise ValueError(
-            f"groups['example'] has shape {labels.shape}; give one label for each of the {n} "
+            f"groups['example'] has shape {np.shape(value)}; give one label for each of the {n} "
             "training examples, or a dict of names and indices"
         )
-    names, inverse = np.unique(labels, return_inverse=True)
+    what = "groups['example']"
+    names, inverse = coded(aligned(value, None, n, dim=EXAMPLE, what=what), what=what)
     return Groups(GROUP, names, tuple(np.flatnonzero(inverse == i) for i in range(len(names))))
 
 

@@ -14,6 +14,8 @@ from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import sample_coords
 from lkarray.kernels.spectra import svd
+from lkarray.labels import in_order
+from lkarray.results import Result, as_array, opened
 from lkarray.schema import MODE, second
 
 _DENSE = 4000  # training examples whose kernel is decomposed whole: some ten seconds
@@ -21,7 +23,7 @@ _DECOMPOSE = 5  # matrices that it holds meanwhile
 
 
 def audit_modes(
-    kernel: xr.DataArray, k: int, *, scale: float, memory: int | str | None = None
+    kernel: Result, k: int, *, scale: float, memory: int | str | None = None
 ) -> xr.Dataset:
     r"""Return the leading eigenmodes of a path kernel, and how strongly training drives each.
 
@@ -66,6 +68,7 @@ def audit_modes(
     at its cost, since the singular values of a path kernel, which is positive semi-definite, are
     its eigenvalues; what is below 1e-8 of the largest is lost there.
     """
+    kernel = as_array(kernel, "kernel")
     rows, columns = _square(kernel)
     k, n = operator.index(k), kernel.sizes[rows]
     if not 1 <= k <= n:
@@ -84,9 +87,7 @@ def audit_modes(
     return out.drop_attrs().assign_coords(coords).assign_attrs(attrs)
 
 
-def extend_audit(
-    modes: xr.Dataset, cross: xr.DataArray, *, training: str | None = None
-) -> xr.Dataset:
+def extend_audit(modes: Result, cross: Result, *, training: str | None = None) -> xr.Dataset:
     r"""Return the predicted change of examples' losses, and what each mode contributes, lazily.
 
     .. math:: \Delta_n \approx -c \sum_k s_k\, (Q_k \cdot P'_{\cdot n})
@@ -103,7 +104,7 @@ def extend_audit(
         ``lk.plgk(G_new, G_train)``.
     training
         Dim of ``cross`` that the training examples are along. By default the one whose labels,
-        or else whose size, are those of the modes; where both dims fit, the second.
+        in any order, or else whose size, are those of the modes; where both dims fit, the second.
 
     Returns
     -------
@@ -118,6 +119,7 @@ def extend_audit(
     SchemaError, TypeError
         ``modes`` or ``cross`` are not such, or no dim of ``cross`` fits the modes.
     """
+    modes, cross = opened(modes, "modes"), as_array(cross, "cross")
     if (
         not isinstance(modes, xr.Dataset)
         or not {"vector", "drive"} <= set(modes)
@@ -135,6 +137,7 @@ def extend_audit(
     rows = str(next(dim for dim in vector.dims if dim != MODE))
     train = _training_dim(cross, modes, rows, training)
     new = str(next(dim for dim in cross.dims if dim != train))
+    cross = in_order(cross, train, modes.indexes.get(rows), modes.sizes[rows], what="cross")
     bare, thin = (x.drop_vars(list(x.coords)) for x in (cross, vector.astype(np.float64)))
     # Thin products: one a tile of the cross kernel, which is read once.
     projected = xr.dot(thin.rename({rows: train}), bare, dim=train)
@@ -165,10 +168,6 @@ def _eigh(kernel: np.ndarray, k: int) -> np.ndarray:
 
 
 def _square(kernel: xr.DataArray) -> tuple[str, str]:
-    if not isinstance(kernel, xr.DataArray):
-        raise TypeError(
-            f"kernel must be the DataArray of lk.plgk(G_train), not {type(kernel).__name__}"
-        )
     require_kernel(kernel, "audit_modes")
     dims = tuple(map(str, kernel.dims))
     if len(dims) != 2 or dims[1] != second(dims[0]) or len(set(kernel.shape)) != 1:
@@ -195,19 +194,19 @@ def _training_dim(cross: xr.DataArray, modes: xr.Dataset, rows: str, training: s
         raise SchemaError(f"training={training!r} is no dim of cross, which has {cross.dims}")
     dims = [str(dim) for dim in cross.dims] if training is None else [training]
     known = modes.indexes.get(rows)
-    fits = {}
+    fits: dict[str, int] = {}
     for dim in dims:
         index = cross.indexes.get(dim)
         if cross.sizes[dim] != modes.sizes[rows]:
             continue
         if index is None or known is None:
-            fits[dim] = False
-        elif index.equals(known):
-            fits[dim] = True
+            fits[dim] = 0
+        elif index.is_unique and known.isin(index).all():
+            fits[dim] = 1 + index.equals(known)
     if not fits:
         raise SchemaError(
             f"cross has dims {dict(cross.sizes)}, and none of {dims} is of the "
-            f"{modes.sizes[rows]} training examples of the modes (the same labels in the same "
-            "order); pass lk.plgk(G_new, G_train)"
+            f"{modes.sizes[rows]} training examples of the modes (with the same labels); pass "
+            "lk.plgk(G_new, G_train)"
         )
     return max(reversed(fits), key=fits.__getitem__)

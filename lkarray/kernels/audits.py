@@ -13,10 +13,12 @@ import xarray as xr
 
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import sample_coords
+from lkarray.results import Result, as_array, opened
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, WINDOW
 
 INFLUENCE = "influence"
 Computed = TypeVar("Computed", xr.DataArray, xr.Dataset)
+_SMALL = 1 << 20  # numbers of a table that is computed, of an audit on Dask too
 
 #: What influence is of: training examples, or groups of them.
 SOURCES = (EXAMPLE, GROUP)
@@ -25,7 +27,7 @@ TIMES = (EPOCH, WINDOW)
 SPLITS = (LAYER, *TIMES)
 
 
-def completeness(audit: xr.Dataset) -> xr.Dataset:
+def completeness(audit: xr.Dataset | xr.DataTree) -> xr.Dataset:
     r"""Return how well the audit explains the true change, by the end of each epoch.
 
     .. math::
@@ -46,7 +48,7 @@ def completeness(audit: xr.Dataset) -> xr.Dataset:
     xarray.Dataset
         ``mre(epoch)``, in the units of what is audited, and ``lc(epoch)``, float64; the outputs of
         an example count as so many numbers. ``lc`` is NaN where there are fewer than two numbers
-        or one side is constant. Lazy if the two are. The attributes ``complete`` and
+        or one side is constant. Computed. The attributes ``complete`` and
         ``incomplete`` are the audit's: one of some parameters only does not explain the whole
         change.
 
@@ -55,6 +57,7 @@ def completeness(audit: xr.Dataset) -> xr.Dataset:
     SchemaError, TypeError
         ``audit`` does not hold the two, or they lack ``epoch``.
     """
+    audit = _opened(audit)
     found, true = (_variable(audit, name) for name in ("reconstruction", "epoch_change"))
     for x in (found, true):
         if EPOCH not in x.dims or set(x.dims) != set(found.dims):
@@ -70,16 +73,16 @@ def completeness(audit: xr.Dataset) -> xr.Dataset:
     out["mre"].attrs = {"units": units, "long_name": "mean reconstruction error"}
     out["lc"].attrs = {"units": "1", "long_name": "correlation of reconstruction and change"}
     kept = {name: audit.attrs[name] for name in ("complete", "incomplete") if name in audit.attrs}
-    return out.assign_coords(sample_coords(found, EPOCH)).assign_attrs(kept)
+    return out.assign_coords(sample_coords(found, EPOCH)).assign_attrs(kept).compute()
 
 
-def net_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False) -> xr.DataArray:
+def net_influence(audit: Result, *, cumulative: bool = False) -> xr.DataArray:
     r"""Return what all training examples together did: :math:`S_n = \sum_m P_{mn}` (PLGK 6.3).
 
     Parameters
     ----------
     audit
-        What `lkarray.audit` returned, or its ``influence``.
+        What `lkarray.audit` returned, its node in a store, or its ``influence``.
     cumulative
         Give influence by the end of each epoch (or window, in their order), not within it.
 
@@ -87,7 +90,8 @@ def net_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False)
     -------
     xarray.DataArray
         ``net_influence(audit[, output][, layer][, epoch])``, float64, in the audit's units. Sum it
-        over layers or epochs as you like: it adds up. Lazy if the audit is on Dask; one pass.
+        over layers or epochs as you like: it adds up. One pass. Computed up to a million numbers,
+        beyond as lazy as the audit.
 
     Raises
     ------
@@ -106,7 +110,7 @@ def net_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False)
     return _sum_of("net_influence", x, source, out)
 
 
-def gross_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False) -> xr.DataArray:
+def gross_influence(audit: Result, *, cumulative: bool = False) -> xr.DataArray:
     r"""Return how much training examples did, of either sign: :math:`G_n = \sum_m |P_{mn}|`.
 
     Where influences cancel, it grows while `net_influence` levels off (PLGK section 6.3).
@@ -114,7 +118,7 @@ def gross_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = Fals
     Parameters
     ----------
     audit
-        What `lkarray.audit` returned, or its ``influence``.
+        What `lkarray.audit` returned, its node in a store, or its ``influence``.
     cumulative
         ``True``: magnitudes of what each example did by the end of each epoch, as PLGK figure 13
         has it. ``False``: of what it did within the epoch, as in figure 10.
@@ -122,9 +126,9 @@ def gross_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = Fals
     Returns
     -------
     xarray.DataArray
-        ``gross_influence(audit[, output][, layer][, epoch])``, float64, in the audit's units, as
-        lazy as the audit. Magnitudes do not add up: for that of all layers together, sum the
-        influence first, ``gross_influence(audit["influence"].sum("layer"))``.
+        ``gross_influence(audit[, output][, layer][, epoch])``, float64, in the audit's units,
+        computed as `net_influence` is. Magnitudes do not add up: for that of all layers together,
+        sum the influence first, ``gross_influence(audit["influence"].sum("layer"))``.
 
     Raises
     ------
@@ -141,6 +145,13 @@ def gross_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = Fals
 # --- what they take ---------------------------------------------------------------------------
 
 
+def _opened(audit: Any) -> Any:
+    """Return the Dataset of an audit's node, or of a tree with one audit; else what was given."""
+    if isinstance(audit, xr.DataTree) and not audit.data_vars and AUDIT in audit.children:
+        audit = audit.children[AUDIT]
+    return opened(audit, AUDIT)
+
+
 def _variable(audit: Any, name: str) -> xr.DataArray:
     if not isinstance(audit, xr.Dataset):
         raise TypeError(
@@ -154,8 +165,11 @@ def _variable(audit: Any, name: str) -> xr.DataArray:
     return audit[name]
 
 
-def as_influence(audit: xr.Dataset | xr.DataArray) -> tuple[xr.DataArray, str]:
+def as_influence(audit: Result) -> tuple[xr.DataArray, str]:
     """Return the influence, and the dim of the training examples or their groups."""
+    audit = _opened(audit)
+    if isinstance(audit, xr.Dataset) and len(audit.data_vars) == 1 and INFLUENCE not in audit:
+        audit = as_array(audit, AUDIT)  # of a baseline, such as tracin
     x = audit if isinstance(audit, xr.DataArray) else _variable(audit, INFLUENCE)
     source = next((dim for dim in SOURCES if dim in x.dims), None)
     unknown = [dim for dim in x.dims if dim not in (source, AUDIT, OUTPUT, *SPLITS)]
@@ -197,15 +211,17 @@ def whole_influence(x: xr.DataArray, source: str) -> xr.DataArray:
     return whole.transpose(..., source)
 
 
-def as_lazy_as(x: xr.DataArray, out: Computed) -> Computed:
-    """Return a result as it is of an audit on Dask, and computed of one in memory."""
-    return out if x.chunks is not None else out.compute()
+def computed(x: xr.DataArray, out: Computed) -> Computed:
+    """Return a table of an audit computed; as it is where it is large and the audit on Dask."""
+    parts = out.data_vars.values() if isinstance(out, xr.Dataset) else [out]
+    large = sum(part.size for part in parts) > _SMALL
+    return out if large and x.chunks is not None else out.compute()
 
 
 def _sum_of(name: str, x: xr.DataArray, source: str, out: xr.DataArray) -> xr.DataArray:
     kept = [str(dim) for dim in x.dims if dim != source]
     out = out.rename(name).drop_attrs().assign_coords(sample_coords(x, *kept))
-    return as_lazy_as(x, out.assign_attrs(units=x.attrs.get("units", "nat")))
+    return computed(x, out.assign_attrs(units=x.attrs.get("units", "nat")))
 
 
 # --- numbers ----------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import free_dim, gram, sample_coords
 from lkarray.kernels.groups import group_codes
+from lkarray.labels import as_columns
+from lkarray.results import Result, as_array, opened
 from lkarray.schema import EXAMPLE
 
 _CLASS = "lkarray_class"
@@ -22,7 +24,7 @@ _LEVEL = 0.95  # of intervals
 
 
 def ips_scores(
-    similarity: xr.DataArray, train_labels: Hashable | Any, predicted: Hashable | Any
+    similarity: Result, train_labels: Hashable | Any, predicted: Hashable | Any
 ) -> xr.Dataset:
     """Return the norm and the class margin of examples' similarities (PLGK section 6.2), lazily.
 
@@ -32,9 +34,10 @@ def ips_scores(
         Similarity of the examples asked about (rows) to training examples (columns), as
         ``lk.ips(test_G, train_G)``.
     train_labels
-        Class of each training example: an array, or a coordinate of the columns (``"label_2"``).
+        Class of each training example: a coordinate of the columns (``"label_2"``), or labels, as
+        for `lkarray.group_mean`.
     predicted
-        Class that the model predicts for each row: an array, or a coordinate of the rows.
+        Class that the model predicts for each row: likewise.
 
     Returns
     -------
@@ -51,6 +54,7 @@ def ips_scores(
         It is no matrix, labels do not fit it, there are fewer than two classes, or no training
         example is of a predicted class.
     """
+    similarity = as_array(similarity, "similarity")
     require_kernel(similarity, "ips_scores")
     if similarity.ndim != 2:
         raise SchemaError(
@@ -78,8 +82,8 @@ def ips_scores(
 
 
 def hidden_similarity(
-    test_activations: xr.DataArray,
-    train_activations: xr.DataArray,
+    test_activations: Result,
+    train_activations: Result,
     train_labels: Hashable | Any,
     predicted: Hashable | Any,
     *,
@@ -95,7 +99,8 @@ def hidden_similarity(
     test_activations, train_activations
         ``(example, unit)``, activations of a hidden layer.
     train_labels
-        Class of each training example: an array, or a coordinate of ``train_activations``.
+        Class of each training example: a coordinate of ``train_activations``, or labels, as for
+        `lkarray.group_mean`.
     predicted
         Class that the model predicts for each test example, likewise.
     k
@@ -122,6 +127,8 @@ def hidden_similarity(
     k = operator.index(k)
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
+    test_activations = as_array(test_activations, "test_activations")
+    train_activations = as_array(train_activations, "train_activations")
     unit = free_dim(test_activations, "test_activations", (EXAMPLE,), ())
     free_dim(train_activations, "train_activations", (EXAMPLE,), ())
     _, classes, codes = group_codes(train_activations, EXAMPLE, train_labels)
@@ -151,7 +158,7 @@ def hidden_similarity(
 
 
 def difficulty_table(
-    scores: xr.Dataset | Mapping[Hashable, xr.DataArray | np.ndarray],
+    scores: xr.DataTree | xr.Dataset | Mapping[Hashable, xr.DataArray | np.ndarray],
     wrong: xr.DataArray | np.ndarray,
     loss: xr.DataArray | np.ndarray,
     *,
@@ -167,7 +174,8 @@ def difficulty_table(
     wrong
         Whether each example is misclassified.
     loss
-        Of each example, in nats.
+        Of each example, in nats. What of these has an index (a DataArray, a Series) is brought
+        into one order by it.
     replicates, seed
         Resamplings of the examples for intervals, and their seed; none by default.
 
@@ -182,7 +190,7 @@ def difficulty_table(
     Raises
     ------
     ValueError
-        Lengths differ, a number is missing, examples are all right or all wrong, or
+        Lengths or indexes differ, a number is missing, examples are all right or all wrong, or
         ``replicates`` is negative.
 
     Notes
@@ -195,18 +203,22 @@ def difficulty_table(
     replicates = operator.index(replicates)
     if replicates < 0:
         raise ValueError(f"replicates must be at least 0, not {replicates}")
-    named = {str(name): np.asarray(score, np.float64) for name, score in dict(scores).items()}
-    missed, losses = np.asarray(wrong).astype(bool), np.asarray(loss, np.float64)
-    for name, values in (named | {"loss": losses}).items():
-        if values.shape != missed.shape or missed.ndim != 1:
+    given = {str(name): score for name, score in dict(opened(scores, "scores")).items()}
+    for name, score in (given | {"loss": loss}).items():
+        if np.shape(score) != np.shape(wrong) or np.ndim(wrong) != 1:
             raise ValueError(
-                f"{name!r} has shape {values.shape} and wrong {missed.shape}; expected one number "
-                "for each example, in the same order"
+                f"{name!r} has shape {np.shape(score)} and wrong {np.shape(wrong)}; expected one "
+                "number for each example"
             )
+    columns = as_columns({"wrong": wrong} | given | {"loss": loss}, dim=EXAMPLE)
+    missed = columns.pop("wrong").astype(bool)
+    named = {name: values.astype(np.float64) for name, values in columns.items()}
+    for name, values in named.items():
         if np.isnan(values).any():
             raise ValueError(
                 f"{name!r} is NaN for {int(np.isnan(values).sum())} examples; drop them"
             )
+    losses = named.pop("loss")
     if not named or missed.all() or not missed.any():
         raise ValueError(
             f"a table needs scores, and examples both right and wrong; there are {len(named)} "

@@ -10,7 +10,18 @@ import xarray as xr
 from lkarray.errors import SchemaError
 from lkarray.kernels.ghost import factor_kernel, holds_factors
 from lkarray.kernels.gram import gram, one_of
-from lkarray.schema import AUDIT, EXAMPLE, FACTOR, LEARNING_RATE, PARAM, TIME, Losses, as_gradients
+from lkarray.results import as_array
+from lkarray.schema import (
+    AUDIT,
+    EXAMPLE,
+    FACTOR,
+    GRADIENTS,
+    LEARNING_RATE,
+    PARAM,
+    TIME,
+    Losses,
+    as_gradients,
+)
 
 #: Powers of the learning rate inside a sum over time: none, one, two.
 WEIGHTS = (None, "lr", "lr2")
@@ -312,8 +323,18 @@ def named(x: xr.DataArray, name: str, weight: str | None, *, units: str) -> xr.D
     return x.rename(name).assign_attrs(weight=weight or "none", units=units)
 
 
+def kernel_or_gradients(k: Any, what: str) -> Any:
+    """Return the kernel that a node or a Dataset holds; what holds gradients as it is."""
+    if isinstance(k, xr.DataTree | xr.Dataset):
+        wide = any(PARAM in v.dims for v in k.data_vars.values()) or FACTOR.name in k.data_vars
+        if not wide and not (isinstance(k, xr.DataTree) and GRADIENTS in k.children):
+            return as_array(k, what)
+    return k
+
+
 def _cosine(k: Losses, what: str) -> xr.DataArray:
     """Return a cosine kernel without rounding beyond [-1, 1], from itself or from gradients."""
+    k = kernel_or_gradients(k, "k")
     if isinstance(k, xr.DataArray | xr.Dataset):
         require_kernel(k, what)
     if not isinstance(k, xr.DataArray) or PARAM in k.dims:

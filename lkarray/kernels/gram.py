@@ -12,7 +12,8 @@ from zarr.codecs import Crc32cCodec
 
 from lkarray import engine
 from lkarray.errors import SchemaError
-from lkarray.schema import CHAIN, second
+from lkarray.results import Result, as_array
+from lkarray.schema import CHAIN, GRADIENT, LOSS, second
 
 CENTERS = ("pooled", "chain")
 PRECISIONS = ("float32", "auto")
@@ -20,8 +21,8 @@ _NORMALIZERS = (None, "count", "cosine")
 
 
 def gram(
-    x: xr.DataArray,
-    y: xr.DataArray | None = None,
+    x: Result,
+    y: Result | None = None,
     *,
     over: str | Iterable[str],
     each: str | Iterable[str] = (),
@@ -38,8 +39,9 @@ def gram(
     Parameters
     ----------
     x, y
-        Tensors with the dims ``over``, ``each`` and exactly one more. ``y=None`` is the
-        symmetric Gram of ``x``, of which only one triangle is computed.
+        Tensors with the dims ``over``, ``each`` and exactly one more, or the Dataset or node that
+        holds one. ``y=None`` is the symmetric Gram of ``x``, of which only one triangle is
+        computed.
     over
         Dims that are contracted: S elements together.
     each
@@ -87,6 +89,7 @@ def gram(
     Cost: ``n**2 * S`` operations for a symmetric Gram, twice that for two operands; each
     panel is read once where the budget can hold them all.
     """
+    x, y = as_tensor(x, "x"), None if y is None else as_tensor(y, "y")
     over, each = _names(over), _names(each)
     one_of("center", center, (None, *CENTERS))
     one_of("normalize", normalize, _NORMALIZERS)
@@ -124,6 +127,11 @@ def gram(
     # Plain .to_zarr writes one stored chunk a Dask chunk, checksummed and uncompressed: fast.
     out.encoding = {"compressors": (Crc32cCodec(),)}
     return out
+
+
+def as_tensor(x: Any, name: str) -> xr.DataArray:
+    """Return the tensor that a node or a Dataset holds, or the DataArray itself."""
+    return as_array(x, name, prefer=(LOSS.name, GRADIENT.name))
 
 
 def free_dim(x: xr.DataArray, name: str, over: tuple[str, ...], each: tuple[str, ...]) -> str:

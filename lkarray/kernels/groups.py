@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask.array as da
 import numpy as np
@@ -16,13 +16,15 @@ from lkarray.engine import Operand
 from lkarray.engine.strips import Strips, apply_step, joined, make_strips, project_step, total
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of
-from lkarray.schema import POSTERIOR, Losses, as_losses, second
+from lkarray.labels import coded, one_each
+from lkarray.schema import POSTERIOR, RESERVED, Losses, as_losses, second
 from lkarray.waiting import compute
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 KERNELS = ("correlation", "covariance")
+Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 
 
 def kernel_operand(losses: Losses, kernel: str, center: str) -> tuple[xr.DataArray, Operand, float]:
@@ -42,10 +44,15 @@ def group_codes(
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the name of a grouping, its values in order, and each sample's number in them.
 
+    Labels with an index of their own are brought into the samples' order (`lkarray.labels`).
+
     Raises
     ------
+    TypeError
+        Labels are a table.
     SchemaError
-        There is no such coordinate, or there is not one label for each sample.
+        There is no such coordinate, there is not one label for each sample, one is missing, or
+        their index is not that of the samples.
     """
     if isinstance(groups, str):
         if groups not in x.coords or x.coords[groups].dims != (rows,):
@@ -54,13 +61,39 @@ def group_codes(
         name, labels_ = groups, np.asarray(x.coords[groups].values)
     else:
         name = str(getattr(groups, "name", None) or "group")
-        labels_ = np.asarray(groups)
-        if labels_.shape != (x.sizes[rows],):
-            raise SchemaError(
-                f"groups has shape {labels_.shape}; expected ({x.sizes[rows]},): one label a sample"
-            )
-    values, codes = np.unique(labels_, return_inverse=True)
+        labels_ = one_each(groups, x, rows, what="groups")
+    values, codes = coded(labels_, what=repr(name))
     return name, values, codes
+
+
+def with_labels(
+    x: Labelled, rows: str, labels: Hashable | Any, *, what: str
+) -> tuple[Labelled, str]:
+    """Return ``x`` with labels of its samples among its coordinates, and their name.
+
+    Parameters
+    ----------
+    x
+        Whose samples are along ``rows``.
+    labels
+        The name of a coordinate, or one label for each sample, which is added under its own name
+        or as ``what``.
+
+    Raises
+    ------
+    TypeError, SchemaError
+        As for `group_codes`; or there is another coordinate of that name.
+    """
+    if isinstance(labels, str):
+        return x, labels
+    values = one_each(labels, x, rows, what=what)
+    name = str(getattr(labels, "name", None) or what)
+    name = what if name in x.dims or name in RESERVED else name
+    if name in x.coords and not np.array_equal(x.coords[name].values, values):
+        raise SchemaError(
+            f"{what}: there is a coordinate {name!r} with other values already; rename one of them"
+        )
+    return x.assign_coords({name: (rows, values)}), name
 
 
 def group_mean(
@@ -79,7 +112,8 @@ def group_mean(
     losses
         Loss tensor ``(chain, draw, sample)``.
     groups
-        A coordinate of the samples, such as ``"label"``, or one label for each sample.
+        A coordinate of the samples, such as ``"label"``, or one label for each sample: an array in
+        their order, or a DataArray or Series with their index in any order.
     kernel
         ``"correlation"`` or ``"covariance"``.
     self_pairs
@@ -99,7 +133,7 @@ def group_mean(
     Raises
     ------
     SchemaError
-        There is no such coordinate, or not one label for each sample.
+        There is no such coordinate, or not one label for each sample, or it is missing for some.
 
     Notes
     -----

@@ -32,7 +32,8 @@ def histogram(
     losses
         Loss tensor ``(chain, draw, sample)``.
     groups
-        A coordinate of the samples, one label for each sample, or ``None`` for one group.
+        A coordinate of the samples, one label for each sample (as for `lkarray.group_mean`), or
+        ``None`` for one group.
     bins
         Even bins between the bounds.
     bounds

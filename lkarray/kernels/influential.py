@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,11 @@ import xarray as xr
 
 from lkarray.engine.numbers import top_k
 from lkarray.errors import NonFiniteError
-from lkarray.kernels.audits import as_influence, as_lazy_as, whole_influence
+from lkarray.kernels.audits import as_influence, computed, whole_influence
 from lkarray.kernels.gram import sample_coords
 from lkarray.kernels.groups import group_codes
+from lkarray.labels import require_unique
+from lkarray.results import Result
 from lkarray.schema import AUDIT, OUTPUT, RANK
 
 _POINTS = 200  # of a curve
@@ -24,9 +27,7 @@ _ENTRY = np.dtype([("score", np.float64), ("place", np.int64)])
 _SIGNS = {"helpful": -1, "harmful": 1}
 
 
-def most_influential(
-    audit: xr.Dataset | xr.DataArray, k: int = 25, *, by: str | None = None
-) -> xr.Dataset:
+def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = None) -> xr.Dataset:
     """Return the training examples that helped and harmed each audited example most.
 
     Helpful examples drove the audited quantity down (its loss, unless the audit's target says
@@ -35,12 +36,13 @@ def most_influential(
     Parameters
     ----------
     audit
-        What `lkarray.audit` returned, or its ``influence``; summed over layers and epochs.
+        What `lkarray.audit` returned, its node in a store, or its ``influence``; summed over layers
+        and epochs.
     k
         Examples at each end; all where there are fewer.
     by
-        Coordinate of the training examples, such as ``"train_label"``: the ``k`` of each class.
-        It is read at once: one label an example.
+        Coordinate of the training examples, such as ``"train_label"``, or one label for each, as
+        for `lkarray.group_mean`: the ``k`` of each class. It is read at once.
 
     Returns
     -------
@@ -50,17 +52,18 @@ def most_influential(
         ``harmful_influence``, highest first. With ``by``, a dim of that name before ``rank``,
         and its classes as coordinate. Rows of a class with fewer than k end in -1 (or an empty
         label) and NaN. Ties go to the example that comes first. Those furthest down the ranks may
-        be of the other sign: the influence says. Lazy if the audit is on Dask: compute all
-        variables at once.
+        be of the other sign: the influence says. Computed up to a million entries; beyond, lazy
+        if the audit is on Dask: compute all variables at once.
 
     Raises
     ------
     ValueError
         ``k`` is below 1.
     SchemaError, TypeError
-        There is no influence, or no such coordinate along its training examples.
+        There is no influence, no such coordinate along its training examples, or two of these
+        have one label.
     NonFiniteError
-        On computing: influence is NaN or infinite.
+        Influence is NaN or infinite.
 
     Notes
     -----
@@ -72,8 +75,10 @@ def most_influential(
     if k < 1:
         raise ValueError(f"k must be at least 1, not {k}")
     classes, codes = np.zeros(1), np.zeros(x.sizes[source], np.int64)
+    if source in x.indexes:
+        require_unique(x.indexes[source], f"the index of {source!r}")
     if by is not None:
-        _, classes, codes = group_codes(x, source, by)
+        by, classes, codes = group_codes(x, source, by)
     k = min(k, int(np.bincount(codes).max()))
     whole = whole_influence(x, source)
     best = _best_entries(whole.data, codes, len(classes), k)
@@ -93,10 +98,10 @@ def most_influential(
         out[name].attrs["long_name"] = f"{source} that {verb} what is audited"
         out[f"{name}_influence"].attrs = {"units": x.attrs.get("units", "nat")}
     out = out.assign_coords(sample_coords(x, *rest) | {RANK: np.arange(k)})
-    return as_lazy_as(x, out.assign_attrs(k=k, by=by or "none", source=source))
+    return computed(x, out.assign_attrs(k=k, by=by or "none", source=source))
 
 
-def concentration(audit: xr.Dataset | xr.DataArray) -> xr.DataArray:
+def concentration(audit: Result) -> xr.DataArray:
     r"""Return the share of all influence that the most influential training examples hold.
 
     .. math:: \mathrm{share}(c, n) = \sum_{m \in top_c(n)} |P_{mn}| \Big/ \sum_m |P_{mn}|
@@ -104,21 +109,22 @@ def concentration(audit: xr.Dataset | xr.DataArray) -> xr.DataArray:
     Parameters
     ----------
     audit
-        What `lkarray.audit` returned, or its ``influence``; summed over layers and epochs.
+        What `lkarray.audit` returned, its node in a store, or its ``influence``; summed over layers
+        and epochs.
 
     Returns
     -------
     xarray.DataArray
         ``share(examples, audit[, output])``, float64, rising to 1, at no more than 200 numbers of
         examples, evenly spaced on a logarithmic scale from 1 to all. NaN where no example has
-        influence. Lazy if the audit is on Dask.
+        influence. Computed up to a million shares, beyond as lazy as the audit.
 
     Raises
     ------
     SchemaError, TypeError
         There is no influence.
     NonFiniteError
-        On computing: influence is NaN or infinite.
+        Influence is NaN or infinite.
 
     Notes
     -----
@@ -142,7 +148,7 @@ def concentration(audit: xr.Dataset | xr.DataArray) -> xr.DataArray:
     out = xr.DataArray(data, dims=(*dims, "examples"), name="share").transpose("examples", ...)
     attrs = {"units": "1", "long_name": f"share of all influence, by number of {source}s"}
     out = out.assign_coords(sample_coords(x, *dims) | {"examples": counts}).assign_attrs(attrs)
-    return as_lazy_as(x, out)
+    return computed(x, out)
 
 
 def _best_entries(data: da.Array, codes: np.ndarray, classes: int, k: int) -> da.Array:

@@ -8,6 +8,8 @@ import xarray as xr
 from lkarray.errors import SchemaError
 from lkarray.kernels.modes import of_modes
 from lkarray.kernels.ranks import participation_ratio
+from lkarray.labels import in_order
+from lkarray.results import Result, as_array, as_dataset
 from lkarray.schema import EXAMPLE, MODE
 
 FACTOR = "factor"
@@ -15,10 +17,10 @@ _OF_MODES = ("singular_value", "alignment", "drive")
 
 
 def mode_shifts(
-    modes: xr.Dataset,
-    before: xr.DataArray,
-    after: xr.DataArray,
-    sensitivity: xr.DataArray | None = None,
+    modes: Result,
+    before: Result,
+    after: Result,
+    sensitivity: Result | None = None,
 ) -> xr.Dataset:
     r"""Return how far inputs' mode coefficients moved, beside drive and sensitivity, computed.
 
@@ -30,8 +32,8 @@ def mode_shifts(
     modes
         With ``singular_value``, ``alignment`` and ``drive``, as `modes` returns it.
     before, after
-        `mode_coefficients` of the same examples, in the same order, before they were perturbed
-        and after: clean and adversarial images.
+        `mode_coefficients` of the same examples before they were perturbed and after: clean and
+        adversarial images. Where both have labels of the examples, in any order; else in the same.
     sensitivity
         ``(example, mode)`` of the perturbed examples, as `lkarray.mode_sensitivity` gives.
 
@@ -48,10 +50,15 @@ def mode_shifts(
     Raises
     ------
     SchemaError
-        Dims or sizes do not fit, or there are fewer than three modes.
+        Dims, sizes or labels do not fit, or there are fewer than three modes.
     """
-    drive = np.abs(_bare(of_modes(modes, "drive"), (MODE,)))
-    first, last = (_bare(c, (EXAMPLE, MODE)) for c in (before, after))
+    modes = as_dataset(modes, "modes")
+    of = of_modes(modes, "drive")
+    drive = np.abs(_bare(of, (MODE,)))
+    before = _like(of, as_array(before, "before"), "before", MODE)
+    after = _like(of, as_array(after, "after"), "after", MODE)
+    first = _bare(before, (EXAMPLE, MODE))
+    last = _bare(_like(before, after, "after", EXAMPLE), (EXAMPLE, MODE))
     if first.shape != last.shape or first.shape[1] != len(drive):
         raise SchemaError(
             f"coefficients have the shapes {first.shape} and {last.shape}, and there are "
@@ -66,7 +73,8 @@ def mode_shifts(
         "contribution": np.abs(moved * drive).mean(0),
     }
     if sensitivity is not None:
-        factors["sensitivity"] = _bare(sensitivity, (EXAMPLE, MODE)).mean(0)
+        slopes = _like(of, as_array(sensitivity, "sensitivity"), "sensitivity", MODE)
+        factors["sensitivity"] = _bare(slopes, (EXAMPLE, MODE)).mean(0)
         if factors["sensitivity"].shape != drive.shape:
             raise SchemaError(
                 f"sensitivity is of {len(factors['sensitivity'])} modes, and there are "
@@ -98,6 +106,13 @@ def _ranks(table: np.ndarray) -> np.ndarray:
     from scipy.stats import rankdata
 
     return np.asarray(rankdata(table, axis=1))
+
+
+def _like(lead: xr.DataArray, x: xr.DataArray, name: str, dim: str) -> xr.DataArray:
+    """Return ``x`` in the order of another along a dim, where both have labels of it."""
+    if dim not in x.dims or x.sizes[dim] != lead.sizes[dim]:
+        return x  # said with the shapes of all
+    return in_order(x, dim, lead.indexes.get(dim), lead.sizes[dim], what=name)
 
 
 def _bare(x: xr.DataArray, dims: tuple[str, ...]) -> np.ndarray:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from lkarray.errors import SchemaError
-from lkarray.kernels.gradients import require_kernel, root_weight, temporal_kernel, weighted
+from lkarray.kernels.gradients import (
+    kernel_or_gradients,
+    require_kernel,
+    root_weight,
+    temporal_kernel,
+    weighted,
+)
 from lkarray.kernels.gram import gram, sample_coords
 from lkarray.kernels.spectra import svd
 from lkarray.kernels.unfolding import merge
+from lkarray.labels import in_order, squared
+from lkarray.results import Result, as_array, opened
 from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
 
 _ROWS = "lkarray_rows"  # times and examples, merged
@@ -75,7 +84,7 @@ def modes(G: Losses, k: int, *, memory: int | str | None = None) -> xr.Dataset:
 
 
 def mode_coefficients(
-    modes: xr.Dataset, gradients: Losses, *, memory: int | str | None = None
+    modes: Result, gradients: Losses, *, memory: int | str | None = None
 ) -> xr.DataArray:
     r"""Return the projections :math:`c_{kn} = v_k \cdot g_n` on modes (PLGK section 6.3), lazily.
 
@@ -115,7 +124,7 @@ def mode_coefficients(
     return _projected(split)
 
 
-def cancellation_ratio(modes: xr.Dataset, coefficients: xr.DataArray) -> xr.DataArray:
+def cancellation_ratio(modes: Result, coefficients: Result) -> xr.DataArray:
     r"""Return how far the pushes of the leading modes add up (PLGK section 6.3), lazily.
 
     .. math:: CR(K, n) = |\sum_{k \le K} \Lambda_k c_{kn}| / \sum_{k \le K} |\Lambda_k c_{kn}|
@@ -141,12 +150,17 @@ def cancellation_ratio(modes: xr.Dataset, coefficients: xr.DataArray) -> xr.Data
         ``modes`` has no drive, or not for the modes of the coefficients.
     """
     drive = of_modes(modes, "drive")
+    coefficients = as_array(coefficients, "coefficients", prefer=("mode_coefficient",))
     if MODE not in coefficients.dims or coefficients.sizes[MODE] != drive.sizes[MODE]:
         raise SchemaError(
             f"coefficients have dims {dict(coefficients.sizes)}, and there are "
             f"{drive.sizes[MODE]} drives; pass mode_coefficients of the same modes, or select "
             "both: modes.isel(mode=slice(K))"
         )
+    for dim in drive.dims:  # else xarray would keep those that both have, and say nothing
+        if dim in coefficients.dims:
+            index, n = coefficients.indexes.get(dim), coefficients.sizes[dim]
+            drive = in_order(drive, dim, index, n, what="drive")
     bare = drive.drop_vars([name for name in drive.coords if name not in drive.dims])
     push = (coefficients * bare).astype(np.float64)
     net = abs(push.cumsum(MODE, skipna=False))
@@ -244,7 +258,7 @@ def temporal_modes(
     -----
     A dense decomposition of the T x T kernel, in one task.
     """
-    kernel = K_or_G
+    kernel = kernel_or_gradients(K_or_G, "K_or_G")
     if not isinstance(kernel, xr.DataArray) or PARAM in kernel.dims:
         kernel = temporal_kernel(kernel, weight=weight, memory=memory)
     require_kernel(kernel, "temporal_modes")
@@ -253,6 +267,7 @@ def temporal_modes(
             f"temporal_modes takes a kernel (time, time_2), not {dict(kernel.sizes)}; pass "
             "lk.temporal_kernel(G), or gradients"
         )
+    kernel = squared(kernel.transpose(TIME, second(TIME)), "kernel")
     times = kernel.sizes[TIME]
     k = times if k is None else operator.index(k)
     if not 1 <= k <= times:
@@ -283,8 +298,9 @@ def _eigh(kernel: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray, np.nda
     return value[:k], (vector * np.where(top < 0, -1, 1))[:, :k], share[:k]
 
 
-def of_modes(modes: xr.Dataset, name: str) -> xr.DataArray:
+def of_modes(modes: Any, name: str) -> xr.DataArray:
     """Return a variable of modes, or say that they lack it."""
+    modes = opened(modes, "modes")
     if not isinstance(modes, xr.Dataset) or name not in modes or MODE not in modes[name].dims:
         raise SchemaError(
             f"modes must be a Dataset with {name!r} along 'mode', as lk.modes returns it; for "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import dask.array as da
 import numpy as np
@@ -19,6 +20,8 @@ from lkarray.kernels.gram import (
     one_of,
     sample_coords,
 )
+from lkarray.kernels.groups import with_labels
+from lkarray.labels import coded
 from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
 
 #: Says which pairs not to count, from the coordinates of both sides (arrays that broadcast).
@@ -29,7 +32,7 @@ def neighbors(
     losses: Losses,
     k: int = 30,
     *,
-    exclude: str | Rule | None = None,
+    exclude: str | Rule | Any | None = None,
     largest: bool = True,
     center: str = "pooled",
     precision: str = "auto",
@@ -46,8 +49,9 @@ def neighbors(
     exclude
         A coordinate of the samples, such as ``"label"``: pairs that share its value are left
         out *before* the k are taken (loss-kernel B: noise in the output layer alone makes
-        inputs of one label correlate). Or any rule: a function of two mappings from the names
-        of the samples' coordinates to arrays that broadcast, which is true where a pair is
+        inputs of one label correlate). Or one label for each sample, as for `lkarray.group_mean`;
+        it becomes a coordinate of the result. Or any rule: a function of two mappings from the
+        names of the samples' coordinates to arrays that broadcast, which is true where a pair is
         left out: ``lambda a, b: (a["label"] == b["label"]) | (a["split"] != b["split"])``.
         A sample is never its own neighbour.
     largest
@@ -95,6 +99,8 @@ def neighbors(
     if not 1 <= k < n:
         raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
     index = _index(x, rows)
+    if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
+        x, exclude = with_labels(x, rows, exclude, what="exclude")
     operand = engine.Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=True)
     plan = engine.make_plan(
         operand, memory=memory, sink=engine.TOP_K_BYTES, held=engine.top_k_held(n, k)
@@ -171,7 +177,7 @@ def _codes(x: xr.DataArray, rows: str, exclude: str) -> np.ndarray:
             f"exclude={exclude!r} is not a coordinate of {rows!r}; there are {labels}. Give labels "
             f"with x.assign_coords({exclude}=({rows!r}, values)), or at sampling with coords="
         )
-    return np.unique(x.coords[exclude].values, return_inverse=True)[1]
+    return coded(np.asarray(x.coords[exclude].values), what=f"exclude={exclude!r}")[1]
 
 
 def _labels(position: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lkarray.results import as_array
 from lkarray.schema import MODE
 
 
@@ -18,13 +19,14 @@ def participation_ratio(s: Any) -> Any:
     Parameters
     ----------
     s
-        Singular values: a DataArray with the dim ``mode``, or an array with modes last.
+        Singular values: a DataArray with the dim ``mode``, or an array with modes last; or modes.
 
     Returns
     -------
     DataArray or array
         Without the modes; lazy if ``s`` is. NaN where all are zero.
     """
+    s = _values(s)
     if isinstance(s, xr.DataArray):
         weight = s.astype(np.float64) ** 2
         out = weight.sum(MODE) ** 2 / (weight**2).sum(MODE)
@@ -40,7 +42,7 @@ def energy_rank(s: Any, share: float = 0.9) -> Any:
     ----------
     s
         Singular values in descending order: a DataArray with the dim ``mode``, or an array with
-        modes last. The energy is that of the modes given.
+        modes last; or modes. The energy is that of the modes given.
     share
         Between 0 and 1.
 
@@ -51,6 +53,7 @@ def energy_rank(s: Any, share: float = 0.9) -> Any:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, not {share}")
+    s = _values(s)
     if isinstance(s, xr.DataArray):
         return xr.apply_ufunc(
             _energy_rank,
@@ -62,6 +65,13 @@ def energy_rank(s: Any, share: float = 0.9) -> Any:
             output_dtypes=[np.int64],
         ).rename("energy_rank")
     return _energy_rank(np.asarray(s), share)
+
+
+def _values(s: Any) -> Any:
+    """Return the singular values of modes, given as their Dataset or node; an array as it is."""
+    if isinstance(s, xr.Dataset | xr.DataTree):
+        return as_array(s, "s", prefer=("singular_value",))
+    return s
 
 
 def _energy_rank(s: np.ndarray, share: float) -> np.ndarray:

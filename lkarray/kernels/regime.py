@@ -13,6 +13,7 @@ from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import root_weight
 from lkarray.kernels.gram import check_shared, free_dim, kernel_coords, one_of, sample_coords
 from lkarray.kernels.spectra import svd
+from lkarray.results import Result, as_array
 from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
 
 
@@ -41,7 +42,7 @@ def feature_overlap(G: Losses, *, reference: int = -1) -> xr.DataArray:
     return _overlap(x, reference).rename("feature_overlap")
 
 
-def activation_overlap(activations: xr.DataArray, *, reference: int = -1) -> xr.DataArray:
+def activation_overlap(activations: Result, *, reference: int = -1) -> xr.DataArray:
     """Return the mean cosine of examples' activations with those at a reference time, lazily.
 
     Metric (iii) of PLGK section 6.3: `feature_overlap` of hidden-layer activations.
@@ -58,6 +59,7 @@ def activation_overlap(activations: xr.DataArray, *, reference: int = -1) -> xr.
     xarray.DataArray
         ``activation_overlap(time)``, float64.
     """
+    activations = as_array(activations, "activations")
     return _overlap(activations, reference).rename("activation_overlap")
 
 

@@ -31,8 +31,8 @@ def residualize(losses: Losses, groups: Hashable | Any = "label") -> xr.DataArra
     losses
         Loss tensor ``(chain, draw, sample)``.
     groups
-        A coordinate of the samples, or one label for each sample. A sample alone in its group
-        is left as it is.
+        A coordinate of the samples, or one label for each sample (as for `lkarray.group_mean`). A
+        sample alone in its group is left as it is.
 
     Returns
     -------
@@ -54,7 +54,7 @@ def residualize(losses: Losses, groups: Hashable | Any = "label") -> xr.DataArra
     x = as_losses(losses)
     rows = free_dim(x, "losses", POSTERIOR, ())
     x = x.transpose(*POSTERIOR, rows)
-    _, values, codes = group_codes(x, rows, groups)
+    name, values, codes = group_codes(x, rows, groups)
     counts = np.bincount(codes, minlength=len(values))
     n, draws = x.sizes[rows], x.sizes["chain"] * x.sizes["draw"]
     step = max(1, _VALUES // draws)
@@ -79,7 +79,7 @@ def residualize(losses: Losses, groups: Hashable | Any = "label") -> xr.DataArra
         _remainder, data, dask.delayed(kept, pure=True), codes, mean, norm, slope,
         dtype=data.dtype, meta=np.empty((0, 0, 0), data.dtype),
     )  # fmt: skip
-    return x.copy(data=out).rename("loss").assign_attrs(residual_of=str(groups))
+    return x.copy(data=out).rename("loss").assign_attrs(residual_of=name)
 
 
 def _block(x: xr.DataArray, rows: str, span: slice) -> np.ndarray:

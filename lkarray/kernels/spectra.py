@@ -28,8 +28,16 @@ from lkarray.engine.strips import (
     total,
 )
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of, sample_coords
+from lkarray.kernels.gram import (
+    CENTERS,
+    as_tensor,
+    degrees_of_freedom,
+    free_dim,
+    one_of,
+    sample_coords,
+)
 from lkarray.kernels.unfolding import merge
+from lkarray.results import Result
 from lkarray.schema import MODE
 
 _EXTRA = 10  # vectors beyond those asked for (Halko, Martinsson and Tropp 2011)
@@ -41,7 +49,7 @@ _ROWS = "lkarray_rows"  # of a tensor whose several free dims are stacked
 
 
 def svd(
-    x: xr.DataArray,
+    x: Result,
     k: int,
     *,
     over: str | Iterable[str],
@@ -59,7 +67,7 @@ def svd(
     Parameters
     ----------
     x
-        Any tensor.
+        Any tensor, or the Dataset or node that holds one.
     k
         Modes.
     over
@@ -100,7 +108,7 @@ def svd(
     their error is of the order of float32 rounding of the largest, not of its square. Memory:
     strips, and ``q (k + 10) max_passes`` float64.
     """
-    k = operator.index(k)
+    k, x = operator.index(k), as_tensor(x, "x")
     over = (over,) if isinstance(over, str) else tuple(over)
     operand, free, scale = _operand(x, over, center, normalize)
     rows = along_rows(operand, memory_budget(memory))
@@ -138,7 +146,7 @@ def svd(
 
 
 def eigh(
-    x: xr.DataArray,
+    x: Result,
     *,
     over: str | Iterable[str],
     center: str | None = None,
@@ -164,6 +172,7 @@ def eigh(
     Two passes over the data, ``2 n S q`` operations for the shorter side q, and a dense
     ``q x q`` decomposition (``O(q**3)``: minutes beyond q = 10,000; for a few modes use `svd`).
     """
+    x = as_tensor(x, "x")
     over = (over,) if isinstance(over, str) else tuple(over)
     operand, free, scale = _operand(x, over, center, normalize)
     rows = operand.n >= prod(operand.shape)
@@ -202,8 +211,6 @@ def _operand(
     x: xr.DataArray, over: tuple[str, ...], center: str | None, normalize: str | None
 ) -> tuple[Operand, tuple[str, ...], float]:
     """Return the unfolding, the dims of its rows, and the factor of its entries."""
-    if not isinstance(x, xr.DataArray):
-        raise TypeError(f"x must be an xarray.DataArray, not {type(x).__name__}")
     one_of("center", center, (None, *CENTERS))
     one_of("normalize", normalize, (None, "count", "cosine"))
     free = tuple(str(dim) for dim in x.dims if dim not in over)

@@ -16,6 +16,7 @@ from lkarray import kernels
 from lkarray.errors import SchemaError
 from lkarray.kernels.audits import as_influence, whole_influence
 from lkarray.plots.training import mosaic
+from lkarray.results import Result, as_array, as_dataset, opened
 from lkarray.schema import AUDIT, EPOCH, LAYER, OUTPUT, RANK
 from lkarray.waiting import computed
 
@@ -25,7 +26,7 @@ _CURVES = 100  # curves drawn one by one
 _NEAREST = 1e-16  # to a correlation of 1, in float64
 
 
-def completeness(audit: xr.Dataset) -> Figure:
+def completeness(audit: xr.DataTree | xr.Dataset) -> Figure:
     """Draw MRE and LC by the end of each epoch (PLGK figure 1).
 
     LC is drawn on a scale that is logarithmic towards 1: 0.9, 0.99, 0.999 are evenly spaced.
@@ -35,7 +36,8 @@ def completeness(audit: xr.Dataset) -> Figure:
     audit
         What `lkarray.audit` or `lkarray.completeness` returned.
     """
-    found = computed(audit if "mre" in audit.data_vars else kernels.completeness(audit))
+    given = "mre" in getattr(audit, "data_vars", ())
+    found = computed(as_dataset(audit, "audit") if given else kernels.completeness(audit))
     epochs = found[EPOCH].values if EPOCH in found.coords else np.arange(found.sizes[EPOCH])
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -71,9 +73,7 @@ def _towards_one(axes: Axes, gap: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(name))
 
 
-def decision(
-    audit: xr.Dataset | xr.DataArray, at: Hashable, image: np.ndarray | None = None
-) -> Figure:
+def decision(audit: Result, at: Hashable, image: np.ndarray | None = None) -> Figure:
     """Draw one audited example's input and the influences on it, sorted (PLGK figure 2).
 
     Parameters
@@ -122,7 +122,7 @@ def decision(
 
 
 def influential_images(
-    audit_or_table: xr.Dataset | xr.DataArray,
+    audit_or_table: Result,
     images: Any,
     at: Hashable,
     k: int = 25,
@@ -138,7 +138,8 @@ def influential_images(
         it has them.
     images
         Of the training set, ``(n, height, width)`` or with three colours: what ``images[label]``
-        gives for the label of a training example is shown.
+        gives for the label of a training example is shown; of a DataArray with an index, what is
+        labelled so.
     at
         Label of the audited example (its position, without labels).
     k
@@ -147,7 +148,7 @@ def influential_images(
         Coordinate of the training examples: a row for each class. For one class, select it in the
         table: ``table.sel(train_label=6)``.
     """
-    x = audit_or_table
+    x = opened(audit_or_table, "audit_or_table")
     if isinstance(x, xr.Dataset) and "helpful" in x.data_vars:
         table = xr.Dataset({name: _column(x[name], at) for name in x.data_vars}, attrs=x.attrs)
         split = [str(dim) for dim in table["helpful"].dims if dim != RANK]
@@ -180,14 +181,24 @@ def _grid_of(
     if not kept.any():
         axes.set_title(f"{text}none {name}", fontsize=9)
         return
-    shown = np.stack([np.asarray(images[label]) for label in row[name].values[kept].tolist()])
+    shown = np.stack([_image(images, label) for label in row[name].values[kept].tolist()])
     axes.imshow(mosaic(shown, side), cmap="gray", interpolation="nearest")
     units = row[f"{name}_influence"].attrs.get("units", "nat")
     span = f"{values[kept][0]:+.2g} to {values[kept][-1]:+.2g} {units}"
     axes.set_title(f"{text}most {name}\n{span}", fontsize=9)
 
 
-def concentration(audit: xr.Dataset | xr.DataArray) -> Figure:
+def _image(images: Any, label: Any) -> np.ndarray:
+    """Return the image of a training example."""
+    if isinstance(images, xr.DataArray) and images.dims[0] in images.indexes:
+        try:
+            return np.asarray(images.sel({images.dims[0]: label}))
+        except KeyError:
+            raise SchemaError(f"images has none that is labelled {label!r}") from None
+    return np.asarray(images[label])
+
+
+def concentration(audit: Result) -> Figure:
     """Draw which share of all influence the most influential training examples hold.
 
     Parameters
@@ -196,8 +207,8 @@ def concentration(audit: xr.Dataset | xr.DataArray) -> Figure:
         What `lkarray.audit` or `lkarray.concentration` returned. A curve for each audited example;
         of more than 100, their median and the range that holds 80% of them.
     """
-    given = isinstance(audit, xr.DataArray) and "examples" in audit.dims
-    share = xr.DataArray(audit) if given else kernels.concentration(audit)
+    given = "examples" in getattr(audit, "dims", ())
+    share = as_array(audit, "audit") if given else kernels.concentration(audit)
     counts = share["examples"].values
     curves = share.transpose("examples", ...).values.reshape(len(counts), -1)
     curves = curves[:, ~np.isnan(curves).any(0)]
@@ -228,7 +239,7 @@ def concentration(audit: xr.Dataset | xr.DataArray) -> Figure:
     return figure
 
 
-def layer_epoch(audit: xr.Dataset | xr.DataArray) -> Figure:
+def layer_epoch(audit: Result) -> Figure:
     """Draw net and gross influence of each layer and epoch (PLGK section 6.3, figure 10).
 
     Parameters

@@ -15,6 +15,8 @@ from matplotlib.lines import Line2D
 
 from lkarray.errors import SchemaError
 from lkarray.kernels import loss_gain
+from lkarray.labels import items, require_unique, squared
+from lkarray.results import Result, as_array, as_dataset
 from lkarray.schema import CENTER_LOSS, COMPONENT, RANK, Losses, losses_node
 from lkarray.waiting import computed
 
@@ -23,7 +25,7 @@ _MOST = 2000  # samples of a kernel that a figure can show
 
 
 def neighbor_map(
-    points: xr.DataArray,
+    points: Result,
     *,
     by: str,
     mark: str | None = None,
@@ -43,6 +45,7 @@ def neighbor_map(
     hues
         Hue of each class, 0 to 1, such as ``taxonomy.hues()``, so that related ones look alike.
     """
+    points = as_array(points, "points")
     values = _coordinate(points, by)
     classes, codes = np.unique(values, return_inverse=True)
     colours = _palette(len(classes))
@@ -84,7 +87,7 @@ def neighbor_map(
     return figure
 
 
-def kernel_matrix(kernel: xr.DataArray, *, by: str) -> Figure:
+def kernel_matrix(kernel: Result, *, by: str) -> Figure:
     """Draw a square kernel with its samples sorted by a label (loss-kernel figure 1B).
 
     At most 2,000 samples are shown, evenly taken from the sorted order; only the tiles that
@@ -93,10 +96,14 @@ def kernel_matrix(kernel: xr.DataArray, *, by: str) -> Figure:
     Parameters
     ----------
     kernel
-        ``(sample, sample_2)``, for example `lkarray.correlation`.
+        ``(sample, sample_2)``, for example `lkarray.correlation`; or the node that holds one.
     by
         Coordinate of ``sample`` to sort by.
     """
+    kernel = as_array(kernel, "kernel")
+    if kernel.ndim != 2 or len(set(kernel.shape)) != 1:
+        raise SchemaError(f"a kernel must be square, not {dict(kernel.sizes)}")
+    kernel = squared(kernel, "kernel")
     rows, columns = kernel.dims
     values = _coordinate(kernel, by)
     order = np.argsort(values, kind="stable")
@@ -127,7 +134,7 @@ def kernel_matrix(kernel: xr.DataArray, *, by: str) -> Figure:
 
 
 def top_correlated(
-    neighbors: xr.Dataset,
+    neighbors: xr.DataTree | xr.Dataset,
     images: np.ndarray,
     references: Sequence[int],
     *,
@@ -142,7 +149,8 @@ def top_correlated(
     neighbors
         As from `lkarray.neighbors`, computed.
     images
-        Images of all samples, ``(n, height, width)`` or ``(n, height, width, 3)``.
+        Images of all samples, ``(n, height, width)`` or ``(n, height, width, 3)``: an array in
+        their order, or a DataArray with their index in any order.
     references
         Values of the sample index.
     by
@@ -152,10 +160,13 @@ def top_correlated(
     shown
         Neighbours of each reference.
     """
+    neighbors = as_dataset(neighbors, "neighbors").compute()
     dim = str(next(d for d in neighbors["neighbor"].dims if d != RANK))
     labels = _coordinate(neighbors, by)
     flags = _coordinate(neighbors, mark) if mark else np.zeros(len(labels), bool)
+    images = items(images, neighbors.indexes.get(dim), len(labels), dim=dim, what="images")
     index = neighbors.indexes.get(dim, pd.RangeIndex(len(labels)))
+    require_unique(index, f"the index of {dim!r}")
     long = max((len(str(label)) for label in labels), default=0) > 4
     between = "\n" if long else "   "
     figure = Figure(figsize=(1.15 * (shown + 1) + 0.3, (1.4 + 0.2 * long) * len(references) + 0.8))

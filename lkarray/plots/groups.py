@@ -13,6 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
 from lkarray.errors import SchemaError
+from lkarray.labels import as_columns, in_order, one_each
+from lkarray.results import Result, as_array, as_dataset
 from lkarray.schema import MODE, TIME
 
 #: Colours that differ for colour-blind readers too (Okabe and Ito), and styles of lines.
@@ -22,7 +24,7 @@ _DRAWN = 20_000  # points of a scatter
 
 
 def groups_along(
-    panels: Mapping[str, xr.DataArray],
+    panels: Mapping[str, Result],
     *,
     by: str,
     along: str | Sequence[str],
@@ -38,7 +40,8 @@ def groups_along(
     Parameters
     ----------
     panels
-        By title, ``(along, example)`` with whatever the second dim is called.
+        By title, ``(along, example)`` with whatever the second dim is called; or the nodes that
+        hold them.
     by
         Coordinate of the examples that names their group; groups are drawn in the order in which
         they come.
@@ -53,6 +56,7 @@ def groups_along(
     spread
         Shade one standard deviation to either side.
     """
+    arrays = {title: as_array(x, title) for title, x in panels.items()}
     columns = -(-len(panels) // rows)
     figure = Figure(
         figsize=(max(4.0, 12 / columns) * columns, 3.7 * rows + 0.6), layout="constrained"
@@ -61,7 +65,7 @@ def groups_along(
     names: list[str] = []
     dims = [along] * len(panels) if isinstance(along, str) else along
     labels = [xlabel] * len(panels) if xlabel is None or isinstance(xlabel, str) else xlabel
-    for axes, (title, x), dim, label in zip(grid, panels.items(), dims, labels, strict=False):
+    for axes, (title, x), dim, label in zip(grid, arrays.items(), dims, labels, strict=False):
         groups = _groups(x, by, dim)
         names += [name for name in groups if name not in names]
         at = x[dim].values if dim in x.coords else np.arange(x.sizes[dim])
@@ -84,8 +88,8 @@ def groups_along(
 
 
 def regime(
-    metrics: Mapping[str, xr.DataArray],
-    panels: Mapping[str, xr.DataArray],
+    metrics: Mapping[str, Result],
+    panels: Mapping[str, Result],
     *,
     by: str,
     labels: np.ndarray,
@@ -98,11 +102,12 @@ def regime(
     metrics
         By name, ``(time)``, each between 0 and 1: drawn in grey to black, left axis.
     panels
-        By title, ``(time, example)``, at the same times: means of groups, right axis.
+        By title, ``(time, example)``, at the same times: means of groups, right axis. Where times
+        are labelled, in any order.
     by
         Coordinate of the examples that names their group.
     labels
-        What to call the times: epochs.
+        What to call the times of the panels: epochs.
     ylabels
         Of the right axis of each panel.
     """
@@ -110,15 +115,18 @@ def regime(
     names: list[str] = []
     greys = ("#111111", "#777777", "#AAAAAA")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (title, x), ylabel in zip(grid, panels.items(), ylabels, strict=True):
-        for (name, curve), grey in zip(metrics.items(), greys, strict=False):
-            axes.plot(labels, curve, color=grey, lw=1.8, label=name)
+    for axes, (title, panel), ylabel in zip(grid, panels.items(), ylabels, strict=True):
+        x = as_array(panel, title)
+        at, index = one_each(labels, x, TIME, what="labels"), x.indexes.get(TIME)
+        for (name, metric), grey in zip(metrics.items(), greys, strict=False):
+            curve = in_order(as_array(metric, name), TIME, index, len(at), what=name)
+            axes.plot(at, curve, color=grey, lw=1.8, label=name)
         axes.set(title=title, xlabel="epoch", ylabel="overlap with the end", ylim=(0, 1.03))
         right = axes.twinx()
         for name, values in _groups(x, by, TIME).items():
             names += [name] if name not in names else []
             i = names.index(name) % len(_COLORS)
-            right.plot(labels, values.mean(1), color=_COLORS[i], ls=_STYLES[i])
+            right.plot(at, values.mean(1), color=_COLORS[i], ls=_STYLES[i])
         right.set(ylabel=ylabel)
         right.set_ylim(bottom=0)
     lines = [
@@ -128,8 +136,12 @@ def regime(
     return figure
 
 
-def mode_scatter(shifts: xr.Dataset, *, other: xr.Dataset | None = None, names: Sequence[str] = (
-    "adversarial", "random")) -> Figure:  # fmt: skip
+def mode_scatter(
+    shifts: xr.DataTree | xr.Dataset,
+    *,
+    other: xr.DataTree | xr.Dataset | None = None,
+    names: Sequence[str] = ("adversarial", "random"),
+) -> Figure:
     """Draw how far each mode's coefficients changed, by strength and alignment (figures 15, 27).
 
     Parameters
@@ -139,7 +151,7 @@ def mode_scatter(shifts: xr.Dataset, *, other: xr.Dataset | None = None, names: 
     names
         Of the two.
     """
-    parts = [shifts] if other is None else [shifts, other]
+    parts = [as_dataset(x, "shifts").compute() for x in (shifts, other) if x is not None]
     figure = Figure(figsize=(6.4 * len(parts), 4.8), layout="constrained")
     grid = figure.subplots(1, len(parts), squeeze=False)[0]
     for axes, part, name in zip(grid, parts, names, strict=False):
@@ -169,10 +181,13 @@ def influence_against(
     first
         Influence of each training example on one clean input.
     others
-        By kind of perturbation, on the same input perturbed.
+        By kind of perturbation, on the same input perturbed: in the same order, or, where both
+        have labels of the training examples, in any.
     correlations
         By kind, over training examples, of each pair of inputs.
     """
+    columns = as_columns({"first": first, **others}, dim="training example")
+    first, others = columns.pop("first"), columns
     figure = Figure(figsize=(4.4 * (len(others) + 1), 4.4), layout="constrained")
     grid = figure.subplots(1, len(others) + 1, squeeze=False)[0]
     step = -(-len(first) // _DRAWN)
@@ -199,7 +214,7 @@ def influence_against(
     return figure
 
 
-def influence_along_path(gross: xr.DataArray, totals: Mapping[str, xr.DataArray]) -> Figure:
+def influence_along_path(gross: Result, totals: Mapping[str, Result]) -> Figure:
     """Draw when influence came, and how much, from an input to its perturbed form (figure 11).
 
     Parameters
@@ -210,6 +225,7 @@ def influence_along_path(gross: xr.DataArray, totals: Mapping[str, xr.DataArray]
     totals
         By kind of perturbation, ``(position)``: gross influence of the whole training.
     """
+    gross = as_array(gross, "gross")
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     share = (gross / gross.sum("epoch")).cumsum("epoch") * 100
@@ -221,7 +237,8 @@ def influence_along_path(gross: xr.DataArray, totals: Mapping[str, xr.DataArray]
     scale: Any = left.scatter([], [], c=[], cmap="cividis", vmin=0, vmax=1)
     figure.colorbar(scale, ax=left, label="position (0 clean, 1 perturbed)")
     left.set(xlabel="epoch", ylabel="% of gross influence so far", title="When influence came")
-    for i, (name, total) in enumerate(totals.items()):
+    for i, (name, given) in enumerate(totals.items()):
+        total = as_array(given, name)
         style: dict[str, Any] = {"color": _COLORS[i + 1], "ls": _STYLES[i + 1]}
         right.plot(total["position"], total, label=name, **style)
     right.set(xlabel="position (0 clean, 1 perturbed)", ylabel="gross influence (nats)",

@@ -11,10 +11,13 @@ from matplotlib import color_sequences, colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+from lkarray.labels import items
+from lkarray.results import as_dataset
+
 _LEAST = 30  # pairs behind a point that is drawn
 
 
-def lift_by_depth(lift: xr.Dataset, *, least: int = _LEAST) -> Figure:
+def lift_by_depth(lift: xr.DataTree | xr.Dataset, *, least: int = _LEAST) -> Figure:
     """Draw one curve of lift for each query depth (loss-kernel figure 5).
 
     Parameters
@@ -25,6 +28,7 @@ def lift_by_depth(lift: xr.Dataset, *, least: int = _LEAST) -> Figure:
         Points with fewer pairs of the table behind them, or expected by chance to share fewer
         than one, are left out.
     """
+    lift = as_dataset(lift, "lift").compute()
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.add_subplot()
     expected = lift["pairs"] * lift["base_rate"]
@@ -48,7 +52,10 @@ def lift_by_depth(lift: xr.Dataset, *, least: int = _LEAST) -> Figure:
 
 
 def lift_curves(
-    lifts: Mapping[str, xr.Dataset], *, title: str = "Taxonomic lift", least: int = _LEAST
+    lifts: Mapping[str, xr.DataTree | xr.Dataset],
+    *,
+    title: str = "Taxonomic lift",
+    least: int = _LEAST,
 ) -> Figure:
     """Draw the pooled lift of several kernels with their intervals, side by side.
 
@@ -64,7 +71,8 @@ def lift_curves(
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
     colours = color_sequences["petroff10"]
-    for at, (name, lift) in enumerate(lifts.items()):
+    for at, (name, given) in enumerate(lifts.items()):
+        lift = as_dataset(given, name).compute()
         expected = (lift["pairs"] * lift["base_rate"].fillna(0)).sum("query_depth")
         part = lift.where((expected >= least) & (lift["pooled_lift"] > 0), drop=True)
         colour = colours[at % 10]
@@ -93,7 +101,7 @@ def lift_curves(
     return figure
 
 
-def hierarchy_matrices(by_distance: xr.Dataset) -> Figure:
+def hierarchy_matrices(by_distance: xr.DataTree | xr.Dataset) -> Figure:
     """Draw the mean kernel between labels beside their distances (loss-kernel figure 1B).
 
     Parameters
@@ -101,6 +109,7 @@ def hierarchy_matrices(by_distance: xr.Dataset) -> Figure:
     by_distance
         What `lkarray.correlation_by_distance` returns.
     """
+    by_distance = as_dataset(by_distance, "by_distance").compute()
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     mean = by_distance["label_mean"].values.astype(float)
     kernel = by_distance.attrs.get("kernel", "correlation")
@@ -125,7 +134,7 @@ def hierarchy_matrices(by_distance: xr.Dataset) -> Figure:
     return figure
 
 
-def correlation_against_distance(curves: Mapping[str, xr.Dataset]) -> Figure:
+def correlation_against_distance(curves: Mapping[str, xr.DataTree | xr.Dataset]) -> Figure:
     """Draw the mean kernel against distance in the hierarchy (loss-kernel figure 6C).
 
     Parameters
@@ -135,7 +144,8 @@ def correlation_against_distance(curves: Mapping[str, xr.Dataset]) -> Figure:
     """
     figure = Figure(figsize=(6.5, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    for name, found in curves.items():
+    for name, given in curves.items():
+        found = as_dataset(given, name).compute()
         kernel = found.attrs.get("kernel", "correlation")
         (line,) = axes.plot(found["distance"], found[kernel], "o-", ms=4, label=name)
         axes.fill_between(found["distance"], found["low"], found["high"], alpha=0.15, lw=0,
@@ -148,7 +158,9 @@ def correlation_against_distance(curves: Mapping[str, xr.Dataset]) -> Figure:
     return figure
 
 
-def transitions(lifts: Mapping[str, xr.Dataset], colours: Sequence[Any] | None = None) -> Figure:
+def transitions(
+    lifts: Mapping[str, xr.DataTree | xr.Dataset], colours: Sequence[Any] | None = None
+) -> Figure:
     """Draw which attributes the neighbours have, as stacked bars (loss-kernel figure 9).
 
     Parameters
@@ -160,10 +172,13 @@ def transitions(lifts: Mapping[str, xr.Dataset], colours: Sequence[Any] | None =
         One for each value of the attribute, such as the centres of colour groups (0 to 1).
     """
     figure = Figure(figsize=(4.2 * max(1, len(lifts)), 4), layout="constrained")
-    for at, (name, lift) in enumerate(lifts.items()):
-        share = lift["transition"].values
-        values = [str(value) for value in lift[lift["transition"].dims[0]].values]
-        palette = colormaps["tab20"].colors if colours is None else colours  # type: ignore[attr-defined]
+    for at, (name, given) in enumerate(lifts.items()):
+        lift = as_dataset(given, name).compute()
+        share, dim = lift["transition"].values, lift["transition"].dims[0]
+        values = [str(value) for value in lift[dim].values]
+        palette = colormaps["tab20"].colors  # type: ignore[attr-defined]
+        if colours is not None:
+            palette = items(colours, lift.indexes[dim], len(values), dim=dim, what="colours")
         axes = figure.add_subplot(1, len(lifts), at + 1)
         bottom = np.zeros(len(values))
         for column, value in enumerate(values):

@@ -11,6 +11,8 @@ from matplotlib import color_sequences
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lkarray.labels import in_order, items, one_each, squared
+from lkarray.results import Result, alone, as_array, as_dataset
 from lkarray.schema import COMPONENT, MODE, TIME
 
 _LEAST = 30  # pairs behind a point that is drawn
@@ -21,7 +23,11 @@ _LINES = ("-", "--", ":", "-.")
 
 
 def temporal_structure(
-    kernel: xr.DataArray, modes: xr.Dataset, *, labels: np.ndarray | None = None, k: int = 5
+    kernel: Result,
+    modes: xr.DataTree | xr.Dataset,
+    *,
+    labels: np.ndarray | None = None,
+    k: int = 5,
 ) -> Figure:
     """Draw the temporal kernel as cosines, and its leading modes over time (PLGK figure 23).
 
@@ -36,9 +42,15 @@ def temporal_structure(
     k
         Modes drawn.
     """
+    kernel, modes = (
+        squared(as_array(kernel, "kernel"), "kernel"),
+        as_dataset(modes, "modes").compute(),
+    )
     values = kernel.values.astype(np.float64)
     norm = np.sqrt(np.diag(values))
-    at = np.asarray(kernel[TIME] if labels is None else labels)
+    at = _times(kernel, labels)
+    loading = modes["loading"]
+    loading = in_order(loading, TIME, kernel.indexes.get(TIME), len(at), what="loading")
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     half = (at[-1] - at[0]) / max(len(at) - 1, 1) / 2
@@ -55,7 +67,7 @@ def temporal_structure(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for mode in range(min(k, modes.sizes[MODE])):
         share = float(modes["share"][mode])
-        right.plot(at, modes["loading"].isel(mode=mode), _LINES[mode % 4],
+        right.plot(at, loading.isel(mode=mode), _LINES[mode % 4],
                    color=_COLOURS[mode % 10], label=f"mode {mode + 1} ({share:.1%})")  # fmt: skip
     right.axhline(0, color="0.7", lw=0.8, zorder=0)
     right.set(xlabel=name, ylabel="loading", title="Temporal modes, and their share of energy")
@@ -64,13 +76,14 @@ def temporal_structure(
 
 
 def over_training(
-    curves: Mapping[str, xr.DataArray], *, ylabel: str, title: str, labels: np.ndarray | None = None
+    curves: Mapping[str, Result], *, ylabel: str, title: str, labels: np.ndarray | None = None
 ) -> Figure:
     """Draw quantities of each time against time (PLGK figures 14 and 24)."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for i, (name, curve) in enumerate(curves.items()):
-        axes.plot(curve[TIME] if labels is None else labels, curve, _LINES[i % 4],
+    for i, (name, given) in enumerate(curves.items()):
+        curve = as_array(given, name)
+        axes.plot(_times(curve, labels), curve, _LINES[i % 4],
                   color=_COLOURS[i % 10], label=name)  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="step" if labels is None else "epoch", ylabel=ylabel, title=title)
@@ -79,8 +92,15 @@ def over_training(
     return figure
 
 
+def _times(x: xr.DataArray, labels: Any) -> np.ndarray:
+    """Return the times of ``x``, or what each is called."""
+    if labels is not None:
+        return one_each(labels, x, TIME, what="labels")
+    return np.asarray(x[TIME])
+
+
 def similarity_to_target(
-    points: xr.DataArray, similarity: xr.DataArray, target: int, *, by: str = "label"
+    points: Result, similarity: Result, target: int, *, by: str = "label"
 ) -> Figure:
     """Draw a map coloured by similarity to one sample: whole, and its own class (PLGK figure 6).
 
@@ -89,7 +109,8 @@ def similarity_to_target(
     points
         ``(example, component)`` of two components, as from `lkarray.embed`.
     similarity
-        Of each to the target, such as ``lk.ips(G)[target]``; between -1 and 1.
+        Of each to the target, such as ``lk.ips(G)[target]``; between -1 and 1. Where it and the
+        points have labels, in any order.
     target
         Position of the sample, which is starred.
     by
@@ -115,10 +136,10 @@ def similarity_to_target(
 
 
 def similarity_against_distance(
-    points: xr.DataArray,
-    similarity: xr.DataArray,
+    points: Result,
+    similarity: Result,
     target: int,
-    by_distance: xr.Dataset,
+    by_distance: xr.DataTree | xr.Dataset,
     *,
     by: str = "label",
 ) -> Figure:
@@ -132,6 +153,7 @@ def similarity_against_distance(
         What `lkarray.similarity_by_distance` returns; bins of fewer than thirty pairs are left
         out.
     """
+    by_distance = as_dataset(by_distance, "by_distance").compute()
     xy, values, own = _about(points, similarity, target, by)
     distance = np.linalg.norm(xy - xy[target], axis=1)
     other = np.arange(len(xy)) != target
@@ -158,14 +180,17 @@ def similarity_against_distance(
 
 
 def _about(
-    points: xr.DataArray, similarity: xr.DataArray, target: int, by: str
+    points: Result, similarity: Result, target: int, by: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return where samples are, how similar to the target, and whether of its class."""
-    xy, classes = points.transpose(..., COMPONENT).values, np.asarray(points[by])
-    return xy, np.asarray(similarity), classes == classes[target]
+    points, similarity = as_array(points, "points"), alone(similarity, "similarity")
+    points = points.transpose(..., COMPONENT)
+    values = one_each(similarity, points, points.dims[0], what="similarity")
+    classes = np.asarray(points[by])
+    return points.values, values, classes == classes[target]
 
 
-def axis_extremes(points: xr.DataArray, images: np.ndarray, *, rows: int = 5) -> Figure:
+def axis_extremes(points: Result, images: np.ndarray, *, rows: int = 5) -> Figure:
     """Show the images at both ends of each axis of a map (PLGK figure 7).
 
     Parameters
@@ -173,11 +198,13 @@ def axis_extremes(points: xr.DataArray, images: np.ndarray, *, rows: int = 5) ->
     points
         ``(example, component)``, of one class to see what the axes say within it.
     images
-        ``(example, height, width)``, in the same order.
+        ``(example, height, width)``, in the same order; or a DataArray with the points' labels.
     rows
         Of the square of images at each end.
     """
-    xy = points.transpose(..., COMPONENT).values
+    points = as_array(points, "points").transpose(..., COMPONENT)
+    xy, dim = points.values, points.dims[0]
+    images = items(images, points.indexes.get(dim), len(xy), dim=dim, what="images")
     figure = Figure(figsize=(2.6 * xy.shape[1], 5.6), layout="constrained")
     grid = figure.subplots(2, xy.shape[1], squeeze=False)
     count = min(rows * rows, len(xy) // 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import xarray as xr
 
+from lkarray.labels import require_storable
 from lkarray.store.layout import CODECS, finish
 from lkarray.store.location import StoreLike, local_path, open_root, writing
 from lkarray.store.locking import writer_lock
@@ -28,10 +29,13 @@ def put(path: StoreLike, name: str, result: xr.Dataset | xr.DataArray) -> None:
         There is no store, or it cannot be written; the losses are not touched.
     LockedError
         Another process is writing to the store.
+    SchemaError
+        Text is missing in it (None, NaN): a store knows only empty text.
     """
     root = open_root(path, mode="r+")
     ds = result.to_dataset() if isinstance(result, xr.DataArray) else result
     ds = ds.drop_encoding()
+    require_storable(ds)
     # Text of any length, as labels are stored: Zarr specifies no text of a fixed one.
     ds = ds.assign({name: ds[name].astype(object) for name in ds.variables
                     if ds[name].dtype.kind == "U"})  # fmt: skip

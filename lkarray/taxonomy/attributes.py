@@ -7,10 +7,12 @@ from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from scipy import sparse
 
-from lkarray.kernels.groups import group_codes
+from lkarray.kernels.groups import group_codes, with_labels
+from lkarray.labels import coded
 from lkarray.schema import SAMPLE, second
 from lkarray.taxonomy.lift import interval, jackknife, ratio
 from lkarray.taxonomy.pairs import as_table, count_pairs, labels_of, table_rows
@@ -24,7 +26,7 @@ def attribute_lift(
     neighbors: xr.Dataset | xr.DataTree,
     attribute: Hashable | Any,
     *,
-    exclude: str | None = None,
+    exclude: Hashable | Any | None = None,
     blocks: int = 50,
     level: float = 0.95,
     seed: int = 0,
@@ -38,10 +40,11 @@ def attribute_lift(
     neighbors
         What `lkarray.neighbors` returns, nearest or (``largest=False``) farthest ones.
     attribute
-        A coordinate of the samples, or one value for each sample: any discrete attribute.
+        A coordinate of the samples, or one value for each sample, as for `lkarray.group_mean`: any
+        discrete attribute.
     exclude
-        The coordinate whose pairs were left out of the search, so that chance leaves them out
-        too. By default what the table says, if it names one.
+        The coordinate, or the labels, whose pairs were left out of the search, so that chance
+        leaves them out too. By default what the table says, if it names one.
     blocks
         Parts that the queries are divided into, and left out one at a time, for the errors;
         samples that share ``exclude`` stay together.
@@ -61,7 +64,7 @@ def attribute_lift(
     Raises
     ------
     SchemaError
-        There is no such coordinate, or a neighbour is not among the samples.
+        There is no such coordinate, a value is missing, or a neighbour is not among the samples.
     ValueError
         There are fewer than two blocks.
 
@@ -77,13 +80,13 @@ def attribute_lift(
     rows = table_rows(near)
     name, values, codes = group_codes(near["neighbor"], rows, attribute)
     stated = near.attrs.get("exclude", "none")
-    exclude = exclude or (stated if stated in near.coords else None)
+    if exclude is None and stated in near.coords:
+        exclude = stated
     n, count = len(codes), len(values)
-    apart = (
-        np.arange(n)
-        if exclude is None
-        else np.unique(labels_of(near, rows, exclude), return_inverse=True)[1]
-    )
+    apart, excluded = np.arange(n), "none"
+    if exclude is not None:
+        near, excluded = with_labels(near, rows, exclude, what="exclude")
+        apart = coded(labels_of(near, rows, excluded), what=repr(excluded))[1]
     block = np.random.default_rng(seed).integers(0, blocks, apart.max() + 1)[apart]
     table, missing = count_pairs(near, rows, block * count + codes, codes, (blocks * count, count))
     found = table.toarray().reshape(blocks, count, count).astype(float)
@@ -106,7 +109,7 @@ def attribute_lift(
         out,
         coords={name: values, second(name): values},
         attrs={
-            "exclude": exclude or "none",
+            "exclude": excluded,
             "largest": int(near.attrs.get("largest", 1)),
             "missing_pairs": missing,
             "blocks": blocks,
@@ -154,7 +157,8 @@ def color_groups(images: Any, k: int = 8) -> xr.DataArray:
     ----------
     images
         ``(sample, height, width, 3)`` or ``(sample, 3, height, width)``, red, green and blue:
-        an array, or an iterable of images of any sizes.
+        an array, or an iterable of images of any sizes. A DataArray's or Series' index is that of
+        the result.
     k
         Groups. Their centres are images' mean colours, each the farthest from those before it
         (farthest point sampling; Gonzalez 1985), beginning with the one farthest from the mean
@@ -173,6 +177,9 @@ def color_groups(images: Any, k: int = 8) -> xr.DataArray:
         Images have no three channels, or fewer than ``k`` mean colours differ.
     """
     k = operator.index(k)
+    index = images.index if isinstance(images, pd.Series) else None
+    if isinstance(images, xr.DataArray):
+        index = images.indexes.get(images.dims[0])
     mean = np.stack([_mean_color(np.asarray(image), at) for at, image in enumerate(images)])
     if not 1 <= k <= (distinct := len(np.unique(mean, axis=0))):
         raise ValueError(f"k must be between 1 and {distinct}, the mean colours there are, not {k}")
@@ -188,7 +195,7 @@ def color_groups(images: Any, k: int = 8) -> xr.DataArray:
     return xr.DataArray(
         group,
         dims=SAMPLE,
-        coords={SAMPLE: np.arange(len(mean)), **channels},
+        coords={SAMPLE: np.arange(len(mean)) if index is None else index, **channels},
         name="color",
         attrs={"centers": mean[centers].tolist(), "long_name": "group of the mean colour"},
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.kernels.groups import group_mean
+from lkarray.kernels.groups import group_mean, with_labels
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses, second
 from lkarray.taxonomy import graph
 from lkarray.taxonomy.lift import interval, jackknife, ratio, resampled, spread
@@ -48,7 +48,7 @@ def taxonomy_distance(taxonomy: Taxonomy, labels: Iterable[Hashable] | None = No
 def correlation_by_distance(
     losses: Losses,
     taxonomy: Taxonomy,
-    label: str = "label",
+    label: Hashable | Any = "label",
     *,
     within: Hashable | None = None,
     kernel: str = "correlation",
@@ -69,7 +69,7 @@ def correlation_by_distance(
     taxonomy
         Has every label of the samples.
     label
-        Coordinate of the samples.
+        Coordinate of the samples, or one label for each sample, as for `lkarray.group_mean`.
     within
         A node: only samples with labels below it count, such as ``"animal.n.01"``.
     kernel, center, memory
@@ -103,6 +103,7 @@ def correlation_by_distance(
     replicates = operator.index(replicates)
     x = as_losses(losses)
     rows = next(str(dim) for dim in x.dims if dim not in POSTERIOR)
+    x, label = with_labels(x, rows, label, what="label")
     options: dict[str, Any] = {
         "kernel": kernel, "center": center, "self_pairs": False, "memory": memory
     }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -13,7 +13,9 @@ import xarray as xr
 from scipy import sparse
 
 from lkarray.kernels.gram import one_of
+from lkarray.kernels.groups import with_labels
 from lkarray.kernels.neighbors import neighbors as find_neighbors
+from lkarray.labels import coded
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses
 from lkarray.taxonomy import graph
 from lkarray.taxonomy.pairs import as_table, count_pairs, labels_of, table_rows
@@ -76,9 +78,9 @@ class Sums:
 
 @workers_awaited("computed")
 def taxonomic_lift(
-    neighbors: xr.Dataset | Losses,
+    neighbors: xr.DataTree | xr.Dataset | Losses,
     taxonomy: Taxonomy,
-    label: str = "label",
+    label: Hashable | Any = "label",
     base: str = "matched",
     *,
     depth: str = "shortest",
@@ -106,7 +108,7 @@ def taxonomic_lift(
     taxonomy
         Has every label of the samples.
     label
-        Coordinate of the samples.
+        Coordinate of the samples, or one label for each sample, as for `lkarray.group_mean`.
     base
         ``"matched"`` divides by the share among pairs whose query is at depth d too, so that
         random neighbours give 1. ``"dataset"`` divides by the share among all pairs, as the
@@ -168,11 +170,14 @@ def taxonomic_lift(
     neighbors = as_table(neighbors)
     if isinstance(neighbors, xr.Dataset) and "neighbor" in neighbors:
         parts: list[xr.Dataset] = []
-        table = neighbors
+        table, label = with_labels(neighbors, table_rows(neighbors), label, what="label")
     else:
+        neighbors = as_losses(neighbors)
+        own = next(str(dim) for dim in neighbors.dims if dim not in POSTERIOR)
+        neighbors, label = with_labels(neighbors, own, label, what="label")
         table, parts = _searched(neighbors, label, k, largest, delete_chains, memory)
     rows = table_rows(table)
-    values, codes = np.unique(labels_of(table, rows, label), return_inverse=True)
+    values, codes = coded(labels_of(table, rows, label), what=repr(label))
     tree = make_tree(taxonomy, values, np.bincount(codes, minlength=len(values)), depth)
     weights = resampled(len(values), replicates, seed)
     counts, facts = _other_labels(table, rows, codes, len(values))

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import string
 from collections.abc import Hashable, Iterable, Mapping
 from importlib import resources
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from lkarray.errors import MissingCorpusError
 
 _GET_WORDNET = "python -m nltk.downloader wordnet"
+
+#: What surrounds names in tables that were made by hand: blanks of any kind, byte order marks.
+_BLANK = string.whitespace + "\u00a0\u2007\u202f\u200b\ufeff"
+#: What tables write where a value is missing, other than nothing.
+_MISSING = {"NaN", "nan", "N/A", "<NA>", "None", "null", "NULL"}  # NA is North America
 
 Parents = dict[Any, list[Any]]
 
@@ -87,23 +97,88 @@ def _synset(wordnet: Any, name: str) -> Any:
     return wordnet.synset(name)
 
 
-def read_csv(path: Any) -> list[tuple[str, str]]:
-    """Return the ``(parent, child)`` rows of a CSV file with those columns."""
-    with open(path, newline="", encoding="utf8") as file:
-        rows = csv.DictReader(file)
-        missing = {"parent", "child"} - set(rows.fieldnames or ())
-        if missing:
+def read_csv(path: Any) -> Parents:
+    """Return the parents of each node, from a CSV file with the columns ``parent`` and ``child``.
+
+    Rows without anything are passed over, and lines are what messages name.
+    """
+    reader = csv.reader(StringIO(_text(path), newline=""), skipinitialspace=True)
+    lines = ((reader.line_num, row) for row in reader if any(map(str.strip, row)))
+    names = [name.strip() for name in next(lines, (0, []))[1]]
+    missing = {"parent", "child"} - set(names)
+    if missing:
+        raise ValueError(
+            f"{path} has the columns {names}, and lacks {sorted(missing)}: expected one row for "
+            "each edge, with its parent and child"
+        )
+    at = [names.index(name) for name in ("parent", "child")]
+    rows = [(f"{path}, line {n}", [*row, *[""] * len(names)]) for n, row in lines]
+    return parents_of((where, (row[at[0]], row[at[1]])) for where, row in rows)
+
+
+def parents_of(edges: Iterable[tuple[str, tuple[Any, Any]]]) -> Parents:
+    """Return the parents of each node, from edges and where each is from.
+
+    An edge without a parent says that its child is a root, and names that nothing else.
+
+    Raises
+    ------
+    ValueError
+        An edge has no child, or a node is a root by one edge and has a parent by another.
+    """
+    rows = [(where, plain(above), plain(below)) for where, (above, below) in edges]
+    children = {below for _, _, below in rows}
+    parents: Parents = {}
+    roots: dict[Any, str] = {}
+    said: dict[Any, str] = {}
+    for where, above, below in rows:
+        if is_missing(below):
             raise ValueError(
-                f"{path} has the columns {rows.fieldnames}, and lacks {sorted(missing)}: expected "
-                "one row for each edge, with its parent and child"
+                f"{where}: the edge from {above!r} has no child; leave the row out, or leave the "
+                "parent empty and name the child, for a root"
             )
-        return [(row["parent"], row["child"]) for row in rows]
+        # Some tables spell out what is missing; what has a row of its own is a name all the same.
+        root = is_missing(above) or (above in _MISSING and above not in children)
+        if not root:
+            parents.setdefault(above, [])
+        found = parents.setdefault(below, [])
+        (roots if root else said).setdefault(below, where)
+        if not root and above not in found:
+            found.append(above)
+    for node, where in roots.items():
+        if node in said:
+            raise ValueError(
+                f"{node!r} has no parent by {where}, and one, {parents[node][0]!r}, by "
+                f"{said[node]}; leave out the row that is wrong"
+            )
+    return parents
+
+
+def plain(label: Any) -> Any:
+    """Return a name as Python's own type, without blanks around it, so that it is found again."""
+    label = label.item() if isinstance(label, np.generic) else label
+    return label.strip(_BLANK) if isinstance(label, str) else label
+
+
+def is_missing(name: Any) -> bool:
+    """Say whether a name is none: None, NaN, or nothing but blanks."""
+    if isinstance(name, str):
+        return not name.strip(_BLANK)
+    return bool(pd.isna(name)) if np.ndim(name) == 0 and not isinstance(name, tuple) else False
+
+
+def _text(path: Any) -> str:
+    """Return the text of a file, without the mark that some programs begin UTF-8 with."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (at byte {error.start}); save it as UTF-8") from None
 
 
 def read_json(path: Any) -> tuple[Parents, Any]:
     """Return parents and labels of a file that `write_json` wrote, or of ``{node: [parents]}``."""
     try:
-        stored = json.loads(Path(path).read_text("utf8"))
+        stored = json.loads(_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(stored, dict):

@@ -11,6 +11,7 @@ from scipy import sparse
 
 from lkarray.taxonomy import graph, sources
 from lkarray.taxonomy.graph import DEPTHS
+from lkarray.taxonomy.sources import is_missing, plain
 
 Node = Hashable
 
@@ -25,7 +26,9 @@ class Taxonomy:
     Parameters
     ----------
     parents
-        ``{node: its parents}``, in order of importance; nodes that are only parents are roots.
+        ``{node: its parents}``, in order of importance; nodes that are only parents, and those
+        whose parent is missing (``None``, NaN, an empty text), are roots. Blanks around names do
+        not count.
     labels
         The nodes that inputs are labelled with, in order: nodes, or ``{label: node}`` where the
         labels of the data are called otherwise. By default the leaves.
@@ -67,7 +70,7 @@ class Taxonomy:
         aliases: Mapping[Hashable, Node] | None = None,
         roots: Iterable[Node] | None = None,
     ) -> None:
-        above = {plain(node): tuple(plain(p) for p in found) for node, found in parents.items()}
+        above = _checked(parents)
         above |= {p: () for found in list(above.values()) for p in found if p not in above}
         if not above:
             raise ValueError("a taxonomy needs at least one node")
@@ -81,11 +84,10 @@ class Taxonomy:
         inner = {p for found in self._parents for p in found}
         if labels is None:
             labels = [node for at, node in enumerate(self.nodes) if at not in inner]
-        named = (
-            {plain(label): plain(node) for label, node in labels.items()}
-            if isinstance(labels, Mapping)
-            else {plain(node): plain(node) for node in labels}
-        )
+        pairs = labels.items() if isinstance(labels, Mapping) else [(node, node) for node in labels]
+        named = {plain(label): plain(node) for label, node in pairs}
+        if len(named) < len(pairs) and isinstance(labels, Mapping):
+            raise ValueError("two labels are the same but for blanks around them; name each once")
         known = position | {plain(k): position[plain(v)] for k, v in (aliases or {}).items()}
         absent = [node for node in named.values() if node not in known]
         if absent:
@@ -138,9 +140,9 @@ class Taxonomy:
             nltk's WordNet corpus is missing; the message says the command that gets it.
         """
         named = (
-            {plain(label): synset for label, synset in synsets.items()}
+            {plain(label): plain(synset) for label, synset in synsets.items()}
             if isinstance(synsets, Mapping)
-            else {synset: synset for synset in synsets}
+            else {synset: synset for synset in map(plain, synsets)}
         )
         parents, names, aliases = sources.read_wordnet(named.values())
         labels = {label: names[synset] for label, synset in named.items()}
@@ -154,21 +156,17 @@ class Taxonomy:
         *,
         roots: Iterable[Node] | None = None,
     ) -> Self:
-        """Return the taxonomy of ``(parent, child)`` edges.
+        """Return the taxonomy of ``(parent, child)`` edges; one without a parent names a root.
 
         >>> Taxonomy.from_edges([("animal", "dog"), ("animal", "cat")]).labels
         ('dog', 'cat')
         """
-        parents: dict[Node, list[Node]] = {}
+        rows: list[tuple[str, tuple[Any, Any]]] = []
         for number, edge in enumerate(edges):
             if isinstance(edge, str) or len(edge) != 2:
                 raise ValueError(f"edge {number} is {edge!r}; expected (parent, child)")
-            above, below = map(plain, edge)
-            parents.setdefault(above, [])
-            found = parents.setdefault(below, [])
-            if above not in found:
-                found.append(above)
-        return cls(parents, labels, roots=roots)
+            rows.append((f"edge {number}", (edge[0], edge[1])))
+        return cls(sources.parents_of(rows), labels, roots=roots)
 
     @classmethod
     def from_parents(
@@ -201,8 +199,11 @@ class Taxonomy:
 
     @classmethod
     def from_csv(cls, path: Any, labels: Iterable[Node] | None = None) -> Self:
-        """Return the taxonomy of a CSV file with the columns ``parent`` and ``child``."""
-        return cls.from_edges(sources.read_csv(path), labels)
+        """Return the taxonomy of a CSV file with the columns ``parent`` and ``child``.
+
+        A row without a parent says that its child is a root. Blanks around names do not count.
+        """
+        return cls(sources.read_csv(path), labels)
 
     @classmethod
     def from_json(cls, path: Any) -> Self:
@@ -369,16 +370,34 @@ class Taxonomy:
         return (type(self).__name__, self.nodes, self._parents, self.labels)
 
 
-def plain(label: Any) -> Hashable:
-    """Return a label as Python's own type, so that numpy's numbers and strings are found."""
-    found: Hashable = label.item() if isinstance(label, np.generic) else label
-    return found
+def _checked(parents: Mapping[Node, Iterable[Node]]) -> dict[Node, tuple[Node, ...]]:
+    """Return the parents of each node, names plain, and missing ones left out: of a root."""
+    above: dict[Node, tuple[Node, ...]] = {}
+    for given, found in parents.items():
+        node, names = plain(given), [plain(p) for p in _several(found)]
+        kept = tuple(dict.fromkeys(p for p in names if not is_missing(p)))
+        if is_missing(node):
+            raise ValueError(
+                f"a node has no name, and the parents {names}; name it, or leave it out"
+            )
+        if node in above:
+            raise ValueError(
+                f"{node!r} is there twice, but for blanks around it, with the parents "
+                f"{above[node]} and {kept}; name it once, with all its parents"
+            )
+        if kept and len(kept) < len(names) and any(map(is_missing, names)):
+            raise ValueError(
+                f"{node!r} has a parent, {kept[0]!r}, and one that is missing; leave that out, or "
+                "name no parent, for a root"
+            )
+        above[node] = kept
+    return above
 
 
 def _several(found: Any) -> tuple[Node, ...]:
-    if found is None:
-        return ()
-    return tuple(found) if isinstance(found, list | tuple | set | frozenset) else (found,)
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        return (found,)
+    return tuple(found)
 
 
 def _listed(names: Iterable[Hashable], most: int = 10) -> str:

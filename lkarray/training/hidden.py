@@ -14,6 +14,7 @@ from lkarray import schema
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
 from lkarray.nn.batches import MapDataset
+from lkarray.results import as_dataset
 from lkarray.schema import EXAMPLE, MODE, TIME
 from lkarray.training.choosing import as_examples, as_steps, as_trace
 from lkarray.training.recorder import Recorder
@@ -106,7 +107,7 @@ def _require(needed: int, memory: int | str | None) -> None:
 
 def mode_sensitivity(
     trace: Trace | Recorder,
-    modes: xr.Dataset,
+    modes: xr.DataTree | xr.Dataset,
     examples: MapDataset | Sequence[int] | np.ndarray,
     step: int,
     *,
@@ -147,6 +148,7 @@ def mode_sensitivity(
     One double backward pass of a batch for each mode.
     """
     source = as_trace(trace)
+    modes = as_dataset(modes, "modes")
     vectors = directions(source, modes)
     flat = source.flat
     data, index = as_examples(source, examples)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lkarray.errors import SchemaError
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import logits
+from lkarray.results import as_dataset
 from lkarray.schema import MODE, PARAM
 from lkarray.training.choosing import as_examples, as_trace
 from lkarray.training.recorder import Recorder
@@ -23,7 +24,7 @@ _ROWS = 128
 
 def shift_modes(
     trace: Trace | Recorder,
-    modes: xr.Dataset,
+    modes: xr.DataTree | xr.Dataset,
     examples: MapDataset | Sequence[int] | np.ndarray,
     step: int,
     *,
@@ -101,6 +102,7 @@ def shift_modes(
             f"{bounds}"
         )
     source = as_trace(trace)
+    modes = as_dataset(modes, "modes")
     vectors = directions(source, modes)
     if "drive" not in modes or modes["drive"].dims != (MODE,):
         raise SchemaError("modes must hold drive(mode), as lk.modes gives it")

@@ -1,0 +1,385 @@
+"""Labels with an index of their own: in any order the same answer, or a refusal."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+from zarr.storage import MemoryStore
+
+import lkarray as lk
+from lkarray import errors, plots, schema
+from lkarray.auditing.grouping import groupings
+from lkarray.embedding import _from_kernel
+from tests.training.conftest import cross_entropy, examples
+from tests.training.conftest import train as train
+
+N = 24
+ORDER = np.random.default_rng(7).permutation(N)
+INDEX = np.arange(N) * 3 + 5  # the samples' names, which are not their positions
+
+
+@pytest.fixture(scope="module")
+def losses():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4, 30, 3)) @ rng.normal(size=(3, N)) + rng.normal(size=(4, 30, N))
+    coords = {"sample": INDEX, "label": ("sample", np.arange(N) % 4)}
+    return xr.DataArray(values, dims=("chain", "draw", "sample"), coords=coords, name="loss")
+
+
+@pytest.fixture(scope="module")
+def things(losses):
+    R = lk.correlation(losses).compute()
+    near = lk.neighbors(losses, 4).compute()
+    rng = np.random.default_rng(1)
+    audit = xr.DataArray(
+        rng.normal(size=(N, 3)), dims=("example", "audit"), coords={"example": INDEX}
+    )
+    points = R[:, :2].rename(sample_2="component").drop_vars(["component", "label_2"])
+    tree = lk.Taxonomy.from_parents({0: "a", 1: "a", 2: "b", 3: "b", "a": "r", "b": "r"})
+    hidden = xr.DataArray(
+        rng.normal(size=(N, 5)), dims=("example", "unit"), coords={"example": INDEX}
+    )
+    return {"R": R, "near": near, "audit": audit, "points": points, "tree": tree, "hidden": hidden,
+            "losses": losses, "bare": losses.drop_vars("label")}  # fmt: skip
+
+
+#: Of each function that takes one value for each sample: what it answers to some labels.
+TAKE = {
+    "group_mean": lambda t, g: lk.group_mean(t["losses"], g),
+    "histogram": lambda t, g: lk.histogram(t["losses"], g, bins=4)["count"],
+    "residualize": lambda t, g: lk.residualize(t["losses"], g),
+    "neighbors, exclude": lambda t, g: lk.neighbors(t["bare"], 4, exclude=g)["neighbor"],
+    "attribute_lift": lambda t, g: lk.attribute_lift(t["near"], g)["lift"],
+    "attribute_lift, exclude": lambda t, g: lk.attribute_lift(
+        t["near"].drop_vars("label"), np.arange(N) % 3, exclude=g
+    )["lift"],
+    "taxonomic_lift of a table": lambda t, g: lk.taxonomic_lift(
+        t["near"].drop_vars("label"), t["tree"], g, replicates=3
+    )["lift"],
+    "taxonomic_lift of losses": lambda t, g: lk.taxonomic_lift(
+        t["bare"], t["tree"], g, k=3, replicates=3, delete_chains=False
+    )["lift"],
+    "correlation_by_distance": lambda t, g: lk.correlation_by_distance(
+        t["bare"], t["tree"], g, replicates=3
+    )["correlation"],
+    "most_influential": lambda t, g: lk.most_influential(t["audit"], 2, by=g)["helpful"],
+    "similarity_by_distance": lambda t, g: lk.similarity_by_distance(
+        t["R"], t["points"], g
+    )["mean"],
+    "ips_scores, train_labels": lambda t, g: lk.ips_scores(t["R"], g, np.zeros(N, int))["margin"],
+    "ips_scores, predicted": lambda t, g: lk.ips_scores(t["R"], np.arange(N) % 4, g)["margin"],
+    "hidden_similarity, train_labels": lambda t, g: lk.hidden_similarity(
+        t["hidden"], t["hidden"], g, np.zeros(N, int), k=2
+    ),
+    "hidden_similarity, predicted": lambda t, g: lk.hidden_similarity(
+        t["hidden"], t["hidden"], np.arange(N) % 4, g, k=2
+    ),
+    "sample_coords": lambda t, g: schema.sample_coords({"label": g}, N, index=INDEX)["label"],
+    "sample_coords, sample among them": lambda t, g: schema.sample_coords(
+        {"label": g, "sample": INDEX}, N
+    )["label"],
+    "plots.similarity_to_target": lambda t, g: drawn(
+        plots.similarity_to_target(t["points"], g, 3).axes[0]
+    ),
+}  # fmt: skip
+
+
+def drawn(axes):
+    """The places and values of a scatter, in the order of the places."""
+    dots = axes.collections[0]
+    table = np.column_stack([dots.get_offsets(), dots.get_array()])
+    return table[np.lexsort(table.T)]
+
+
+def forms(values):
+    """Labels of the samples with their index: turned, among others, as a DataArray or a Series."""
+    whole = xr.DataArray(values, dims="sample", coords={"sample": INDEX}, name="kind")
+    other = xr.DataArray(values[:5], dims="sample", coords={"sample": INDEX[:5] + 1}, name="kind")
+    more = xr.concat([whole[ORDER], other], "sample")
+    return {
+        "in order": whole,
+        "turned": whole[ORDER],
+        "more of them": more,
+        "Series": whole[ORDER].to_series(),
+        "Series of more": more.to_series(),
+        "of another dim": whole[ORDER].rename(sample="example"),
+    }
+
+
+@pytest.mark.parametrize("name", TAKE)
+def test_labels__of_any_order_give_the_same_answer(things, name):
+    values = np.random.default_rng(3).permutation(np.arange(N) % 4)
+    expected = np.asarray(TAKE[name](things, values))
+    for form, given in forms(values).items():
+        np.testing.assert_array_equal(np.asarray(TAKE[name](things, given)), expected, form)
+    np.testing.assert_array_equal(np.asarray(TAKE[name](things, values.tolist())), expected)
+    bare = xr.DataArray(values, dims="sample")  # without labels: in order
+    np.testing.assert_array_equal(np.asarray(TAKE[name](things, bare)), expected)
+
+
+@pytest.mark.parametrize("name", TAKE)
+def test_labels__that_cannot_be_told_apart_are_refused(things, name):
+    values = np.arange(N) % 4
+    twice = np.where(np.arange(N) == 3, INDEX[2], INDEX)
+    wrong = {
+        r"lacks 17 of the 24": pd.Series(values),  # numbered anew: of which samples?
+        r"lacks 1 of the 24 \w+s, the first being 5;": pd.Series(values[1:], INDEX[1:]),
+        r"lacks 24 of the 24 .* 5; give": pd.Series(values, INDEX.astype(str)),
+        r"has values twice, 11 for one": xr.DataArray(
+            values, dims="s", coords={"s": twice}
+        ),
+    }  # fmt: skip
+    for message, given in wrong.items():
+        with pytest.raises(errors.SchemaError, match=message):
+            TAKE[name](things, given)
+    with pytest.raises(TypeError, match="one column"):
+        TAKE[name](things, pd.DataFrame({"label": values}, INDEX))
+    with pytest.raises(errors.SchemaError, match=r"has shape \(23,\)"):
+        TAKE[name](things, values[1:])
+
+
+@pytest.mark.parametrize("missing", [None, np.nan])
+def test_labels__that_are_missing_make_no_group(things, missing):
+    names = np.array(["a", "b", "c", "d"], dtype=object)[np.arange(N) % 4]
+    names[5] = missing
+    for given in (names, names.tolist(), pd.Series(names, INDEX)):
+        with pytest.raises(errors.SchemaError, match="missing for 1 of 24, first at position 5"):
+            lk.group_mean(things["losses"], given)
+        with pytest.raises(errors.SchemaError, match="missing for 1 of 24"):
+            lk.neighbors(things["bare"], 3, exclude=given)
+        with pytest.raises(errors.SchemaError, match="missing values"):
+            schema.sample_coords({"label": given}, N, index=INDEX)
+    with pytest.raises(errors.SchemaError, match="mixes int and str"):
+        lk.group_mean(things["losses"], [1, "a"] * (N // 2))
+
+
+def test_labels__of_what_is_known_by_position_alone(things):
+    """Then only labels 0, 1, 2, ... in this order say which is which."""
+    values = np.arange(N) % 4
+    bare = things["losses"].drop_vars(["sample", "label"])
+    expected = lk.group_mean(bare, values)
+    numbered = xr.DataArray(values, dims="sample", coords={"sample": np.arange(N)})
+    for given in (numbered, pd.Series(values)):
+        np.testing.assert_array_equal(lk.group_mean(bare, given), expected)
+        np.testing.assert_array_equal(schema.sample_coords({"a": given}, N)["a"], values)
+    for given in (numbered[::-1], pd.Series(values)[::-1], pd.Series(values, INDEX)):
+        with pytest.raises(errors.SchemaError, match="known by position alone"):
+            lk.group_mean(bare, given)
+        with pytest.raises(errors.SchemaError, match="known by position alone"):
+            schema.sample_coords({"a": given}, N)
+
+
+def test_exclude__given_apart_becomes_a_coordinate(things):
+    group = np.arange(N) % 3
+    near = lk.neighbors(things["bare"], 4, exclude=pd.Series(group, INDEX, name="color")).compute()
+    named = things["bare"].assign_coords(color=("sample", group))
+    xr.testing.assert_identical(near, lk.neighbors(named, 4, exclude="color").compute())
+    assert lk.attribute_lift(near, np.arange(N) % 4).attrs["exclude"] == "color"
+    with pytest.raises(errors.SchemaError, match="a coordinate 'label' with other values"):
+        lk.neighbors(things["losses"], 4, exclude=pd.Series(group, INDEX, name="label"))
+
+
+# --- tables of the same samples ---------------------------------------------------------------
+
+
+def turned(x, *dims):
+    for dim in dims:
+        x = x.isel({dim: np.random.default_rng(5).permutation(x.sizes[dim])})
+    return x
+
+
+def test_similarity_by_distance__brings_points_and_columns_into_order(things):
+    R, points = things["R"], things["points"]
+    expected = lk.similarity_by_distance(R, points)
+    xr.testing.assert_identical(lk.similarity_by_distance(R, turned(points, "sample")), expected)
+    xr.testing.assert_identical(lk.similarity_by_distance(turned(R, "sample_2"), points), expected)
+    with pytest.raises(errors.SchemaError, match="points has the index .* lacks 17"):
+        lk.similarity_by_distance(R, points.assign_coords(sample=np.arange(N) * 2))
+
+
+def test_embed_and_kernel_matrix__bring_columns_into_order(things):
+    R = things["R"]
+    tables = [_from_kernel(x, 4)[1] for x in (R, turned(R, "sample_2"))]  # what UMAP gets
+    np.testing.assert_array_equal(*tables)
+    pictures = [
+        plots.kernel_matrix(x, by="label").axes[0].images[0].get_array()
+        for x in (R, turned(R, "sample_2"))
+    ]
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_mode_functions__bring_examples_and_modes_into_order(rng):
+    G = xr.DataArray(
+        rng.normal(size=(9, 20)), dims=("example", "param"), coords={"example": np.arange(9) + 4}
+    )
+    found = lk.modes(G, 4).compute()
+    before = lk.mode_coefficients(found, G).compute()
+    after = before + rng.normal(size=before.shape)
+    felt = before.copy(data=rng.uniform(size=before.shape))
+    expected = lk.mode_shifts(found, before, after, felt)
+    both = (turned(x, "example", "mode") for x in (after, felt))
+    xr.testing.assert_allclose(lk.mode_shifts(found, before, *both), expected)
+    with pytest.raises(errors.SchemaError, match="after has the index"):
+        lk.mode_shifts(found, before, after.assign_coords(example=np.arange(9)))
+    ratio = lk.cancellation_ratio(found, before)
+    xr.testing.assert_allclose(lk.cancellation_ratio(turned(found, "mode"), before), ratio)
+    with pytest.raises(errors.SchemaError, match="drive has the index"):
+        lk.cancellation_ratio(found.assign_coords(mode=np.arange(4) + 1), before)
+
+
+def test_temporal_modes__bring_columns_into_order(rng):
+    G = xr.DataArray(
+        rng.normal(size=(5, 4, 8)), dims=("time", "example", "param"),
+        coords={"time": np.arange(5) * 10},
+    )  # fmt: skip
+    K = lk.temporal_kernel(G, weight=None).compute()
+    expected = lk.temporal_modes(K)
+    xr.testing.assert_identical(lk.temporal_modes(turned(K, "time_2")), expected)
+    pair = (plots.temporal_structure(k, m, k=1) for k, m in (
+        (K, expected), (turned(K, "time_2"), turned(expected, "time"))))  # fmt: skip
+    first, second = ([a.images[0].get_array(), b.lines[0].get_ydata()] for a, b, *_ in (
+        figure.axes for figure in pair))  # fmt: skip
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(a, b)
+
+
+def test_extend_audit__brings_training_examples_into_order(rng):
+    G, new = (
+        xr.DataArray(rng.normal(size=(3, n, 8)), dims=("time", "example", "param"),
+                     coords={"example": np.arange(n) + start})
+        for n, start in ((6, 50), (4, 0))
+    )  # fmt: skip
+    modes = lk.audit_modes(lk.plgk(G), 4, scale=1).compute()
+    cross = lk.plgk(new, G).compute()
+    expected = lk.extend_audit(modes, cross)
+    xr.testing.assert_allclose(lk.extend_audit(modes, turned(cross, "example_2")), expected)
+
+
+def test_difficulty_table__brings_columns_into_order(rng):
+    index = {"example": INDEX}
+    wrong = xr.DataArray(np.arange(N) % 3 == 0, index, ("example",))
+    score, loss = (xr.DataArray(rng.normal(size=N), index, ("example",)) for _ in range(2))
+    expected = lk.difficulty_table({"a": score.values}, wrong.values, loss.values)
+    for given in (
+        ({"a": turned(score, "example")}, turned(wrong, "example"), loss),
+        ({"a": score}, turned(wrong, "example").to_series(), loss),
+        ({"a": score.values}, wrong, loss),
+        ({"a": score}, wrong.to_series(), loss.values),
+    ):
+        xr.testing.assert_allclose(lk.difficulty_table(*given), expected)
+    with pytest.raises(errors.SchemaError, match="'a' has no index, and 'wrong' and 'loss' have"):
+        lk.difficulty_table({"a": score.values}, wrong, turned(loss, "example"))
+    with pytest.raises(errors.SchemaError, match="'a' has the index"):
+        lk.difficulty_table({"a": score}, pd.Series(wrong.values), loss)
+
+
+def test_plots__bring_images_and_times_into_order(things, rng):
+    points, images = things["points"], rng.uniform(size=(N, 3, 3))
+    named = xr.DataArray(images, dims=("sample", "y", "x"), coords={"sample": INDEX})
+    near = things["near"]
+    for make in (
+        lambda x: plots.axis_extremes(points, x, rows=2),
+        lambda x: plots.top_correlated(near, x, INDEX[:2].tolist(), by="label", shown=3),
+    ):
+        first, second = (
+            [axes.images[0].get_array() for axes in make(x).axes if axes.images]
+            for x in (images, turned(named, "sample"))
+        )
+        np.testing.assert_array_equal(first, second)
+    audit, train_images = things["audit"], dict(zip(INDEX.tolist(), images, strict=True))
+    first, second = (
+        [axes.images[0].get_array() for axes in plots.influential_images(audit, x, 1, 3).axes]
+        for x in (train_images, turned(named, "sample").rename(sample="example"))
+    )
+    np.testing.assert_array_equal(first, second)
+    curve = xr.DataArray(np.arange(5.0), dims="time", coords={"time": np.arange(5) * 10})
+    epochs = xr.DataArray(np.arange(5) + 1, dims="time", coords={"time": np.arange(5) * 10})
+    line = plots.over_training({"a": curve}, ylabel="", title="", labels=epochs[::-1]).axes[0].lines
+    np.testing.assert_array_equal(line[0].get_xdata(), np.arange(5) + 1)
+    panel = curve.expand_dims(example=2, axis=1).assign_coords(kind=("example", ["a", "b"]))
+    left = plots.regime(
+        {"m": curve[::-1]}, {"p": panel}, by="kind", labels=epochs[::-1], ylabels=[""]
+    ).axes[0]
+    np.testing.assert_array_equal(left.lines[0].get_xydata().T, [np.arange(5) + 1, np.arange(5)])
+    one = xr.DataArray(rng.normal(size=N), {"example": INDEX}, ("example",))
+    dots = plots.influence_against(one, {"k": turned(one, "example")}, {}).axes[0].lines[0]
+    np.testing.assert_array_equal(*dots.get_xydata().T)
+
+
+def test_color_groups__have_the_index_of_their_images(rng):
+    images = rng.uniform(size=(9, 4, 4, 3))
+    named = xr.DataArray(
+        images, dims=("sample", "y", "x", "c"), coords={"sample": np.arange(9) + 3}
+    )
+    found = lk.color_groups(named[::-1], 3)
+    assert found["sample"].values.tolist() == list(range(11, 2, -1))
+    series = pd.Series(list(images), index=np.arange(9) + 3)
+    assert lk.color_groups(series, 3)["sample"].values.tolist() == list(range(3, 12))
+    assert lk.color_groups(images, 3)["sample"].values.tolist() == list(range(9))
+
+
+# --- labels given when something is written -----------------------------------------------------
+
+
+def test_sample__takes_labels_by_their_index(sample, posterior):
+    names = posterior.train_set.tensors[1].numpy()
+    ids = np.arange(40) + 100
+    given = pd.Series(names, ids).sample(frac=1, random_state=0)
+    tree = sample(MemoryStore(), coords={"sample": ids, "label": given}, draws=1)
+    np.testing.assert_array_equal(tree["losses"]["label"], names)
+    with pytest.raises(errors.SchemaError, match="known by position alone"):
+        sample(MemoryStore(), coords={"label": pd.Series(names)[::-1]}, draws=1)
+
+
+def test_gradients_and_audits__take_labels_by_their_index(train):
+    store = MemoryStore()
+    model, _ = train(store, steps=4)
+    trace = lk.open_trace(store, model, examples(), loss=cross_entropy)
+    names = np.array(list("abcde"))[np.arange(50) % 5]
+    chosen = [40, 3, 17, 9]
+    of_all = pd.Series(names).sample(frac=1, random_state=0)
+    G = lk.gradient_features(trace, chosen, times=[0], coords={"label": of_all}, store=store)
+    assert G["label"].values.tolist() == names[chosen].tolist()
+    found = lk.audit(
+        trace, chosen, coords={"label": of_all}, examples=[1, 2, 30],
+        example_coords={"train_label": of_all},
+    )  # fmt: skip
+    assert found["label"].values.tolist() == names[chosen].tolist()
+    assert found["train_label"].values.tolist() == names[[1, 2, 30]].tolist()
+    scores = lk.tracin(trace, chosen, coords={"label": of_all})
+    assert scores["label"].values.tolist() == names[chosen].tolist()
+    steps = (0, trace.steps)
+    parts = groupings({"example": pd.Series(names)}, trace, steps, overlap=False)["example"]
+    assert [list(m) for m in parts.members] == [list(range(i, 50, 5)) for i in range(5)]
+    for wrong in (of_all, {"a": of_all == "a"}):
+        with pytest.raises(errors.SchemaError, match="known by position alone"):
+            groupings({"example": wrong}, trace, steps, overlap=False)
+
+
+# --- missing labels are not empty ones --------------------------------------------------------
+
+
+def named_kernel(losses, missing):
+    names = np.array(["a", missing, ""] * (N // 3), dtype=object)
+    return lk.correlation(losses.assign_coords(path=("sample", names)))
+
+
+@pytest.mark.parametrize("missing", [None, np.nan])
+def test_save__refuses_labels_that_are_missing(things, tmp_path, missing):
+    kernel = named_kernel(things["bare"], missing)
+    with pytest.raises(
+        errors.SchemaError, match="'path' is missing for 8 of 24, first at position 1"
+    ):
+        lk.save(kernel, tmp_path / "k.zarr")
+    assert not (tmp_path / "k.zarr").exists()
+    saved = lk.save(kernel.drop_vars(["path", "path_2"]), tmp_path / "k.zarr")
+    with pytest.raises(errors.SchemaError, match="'path' is missing for 8 of 24"):
+        lk.store.put(tmp_path / "k.zarr", "other", kernel.compute())
+    np.testing.assert_allclose(saved, kernel, atol=1e-6)
+    full = kernel.assign_coords(
+        path=("sample", ["a", "none", ""] * 8), path_2=("sample_2", ["a", "none", ""] * 8)
+    )
+    lk.store.put(tmp_path / "k.zarr", "other", full.compute())
+    assert lk.open(tmp_path / "k.zarr")["derived/other"]["path"].values[:3].tolist() == [
+        "a", "none", "",
+    ]  # fmt: skip
