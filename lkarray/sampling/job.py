@@ -159,7 +159,10 @@ def center_losses(target: Target) -> dict[str, np.ndarray]:
     target.start()
     found = {path.split("/")[0]: t[0].cpu().numpy() for path, t in target.observe().items()}
     for group, losses in found.items():
-        bad = np.flatnonzero(~np.isfinite(losses.reshape(len(losses), -1)).all(axis=1))
+        flat = losses.reshape(len(losses), -1)
+        # Of tokens NaN is padding, but there must be one that counts.
+        sound = ~np.isinf(flat) & ~np.isnan(flat).all(1, keepdims=True)
+        bad = np.flatnonzero(~sound.all(axis=1))
         if len(bad):
             raise NonFiniteError(
                 f"{group}: the loss at w* is not finite for {len(bad)} of {len(losses)} observed "

@@ -158,9 +158,10 @@ def _pilot(
         )
     except DivergedError:
         return {"diverged": options["chains"]}
-    losses = tree[schema.LOSSES]
+    losses = tree[schema.LOSSES].to_dataset()
+    if schema.TOKEN in losses.dims:
+        losses = losses.mean(schema.TOKEN)  # padding is NaN, and left out
     values = np.asarray(losses[schema.LOSS.name]).astype(np.float64)
-    values = values.reshape(*values.shape[:3], -1).mean(-1)
     varies = np.ptp(values, axis=(0, 1)) > 0
     acceptance = np.asarray(tree[schema.SAMPLE_STATS][schema.ACCEPTANCE.name])
     center = np.asarray(losses[schema.CENTER_LOSS.name]).mean(dtype=np.float64)
