@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -292,6 +293,19 @@ class _Items:
 
 def _same(item: Columns) -> Columns:
     return item
+
+
+def check_workers(num_workers: int | None) -> int:
+    """Return the number of processes that read items; raise unless it is one."""
+    try:
+        found = operator.index(num_workers or 0)
+    except TypeError:
+        raise TypeError(
+            f"num_workers must be an integer or None, not {type(num_workers).__name__}"
+        ) from None
+    if found < 0:
+        raise ValueError(f"num_workers must be at least 0, not {found}")
+    return found
 
 
 def check_dataset(dataset: object, name: str) -> None:
