@@ -113,7 +113,7 @@ def _complete(target: Store, kernel: xr.DataArray, group: str, upper: bool) -> b
     if not exists(target):
         return False
     root = open_root(target)
-    node = root[group] if group in root else None
+    node = root.get(group)
     if not isinstance(node, zarr.Group) or node.attrs.get(_SAVED) != _mark(kernel, upper):
         return False
     array = node[str(kernel.name)]

@@ -256,9 +256,7 @@ def _flat(x: xr.DataArray) -> xr.DataArray:
     return xr.DataArray(flat, name=x.name)
 
 
-def _padding(
-    center: xr.DataArray | None, x: xr.DataArray, at: dict[str, int]
-) -> np.ndarray | None:
+def _padding(center: xr.DataArray | None, x: xr.DataArray, at: dict[str, int]) -> np.ndarray | None:
     """Return which entries of `_flat` are padding: NaN at w*, or at every draw; ``None`` if none.
 
     The draws are read only where the losses at w* are not known.

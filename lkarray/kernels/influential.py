@@ -13,7 +13,7 @@ import xarray as xr
 from lkarray.engine.numbers import top_k
 from lkarray.errors import NonFiniteError
 from lkarray.kernels.audits import as_influence, as_lazy_as, whole_influence
-from lkarray.kernels.gram import sample_coords
+from lkarray.kernels.gram import refuse_repeated, sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.schema import AUDIT, OUTPUT, RANK
 
@@ -79,6 +79,7 @@ def most_influential(
     best = _best_entries(whole.data, codes, len(classes), k)
     rest = [str(dim) for dim in whole.dims if dim != source]
     split = "lkarray_class" if by is None else by
+    refuse_repeated(x, source)
     labels = np.asarray(x.indexes[source]) if source in x.indexes else np.arange(len(codes))
     found: dict[str, xr.DataArray] = {}
     for end, (name, sign) in enumerate(_SIGNS.items()):

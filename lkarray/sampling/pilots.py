@@ -118,7 +118,7 @@ def suggest(
     level = logger.level
     try:
         logger.setLevel("ERROR")  # a chain that diverges is an answer here, not a warning
-        with progress_bars.showing(progress):
+        with progress_bars.showing(progress), forgetting():
             posterior, few = _read(posterior, observed, rows, device, workers)
             with progress_bars.busy("first pilot"):
                 _pilot(posterior, few, replace(sampler, step_size=1e-12), warm, device)

@@ -272,10 +272,7 @@ def _fill(
     """Take the draws that are missing; the caller holds the lock."""
     # Another process may have written since: what counts is read under the lock.
     fresh = _existing(place, resume) is None
-    if fresh:
-        root = _create(place, job, known, chains)
-    else:
-        root = stores.open_root(place, mode="r+")
+    root = _create(place, job, known, chains) if fresh else stores.open_root(place, mode="r+")
     draws, steps = job.schedule.draws, job.schedule.steps
     todo = _todo(place, known, chains, draws)
     if not todo:
