@@ -21,6 +21,7 @@ _LOW, _HIGH = 0.5, 0.999  # acceptance below and above which the step size is of
 _WORTH = 0.1  # effective draws for each draw, below which larger steps would pay
 _RESOLUTION = 1e-6  # nats: float32 losses that deviate less are moved by rounding alone
 _HUGE = 100.0  # R-hat, or excess of a variance, above which its number says nothing more
+_ALL = 1e12  # an excess that rounding makes of chains that do not move
 _EXCESS = 0.1  # of a pooled variance over one centred by chain
 
 
@@ -202,7 +203,7 @@ def _add(excess: float) -> str:
     """Return by how much a pooled variance exceeds one centred by chain, in words."""
     if excess < _HUGE:
         return f"add {100 * excess:.0f}% to"
-    return "are all that there is of" if not isfinite(excess) else "are nearly all of"
+    return "are all that there is of" if excess > _ALL else "are nearly all of"
 
 
 def _of_settings(report: xr.Dataset, run: Run, total: int, *, apart: bool) -> Iterator[str]:

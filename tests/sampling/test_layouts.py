@@ -114,8 +114,6 @@ class Wrong(nn.Module):
         return self.out(x) * (2 if torch._C._functorch.is_batchedtensor(x) else 1)
 
 
-
-
 @pytest.mark.parametrize("module", [Recurrent, Looks, Wrong])
 @pytest.mark.parametrize("sampler", [lk.SGLD(1e-4), lk.SGHMC(1e-5)], ids=["SGLD", "SGHMC"])
 def test_auto__what_a_stack_cannot_stand_for_runs_alone(module, sampler, caplog):
@@ -129,9 +127,7 @@ def test_auto__what_a_stack_cannot_stand_for_runs_alone(module, sampler, caplog)
     assert caplog.text.count("cannot be stacked") == 1
     for number in (2, 3):
         with pytest.raises(ValueError, match="cannot be stacked.*use chains_per_device=1"):
-            lk.sample(
-                posterior, data, store=MemoryStore(), chains_per_device=number, **options
-            )
+            lk.sample(posterior, data, store=MemoryStore(), chains_per_device=number, **options)
 
 
 def test_auto__curvature_is_tried_too(monkeypatch):
@@ -198,8 +194,8 @@ def test_auto__slow_models_are_measured_on_a_few_inputs(batch_size, monkeypatch)
     monkeypatch.setattr(layout, "_timed", timed)
     Counting.seen = 0
     posterior = lk.LocalPosterior(Counting(), data)
-    from lkarray.sampling.checks import observed_labels, observed_sets
     from lkarray.sampling.chain import Schedule
+    from lkarray.sampling.checks import observed_labels, observed_sets
     from lkarray.sampling.job import Job, prepare
 
     sets = observed_sets(data)

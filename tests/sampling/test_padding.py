@@ -92,7 +92,8 @@ def test_llc__a_draw_that_is_nan_is_not_taken_for_padding():
     tree = run(sequences(RAGGED))
     ds = tree["losses"].to_dataset().load()
     ds["loss"][0, 3, 0, 0] = np.nan
-    assert np.isnan(lk.llc(ds)) and np.isnan(lk.singular_fluctuation(ds))
+    assert np.isnan(lk.llc(ds))
+    assert np.isnan(lk.singular_fluctuation(ds))
     bare = lk.singular_fluctuation(ds["loss"], nbeta=5)
     assert np.isnan(bare)
 
@@ -102,7 +103,7 @@ def test_kernels__of_tokens_leave_padding_out_as_their_error_says():
     with pytest.raises(errors.SchemaError) as told:
         lk.correlation(losses)
     remedy = re.search(r"or (\.stack.*dropna\('position'\))", str(told.value))[1]
-    flat = eval(f"losses{remedy}")  # noqa: S307
+    flat = eval(f"losses{remedy}")
     assert flat.chunks is not None
     assert flat.sizes["position"] == sum(n - 1 for n in RAGGED)
     plain = losses.values[..., ~np.isnan(losses.values[0, 0])].reshape(-1, flat.shape[-1])
@@ -146,8 +147,11 @@ def test_suggest__of_padded_tokens_sees_their_means():
     got, expected = (
         lk.suggest(
             lk.LocalPosterior(Sums(), data, loss, nbeta=5, gamma=10),
-            data, step_sizes=[1e-3], draws=6, progress=False,
-        )  # fmt: skip
+            data,
+            step_sizes=[1e-3],
+            draws=6,
+            progress=False,
+        )
         for loss in ("next_token", "next_token_mean")
     )
     np.testing.assert_allclose(got["loss_gain"], expected["loss_gain"], rtol=1e-3)
@@ -171,7 +175,7 @@ def test_cross_entropy__is_torchs_of_each_example(width):
     posterior = lk.LocalPosterior(net, data, nbeta=5, gamma=10)
     options = OPTIONS | {"chains_per_device": width, "draws": 4}
     tree = lk.sample(posterior, data, store=MemoryStore(), **options)
-    expected = [float(F.cross_entropy(net(x[None]), y[None])) for x, y in data]
+    expected = [F.cross_entropy(net(x[None]), y[None]).item() for x, y in data]
     np.testing.assert_allclose(tree["losses/center_loss"], expected, rtol=1e-5)
 
 
@@ -210,14 +214,14 @@ def test_sample__examples_of_which_nothing_counts_are_named(held, monkeypatch):
     if not held:
         bad = Lazily(bad)
         monkeypatch.setattr(batches, "CACHE_BYTES", 0)
-    net, store = nn.Conv1d(2, 3, 1), MemoryStore()
+    net = nn.Conv1d(2, 3, 1)
     for posterior, observed in (
         (lk.LocalPosterior(net, bad, nbeta=5), labelled()),
         (lk.LocalPosterior(net, labelled(), nbeta=5), bad),
     ):
         name = "train_set" if observed is not bad else "observed"
         with pytest.raises(ValueError, match=rf"{name}: examples \[3, 8\] have no loss"):
-            lk.sample(posterior, observed, store=store, **OPTIONS | {"batch_size": None})
+            lk.sample(posterior, observed, store=MemoryStore(), **OPTIONS | {"batch_size": None})
     with pytest.raises(ValueError, match="have no loss.*padding"):
         run(sequences([5, 1, 4]))  # one token predicts nothing
 
