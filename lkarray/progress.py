@@ -1,14 +1,32 @@
-"""Progress bars, by tqdm, for whatever takes longer than two seconds."""
+"""Progress bars, by tqdm, for whatever takes longer than two seconds.
+
+A bar is drawn by the clock as well as by its counts, so that work whose first step takes a
+minute shows its name and its time meanwhile.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
-_DELAY = 2.0
+_DELAY, _TICK = 2.0, 0.5
+
+_shown: ContextVar[bool] = ContextVar("lkarray_progress", default=False)
+
+
+@contextmanager
+def showing(show: bool) -> Iterator[None]:
+    """Let bars inside, which are not told whether to show, be shown or not."""
+    token = _shown.set(show)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
 
 
 def _tqdm() -> Any:
@@ -21,18 +39,50 @@ def _tqdm() -> Any:
 
 
 def bar(
-    description: str, *, total: int, done: int = 0, unit: str = "step", show: bool = True
+    description: str,
+    *,
+    total: int,
+    done: int = 0,
+    unit: str = "step",
+    show: bool | None = None,
 ) -> Any:
-    """Return a tqdm bar that appears after two seconds, in terminals and notebooks alike."""
-    return _tqdm()(
+    """Return a tqdm bar that appears after two seconds, in terminals and notebooks alike.
+
+    ``show=None`` does as `showing` says.
+    """
+    return _make(
         desc=description,
         total=total,
         initial=done,
         unit=unit,
-        disable=not show,
+        disable=not (_shown.get() if show is None else show),
         delay=_DELAY,
         dynamic_ncols=True,
     )
+
+
+def _make(**options: Any) -> Any:
+    made = _tqdm()(**options)
+    if not made.disable:
+        threading.Thread(target=_draw, args=(weakref.ref(made),), daemon=True).start()
+    return made
+
+
+def _draw(found: weakref.ref[Any]) -> None:
+    """Draw a bar by the clock until it is closed."""
+    closed = threading.Event()  # never set: it only waits
+    pause = _DELAY
+    while not closed.wait(pause):
+        bar_ = found()
+        if bar_ is None:
+            return
+        with bar_.get_lock():  # a bar that is being closed draws its last under the same lock
+            if bar_.disable:
+                return
+            bar_.refresh(nolock=True)
+            bar_.delay = 0  # seen, so that closing it ends the line
+        del bar_
+        pause = _TICK
 
 
 def skip(bar_: Any, count: int) -> None:
@@ -49,29 +99,15 @@ def dask_bar(description: str, *, show: bool = True) -> AbstractContextManager[A
     from tqdm.dask import TqdmCallback
 
     bars: AbstractContextManager[Any] = TqdmCallback(
-        desc=description, unit="task", delay=_DELAY, tqdm_class=_tqdm(), dynamic_ncols=True
+        desc=description, unit="task", delay=_DELAY, tqdm_class=_make, dynamic_ncols=True
     )
     return bars
 
 
 @contextmanager
-def busy(description: str, *, show: bool = True) -> Iterator[None]:
+def busy(description: str, *, show: bool | None = None) -> Iterator[None]:
     """Show the time that passes during work that cannot count its steps."""
-    done = threading.Event()
     bar_ = bar(description, total=0, show=show)
     bar_.bar_format = "{desc}: {elapsed}"
-
-    def tick() -> None:
-        pause = _DELAY
-        while not done.wait(pause):
-            bar_.refresh()
-            pause = 0.5
-
     with bar_:
-        thread = threading.Thread(target=tick, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+        yield

@@ -25,7 +25,16 @@ from lkarray.labels import require_storable
 from lkarray.progress import dask_bar
 from lkarray.results import Result, alone
 from lkarray.store.layout import CODECS
-from lkarray.store.location import StoreLike, as_store, create_root, describe, sizes, writing
+from lkarray.store.location import (
+    StoreLike,
+    as_store,
+    create_root,
+    describe,
+    exists,
+    open_root,
+    sizes,
+    writing,
+)
 from lkarray.store.locking import writer_lock
 from lkarray.waiting import workers_awaited
 
@@ -98,6 +107,34 @@ def save(
             "a store in memory cannot be written by Dask workers; give a folder that all of them "
             "see, or a URL"
         )
+    if not _complete(target, kernel, group, upper):  # on a read-only disk it opens as it is
+        _fill(target, kernel, group, upper, progress)
+    stored: xr.DataArray = xr.open_zarr(target, group=group, chunks={}, consolidated=False)[
+        kernel.name
+    ]
+    return stored
+
+
+def _complete(target: Store, kernel: xr.DataArray, group: str, upper: bool) -> bool:
+    """Say whether the kernel is stored whole already; writes nothing."""
+    if not exists(target):
+        return False
+    root = open_root(target)
+    node = root.get(group)
+    if not isinstance(node, zarr.Group) or node.attrs.get(_SAVED) != _mark(kernel, upper):
+        return False
+    array = node[str(kernel.name)]
+    assert isinstance(array, zarr.Array)
+    work = _Work.of(kernel, array, int(array.chunks[-2]), upper)
+    written = _written(array)
+    if any(outs - written for _, outs in work.tiles()):
+        return False
+    _compare(work, array, written, group)
+    return True
+
+
+def _fill(target: Store, kernel: xr.DataArray, group: str, upper: bool, progress: bool) -> None:
+    """Write what of the kernel is missing."""
     safe = f"{_SAFE}; run the same call again to go on"
     with writer_lock(target), writing(target, safe=safe):
         array, side = _open_target(target, kernel, group, upper)
@@ -107,10 +144,6 @@ def save(
         todo = [(tile, out) for tile, outs in work.tiles() if (out := sorted(outs - written))]
         with dask_bar(f"saving {group}", show=progress):
             _run(work, array, todo)
-    stored: xr.DataArray = xr.open_zarr(target, group=group, chunks={}, consolidated=False)[
-        kernel.name
-    ]
-    return stored
 
 
 @dataclass(frozen=True)

@@ -198,8 +198,8 @@ def as_losses(obj: Losses, *, name: str = "losses", extra: tuple[str, ...] = ())
 _REMEDIES = {
     CHECKPOINT: "select with .sel(checkpoint=...)",
     COMPONENT: "select with .sel(component=...)",
-    TOKEN: "take .mean('token') for one loss a sequence, or "
-    ".stack(position=('sample', 'token')).reset_index('position') for one a token",
+    TOKEN: "take .mean('token') for one loss a sequence, or .stack(position=('sample', 'token'))"
+    ".reset_index('position').dropna('position') for one a token, without padding (NaN)",
 }
 
 

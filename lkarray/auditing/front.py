@@ -172,11 +172,15 @@ def run_audit(
     name: str | None, memory: Any, client: Client | None, progress: bool,
 ) -> xr.Dataset:  # fmt: skip
     """Run what was asked for; see `audit`."""
-    problem = Problem(trace, request)
+    with bars.showing(progress), bars.busy("preparing the audit"):
+        problem = Problem(trace, request)
     budget = memory_budget(memory)
     target = MemoryStore() if store is None else store_.as_store(store)
     group = audits.audit_group(name)
     layout = layout_of(problem, group, budget, coords, example_coords)
+    known = audits.whole_audit(target, group, fingerprint(problem))
+    if known is not None:  # on a read-only disk too
+        return audits.open_audit(known, group)
     with store_.writer_lock(target):
         stored = audits.stored_rows(target, group)
         if stored is not None:  # panels are those it was begun with, whatever the budget is now

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lkarray import stopping
 from lkarray.auditing.adjoint import Adjoint, Credit, Scratch, Step, inherited, pull_back
 from lkarray.auditing.problem import ACTED, Problem, join
 from lkarray.auditing.realised import Update, buffer_before
@@ -94,20 +95,22 @@ class Panel:
         ``tick`` is told the steps taken.
         """
         problem, writer = self._problem, self._writer
-        if self.left == len(problem.stretches):
-            self._value(problem.stop)
-        while self.left:
-            a, b = problem.stretches[self.left - 1]
-            means = self._means(a, b)
-            for step in reversed(range(a, b)):
-                self._step(step, means)
-                self._close(step)
-                self._value(step)
-            self.left -= 1
-            tick(b - a)
-            if self.left and writer.due():
-                writer.commit(self.left, self._state())
-        writer.finish(self._results())
+        with stopping.held() as signals:
+            if self.left == len(problem.stretches):
+                self._value(problem.stop)
+            while self.left:
+                a, b = problem.stretches[self.left - 1]
+                means = self._means(a, b)
+                for step in reversed(range(a, b)):
+                    self._step(step, means)
+                    self._close(step)
+                    self._value(step)
+                self.left -= 1
+                tick(b - a)
+                if self.left and (writer.due() or signals.arrived):
+                    writer.commit(self.left, self._state())
+                signals.deliver()
+            writer.finish(self._results())
 
     def _means(self, a: int, b: int) -> list[Any]:
         """Return the audited gradients over a stretch, of each block."""

@@ -248,7 +248,8 @@ class Operand:
             f"{self.name!r} holds NaN or infinity, first in {first} ({int(bad.sum())} of "
             f"{len(bad)} rows of its panel), at the positions {found} of what is contracted (the "
             "first five of each); drop those entries (for example x.isel(chain=[...]) without a "
-            "diverged chain), or, where a chunk was never written, see lk.verify"
+            "diverged chain; rows of padding, which are NaN throughout, with "
+            f"x.dropna({self.rows!r})), or, where a chunk was never written, see lk.verify"
         )
 
 

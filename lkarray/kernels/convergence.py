@@ -60,10 +60,11 @@ def _figures(values: np.ndarray) -> np.ndarray:
     told = np.full((len(x), 3), np.nan)  # a constant tells nothing of mixing
     moving = x[~still]
     if len(moving):
-        if chains > 1:
-            told[~still, 0] = _arviz().rhat(moving, **_AXES)
-        told[~still, 1] = _arviz().ess(moving, **_AXES, method="bulk")
-        told[~still, 2] = _arviz().ess(moving, **_AXES, method="tail", prob=_TAIL)
+        with np.errstate(divide="ignore", invalid="ignore"):  # chains that stand still, each apart
+            if chains > 1:
+                told[~still, 0] = _arviz().rhat(moving, **_AXES)
+            told[~still, 1] = _arviz().ess(moving, **_AXES, method="bulk")
+            told[~still, 2] = _arviz().ess(moving, **_AXES, method="tail", prob=_TAIL)
     return np.column_stack([told, mean_error(x), between, within, excess])
 
 

@@ -61,7 +61,8 @@ def diagnostics(
     ----------
     tree
         A store's tree; or losses alone, for which ``distance``, ``acceptance`` and ``diverged``
-        are not known and left out. Dims ``checkpoint``, ``component`` and ``token`` are kept.
+        are not known and left out. Dims ``checkpoint``, ``component`` and ``token`` are kept;
+        of tokens that are padding nothing is said (NaN), and they count nowhere.
     pairs
         Random pairs of samples whose product series give ``kernel_ess``; all pairs, where
         there are fewer.
@@ -150,7 +151,11 @@ def diagnostics(
     for at in _places(x, leading):
         usable = (turned.isel(at) < 0).values
         one = x.isel(at) if usable.all() else x.isel(at).isel({CHAIN: usable})
-        entry = _entry(_flat(one), pairs, seed, memory)
+        padding = _padding(found.center, one, at)
+        flat = _flat(one)
+        entry = _entry(flat if padding is None else flat[..., ~padding], pairs, seed, memory)
+        if padding is not None:
+            entry |= {name: _spread(entry[name], padding) for name in convergence.PER_SAMPLE}
         whole = np.full(len(usable), np.nan)
         whole[usable] = entry["drift"]
         each.append(entry | {"drift": whole})
@@ -180,6 +185,7 @@ class _Found:
     """What there is to diagnose."""
 
     losses: xr.DataArray
+    center: xr.DataArray | None
     stats: xr.Dataset
     run: Run
 
@@ -187,16 +193,18 @@ class _Found:
 def _found(tree: Losses) -> _Found:
     """Return losses, statistics and settings of whatever was given, checked."""
     stats, attrs, hidden = xr.Dataset(), getattr(tree, "attrs", {}), []
+    center = None
     if isinstance(tree, xr.DataTree):
         node = losses_node(tree).to_dataset()
         losses, attrs = node[schema.LOSS.name], node.attrs
+        center = node.get(schema.CENTER_LOSS.name)
         hidden = list(tree.attrs.get("hidden", []))
         if schema.SAMPLE_STATS in tree.children:
             whole = tree[schema.SAMPLE_STATS].to_dataset()
             used = (schema.DISTANCE, schema.ACCEPTANCE, schema.STEP_SIZE, schema.DIVERGED)
             stats = whole[[spec.name for spec in used if spec.name in whole]].compute()
     elif isinstance(tree, xr.Dataset) and schema.LOSS.name in tree:
-        losses = tree[schema.LOSS.name]
+        losses, center = tree[schema.LOSS.name], tree.get(schema.CENTER_LOSS.name)
     else:
         losses = tree if isinstance(tree, xr.DataArray) else as_losses(tree)
     first = losses.isel({dim: 0 for dim in _LEADING if dim in losses.dims})
@@ -212,7 +220,7 @@ def _found(tree: Losses) -> _Found:
             f"diagnostics need at least {convergence.LEAST_DRAWS} draws of each chain, the losses "
             f"have {losses.sizes[DRAW]}; take more, for example lk.sample(..., draws=100)"
         )
-    return _Found(losses, stats, Run.of(losses, attrs, hidden))
+    return _Found(losses, center, stats, Run.of(losses, attrs, hidden))
 
 
 def _turned(stats: xr.Dataset, x: xr.DataArray, leading: list[str]) -> xr.DataArray:
@@ -248,6 +256,31 @@ def _flat(x: xr.DataArray) -> xr.DataArray:
     # Of the variable: an index of all tokens would cost more than the report.
     flat = x.variable.transpose(*POSTERIOR, *rows).stack(entry=rows)
     return xr.DataArray(flat, name=x.name)
+
+
+def _padding(center: xr.DataArray | None, x: xr.DataArray, at: dict[str, int]) -> np.ndarray | None:
+    """Return which entries of `_flat` are padding: NaN at w*, or at every draw; ``None`` if none.
+
+    The draws are read only where the losses at w* are not known.
+    """
+    rows = [str(dim) for dim in x.dims if dim not in POSTERIOR]
+    if schema.TOKEN not in rows:
+        return None
+    if center is not None and schema.TOKEN in center.dims:
+        found = center.isel({dim: i for dim, i in at.items() if dim in center.dims}).isnull()
+    else:
+        found = x.isnull().all(POSTERIOR)
+    out: np.ndarray = found.transpose(*rows).values.reshape(-1)
+    if out.all():
+        raise SchemaError("every loss is NaN, as padding is; there is nothing to diagnose")
+    return out if out.any() else None
+
+
+def _spread(values: np.ndarray, padding: np.ndarray) -> np.ndarray:
+    """Return the figures of what counts at their places among all, NaN where there is padding."""
+    out = np.full(len(padding), np.nan)
+    out[~padding] = values
+    return out
 
 
 def _entry(

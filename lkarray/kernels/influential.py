@@ -14,7 +14,7 @@ import xarray as xr
 from lkarray.engine.numbers import top_k
 from lkarray.errors import NonFiniteError
 from lkarray.kernels.audits import as_influence, computed, whole_influence
-from lkarray.kernels.gram import sample_coords
+from lkarray.kernels.gram import refuse_repeated, sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.labels import require_unique
 from lkarray.results import Result
@@ -84,6 +84,7 @@ def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = 
     best = _best_entries(whole.data, codes, len(classes), k)
     rest = [str(dim) for dim in whole.dims if dim != source]
     split = "lkarray_class" if by is None else by
+    refuse_repeated(x, source)
     labels = np.asarray(x.indexes[source]) if source in x.indexes else np.arange(len(codes))
     found: dict[str, xr.DataArray] = {}
     for end, (name, sign) in enumerate(_SIGNS.items()):

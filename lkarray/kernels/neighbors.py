@@ -18,6 +18,7 @@ from lkarray.kernels.gram import (
     degrees_of_freedom,
     free_dim,
     one_of,
+    refuse_repeated,
     sample_coords,
 )
 from lkarray.kernels.groups import with_labels
@@ -76,8 +77,8 @@ def neighbors(
     Raises
     ------
     TypeError, ValueError, SchemaError
-        ``k`` is not between 1 and n - 1, ``exclude`` is no coordinate of the samples, or the
-        losses lack dims or draws.
+        ``k`` is not between 1 and n - 1, ``exclude`` is no coordinate of the samples, the
+        ``sample`` index has a value twice, or the losses lack dims or draws.
     NonFiniteError
         On computing: a loss is NaN or infinite.
 
@@ -137,6 +138,7 @@ def _index(x: xr.DataArray, rows: str) -> np.ndarray | None:
     """Return the samples' integer labels, by which neighbours are named; -1 means none."""
     if rows not in x.indexes:
         return None
+    refuse_repeated(x, rows)
     index = np.asarray(x.indexes[rows])
     if index.dtype.kind not in "iu" or index.min() < 0:
         raise SchemaError(

@@ -42,7 +42,8 @@ def loss_gain(tree: Losses) -> xr.DataArray:
     -------
     xarray.DataArray
         ``loss_gain(sample)`` in nats, float64, lazy, with any dims ``checkpoint``, ``component``
-        and ``token`` that the losses have; one pass over them. NaN draws give NaN. Coordinate
+        and ``token`` that the losses have; one pass over them. NaN draws give NaN, and so does
+        padding among tokens: ``.mean("token")`` leaves it out. Coordinate
         ``standard_error``: that of the mean, from leaving chains out one at a time (Efron 1982;
         tenths of a lone chain), NaN of a single draw. `mcse` is steadier with few chains, but
         costs more.
@@ -78,7 +79,7 @@ def loss_variance(tree: Losses) -> xr.DataArray:
     xarray.DataArray
         ``loss_variance(sample)`` in nats squared, float64, lazy, divided by CT - 1; linear in
         n, unlike taking the diagonal of the kernel. Dims ``checkpoint``, ``component`` and
-        ``token`` are kept.
+        ``token`` are kept; NaN of padding.
 
     Raises
     ------
@@ -94,7 +95,8 @@ def loss_variance(tree: Losses) -> xr.DataArray:
 def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
     """Return the singular fluctuation, ``(nbeta / 2) mean_i K_ii`` (design section 6).
 
-    Meant for losses observed on the training set (loss-kernel A.1.3).
+    Meant for losses observed on the training set (loss-kernel A.1.3). Losses of tokens are
+    averaged over each sequence's tokens first, padding left out, and then over sequences.
 
     Parameters
     ----------
@@ -113,13 +115,13 @@ def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.Data
     losses = as_losses(tree, extra=_ANY)
     _enough(losses)
     count, mean, square = _moments(losses)
-    dims = [dim for dim in mean.dims if dim not in (*STACKED, _BLOCK)]
-    whole = _pooled(count, mean, square).mean(dims, skipna=False) * scale
+    counted = _counted(tree, losses)
+    whole = _average(_pooled(count, mean, square), counted) * scale
     blocks = range(mean.sizes[_BLOCK])
     left = [
         _pooled(*(part.drop_isel({_BLOCK: b}) for part in (count, mean, square))) for b in blocks
     ]
-    without = xr.concat([part.mean(dims, skipna=False) * scale for part in left], _BLOCK)
+    without = xr.concat([_average(part, counted) * scale for part in left], _BLOCK)
     spread = without.var(_BLOCK, ddof=0, skipna=False) * (len(blocks) - 1)
     error = np.sqrt(spread) if len(blocks) > 1 else whole * np.nan
     out = _named(whole, "singular_fluctuation", nbeta=2 * scale)
@@ -131,6 +133,10 @@ def llc(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
 
     Meant for losses observed on the training set. The papers' printed formulas are n times
     too large for an nbeta that multiplies the mean loss (design section 6).
+
+    Losses of tokens are averaged as the posterior's steps average them: over each sequence's
+    tokens, padding left out, and then over sequences. So ``"next_token"`` and
+    ``"next_token_mean"`` give the same number.
 
     Parameters
     ----------
@@ -148,10 +154,39 @@ def llc(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
     """
     scale = _nbeta(tree, nbeta)
     gain = loss_gain(tree)
-    dims = [dim for dim in gain.dims if dim not in STACKED]
-    _, mean, _ = _moments(as_losses(_dataset(tree), extra=_ANY))
-    out = _named(gain.drop_vars(ERROR).mean(dims, skipna=False) * scale, "llc", nbeta=scale)
-    return out.assign_coords({ERROR: _error_of_mean(mean.mean(dims, skipna=False)) * scale})
+    losses = as_losses(_dataset(tree), extra=_ANY)
+    counted = _counted(tree, losses)
+    _, mean, _ = _moments(losses)
+    out = _named(_average(gain.drop_vars(ERROR), counted) * scale, "llc", nbeta=scale)
+    return out.assign_coords({ERROR: _error_of_mean(_average(mean, counted)) * scale})
+
+
+def _counted(tree: Losses, losses: xr.DataArray) -> xr.DataArray | None:
+    """Return which tokens are no padding; ``None`` of losses of whole samples.
+
+    Padding is NaN at w* and at every draw, so that a draw that is NaN is not taken for it.
+    """
+    if TOKEN not in losses.dims:
+        return None
+    node = _dataset(tree)
+    known = node.get(schema.CENTER_LOSS.name)
+    if known is not None and TOKEN in known.dims:
+        return known.notnull().drop_vars(list(known.coords))
+    return losses.notnull().any(POSTERIOR).drop_vars(list(losses.coords), errors="ignore")
+
+
+def _average(x: xr.DataArray, counted: xr.DataArray | None) -> xr.DataArray:
+    """Return the mean over tokens that count, then over the samples that have any.
+
+    NaN among these gives NaN.
+    """
+    if counted is None:
+        dims = [dim for dim in x.dims if dim not in (*STACKED, _BLOCK)]
+        return x.mean(dims, skipna=False)
+    tokens = counted.sum(TOKEN)
+    means = x.where(counted, 0).sum(TOKEN, skipna=False) / tokens.where(tokens > 0, 1)
+    dims = [dim for dim in means.dims if dim not in (*STACKED, _BLOCK)]
+    return means.sum(dims, skipna=False) / (tokens > 0).sum(dims)
 
 
 def _moments(losses: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]:

@@ -20,6 +20,8 @@ _KERNEL_ESS = 100  # below which entries of R carry an error above 0.1
 _LOW, _HIGH = 0.5, 0.999  # acceptance below and above which the step size is off
 _WORTH = 0.1  # effective draws for each draw, below which larger steps would pay
 _RESOLUTION = 1e-6  # nats: float32 losses that deviate less are moved by rounding alone
+_HUGE = 100.0  # R-hat, or excess of a variance, above which its number says nothing more
+_ALL = 1e12  # an excess that rounding makes of chains that do not move
 _EXCESS = 0.1  # of a pooled variance over one centred by chain
 
 
@@ -148,14 +150,15 @@ def _of_one(report: xr.Dataset, run: Run, turned: np.ndarray) -> Iterator[str]:
         )
     longer = f"raise {run.now('burn_in')}, take more draws (now {run.draws} a chain)"
     bad, n = int((report["rhat"] > _RHAT).sum()), int(report["rhat"].count())
-    if bad > _SOME * n:
+    apart = bad > _SOME * n
+    if apart:
         yield (
             f"R-hat is above {_RHAT} for {bad} of {n} samples (up to "
-            f"{float(report['rhat'].max()):.2f}), so their chains do not agree yet: {longer}, or "
-            f"raise {run.now('thin')}"
+            f"{_up_to(float(report['rhat'].max()))}), so their chains do not agree yet: {longer}, "
+            f"or raise {run.now('thin')}"
         )
     total = run.draws * chains
-    yield from _of_settings(report, run, total)
+    yield from _of_settings(report, run, total, apart=apart)
     drift = report["drift"].values
     drifting = np.abs(np.nan_to_num(drift)) > _DRIFT
     if drifting.any() and run.draws // 2 >= _HALF:
@@ -165,23 +168,45 @@ def _of_one(report: xr.Dataset, run: Run, turned: np.ndarray) -> Iterator[str]:
             f"the mean loss {way} during {drifting.sum()} of {chains} chains (drift z = "
             f"{worst:.1f}), so chains have not settled, or wander slowly: {longer}"
         )
-    ess = float(report["kernel_ess"])
+    ess = min(float(report["kernel_ess"]), total)
     if ess < _KERNEL_ESS:
         more = _KERNEL_ESS / max(ess, 1)
         yield (
-            f"entries of R carry an error of about {1 / np.sqrt(ess):.2g} (effective sample size "
-            f"{ess:.0f} of {total} draws): take about {more:.1f} times as "
+            f"entries of R carry an error of {'at least' if apart else 'about'} "
+            f"{1 / np.sqrt(ess):.2g} (effective sample size "
+            f"{_worth(ess, total, apart=apart)}): take about {more:.1f} times as "
             f"many draws or chains for 0.1, for example draws={ceil(run.draws * more)}"
         )
     excess = _median(report["pooling_excess"])
     if chains > 1 and excess > _EXCESS:
         yield (
-            f"differences between chains add {100 * excess:.0f}% to a typical loss variance, so "
+            f"differences between chains {_add(excess)} a typical loss variance, so "
             f'pooled kernels mix in which chain a draw is from: {longer}, or use center="chain"'
         )
 
 
-def _of_settings(report: xr.Dataset, run: Run, total: int) -> Iterator[str]:
+def _up_to(rhat: float) -> str:
+    """Return the largest R-hat as one reads it: of chains that stand still apart it is huge."""
+    if rhat < _HUGE:
+        return f"{rhat:.2f}"
+    return f"more than {_HUGE:g}, as of chains that stand still, each at its own value"
+
+
+def _worth(ess: float, total: int, *, apart: bool) -> str:
+    """Return an effective sample size in words; where chains disagree it is an upper bound."""
+    if apart:
+        return f"at most {ess:.0f} of {total} draws, fewer as long as the chains disagree"
+    return f"{ess:.0f} of {total} draws"
+
+
+def _add(excess: float) -> str:
+    """Return by how much a pooled variance exceeds one centred by chain, in words."""
+    if excess < _HUGE:
+        return f"add {100 * excess:.0f}% to"
+    return "are all that there is of" if excess > _ALL else "are nearly all of"
+
+
+def _of_settings(report: xr.Dataset, run: Run, total: int, *, apart: bool) -> Iterator[str]:
     """Yield what burn-in and step size are told by; ``total`` draws were used."""
     relaxation = float(report["relaxation_steps"])
     # The step size is stored in float32: do not let its rounding ask for a step more.
@@ -204,9 +229,10 @@ def _of_settings(report: xr.Dataset, run: Run, total: int) -> Iterator[str]:
             f"biases the draws: reduce {run.now('step_size')}"
         )
     elif rate > _HIGH and ess < _WORTH * total:
+        at_most = "at most " if apart else ""
         yield (
             f"a Metropolis test would accept {rate:.5g} of the steps while {total} draws are worth "
-            f"{ess:.0f}: {run.now('step_size')} could grow, or raise {run.now('thin')}"
+            f"{at_most}{ess:.0f}: {run.now('step_size')} could grow, or raise {run.now('thin')}"
         )
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import multiprocessing
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
+from lkarray import progress as bars
 from lkarray.nn.flat import tensor_bytes
+from lkarray.nn.losses import IGNORED
 
 #: Datasets up to this size are held in memory; larger ones are read item by item.
 CACHE_BYTES = 2 << 30
 _HASHED_ITEMS = 64
+_COUNTED = 4096  # examples whose targets are looked at together
 
 #: What a model is called with, and what its loss is told beside the output.
 Inputs = Tensor | dict[str, Tensor]
@@ -41,21 +46,28 @@ class Batches:
 
     A dataset of up to 2 GiB is read once and kept on ``device``; a larger one is read item by
     item for each batch. Items must not change from one reading to the next: turn random
-    augmentation off, or a resumed run could not repeat the numbers.
+    augmentation off, or a resumed run could not repeat the numbers. Batches are a map-style
+    dataset themselves, so that what was read can be passed on without being read again.
 
     Parameters
     ----------
     dataset
         A map-style dataset.
     name
-        What to call it in errors.
+        What to call it in errors and in the bar over its reading (see `lkarray.progress`).
     device
         Where batches go.
+    num_workers
+        Processes that read items, by torch's ``DataLoader``; 0 reads in this one. The items, and
+        so all numbers, are the same. They pay where an item is decoded from a file, and the
+        dataset must bear a fork (no open handles of HDF5 or LMDB, say).
 
     Attributes
     ----------
     n
         Number of items.
+    device
+        Where batches go.
     identity
         A hash of the data: of all of it where it is held in memory, of 64 evenly spaced items
         and the length otherwise.
@@ -68,8 +80,12 @@ class Batches:
         It is empty, or an item or the length changes between two readings.
     """
 
-    def __init__(self, dataset: MapDataset, *, name: str, device: torch.device) -> None:
-        self._dataset, self._name, self._device = dataset, name, device
+    def __init__(
+        self, dataset: MapDataset, *, name: str, device: torch.device, num_workers: int = 0
+    ) -> None:
+        self._dataset, self._name, self.device = dataset, name, device
+        self._workers = num_workers
+        self._counts: Callable[[Any], Tensor | None] | None = None
         check_dataset(dataset, name)
         self.n = len(dataset)
         first, again = self._item(0), self._item(0)
@@ -84,6 +100,52 @@ class Batches:
         if _plain(dataset) or self.item_bytes * self.n <= CACHE_BYTES:
             self._held = self._read_all(dataset, list(first))
         self.identity = self._hash()
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self._dataset[index]
+
+    def part(self, rows: np.ndarray, name: str) -> Batches:
+        """Return some items as batches of their own; those held are not read again."""
+        found: Any
+        if self._held is None:
+            found = Subset(self, rows.tolist())
+        else:
+            at = torch.from_numpy(rows).to(self.device)
+            found = _Held({key: part.index_select(0, at) for key, part in self._held.items()})
+        return Batches(found, name=name, device=self.device, num_workers=self._workers)
+
+    def refuse_uncounted(self, counts: Callable[[Any], Tensor | None]) -> None:
+        """Refuse examples of whose target nothing counts; where not held, when they are read.
+
+        ``counts`` says of a target how many positions of each example count, or ``None``.
+
+        Raises
+        ------
+        ValueError
+            There are such examples; the message has their indices.
+        """
+        if self._held is None:
+            self._counts = counts
+            return
+        start = 0
+        for batch in self.slices(_COUNTED):
+            self._refuse(counts(batch[1]), np.arange(start, start + batch_size(batch)))
+            start += batch_size(batch)
+        self._views = None
+
+    def _refuse(self, counted: Tensor | None, indices: np.ndarray) -> None:
+        if counted is None:
+            return
+        bad = indices[(counted == 0).cpu().numpy()]
+        if len(bad):
+            more = " and more" if len(bad) > 5 else ""
+            raise ValueError(
+                f"{self._name}: examples {bad[:5].tolist()}{more} have no loss, since all of their "
+                f"targets are {IGNORED} or padding; leave them out"
+            )
 
     def _item(self, index: int) -> Columns:
         item = self._dataset[index]
@@ -109,11 +171,37 @@ class Batches:
     def _read_all(self, dataset: MapDataset, names: list[str]) -> Columns:
         if _plain(dataset):
             held = dict(zip(names, dataset.tensors, strict=True))  # type: ignore[attr-defined]
+        elif isinstance(dataset, _Held):
+            held = dataset.columns
         else:
-            items = [self._item(i) for i in range(self.n)]
+            items = self._shown(range(self.n))
             self._same_length()
             held = _join(items, self._name)
-        return {key: part.detach().to(self._device) for key, part in held.items()}
+        return {key: part.detach().to(self.device) for key, part in held.items()}
+
+    def _shown(self, indices: Sequence[int]) -> list[Columns]:
+        """Return items, read under a bar."""
+        items = []
+        with bars.bar(f"reading {self._name}", total=len(indices), unit="item") as bar:
+            for item in self._items(indices):
+                items.append(item)
+                bar.update()
+        return items
+
+    def _items(self, indices: Iterable[int]) -> Iterator[Columns]:
+        """Yield items in order, read by workers where there are any."""
+        wanted = [int(i) for i in indices]
+        workers = min(self._workers, len(wanted))
+        if workers < 1 or multiprocessing.current_process().daemon:  # which can have no children
+            yield from (self._item(i) for i in wanted)
+            return
+        loader = DataLoader(
+            _Items(self._item), sampler=wanted, batch_size=None, collate_fn=_same,
+            num_workers=workers,
+        )  # fmt: skip
+        for item in loader:
+            # A copy of its own: each tensor from a worker holds a file open.
+            yield {key: part.clone() for key, part in item.items()}
 
     def _same_length(self) -> None:
         if len(self._dataset) != self.n:
@@ -128,7 +216,7 @@ class Batches:
             parts = list(self._held.items())
         else:
             spread = np.linspace(0, self.n - 1, _HASHED_ITEMS).astype(int)
-            parts = [part for i in spread for part in self._item(int(i)).items()]
+            parts = [part for item in self._shown(spread.tolist()) for part in item.items()]
         for key, part in parts:
             if key not in (_INPUT, _TARGET):
                 digest.update(key.encode())
@@ -153,12 +241,14 @@ class Batches:
         flat = indices if indices.ndim == 1 else indices.reshape(-1)
         if self._held is not None:
             if isinstance(flat, np.ndarray):
-                flat = torch.from_numpy(flat).to(self._device)
+                flat = torch.from_numpy(flat).to(self.device)
             columns = {key: part.index_select(0, flat) for key, part in self._held.items()}
         else:
             self._same_length()
-            columns = _join([self._item(int(i)) for i in flat], self._name)
-            columns = {key: part.to(self._device) for key, part in columns.items()}
+            columns = _join(list(self._items(flat.tolist())), self._name)
+            if self._counts is not None:
+                self._refuse(self._counts(as_batch(columns)[1]), np.asarray(flat.tolist()))
+            columns = {key: part.to(self.device) for key, part in columns.items()}
         if indices.ndim > 1:
             shape = tuple(indices.shape)
             columns = {k: part.view(*shape, *part.shape[1:]) for k, part in columns.items()}
@@ -175,6 +265,47 @@ class Batches:
             count = -(-self.n // rows)
             self._views = [as_batch({k: p[i] for k, p in parts.items()}) for i in range(count)]
         yield from self._views
+
+
+class _Held:
+    """Items that lie in memory, column by column."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int, /) -> Any:
+        item = {key: part[index] for key, part in self.columns.items()}
+        return tuple(item.values()) if _INPUT in item else item
+
+
+class _Items:
+    """Items by their indices, for a loader's workers."""
+
+    def __init__(self, read: Callable[[int], Columns]) -> None:
+        self.read = read
+
+    def __getitem__(self, index: int, /) -> Columns:
+        return self.read(index)
+
+
+def _same(item: Columns) -> Columns:
+    return item
+
+
+def check_workers(num_workers: int | None) -> int:
+    """Return the number of processes that read items; raise unless it is one."""
+    try:
+        found = operator.index(num_workers or 0)
+    except TypeError:
+        raise TypeError(
+            f"num_workers must be an integer or None, not {type(num_workers).__name__}"
+        ) from None
+    if found < 0:
+        raise ValueError(f"num_workers must be at least 0, not {found}")
+    return found
 
 
 def check_dataset(dataset: object, name: str) -> None:

@@ -35,21 +35,30 @@ class PerExampleLoss:
     mean
         Gives one loss per example, shape ``(batch,)``, whose mean is what a step descends;
         ``None`` where ``function`` does that.
+    counts
+        Says of a target how many positions of each example count, shape ``(batch,)``; ``None``
+        where no target can leave any out. An example without any has no loss: NaN.
     """
 
     name: str
     function: LossFunction
     dims: tuple[str, ...] = ()
     mean: LossFunction | None = None
+    counts: Callable[[Any], Tensor | None] | None = None
 
     def __call__(self, output: Any, target: Any) -> Tensor:
-        """Return the losses that are observed, in nats, shape ``(batch, *dims)``."""
+        """Return the losses that are observed, in nats, shape ``(batch, *dims)``.
+
+        Of losses with ``dims``, NaN is padding, and infinity a loss that is not finite.
+        """
         return self.function(output, target)
 
     @property
     def per_example(self) -> PerExampleLoss:
         """The loss with one number per example."""
-        return self if self.mean is None else PerExampleLoss(self.name, self.mean)
+        if self.mean is None:
+            return self
+        return PerExampleLoss(self.name, self.mean, counts=self.counts)
 
     def check(self, output: Any, target: Any, batch: int) -> None:
         """Raise unless the loss gives one number per example (and token).
@@ -81,9 +90,25 @@ class PerExampleLoss:
 def cross_entropy(output: Any, target: Tensor) -> Tensor:
     """Cross-entropy in nats of logits ``(batch, class, ...)``, mean over the rest.
 
+    Of the rest, positions with the target `IGNORED` are left out, so that the loss of an example
+    is what ``torch.nn.functional.cross_entropy`` gives of it alone: NaN if no position counts.
     In float32, or float64 if the logits are.
     """
-    return _mean_rest(F.cross_entropy(_wide(logits(output)), target, reduction="none"))
+    losses = F.cross_entropy(_wide(logits(output)), target, reduction="none", ignore_index=IGNORED)
+    counted = _labelled(target)
+    if counted is None:
+        return _mean_rest(losses)
+    if losses.ndim == 1:
+        return losses.masked_fill(~counted, torch.nan)
+    # Losses of positions that are left out are zero.
+    return losses.flatten(1).sum(1) / counted.flatten(1).sum(1)
+
+
+def _labelled(target: Any) -> Tensor | None:
+    """Return which positions have a class; ``None`` where targets are no numbers of classes."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or not target.dtype.is_signed:
+        return None
+    return target != IGNORED
 
 
 def mse(output: Any, target: Tensor) -> Tensor:
@@ -98,22 +123,29 @@ def mse(output: Any, target: Tensor) -> Tensor:
 
 
 def next_token(output: Any, target: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """Cross-entropy of each next token in nats, shape ``(batch, token)``, 0 where it is padding.
+    """Cross-entropy of each next token in nats, shape ``(batch, token)``, NaN where it is padding.
 
     ``output`` has logits ``(batch, position, vocabulary)``; a loss belongs to the token that is
     predicted, so there is one less than positions. Tokens that are `IGNORED`, or whose
-    ``attention_mask`` is 0, are padding.
+    ``attention_mask`` is 0, are padding. Only these are NaN: a loss that is not finite, as of a
+    chain that diverged, is infinite.
     """
-    return _token_losses(output, target)[0]
+    losses, counted = _token_losses(output, target)
+    losses = torch.where(losses.isfinite(), losses, torch.inf)
+    return torch.where(counted, losses, torch.nan)
 
 
 def next_token_mean(output: Any, target: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """Mean of `next_token` over the tokens of each sequence that are not padding."""
-    losses, counts = _token_losses(output, target)
-    return losses.sum(1) / counts.sum(1).clamp(min=1)
+    """Mean of `next_token` over the tokens of each sequence that are not padding.
+
+    NaN of a sequence that is padding alone.
+    """
+    losses, counted = _token_losses(output, target)
+    return losses.sum(1) / counted.sum(1)
 
 
 def _token_losses(output: Any, target: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the loss of each next token, 0 where it is padding, and which are none."""
     scores = logits(output)
     ids = token_ids(target)
     if scores.ndim != 3 or scores.shape[:2] != ids.shape:
@@ -131,6 +163,17 @@ def _token_losses(output: Any, target: Tensor | Mapping[str, Tensor]) -> tuple[T
         ignore_index=IGNORED,
     )
     return flat.reshape(ids.shape)[:, :-1], wanted != IGNORED
+
+
+def _tokens(target: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """Return how many tokens of each sequence are predicted."""
+    return (token_ids(target)[:, 1:] != IGNORED).sum(1)
+
+
+def _positions(target: Any) -> Tensor | None:
+    """Return how many positions of each example have a class."""
+    counted = _labelled(target)
+    return None if counted is None else counted.reshape(len(counted), -1).sum(1)
 
 
 def token_ids(target: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -160,10 +203,10 @@ def logits(output: Any) -> Tensor:
 
 #: Losses by name.
 NAMED = {
-    "cross_entropy": PerExampleLoss("cross_entropy", cross_entropy),
+    "cross_entropy": PerExampleLoss("cross_entropy", cross_entropy, counts=_positions),
     "mse": PerExampleLoss("mse", mse),
-    "next_token": PerExampleLoss("next_token", next_token, ("token",), next_token_mean),
-    "next_token_mean": PerExampleLoss("next_token_mean", next_token_mean),
+    "next_token": PerExampleLoss("next_token", next_token, ("token",), next_token_mean, _tokens),
+    "next_token_mean": PerExampleLoss("next_token_mean", next_token_mean, counts=_tokens),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lkarray import schema
+from lkarray import schema, stopping
+from lkarray.errors import StoreError
 from lkarray.sampling.mailbox import Mailbox
 from lkarray.sampling.randomness import ChainRandomness
 from lkarray.sampling.samplers import Sampler
 from lkarray.sampling.target import Minibatch, Target
 from lkarray.store import ChainRegion
+
+logger = logging.getLogger("lkarray")
 
 #: Every so many draws a Metropolis test is evaluated, at the cost of one more gradient.
 TEST_EVERY = 50
@@ -105,19 +109,61 @@ class Stack:
         self._untested = theta.new_full((len(theta),), math.nan)
         self._signs = torch.zeros_like(theta) if sampler.needs_curvature else None
         self._taken = 0
+        self._signals = stopping.Signals()
+        self._due: Sequence[Tensor] | None = None  # statistics of a draw that is being observed
         self.diverged: list[tuple[int, int]] = []
 
     def run(self) -> None:
-        """Run to the end of the schedule, or until every chain has diverged."""
+        """Run to the end of the schedule, or until every chain has diverged.
+
+        What stops it, Ctrl-C say, is raised once everything is committed: at the end of the step,
+        or before the step has moved anything.
+        """
         self._target.start()
+        with stopping.held() as self._signals:
+            try:
+                self._run()
+            except StoreError:
+                raise
+            except BaseException as error:
+                if self._signals.open or self._due is not None:
+                    self._signals.open = False
+                    stopping.kept(self._rescue, error)
+                if not isinstance(error, Exception):
+                    self._say(error)
+                raise
+
+    def _rescue(self) -> None:
+        """Commit what was done before an error."""
+        if self._due is not None:
+            self._send(self._due)
+        self._keep()
+
+    def _say(self, error: BaseException) -> None:
+        """Tell what is safe where the run was stopped."""
+        draws = {seat.chain: seat.region.committed.draws for seat in self._active}
+        draws |= {seat.chain: seat.region.record.draws for seat in self._waiting}
+        text = ", ".join(f"{count} of chain {chain}" for chain, count in sorted(draws.items()))
+        said = f"sampling was stopped; draws that are stored and safe: {text}"
+        error.add_note(f"{said}. The same call continues from there")
+        logger.warning("%s. The same call continues from there", said)
+
+    def _run(self) -> None:
         while self._active or self._waiting:
             if not self._active:
                 self._taken = self._waiting[0].region.record.step
             self._admit()
             self._step()
+            self._signals.open = True
+            self._signals.deliver()
             self._tick(len(self._active))
+            self._signals.open = False
             if self._taken == self._schedule.steps:
                 break
+        self._keep()
+
+    def _keep(self) -> None:
+        """Commit every running chain, and wait until that is on disk."""
         self._commit()
         for seat in self._active:
             seat.region.wait()
@@ -142,6 +188,7 @@ class Stack:
         flat = target.flat
         draws = self._schedule.gives_draw(step + 1)
         tests = draws and self._schedule.tests(step + 1)
+        self._signals.open = True  # nothing has moved yet
         rows = self._rows(step)
         curvature = None
         if self._signs is not None:
@@ -149,6 +196,7 @@ class Stack:
                 seat.random.signs(step, self._signs[seat.row])
             curvature = target.curvature(rows, self._signs)
         minibatch = target.gradient(rows)
+        self._signals.open = False
         for seat in self._active:
             seat.random.noise(step, self._noise_rows[seat.row])
         if flat.mask is not None:
@@ -171,7 +219,8 @@ class Stack:
             accepted = self._untested
             if before is not None:
                 accepted = self._acceptance(rows, step, *before)
-            self._send([*statistics, target.distance(), accepted])
+            self._due = [*statistics, target.distance(), accepted]
+            self._send(self._due)
         if any(seat.region.due() for seat in self._active):
             self._commit()
 
@@ -216,6 +265,7 @@ class Stack:
     def _send(self, statistics: Sequence[Tensor]) -> None:
         parts = self._target.observe() | self._target.measure()
         parts["statistics"] = torch.stack(list(statistics), dim=1)
+        self._due = None
         self._receive()
         self._mail.send(parts)
         self._sent = list(self._active), self._sampler.size(self._taken - 1)
@@ -273,5 +323,7 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _finite(values: np.ndarray) -> bool:
+    if values.ndim > 1:  # losses of tokens: NaN is padding, and what is not finite is infinite
+        return not np.isinf(values).any()
     # A float64 sum of float32 numbers is finite just when all of them are.
     return math.isfinite(values.sum(dtype=np.float64))

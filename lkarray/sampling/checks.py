@@ -251,7 +251,14 @@ def _hash_labels(labels: Mapping[str, np.ndarray]) -> str:
 
 def check_center(stored: np.ndarray, now: np.ndarray, where: str) -> None:
     """Raise unless the losses at w* are those stored: whatever a hash cannot see shows there."""
-    differ = ~np.isclose(stored, now, rtol=1e-4, atol=1e-6)
+    differ = ~np.isclose(stored, now, rtol=1e-4, atol=1e-6, equal_nan=True)
+    if differ.any() and (stored[differ] == 0).all() and np.isnan(now[differ]).all():
+        raise FingerprintError(
+            f"{where} was begun by an lkarray that stored padding as tokens of loss 0, which means "
+            "over tokens count; padding is NaN now, and one store cannot hold both. It opens as it "
+            "is (leave padding out by losses.where(center_loss != 0)). Nothing was touched: "
+            "sample into another path"
+        )
     if differ.any():
         stored, now = stored.reshape(len(stored), -1), now.reshape(len(now), -1)
         first = int(np.argmax(differ.reshape(len(stored), -1).any(1)))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import zarr
 
+from lkarray import progress as bars
 from lkarray import schema
 from lkarray import store as stores
 from lkarray.errors import NonFiniteError
@@ -42,6 +43,7 @@ class Job:
     autocast: str | None = None
     compile: bool = False
     observables: Mapping[str, Observable] = field(default_factory=dict)
+    num_workers: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,17 @@ def _named(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(job: Job, device: torch.device) -> dict[str, Batches]:
     """Return the training set, as ``""``, and the observed sets by group; each is read once."""
-    train = Batches(job.posterior.train_set, name="train_set", device=device)
+
+    def read(dataset: MapDataset, name: str) -> Batches:
+        if isinstance(dataset, Batches) and dataset.device == device:
+            return dataset
+        return Batches(dataset, name=name, device=device, num_workers=job.num_workers)
+
+    train = read(job.posterior.train_set, "train_set")
     found = {"": train}
     for group, dataset in job.observed.items():
         name = "observed" + group.removeprefix(schema.LOSSES)
-        same = dataset is job.posterior.train_set
-        found[group] = train if same else Batches(dataset, name=name, device=device)
+        found[group] = train if dataset is job.posterior.train_set else read(dataset, name)
     return found
 
 
@@ -125,11 +132,8 @@ def _target(
     posterior = job.posterior
     flat = FlatModel(posterior.model, trainable=posterior.trainable, device=device, width=width)
     if like is None and width == 1:
-        checks.check_loss(posterior, flat, data[""], "train_set", gradient=True)
-        for group, observed in data.items():
-            if group and observed is not data[""]:
-                name = "observed" + group.removeprefix(schema.LOSSES)
-                checks.check_loss(posterior, flat, observed, name, gradient=False)
+        with bars.busy("trying the model"):
+            _check(posterior, flat, data)
     rows = dict(fixed.get("eval_rows", {})) | {"": fixed.get("train_rows")}
     for group, observed in data.items():
         rows[group] = rows.get(group) or layout.evaluation_rows(flat, observed)
@@ -148,6 +152,17 @@ def _target(
     )
 
 
+def _check(posterior: LocalPosterior, flat: FlatModel, data: Mapping[str, Batches]) -> None:
+    checks.check_loss(posterior, flat, data[""], "train_set", gradient=True)
+    for group, observed in data.items():
+        if group and observed is not data[""]:
+            name = "observed" + group.removeprefix(schema.LOSSES)
+            checks.check_loss(posterior, flat, observed, name, gradient=False)
+    if posterior.loss.counts is not None:
+        for found in dict.fromkeys(data.values()):
+            found.refuse_uncounted(posterior.loss.counts)
+
+
 def center_losses(target: Target) -> dict[str, np.ndarray]:
     """Return the losses at w* by group, float32, shape ``(sample, ...)``.
 
@@ -157,9 +172,14 @@ def center_losses(target: Target) -> dict[str, np.ndarray]:
         One is NaN or infinite.
     """
     target.start()
-    found = {path.split("/")[0]: t[0].cpu().numpy() for path, t in target.observe().items()}
+    with bars.bar("losses at w*", total=target.slices, unit="batch") as bar:
+        now = target.observe(bar.update)
+    found = {path.split("/")[0]: losses[0].cpu().numpy() for path, losses in now.items()}
     for group, losses in found.items():
-        bad = np.flatnonzero(~np.isfinite(losses.reshape(len(losses), -1)).all(axis=1))
+        flat = losses.reshape(len(losses), -1)
+        # Of tokens NaN is padding, but there must be one that counts.
+        sound = ~np.isinf(flat) & ~np.isnan(flat).all(1, keepdims=True)
+        bad = np.flatnonzero(~sound.all(axis=1))
         if len(bad):
             raise NonFiniteError(
                 f"{group}: the loss at w* is not finite for {len(bad)} of {len(losses)} observed "

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
+from zarr.abc.store import Store
 
 from lkarray import schema
 from lkarray import store as stores
 from lkarray.nn.trainable import moving_names
 from lkarray.sampling.job import Job
 from lkarray.sampling.posterior import LocalPosterior
-from lkarray.store.location import StoreLike, inner_store
+from lkarray.store.location import StoreLike, exists, inner_store
 
 Posteriors = dict[Any, Callable[[], LocalPosterior]]
 
@@ -42,8 +43,9 @@ def sample_parts(
         dim, posteriors = schema.COMPONENT, _components(job.posterior, components or {})
     if components is not None:
         _components(job.posterior, components)
-    with stores.writer_lock(place):
-        stores.create_parts(place, dim, list(posteriors))
+    if not _has_parts(place, dim, posteriors):  # nothing to write, nothing to lock
+        with stores.writer_lock(place):
+            stores.create_parts(place, dim, list(posteriors))
     for label, make in posteriors.items():
         part, where = replace(job, posterior=make()), stores.part_store(place, dim, label)
         if checkpoints is not None and components is not None:
@@ -51,6 +53,12 @@ def sample_parts(
         else:
             run(part, where, **options)
     return stores.open_rectangle(place, chains=options["chains"], draws=job.schedule.draws)
+
+
+def _has_parts(place: Store, dim: str, labels: Iterable[Any]) -> bool:
+    """Say whether a store is of several runs that differ in ``dim``, these labels among them."""
+    found = stores.parts_of(stores.open_root(place)) if exists(place) else None
+    return found is not None and found["dim"] == dim and set(labels) <= set(found["labels"])
 
 
 def _components(posterior: LocalPosterior, components: Mapping[str, Any]) -> Posteriors:

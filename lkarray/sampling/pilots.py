@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,9 +18,10 @@ from zarr.storage import MemoryStore
 from lkarray import progress as progress_bars
 from lkarray import schema
 from lkarray.errors import DivergedError
-from lkarray.nn.batches import MapDataset, check_dataset
+from lkarray.nn.batches import Batches, MapDataset, check_dataset, check_workers
 from lkarray.sampling import checks
 from lkarray.sampling.posterior import LocalPosterior
+from lkarray.sampling.replay import forgetting
 from lkarray.sampling.run import sample
 from lkarray.sampling.samplers import SGLD, Sampler
 from lkarray.store.reading import logger
@@ -45,6 +47,7 @@ def suggest(
     samples: int = 256,
     seed: int = 0,
     device: torch.device | str | None = None,
+    num_workers: int | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
     """Try settings on short pilot chains, and say which mix best without distortion.
@@ -63,8 +66,10 @@ def suggest(
         As in `sample`, for each cell of the grid.
     samples
         Observed items, at most.
+    num_workers
+        Processes that read the data sets' items, as in `sample`.
     progress
-        Whether to show a bar over the grid.
+        Whether to show bars over reading and the grid.
 
     Returns
     -------
@@ -84,7 +89,8 @@ def suggest(
     Notes
     -----
     Pilot chains are short, so the effective sizes are rough: they rank settings, no more.
-    Cost: ``chains * (burn_in + draws * thin)`` steps for each cell.
+    Cost: ``chains * (burn_in + draws * thin)`` steps for each cell. The data are read once (a
+    training set beyond 2 GiB item by item, as steps need it).
     """
     check_dataset(observed, "observed")
     sampler = SGLD(step_size=1.0) if sampler is None else sampler
@@ -99,7 +105,7 @@ def suggest(
             raise ValueError(f"{name}s must be a list of finite numbers of at least 0: {values}")
     count = min(checks.at_least("samples", samples, 1), len(observed))
     rows = np.sort(np.random.default_rng(seed).choice(len(observed), count, replace=False))
-    few: Any = Subset(observed, rows.tolist())  # type: ignore[arg-type]
+    workers = check_workers(num_workers)
     options: dict[str, Any] = {"chains": chains, "draws": draws, "burn_in": burn_in, "thin": thin}
     options |= {"batch_size": batch_size, "seed": seed}
     shape = tuple(map(len, axes.values()))
@@ -112,8 +118,14 @@ def suggest(
     level = logger.level
     try:
         logger.setLevel("ERROR")  # a chain that diverges is an answer here, not a warning
-        _pilot(posterior, few, replace(sampler, step_size=1e-12), warm, device)
-        with progress_bars.bar("pilots", total=len(cells), unit="cell", show=progress) as bar:
+        with progress_bars.showing(progress), forgetting():
+            posterior, few = _read(posterior, observed, rows, device, workers)
+            with progress_bars.busy("first pilot"):
+                _pilot(posterior, few, replace(sampler, step_size=1e-12), warm, device)
+        with (
+            forgetting(),
+            progress_bars.bar("pilots", total=len(cells), unit="cell", show=progress) as bar,
+        ):
             for at in cells:
                 nbeta, gamma, size = (
                     values[i] for values, i in zip(axes.values(), at, strict=True)
@@ -134,6 +146,27 @@ def suggest(
     ).assign_attrs(options)
     out["loss_gain"].attrs["units"] = "nat"
     return out.assign_attrs(_verdict(out))
+
+
+def _read(
+    posterior: LocalPosterior,
+    observed: MapDataset,
+    rows: np.ndarray,
+    device: torch.device | str | None,
+    workers: int,
+) -> tuple[LocalPosterior, Batches]:
+    """Read the data once for all pilots; return the posterior on them and what is observed."""
+    chosen = checks.choose_device(device, None)
+    options: dict[str, Any] = {"device": chosen, "num_workers": workers}
+    train = Batches(posterior.train_set, name="train_set", **options)
+    if observed is posterior.train_set:
+        few = train.part(rows, "observed")
+    else:
+        subset: Any = Subset(observed, rows.tolist())  # type: ignore[arg-type]
+        few = Batches(subset, name="observed", **options)
+    posterior = copy.copy(posterior)
+    posterior.train_set = train
+    return posterior, few
 
 
 def _pilot(
@@ -158,9 +191,10 @@ def _pilot(
         )
     except DivergedError:
         return {"diverged": options["chains"]}
-    losses = tree[schema.LOSSES]
+    losses = tree[schema.LOSSES].to_dataset()
+    if schema.TOKEN in losses.dims:
+        losses = losses.mean(schema.TOKEN)  # padding is NaN, and left out
     values = np.asarray(losses[schema.LOSS.name]).astype(np.float64)
-    values = values.reshape(*values.shape[:3], -1).mean(-1)
     varies = np.ptp(values, axis=(0, 1)) > 0
     acceptance = np.asarray(tree[schema.SAMPLE_STATS][schema.ACCEPTANCE.name])
     center = np.asarray(losses[schema.CENTER_LOSS.name]).mean(dtype=np.float64)

@@ -7,7 +7,8 @@ settings and the model alone; no weights of draws are stored.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from zarr.storage import MemoryStore
 from lkarray import schema
 from lkarray import store as stores
 from lkarray.errors import FingerprintError
-from lkarray.nn.batches import MapDataset
+from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.sampling import checks
 from lkarray.sampling.chain import Schedule
 from lkarray.sampling.job import Job
@@ -59,6 +60,17 @@ _remembered: dict[str, Job] = {}
 _REMEMBERED = 16
 
 
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Forget the runs inside, as those of pilots, which would crowd out others."""
+    before = dict(_remembered)
+    try:
+        yield
+    finally:
+        _remembered.clear()
+        _remembered.update(before)
+
+
 def remember(fingerprint: Mapping[str, Any], job: Job) -> None:
     """Keep the posterior and sampler of a run of this process, for `observe`."""
     key = _key(fingerprint)
@@ -85,6 +97,7 @@ def observe(
     compile: bool = False,  # noqa: A002
     device: torch.device | str | None = None,
     client: Client | None = None,
+    num_workers: int | None = None,
     progress: bool = True,
 ) -> xr.DataTree:
     """Replay stored chains and record their losses on other inputs.
@@ -105,7 +118,7 @@ def observe(
         The sampler, if its schedule is a function of your own, which a store cannot hold.
     store
         Where to write; resumable there. ``None`` keeps the losses in memory.
-    coords, observables, autocast, compile, device, client, progress
+    coords, observables, autocast, compile, device, client, num_workers, progress
         As in `sample`.
 
     Returns
@@ -161,6 +174,7 @@ def observe(
         autocast=autocast,
         compile=compile,
         observables=dict(observables or {}),
+        num_workers=check_workers(num_workers),
     )
     fixed = {
         name: fingerprint[name] for name in ("device", "threads", "chains_per_device", "train_rows")
@@ -186,7 +200,7 @@ def observe(
 
 def _rest(names: Mapping[str, Any]) -> dict[str, Any]:
     keys = ("sampler", "coords", "observables", "autocast", "compile")
-    return {key: names[key] for key in (*keys, "device", "client", "progress")}
+    return {key: names[key] for key in (*keys, "device", "client", "num_workers", "progress")}
 
 
 def _observe_parts(

@@ -14,7 +14,7 @@ from lkarray import progress as progress_bars
 from lkarray import schema
 from lkarray import store as stores
 from lkarray.errors import StoreError
-from lkarray.nn.batches import MapDataset
+from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.sampling import checks, parts, workers
 from lkarray.sampling.chain import Schedule
 from lkarray.sampling.job import Job, Prepared, check_center, prepare, run_group
@@ -54,6 +54,7 @@ def sample(
     resume: bool = True,
     device: torch.device | str | None = None,
     client: Client | None = None,
+    num_workers: int | None = None,
     progress: bool = True,
 ) -> xr.DataTree:
     """Sample the local posterior and stream per-sample losses to a store.
@@ -63,8 +64,9 @@ def sample(
     number of draws.
 
     A process may be killed at any moment: the same call continues from the last commit and
-    gives the same numbers, bit for bit, on the same kind of device. A store that is already
-    complete is opened as it is. ``chains`` and ``draws`` may grow from call to call.
+    gives the same numbers, bit for bit, on the same kind of device. Ctrl-C and SIGTERM commit
+    first, so nothing is taken again. A store that is already complete is opened as it is, on a
+    read-only disk too. ``chains`` and ``draws`` may grow from call to call.
 
     Parameters
     ----------
@@ -117,8 +119,12 @@ def sample(
         A Dask client: the stacks of chains are spread over its workers, one at a time on each
         thread, or on each unit of the workers' resource ``GPU`` where they have one. Workers must
         see the store's path.
+    num_workers
+        Processes that read the data sets' items, by torch's ``DataLoader``: for items that are
+        decoded from files. ``None`` and 0 read in the sampling process. The numbers are the same;
+        the datasets must bear a fork (no open handles of HDF5 or LMDB, say).
     progress
-        Whether to show a progress bar when it takes longer than two seconds.
+        Whether to show progress bars, of each stage that takes longer than two seconds.
 
     Returns
     -------
@@ -134,7 +140,8 @@ def sample(
     FingerprintError
         The store holds a run with other settings, weights or data, which are named.
     StoreError
-        The store cannot be written, or would not fit on the disk; draws committed before are safe.
+        The store cannot be written, was deleted meanwhile, or would not fit on the disk; the
+        message says what is safe.
     LockedError
         Another process is writing to the store.
     DivergedError
@@ -175,6 +182,7 @@ def sample(
         autocast=autocast,
         compile=compile,
         observables=dict(observables or {}),
+        num_workers=check_workers(num_workers),
     )
     options: dict[str, Any] = {
         "chains": chains,
@@ -210,83 +218,92 @@ def run_job(
     place = stores.as_store(store)
     if client is not None:
         workers.check_place(place)
-    before = _existing(place, resume)
-    target: Target | None = None
-    request: dict[str, Any] = {
-        "chains": chains,
-        "chains_per_device": chains_per_device,
-        "fixed": before or fixed,
-    }
-    if client is None:
-        known, target = prepare(job, **request)
-    else:
-        known = workers.prepare_on(client, job, **request)
-    where = stores.describe(place)
-    if same_as is not None:
-        now = {name: known.fingerprint[name] for name in same_as}
-        remedy = "pass the posterior and the sampler that it was made with"
-        stores.refuse_changes(same_as, now, "the tree", remedy=remedy)
-    with stores.writer_lock(place):
-        # Another process may have written since: what counts is read under the lock.
-        fresh = _existing(place, resume) is None
-        if fresh:
-            root = _create(place, job, known, chains)
+    with progress_bars.showing(progress):
+        before = _existing(place, resume)
+        target: Target | None = None
+        request: dict[str, Any] = {
+            "chains": chains,
+            "chains_per_device": chains_per_device,
+            "fixed": before or fixed,
+        }
+        if client is None:
+            known, target = prepare(job, **request)
         else:
-            root = stores.open_root(place, mode="r+")
-            now = stores.stored_fingerprint(root) or {}
-            remedy = "use another path, or the stored settings"
-            stores.refuse_changes(now, known.fingerprint, where, remedy=remedy)
-        todo = _unfinished(root, chains, job.schedule.draws)
-        if todo:
-            stores.grow(root, chains=chains, draws=job.schedule.draws)
-            width = known.fingerprint["chains_per_device"]
-            groups = [
-                [chain for chain in todo if chain // width == group]
-                for group in sorted({chain // width for chain in todo})
-            ]
-            steps = job.schedule.steps
-            done = sum(stores.read_record(root, chain).step for chain in todo)
-            with progress_bars.bar(
-                "sampling", total=len(todo) * steps, done=done, show=progress
-            ) as bar:
-                if client is not None:
-                    diverged = workers.run_on(client, root, job, known, groups, bar)
-                else:
-                    assert target is not None
-                    diverged = _run_here(root, job, known, target, groups, bar, fresh=fresh)
-            for chain, draw in diverged:
-                logger.warning(
-                    "chain %d turned non-finite at draw %d and was stopped; it is flagged and "
-                    "left out. Reduce the step size",
-                    chain,
-                    draw,
-                )
-            stores.finish(root)
-        else:
+            with progress_bars.busy("preparing on a worker"):
+                known = workers.prepare_on(client, job, **request)
+        if same_as is not None:
+            now = {name: known.fingerprint[name] for name in same_as}
+            remedy = "pass the posterior and the sampler that it was made with"
+            stores.refuse_changes(same_as, now, "the tree", remedy=remedy)
+        if before is not None and not _todo(place, known, chains, job.schedule.draws):
+            # Nothing is written, so no lock is needed: a read-only disk has none.
             logger.info(
                 "%s already holds %d chains of %d draws made with these settings; reused",
-                where,
+                stores.describe(place),
                 chains,
                 job.schedule.draws,
             )
+        else:
+            with stores.writer_lock(place):
+                _fill(place, job, known, target, chains, resume=resume, client=client)
     remember(known.fingerprint, job)
     return open_rectangle(place, chains=chains, draws=job.schedule.draws)
 
 
-def _run_here(
-    root: zarr.Group,
+def _todo(place: Any, known: Prepared, chains: int, draws: int) -> list[int]:
+    """Return the chains of a store that still have draws to take; refuse other settings."""
+    root = stores.open_root(place)
+    now = stores.stored_fingerprint(root) or {}
+    remedy = "use another path, or the stored settings"
+    stores.refuse_changes(now, known.fingerprint, stores.describe(place), remedy=remedy)
+    return _unfinished(root, chains, draws)
+
+
+def _fill(
+    place: Any,
     job: Job,
     known: Prepared,
-    target: Target,
-    groups: list[list[int]],
-    bar: Any,
+    target: Target | None,
+    chains: int,
     *,
-    fresh: bool,
-) -> list[tuple[int, int]]:
-    with checks.numerics(known.fingerprint["threads"]):
-        if not fresh:
+    resume: bool,
+    client: Client | None,
+) -> None:
+    """Take the draws that are missing; the caller holds the lock."""
+    # Another process may have written since: what counts is read under the lock.
+    fresh = _existing(place, resume) is None
+    root = _create(place, job, known, chains) if fresh else stores.open_root(place, mode="r+")
+    draws, steps = job.schedule.draws, job.schedule.steps
+    todo = _todo(place, known, chains, draws)
+    if not todo:
+        return
+    stores.grow(root, chains=chains, draws=draws)
+    width = known.fingerprint["chains_per_device"]
+    groups = [
+        [chain for chain in todo if chain // width == group]
+        for group in sorted({chain // width for chain in todo})
+    ]
+    if target is not None and not fresh:
+        with checks.numerics(known.fingerprint["threads"]):
             check_center(root, target)
-        return [found for g in groups for found in run_group(root, job, target, g, bar.update)]
+    done = sum(stores.read_record(root, chain).step for chain in todo)
+    with progress_bars.bar("sampling", total=len(todo) * steps, done=done) as bar:
+        if client is not None:
+            diverged = workers.run_on(client, root, job, known, groups, bar)
+        else:
+            assert target is not None
+            with checks.numerics(known.fingerprint["threads"]):
+                diverged = [
+                    found for g in groups for found in run_group(root, job, target, g, bar.update)
+                ]
+    for chain, draw in diverged:
+        logger.warning(
+            "chain %d turned non-finite at draw %d and was stopped; it is flagged and left out. "
+            "Reduce the step size",
+            chain,
+            draw,
+        )
+    stores.finish(root)
 
 
 def _create(store: Any, job: Job, known: Prepared, chains: int) -> zarr.Group:

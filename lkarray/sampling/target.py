@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ class Target:
         """Put all chains at w*."""
         self.flat.theta.copy_(self.center.expand_as(self.flat.theta))
 
-    def gradient(self, rows: Minibatch) -> Tensor:
+    def gradient(self, rows: Minibatch, *, limit: int | None = None) -> Tensor:
         """Set ``flat.grad`` to the gradient of the mean loss of a minibatch of each chain.
 
         Parameters
@@ -74,6 +75,8 @@ class Target:
         rows
             Indices ``(chain, batch)``, or ``(batch,)`` where one chain is alone; ``None`` takes
             the whole training set, a slice at a time.
+        limit
+            Slices of the whole training set that are taken; ``None`` takes all.
 
         Returns
         -------
@@ -83,7 +86,7 @@ class Target:
         flat = self.flat
         flat.grad.zero_()
         parts = []
-        for inputs, target in self._batches(rows):
+        for inputs, target in self._batches(rows, limit):
             # The gradient of the mean, without a node for the mean.
             if flat.width == 1:
                 losses = self._step_losses(inputs, target)
@@ -122,12 +125,12 @@ class Target:
             kept = self._shares[losses.shape] = torch.full_like(losses, 1 / count)
         return kept
 
-    def curvature(self, rows: Minibatch, signs: Tensor) -> Tensor:
+    def curvature(self, rows: Minibatch, signs: Tensor, *, limit: int | None = None) -> Tensor:
         """Estimate the diagonal of the Hessian of the minibatch's mean loss (Hutchinson).
 
         Parameters
         ----------
-        rows
+        rows, limit
             The minibatch, as for `gradient`.
         signs
             Random signs, shape ``(chain, param)``.
@@ -140,7 +143,7 @@ class Target:
         flat, leaves = self.flat, self.flat.leaves
         out = torch.zeros_like(flat.grad)
         parts = flat.unflatten(signs)
-        for inputs, target in self._batches(rows):
+        for inputs, target in self._batches(rows, limit):
             losses = flat.losses(self._step_loss, inputs, target, shared=rows is None)
             count = self.train.n if rows is None else losses.shape[1]
             slopes = torch.autograd.grad(
@@ -154,22 +157,49 @@ class Target:
         out.mul_(signs)
         return out if flat.mask is None else out.mul_(flat.mask)
 
-    def _batches(self, rows: Minibatch) -> Iterable[tuple[Inputs, Inputs]]:
-        return self.train.slices(self.train_rows) if rows is None else [self.train.take(rows)]
+    def _batches(self, rows: Minibatch, limit: int | None) -> Iterable[tuple[Inputs, Inputs]]:
+        if rows is None:
+            return islice(self.train.slices(self.train_rows), limit)
+        return [self.train.take(rows)]
 
-    def observe(self) -> dict[str, Tensor]:
+    @property
+    def slices(self) -> int:
+        """Forward passes of a draw."""
+        return sum(-(-observed.data.n // observed.rows) for observed in self.observed)
+
+    def observe(
+        self, tick: Callable[[], object] = lambda: None, *, limit: int | None = None
+    ) -> dict[str, Tensor]:
         """Return the losses of all observed samples, by the path of their array.
 
         Shape ``(chain, sample, ...)``, float32, whatever the forward pass ran in.
+
+        Parameters
+        ----------
+        tick
+            Called after every forward pass.
+        limit
+            Passes of each observed set; ``None`` takes all.
         """
         out = {}
         with torch.no_grad() if self.compiled else torch.inference_mode(), self._precision():
             for observed in self.observed:
-                slices = observed.data.slices(observed.rows)
-                parts = [self._observed_losses(inputs, target) for inputs, target in slices]
+                parts = []
+                for inputs, target in islice(observed.data.slices(observed.rows), limit):
+                    parts.append(self._observed_losses(inputs, target))
+                    tick()
                 path = f"{observed.group}/{schema.LOSS.name}"
                 out[path] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return out
+
+    def first_losses(self, count: int) -> Tensor:
+        """Return what `observe` would give of the first items of each set, ``(chain, losses)``."""
+        parts = []
+        with torch.inference_mode(), self._precision():
+            for observed in self.observed:
+                inputs, target = observed.data.take(np.arange(min(count, observed.data.n)))
+                parts.append(self._observed_losses(inputs, target).flatten(1))
+        return torch.cat(parts, dim=1)
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.autocast is None:

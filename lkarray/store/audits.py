@@ -29,7 +29,9 @@ from lkarray.store.location import (
     as_store,
     create_root,
     describe,
+    exists,
     local_path,
+    open_root,
     update_mark,
     writing,
 )
@@ -167,8 +169,7 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
     root = create_root(as_store(path))
     before = audit_marks(root).get(layout.group)
     if before is not None:
-        where = f"{describe(root.store)}, group {layout.group!r},"
-        refuse_changes(before, fingerprint, where, remedy="give it a name= of its own")
+        _refuse(root, layout.group, before, fingerprint)
         return root
     item = np.dtype(layout.dtype).itemsize
     require_space(root.store, prod(layout.sizes.values()) * item + 2 * layout.state)
@@ -198,6 +199,31 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
         marks = audit_marks(root) | {layout.group: dict(fingerprint)}
         update_mark(root, audits=marks)
     return root
+
+
+def whole_audit(path: Any, group: str, fingerprint: Mapping[str, Any]) -> zarr.Group | None:
+    """Return the root of a store that has the whole audit already, if it has; writes nothing.
+
+    Raises
+    ------
+    FingerprintError
+        The group holds another audit.
+    """
+    store = as_store(path)
+    root = open_root(store) if exists(store) else None
+    before = None if root is None else audit_marks(root).get(group)
+    if root is None or before is None:
+        return None
+    _refuse(root, group, before, fingerprint)
+    described = "closure" in root[group].attrs  # the last thing that is written
+    return root if described and not panels_left(root, group) else None
+
+
+def _refuse(
+    root: zarr.Group, group: str, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    where = f"{describe(root.store)}, group {group!r},"
+    refuse_changes(before, now, where, remedy="give it a name= of its own")
 
 
 def stored_rows(path: Any, group: str) -> int | None:

@@ -10,17 +10,19 @@ written again, with the same numbers, by the run that resumes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import zarr
 
 from lkarray import schema
+from lkarray.errors import StoreError
 from lkarray.store.chunks import chunk_keys, flush
 from lkarray.store.layout import carried, recorded, stored
-from lkarray.store.location import writing
+from lkarray.store.location import local_path, writing
 
 #: A chain commits when a block fills, or after this long and this many times the last cost.
 COMMIT_SECONDS = 30.0
@@ -108,6 +110,11 @@ class ChainRegion:
             return bool(self._rows[_DIVERGED][self.draws - self._start - 1])
         return bool(self._arrays[_DIVERGED][self._chain, self.draws - 1])
 
+    @property
+    def committed(self) -> Record:
+        """What was handed to the writer last; on disk after `wait`."""
+        return self._committed
+
     def uncommitted(self) -> int:
         """Return how many draws are buffered and not yet handed to the writer."""
         return self.draws - self._committed.draws
@@ -162,7 +169,7 @@ class ChainRegion:
     ) -> float:
         began = time.monotonic()
         safe = "The draws committed before are safe; run again to resume"
-        with writing(self._root.store, safe=safe):
+        with _there(self._root, self._arrays), writing(self._root.store, safe=safe):
             block, chain = start // self._depth, self._chain
             keys: list[str] = []
             if record.draws > start:
@@ -177,3 +184,33 @@ class ChainRegion:
             self._record[chain] = record
             flush(self._root.store, chunk_keys(self._record, (chain,)))
         return time.monotonic() - began
+
+
+@contextmanager
+def _there(root: zarr.Group, arrays: Iterable[str]) -> Iterator[None]:
+    """Raise `StoreError` where a local store was deleted meanwhile: writing would make it anew."""
+    folder = local_path(root.store)
+
+    def look() -> None:
+        if folder is None:
+            return
+        if not (folder / "zarr.json").exists():
+            raise StoreError(
+                f"{folder} was deleted or moved while it was sampled, and its draws with it. Move "
+                "it back, or sample again"
+            )
+        gone = [path for path in arrays if not (folder / path / "zarr.json").exists()]
+        if gone:
+            raise StoreError(
+                f"parts of {folder} were deleted while it was sampled: {gone}. Restore them from a "
+                "copy; draws in the files that are left are not touched, and lk.verify says what "
+                "is missing"
+            )
+
+    look()
+    try:
+        yield
+    except StoreError:
+        look()
+        raise
+    look()

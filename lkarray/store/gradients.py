@@ -33,6 +33,8 @@ from lkarray.store.location import (
     as_store,
     create_root,
     describe,
+    exists,
+    open_root,
     update_mark,
     writing,
 )
@@ -142,6 +144,32 @@ def discard_gradients(path: StoreLike) -> None:
     )
 
 
+def whole_gradients(
+    path: StoreLike, group: str, fingerprint: Mapping[str, Any]
+) -> zarr.Group | None:
+    """Return the root of a store that has the whole tensor already, if it has; writes nothing.
+
+    Raises
+    ------
+    FingerprintError
+        The group holds another tensor.
+    """
+    store = as_store(path)
+    root = open_root(store) if exists(store) else None
+    before = None if root is None else gradient_marks(root).get(group)
+    if root is None or before is None:
+        return None
+    _refuse(root, group, before, fingerprint)
+    return root if np.asarray(stored_at(root, f"{group}/{DONE.name}")[:]).all() else None
+
+
+def _refuse(
+    root: zarr.Group, group: str, before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    where = f"{describe(root.store)}, group {group!r},"
+    refuse_changes(before, now, where, remedy="give it a name= of its own")
+
+
 class TensorWriter:
     """A gradient tensor being written; begins it, or goes on with the one that is there.
 
@@ -158,9 +186,7 @@ class TensorWriter:
         if before is None:
             self._create(dict(fingerprint))
         else:
-            where = f"{describe(self.root.store)}, group {layout.group!r},"
-            remedy = "give it a name= of its own"
-            refuse_changes(before, fingerprint, where, remedy=remedy)
+            _refuse(self.root, layout.group, before, fingerprint)
         self.array = stored_at(self.root, f"{layout.group}/{layout.variable.name}")
         # Shards are those it was begun with, whatever the budget is now.
         self.layout = replace(layout, rows=int(self.array.attrs["rows"]))  # type: ignore[arg-type]

@@ -203,20 +203,32 @@ def _chain(
             faults = list(_chunks(arrays[path], (chain, block)))
             yield from faults
             if not faults and path.endswith(f"/{schema.LOSS.name}"):
-                yield from _finite(arrays[path], flags, chain, rows)
+                center = arrays[f"{path.split('/')[0]}/{schema.CENTER_LOSS.name}"]
+                yield from _finite(arrays[path], center, flags, chain, rows)
 
 
-def _finite(loss: zarr.Array, flags: zarr.Array, chain: int, rows: slice) -> Iterator[Problem]:
+def _finite(
+    loss: zarr.Array, center: zarr.Array, flags: zarr.Array, chain: int, rows: slice
+) -> Iterator[Problem]:
     width = loss.chunks[2]
     for start in range(0, loss.shape[2], width):
         values = np.asarray(loss[chain, rows, start : start + width])
-        bad = ~np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        padding = _padding(center, slice(start, start + width)) if loss.ndim > 3 else False
+        bad = ~(np.isfinite(values) | padding).all(axis=tuple(range(1, values.ndim)))
         bad &= ~np.asarray(flags[chain, rows])
         if bad.any():
             draw = rows.start + int(np.argmax(bad))
             detail = f"non-finite losses at chain {chain}, draw {draw}, not flagged as diverged"
             yield Problem("mismatch", f"{loss.path} samples {start}...", detail)
             return
+
+
+def _padding(center: zarr.Array, samples: slice) -> np.ndarray | bool:
+    """Return which losses of tokens are padding: those that are NaN at w* too."""
+    try:
+        return np.isnan(np.asarray(center[samples]))
+    except Exception:  # damaged, which is told of the array itself
+        return False
 
 
 def _chunks(

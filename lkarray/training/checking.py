@@ -37,6 +37,7 @@ class StepCheck:
         optimizer: Optimizer,
         train_set: MapDataset,
         loss: str | LossFunction,
+        num_workers: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -49,7 +50,9 @@ class StepCheck:
             found = sorted({str(p.device) for p in others})
             raise ValueError(f"the model is on several devices, {found}; move it to one")
         self.flat = FlatModel(model, trainable=[literal(name) for name in self.parameters])
-        self.train = Batches(train_set, name="train_set", device=first.device)
+        self.train = Batches(
+            train_set, name="train_set", device=first.device, num_workers=num_workers
+        )
         self.loss = per_example_loss(loss).per_example
         self._norms = [n for n, m in model.named_modules() if isinstance(m, _BATCH_NORMS)]
         self._drops = [n for n, m in model.named_modules() if isinstance(m, _DROPOUTS) and m.p > 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,7 +22,13 @@ from lkarray.nn.batches import MapDataset
 from lkarray.nn.gradients import GradientPlan
 from lkarray.nn.losses import identity
 from lkarray.schema import EXAMPLE, TENSOR
-from lkarray.store.gradients import TensorLayout, TensorWriter, gradient_group, open_gradients
+from lkarray.store.gradients import (
+    TensorLayout,
+    TensorWriter,
+    gradient_group,
+    open_gradients,
+    whole_gradients,
+)
 from lkarray.training.choosing import as_steps, as_trace
 from lkarray.training.makers import FactorMaker, Maker
 from lkarray.training.projection import Projection
@@ -123,7 +129,8 @@ def gradient_features(
             f"Adagrad; this was {source.mark['optimizer']}) and steps, not the final parameters"
         )
     projection = None if project is None else Projection(project, seed)
-    maker = Maker(source, examples, of, params, projection)
+    with bars.showing(progress), bars.busy("preparing gradients"):
+        maker = Maker(source, examples, of, params, projection)
     layout = _layout(maker, steps, coords=coords, dtype=dtype, memory=memory, name=name)
     made = {
         "of": identity(of) if callable(of) else of,
@@ -174,7 +181,8 @@ def gradient_factors(
         As for `gradient_features`.
     """
     source = as_trace(trace)
-    maker = FactorMaker(source, examples, "loss", params, None)
+    with bars.showing(progress), bars.busy("preparing gradients"):
+        maker = FactorMaker(source, examples, "loss", params, None)
     steps = as_steps(source, times)
     layout = _layout(maker, steps, coords=coords, dtype=dtype, memory=memory, name=name)
     described = {k: v for k, v in layout.coords.items() if v[0] == EXAMPLE} | maker.parts()
@@ -221,6 +229,9 @@ def _make(
     preconditioned: bool, progress: bool,
 ) -> xr.Dataset:  # fmt: skip
     target = store_.as_store(store)
+    root = whole_gradients(target, layout.group, fingerprint)
+    if root is not None:  # on a read-only disk too
+        return open_gradients(root, layout.group)
     with store_.writer_lock(target):
         writer = TensorWriter(target, layout, fingerprint)
         _write(maker, writer, preconditioned, progress)
@@ -277,25 +288,31 @@ def _write(maker: Maker, writer: TensorWriter, preconditioned: bool, progress: b
         ThreadPoolExecutor(1, thread_name_prefix="lkarray-gradients") as executor,
         bars.bar("gradients", total=count, unit="shard", show=progress) as bar,
     ):
-        pending = None
+        pending: Future[None] | None = None
         states = trace.states(layout.times[todo].tolist())
-        for t, (step, theta) in zip(todo, states, strict=True):
-            maker.set(theta, trace.denominator(step) if preconditioned else None)
-            for shard in np.flatnonzero(~writer.done[t]).tolist():
-                values = maker.shard(layout.shards[shard]).cpu().numpy()
-                bad = ~np.isfinite(values).all(tuple(range(1, values.ndim)))
-                if bad.any():
-                    first = layout.shards[shard].start + int(bad.argmax())
-                    raise NonFiniteError(f"the gradient of example {first} is not finite at {step}")
-                if pending is not None:
-                    pending.result()
-                    if time.monotonic() - last > _COMMIT_SECONDS:
-                        writer.commit()
-                        last = time.monotonic()
-                pending = executor.submit(
-                    writer.write, t, shard, values.astype(layout.dtype, copy=False)
-                )
-                bar.update()
-        if pending is not None:
-            pending.result()
-        writer.commit()
+        try:
+            for t, (step, theta) in zip(todo, states, strict=True):
+                maker.set(theta, trace.denominator(step) if preconditioned else None)
+                for shard in np.flatnonzero(~writer.done[t]).tolist():
+                    values = _finite(maker.shard(layout.shards[shard]), layout, shard, step)
+                    if pending is not None:
+                        pending.result()
+                        if time.monotonic() - last > _COMMIT_SECONDS:
+                            writer.commit()
+                            last = time.monotonic()
+                    pending = executor.submit(writer.write, t, shard, values)
+                    bar.update()
+        finally:  # Ctrl-C keeps the shards that were written
+            if pending is not None:
+                pending.result()
+            writer.commit()
+
+
+def _finite(made: Tensor, layout: TensorLayout, shard: int, step: int) -> np.ndarray:
+    """Return a shard as it is stored; raise where it is not finite."""
+    values = made.cpu().numpy()
+    bad = ~np.isfinite(values).all(tuple(range(1, values.ndim)))
+    if bad.any():
+        first = layout.shards[shard].start + int(bad.argmax())
+        raise NonFiniteError(f"the gradient of example {first} is not finite at {step}")
+    return values.astype(layout.dtype, copy=False)

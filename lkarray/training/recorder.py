@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lkarray import progress as bars
 from lkarray import store
-from lkarray.errors import FingerprintError, NonFiniteError
-from lkarray.nn.batches import MapDataset
+from lkarray.errors import FingerprintError, LockedError, NonFiniteError, StoreError
+from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.nn.losses import LossFunction
 from lkarray.store import trajectory
-from lkarray.store.location import StoreLike, create_root, exists
+from lkarray.store.location import StoreLike, create_root, exists, open_root
 from lkarray.store.writing_trace import Row, TraceWriter
 from lkarray.training.capture import Capture, clipping
 from lkarray.training.checking import StepCheck
@@ -39,6 +40,8 @@ def record(
     scheduler: Any = None,
     every: int = 1,
     check_every: int = 100,
+    num_workers: int | None = None,
+    progress: bool = True,
 ) -> Recorder:
     """Record a training run while your own loop trains.
 
@@ -81,6 +84,10 @@ def record(
         Steps from one check to the next, of what is recorded against the model: the gradient
         applied must be the mean of per-example gradients, and the update what the optimizer's
         rule says. A check costs about one forward and backward pass; the first two steps have one.
+    num_workers
+        Processes that read the training set's items for these checks; as in `lkarray.sample`.
+    progress
+        Whether to show a bar over that reading when it takes longer than two seconds.
 
     Returns
     -------
@@ -108,7 +115,11 @@ def record(
     commit (each block, at least every 30 s); run the loop again, over `Recorder.remaining` or
     from its beginning, to go on.
     """
-    return Recorder(model, optimizer, train_set, loss, store, scheduler, every, check_every)
+    with bars.showing(progress):
+        return Recorder(
+            model, optimizer, train_set, loss, store, scheduler, every, check_every,
+            check_workers(num_workers),
+        )  # fmt: skip
 
 
 class Recorder:
@@ -130,13 +141,14 @@ class Recorder:
         scheduler: Any,
         every: int,
         check_every: int,
+        num_workers: int = 0,
     ) -> None:
         for name, value in (("every", every), ("check_every", check_every)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
         self._every, self._check_every, self._path = every, check_every, path
-        self._check = StepCheck(model, optimizer, train_set, loss)
+        self._check = StepCheck(model, optimizer, train_set, loss, num_workers)
         self._capture = Capture(self._check.parameters, optimizer)
         self._train_set, self._loss = train_set, loss
         self.steps = 0
@@ -146,6 +158,7 @@ class Recorder:
         self._applied: Tensor | None = None
         self._buffered: list[bool] = []
         self._taken: tuple[np.ndarray, Tensor | None]
+        self._refused: StoreError | None = None  # why nothing can be written
         self._broken = False  # an update was begun, and its step is not recorded
 
     # --- the context --------------------------------------------------------------------------
@@ -155,7 +168,12 @@ class Recorder:
             raise ValueError("this recorder is already open")
         with ExitStack() as stack:
             target = store.as_store(self._path)
-            stack.enter_context(store.writer_lock(target))
+            try:
+                stack.enter_context(store.writer_lock(target))
+            except LockedError:
+                raise
+            except StoreError as error:  # a run that is recorded whole needs no writing
+                self._refused = error
             self._root, layout = self._prepare()
             executor = ThreadPoolExecutor(1, thread_name_prefix="lkarray-trace")
             stack.callback(executor.shutdown)
@@ -176,6 +194,8 @@ class Recorder:
     def __exit__(self, *error: object) -> None:
         self._open = False
         with self._stack:
+            if self._refused is not None:
+                return
             self._writer.commit(self._state())
             self._writer.wait()
             store.finish(self._root)
@@ -199,7 +219,7 @@ class Recorder:
         now = fingerprint(self._model, self._check, capture, self._every)
         target = store.as_store(self._path)
         if exists(target):
-            root = create_root(target)
+            root = create_root(target) if self._refused is None else open_root(target)
             before = trajectory.trace_fingerprint(root)
             if before is not None:
                 where = store.describe(target)
@@ -208,6 +228,8 @@ class Recorder:
                 )
                 store.refuse_changes(before, now, where, remedy=remedy)
                 return root, layout
+        if self._refused is not None:
+            raise self._refused
         return trajectory.create_trace(target, layout, now), layout
 
     def _keeper(self, index: int) -> Callable[[Tensor], None]:
@@ -352,6 +374,8 @@ class Recorder:
             values[trajectory.DENOMINATOR.name] = denominator.cpu().numpy()
         if at < self._writer.committed:
             self._compare(values, at)
+        elif self._refused is not None:
+            raise self._refused
         else:
             kept = None if diagonal is None or self._every > 1 else diagonal.cpu().numpy()
             self._writer.append(Row(values, state, kept))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from lkarray._version import __version__
-from lkarray.errors import SettingsError, StoreError
+from lkarray.errors import LockedError, SettingsError, StoreError
 from lkarray.store import file_lock, refuse_changes
 from lkarray.workflow.config import Config
 
@@ -96,6 +96,9 @@ def finish(folder: Path, facts: Mapping[str, Any]) -> None:
     """Record that the whole study in a folder is done, and what it was made from."""
     if not (folder / _RECORD).exists():
         return  # a study that records nothing is never taken for complete
+    before = read_record(folder)
+    if {"finished": "", **before, **facts} == before:
+        return  # nothing to write, on a read-only disk perhaps
     with run_lock(folder):
         before = read_record(folder)
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -146,7 +149,13 @@ class Run:
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
-        self._stack.enter_context(run_lock(self.folder))
+        try:
+            self._stack.enter_context(run_lock(self.folder))
+        except LockedError:
+            raise
+        except StoreError:
+            if not is_complete(self.folder):
+                raise  # else nothing is to be written: on a read-only disk, it opens as it is
         try:
             self._record = self._load()
         except BaseException:
