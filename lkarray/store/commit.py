@@ -33,10 +33,9 @@ from lkarray.store.chunks import (
 from lkarray.store.digests import Digests, Latest
 from lkarray.store.layout import (
     carried,
-    loss_groups,
-    node_at,
+    group_at,
     recorded,
-    recorded_paths,
+    run_groups,
     stored,
     stored_fingerprint,
 )
@@ -84,13 +83,8 @@ def require_sound(root: zarr.Group) -> None:
     DamagedError
         The first fault found.
     """
-    groups = [*loss_groups(root), schema.SAMPLE_STATS, schema.STATE, schema.COMMIT]
-    if any(path.startswith(f"{schema.OBSERVABLES}/") for path in recorded_paths(root)):
-        groups.append(schema.OBSERVABLES)
-    for path in groups:
-        group = node_at(root, path)
-        if not isinstance(group, zarr.Group):
-            raise damaged(root.store, f"{path}/zarr.json is that of an array")
+    for path in run_groups(root):
+        group = group_at(root, path)
         if is_sealed(root) and seal_of(group) is None:
             raise damaged(root.store, f"{path}/zarr.json has lost its seal")
         for problem in broken_seals(group):

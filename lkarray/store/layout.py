@@ -167,18 +167,12 @@ def create_run(
             create_array(vectors, spec, (chains, 2, size), chunk, dtype=state_dtype)
         _create_commit(root, sets, observables, state, chains, draws)
         for observed in sets:
-            seal(_group(root, observed.group), growing={schema.LOSS.name})
+            seal(group_at(root, observed.group), growing={schema.LOSS.name})
         for name in {schema.SAMPLE_STATS, schema.OBSERVABLES, schema.STATE, schema.COMMIT}:
             if name != schema.OBSERVABLES or observables:
-                seal(_group(root, name), growing=set(_group(root, name).array_keys()))
+                seal(group_at(root, name), growing=set(group_at(root, name).array_keys()))
         update_mark(root, **{schema.LOSSES: dict(fingerprint)})
     return root
-
-
-def _group(root: zarr.Group, path: str) -> zarr.Group:
-    group = root[path]
-    assert isinstance(group, zarr.Group)
-    return group
 
 
 def _create_commit(
@@ -286,6 +280,13 @@ def carried_paths(root: zarr.Group) -> dict[str, tuple[str, ...]]:
     return {f"{schema.STATE}/{name}": schema.PARAMETERS.dims for name in names}
 
 
+def run_groups(root: zarr.Group) -> list[str]:
+    """Return the groups of a sampled run."""
+    groups = [*loss_groups(root), schema.SAMPLE_STATS, schema.STATE, schema.COMMIT]
+    seen = any(path.startswith(f"{schema.OBSERVABLES}/") for path in recorded_paths(root))
+    return [*groups, schema.OBSERVABLES] if seen else groups
+
+
 def recorded(root: zarr.Group) -> dict[str, zarr.Array]:
     """Return the arrays of `recorded_paths`."""
     return {path: stored_at(root, path) for path in recorded_paths(root)}
@@ -380,6 +381,14 @@ def node_at(root: zarr.Group, path: str) -> zarr.Array | zarr.Group:
         raise
     except Exception as error:  # zarr names no common base for broken metadata
         raise damaged(root.store, f"{path}/zarr.json cannot be read ({error})") from None
+
+
+def group_at(root: zarr.Group, path: str) -> zarr.Group:
+    """Return the group at a path; raises as `node_at`."""
+    group = node_at(root, path)
+    if not isinstance(group, zarr.Group):
+        raise damaged(root.store, f"{path}/zarr.json is that of an array, not of a group")
+    return group
 
 
 def require_space(store: Store, needed: int) -> None:

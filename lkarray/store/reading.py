@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import xarray as xr
 import zarr
 from zarr.abc.store import Store
 from zarr.core.sync import sync
+from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
 from lkarray.errors import DamagedError, DivergedError, StoreError
@@ -21,8 +23,8 @@ from lkarray.store.commit import Record, read_record
 from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import (
     SETTINGS,
+    group_at,
     loss_groups,
-    node_at,
     part_store,
     parts_of,
     recorded_paths,
@@ -218,7 +220,7 @@ def _open_losses(root: zarr.Group, group: str) -> xr.Dataset:
 
     Dask's threads do not survive a fork, after which labels read by them would never come.
     """
-    node = node_at(root, group)
+    node = group_at(root, group)
     found, first = {}, [spec.name for spec in schema.GROUPS[schema.LOSSES]]
     there = set(folders(root.store, group))
     for name in [n for n in first if n in there] + sorted(there - set(first)):
@@ -237,8 +239,7 @@ def _open_losses(root: zarr.Group, group: str) -> xr.Dataset:
 
 def _check_sealed(root: zarr.Group, group: str) -> None:
     """Raise unless a group of losses is as it was made: labels, attributes, metadata."""
-    node = node_at(root, group)
-    assert isinstance(node, zarr.Group)
+    node = group_at(root, group)
     for name, known, now in changed_settings(root, node):
         raise DamagedError(
             f"{describe(root.store)} is damaged: attribute {name!r} of {group}/zarr.json is "
@@ -287,14 +288,20 @@ def _open_derived(root: zarr.Group) -> tuple[dict[str, xr.Dataset], list[str]]:
 
 
 def _open_result(root: zarr.Group, path: str) -> xr.Dataset:
-    node = node_at(root, path)
-    ds: xr.Dataset = xr.open_zarr(
-        root.store, group=path, consolidated=False, chunks={}, zarr_format=3
-    )
+    node = group_at(root, path)
+    for problem in broken_seals(node, contents=False):
+        raise damaged(root.store, f"{problem.path}: {problem.detail}")
+    with warnings.catch_warnings():
+        # Of what has no metadata, which is an error below.
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        ds: xr.Dataset = xr.open_zarr(
+            root.store, group=path, consolidated=False, chunks={}, zarr_format=3
+        )
+    for name in folders(root.store, path):
+        if name not in ds.variables:
+            raise damaged(root.store, f"{path}/{name}/zarr.json is missing")
     for name in ds.coords:
-        array = node_at(root, f"{path}/{name}")
-        if isinstance(array, zarr.Array):
-            require_chunks(array)
+        require_chunks(stored_at(root, f"{path}/{name}"))
         ds[name].load(scheduler="synchronous")  # in this thread: see _open_losses
     ds = ds[sorted(map(str, ds.data_vars))]
     ds.attrs = {key: value for key, value in node.attrs.items() if key != SEAL}

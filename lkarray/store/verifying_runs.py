@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ from lkarray.store.layout import (
     loss_groups,
     node_at,
     recorded_paths,
+    run_groups,
+    stored_at,
     stored_fingerprint,
 )
 from lkarray.store.location import is_sealed
@@ -63,13 +66,6 @@ def run_problems(root: zarr.Group) -> Iterator[Problem]:
             arrays[path] = array
     yield from guarded(schema.LOSSES, lambda: _shapes(arrays, expected))
     yield from _chains(root, arrays)
-
-
-def run_groups(root: zarr.Group) -> list[str]:
-    """Return the groups of a sampled run."""
-    groups = [*loss_groups(root), schema.SAMPLE_STATS, schema.STATE, schema.COMMIT]
-    seen = any(path.startswith(f"{schema.OBSERVABLES}/") for path in recorded_paths(root))
-    return [*groups, schema.OBSERVABLES] if seen else groups
 
 
 def _expected(root: zarr.Group) -> dict[str, tuple[str, ...]]:
@@ -140,21 +136,37 @@ def _shapes(
 
 
 def _chains(root: zarr.Group, arrays: dict[str, zarr.Array]) -> Iterator[Problem]:
-    recorded = {path: arrays[path] for path in recorded_paths(root) if path in arrays}
-    record = arrays.get(_RECORD)
-    if record is None or not recorded:
+    run = counted_run(root, arrays)
+    if run is None:
         return
-    chains = next(iter(recorded.values())).shape[0]
-    yield from guarded(_RECORD, lambda: _beyond(record, chains))
+    chains = next(iter(run.recorded.values())).shape[0]
+    yield from guarded(_RECORD, lambda: _beyond(arrays[_RECORD], chains))
+    for chain in range(chains):
+        yield from guarded(f"{_RECORD} of chain {chain}", lambda chain=chain: run.chain(chain))
+
+
+def counted_run(root: zarr.Group, arrays: dict[str, zarr.Array] | None = None) -> CountedRun | None:
+    """Return a run with those of its arrays that can be opened; ``None`` without its records."""
+    arrays = open_arrays(root) if arrays is None else arrays
+    recorded = {path: arrays[path] for path in recorded_paths(root) if path in arrays}
+    if _RECORD not in arrays or not recorded:
+        return None
     known = None
     if {_LATEST, _BLOCKS} <= set(arrays) and len(recorded) == len(recorded_paths(root)):
         try:
             known = Digests.of(root)
-        except DamagedError:  # of an array that was named above
+        except DamagedError:  # of an array that is named by itself
             known = None
-    run = _Run(root, arrays, recorded, known)
-    for chain in range(chains):
-        yield from guarded(f"{_RECORD} of chain {chain}", lambda chain=chain: run.chain(chain))
+    return CountedRun(root, arrays, recorded, known)
+
+
+def open_arrays(root: zarr.Group) -> dict[str, zarr.Array]:
+    """Return the arrays of a run whose metadata can be read, by path."""
+    found = {}
+    for path in _expected(root):
+        with suppress(DamagedError):
+            found[path] = stored_at(root, path)
+    return found
 
 
 def _beyond(record: zarr.Array, chains: int) -> Iterator[Problem]:
@@ -167,7 +179,7 @@ def _beyond(record: zarr.Array, chains: int) -> Iterator[Problem]:
 
 
 @dataclass(frozen=True)
-class _Run:
+class CountedRun:
     """The arrays of a run that can be opened, and the checksums that its commits left."""
 
     root: zarr.Group
@@ -182,7 +194,11 @@ class _Run:
         yield from faults
         if faults:
             return
-        record = Record(*(int(number) for number in np.asarray(array[chain])))
+        yield from self.counted(chain, Record(*map(int, np.asarray(array[chain]))))
+
+    def counted(self, chain: int, record: Record) -> Iterator[Problem]:
+        """Check all that such a record of a chain would count."""
+        array = self.arrays[_RECORD]
         sizes = {path: one.shape[1] for path, one in self.recorded.items()}
         shortest = min(sizes, key=lambda path: sizes[path])
         if record.slot not in (0, 1) or not 0 <= record.draws <= sizes[shortest]:
@@ -284,7 +300,9 @@ def _finite(loss: zarr.Array, flags: zarr.Array, chain: int, rows: slice) -> Ite
         if bad.any():
             draw = rows.start + int(np.argmax(bad))
             detail = f"non-finite losses at chain {chain}, draw {draw}, not flagged as diverged"
-            yield Problem("mismatch", f"{loss.path} samples {start}...", detail)
+            key = chunk_keys(loss, (chain, rows.start // loss.chunks[1]))
+            per_width = len(key) // loss.cdata_shape[2]
+            yield Problem("mismatch", key[start // width * per_width], detail)
             return
 
 
