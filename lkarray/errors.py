@@ -32,7 +32,7 @@ class StoreVersionError(StoreError):
 
 
 class DamagedError(StoreError):
-    """The store's own metadata cannot be read."""
+    """What a store holds is damaged: metadata or a chunk is missing, unreadable, or was changed."""
 
 
 class FingerprintError(StoreError, ValueError):

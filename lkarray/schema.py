@@ -100,6 +100,13 @@ PARAMETERS = VariableSpec(
 RECORD = VariableSpec(
     "record", (CHAIN, "field"), "int64", "", "committed draws, steps taken, slot of the state"
 )
+#: Of each chunk of a chain's state and open block, after the numbers of chain, draws and steps.
+LATEST = VariableSpec(
+    "latest", (CHAIN, "slot", "entry"), "uint32", "", "what a record counts, and its checksums"
+)
+BLOCKS = VariableSpec(
+    "blocks", (CHAIN, "block", "piece"), "uint32", "", "checksums of the chunks of each full block"
+)
 
 GRADIENT = VariableSpec(
     "gradient", (TIME, EXAMPLE, PARAM), "float32", "nat", "gradient of an example's loss"
@@ -122,7 +129,7 @@ GROUPS: dict[str, tuple[VariableSpec, ...]] = {
     LOSSES: (LOSS, CENTER_LOSS),
     SAMPLE_STATS: STATS,
     STATE: (PARAMETERS,),
-    COMMIT: (RECORD,),
+    COMMIT: (RECORD, LATEST, BLOCKS),
 }
 
 

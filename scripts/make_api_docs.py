@@ -40,7 +40,7 @@ _NAMES = {
         influence_functions""",
     "Hierarchies": """Taxonomy taxonomic_lift taxonomy_distance correlation_by_distance
         attribute_lift color_groups""",
-    "The store": "open verify to_arviz from_devinterp",
+    "The store": "open verify repair to_arviz from_devinterp",
     "Figures": "plots",
     "Clusters": "cluster",
     "Errors": "errors __version__",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from lkarray.nn.losses import identity
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.samplers import Sampler
 from lkarray.sampling.target import Target
+from lkarray.store.fingerprints import hash_labels
 
 if TYPE_CHECKING:
     from lkarray.sampling.job import Job
@@ -214,7 +214,7 @@ def make_fingerprint(
         "weights": hash_weights(posterior.model),
         "train_data": target.train.identity,
         "observed_data": {observed.group: observed.data.identity for observed in target.observed},
-        "coords": {group: _hash_labels(labels) for group, labels in job.coords.items()},
+        "coords": {group: hash_labels(labels) for group, labels in job.coords.items()},
         "observables": {
             name: {"function": identity(function), "shape": list(shapes[name])}
             for name, function in job.observables.items()
@@ -240,13 +240,6 @@ def make_fingerprint(
         "train_rows": target.train_rows,
         "threads": threads,
     }
-
-
-def _hash_labels(labels: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name, values in sorted(labels.items()):
-        digest.update(repr((name, values.tolist())).encode())
-    return digest.hexdigest()[:16]
 
 
 def check_center(stored: np.ndarray, now: np.ndarray, where: str) -> None:

@@ -23,6 +23,8 @@ from lkarray.sampling.randomness import MAX_CHAINS, MAX_STEPS
 from lkarray.sampling.replay import remember
 from lkarray.sampling.samplers import Sampler
 from lkarray.sampling.target import Observable, Target
+from lkarray.store.chunks import read
+from lkarray.store.layout import SETTINGS
 from lkarray.store.location import StoreLike, exists
 from lkarray.store.reading import open_rectangle
 
@@ -277,6 +279,7 @@ def _fill(
     todo = _todo(place, known, chains, draws)
     if not todo:
         return
+    stores.require_sound(root)
     stores.grow(root, chains=chains, draws=draws)
     width = known.fingerprint["chains_per_device"]
     groups = [
@@ -314,8 +317,7 @@ def _create(store: Any, job: Job, known: Prepared, chains: int) -> zarr.Group:
     if exists(store):
         stores.drop_unfinished(stores.open_root(store, mode="r+"))
     fingerprint = known.fingerprint
-    keys = ("loss", "nbeta", "gamma", "sampler", "burn_in", "thin", "batch_size", "seed")
-    attrs = {key: fingerprint[key] for key in keys} | {"n_train": known.n_train}
+    attrs = {key: fingerprint[key] for key in SETTINGS} | {"n_train": known.n_train}
     return stores.create_run(
         store,
         chains=chains,
@@ -346,7 +348,7 @@ def _unfinished(root: zarr.Group, chains: int, draws: int) -> list[int]:
     todo = list(range(known, chains))
     for chain in range(min(chains, known)):
         taken = stores.read_record(root, chain).draws
-        if taken < draws and not (taken and bool(flags[chain, taken - 1])):
+        if taken < draws and not (taken and bool(read(flags, (chain, taken - 1)))):
             todo.append(chain)
     return sorted(todo)
 

@@ -5,7 +5,7 @@ laid out, `commit` when a draw counts, `reading` what of it a user sees, `verify
 everything that counts is really there, and `locking` who may write.
 """
 
-from lkarray.store.commit import ChainRegion, Record, read_record
+from lkarray.store.commit import ChainRegion, Record, read_record, require_sound
 from lkarray.store.derived import put
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.gradients import discard_gradients
@@ -53,6 +53,7 @@ __all__ = [
     "read_record",
     "refuse_changes",
     "region_lock",
+    "require_sound",
     "require_space",
     "stored",
     "stored_fingerprint",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterable, Sequence
+from math import prod
 
 import numpy as np
 import zarr
@@ -24,6 +25,7 @@ from lkarray.store.location import describe, local_path
 
 _CRC_BYTES = 4
 _AT_ONCE = 64  # requests under way
+_FEW = 8  # keys that are asked for one by one rather than listed
 
 
 def chunk_keys(array: zarr.Array, leading: tuple[int, ...] = ()) -> list[str]:
@@ -110,38 +112,71 @@ def stored_digests(array: zarr.Array, keys: Sequence[str]) -> list[bytes | None]
     return sync(look())
 
 
-def missing(store: Store, keys: Iterable[str]) -> list[str]:
-    """Return those keys at which nothing is stored, or a file without content."""
+def missing(store: Store, keys: Iterable[str], *, size: int | None = None) -> list[str]:
+    """Return those keys at which nothing is stored, or a file without content.
+
+    Parameters
+    ----------
+    store
+        Where to look. Elsewhere than on a local disk, many keys are looked up by one listing of
+        the folder that they share.
+    keys
+        Of chunks.
+    size
+        Bytes of each; on a local disk those of another size are returned too.
+    """
     keys = list(keys)
     folder = local_path(store)
     if folder is not None:
-        return [key for key in keys if not _has_content(folder / key)]
+        root = os.fspath(folder)
+        return [key for key in keys if not _has_content(f"{root}/{key}", size)]
 
-    async def look() -> list[str]:
+    async def ask() -> list[str]:
         there: list[bool] = []
         for start in range(0, len(keys), _AT_ONCE):
             there += await asyncio.gather(*map(store.exists, keys[start : start + _AT_ONCE]))
         return [key for key, known in zip(keys, there, strict=True) if not known]
 
-    return sync(look())
+    async def look() -> list[str]:
+        shared = os.path.commonpath(key.rpartition("/")[0] for key in keys)
+        known = {key async for key in store.list_prefix(f"{shared}/" if shared else "")}
+        return [key for key in keys if key not in known]
+
+    return sync(ask() if len(keys) <= _FEW or not store.supports_listing else look())
 
 
-def _has_content(path: os.PathLike[str]) -> bool:
+def _has_content(path: str, size: int | None) -> bool:
     try:
-        return os.stat(path).st_size > 0
+        found = os.stat(path).st_size
     except OSError:
         return False
+    return found > 0 if size is None else found == size
+
+
+def chunk_size(array: zarr.Array) -> int | None:
+    """Return the bytes of each stored chunk, ``None`` where they are not known beforehand."""
+    if not raw(array):
+        return None
+    return prod(array.chunks) * array.dtype.itemsize + _CRC_BYTES * len(array.compressors)
 
 
 def require_chunks(array: zarr.Array, leading: tuple[int, ...] = ()) -> None:
     """Raise `DamagedError`, naming the first, unless the chunks below ``leading`` are there."""
-    lost = missing(array.store, chunk_keys(array, leading))
+    lost = missing(array.store, chunk_keys(array, leading), size=chunk_size(array))
     if lost:
-        raise DamagedError(
-            f"{describe(array.store)} is damaged: {lost[0]} was committed, but is missing or "
-            f"empty ({len(lost)} such chunks of {array.path}). Nothing was touched: restore it "
-            "from a copy; lk.verify lists all faults, and lk.repair takes again what it can"
+        raise damaged(
+            array.store,
+            f"{lost[0]} was committed, but is missing, empty or cut off ({len(lost)} such chunks "
+            f"of {array.path})",
         )
+
+
+def damaged(store: Store, what: str) -> DamagedError:
+    """Return the error that says what of a store is damaged, and what to do."""
+    return DamagedError(
+        f"{describe(store)} is damaged: {what}. Nothing was touched: restore it from a copy; "
+        "lk.verify lists all faults, and lk.repair takes again what it can"
+    )
 
 
 def read_whole(array: zarr.Array) -> np.ndarray:
@@ -170,11 +205,12 @@ def read(array: zarr.Array, place: object) -> np.ndarray:
         if isinstance(error, OSError):
             raise
         reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise DamagedError(
-            f"{describe(array.store)} is damaged: a chunk of {array.path} cannot be read "
-            f"({reason}). Nothing was touched: restore it from a copy; lk.verify lists all faults, "
-            "and lk.repair takes again what it can"
-        ) from error
+        raise damaged(array.store, f"{_place(array)} cannot be read ({reason})") from error
+
+
+def _place(array: zarr.Array) -> str:
+    single = array.nchunks == 1
+    return chunk_key(array, (0,) * array.ndim) if single else f"a chunk of {array.path}"
 
 
 def raw(array: zarr.Array) -> bool:

@@ -1,10 +1,13 @@
 """When a draw counts: the block, the state in two slots, and the record that decides.
 
 The order of writing (design section 2) makes a kill at any moment harmless. A block of
-losses and statistics is written whole; then the sampler's state goes to the slot that the
-record does not name; all of it is flushed to the disk; and only then the chain's record
-``[draws, step, slot]``, one chunk, replaced in one move. What the record does not count is
-written again, with the same numbers, by the run that resumes.
+losses and statistics is written whole, and its checksums (see `digests`); then the sampler's
+state goes to the slot that the record does not name; all of it is flushed to the disk; and only
+then the chain's record ``[draws, step, slot]``, one chunk, replaced in one move. What the record
+does not count is written again, with the same numbers, by the run that resumes.
+
+What it does count must be there, whole, and what was written, before a chain goes on: else the
+damage would be taken up and sealed anew.
 """
 
 from __future__ import annotations
@@ -20,9 +23,19 @@ import zarr
 
 from lkarray import schema
 from lkarray.errors import StoreError
-from lkarray.store.chunks import chunk_keys, flush
-from lkarray.store.layout import carried, recorded, stored
-from lkarray.store.location import local_path, writing
+from lkarray.store.chunks import (
+    chunk_keys,
+    chunk_size,
+    damaged,
+    flush,
+    missing,
+    read,
+    require_chunks,
+)
+from lkarray.store.digests import Digests, Latest
+from lkarray.store.layout import carried, group_at, recorded, run_groups, stored, stored_fingerprint
+from lkarray.store.location import is_sealed, local_path, writing
+from lkarray.store.seals import broken_seals, seal_of
 
 #: A chain commits when a block fills, or after this long and this many times the last cost.
 COMMIT_SECONDS = 30.0
@@ -41,9 +54,81 @@ class Record(NamedTuple):
 
 
 def read_record(root: zarr.Group, chain: int) -> Record:
-    """Return the record of one chain; zeros for a chain that never committed."""
-    row = np.asarray(stored(root, schema.COMMIT, schema.RECORD)[chain])
-    return Record(*(int(value) for value in row))
+    """Return the record of one chain; zeros for a chain that never committed.
+
+    Raises
+    ------
+    DamagedError
+        It is missing, though every chain has one, or it cannot be read.
+    """
+    array = stored(root, schema.COMMIT, schema.RECORD)
+    if is_sealed(root) and stored_fingerprint(root) is not None:
+        require_chunks(array, (chain,))
+    draws, step, slot = (int(value) for value in read(array, chain))
+    return Record(draws, step, slot)
+
+
+def require_sound(root: zarr.Group) -> None:
+    """Raise unless a run can be continued: what is sealed is as it was, what counts is there.
+
+    Contents are not read, but for those of labels; `verify` reads all.
+
+    Raises
+    ------
+    DamagedError
+        The first fault found.
+    """
+    for path in run_groups(root):
+        group = group_at(root, path)
+        if is_sealed(root) and seal_of(group) is None:
+            raise damaged(root.store, f"{path}/zarr.json has lost its seal")
+        for problem in broken_seals(group):
+            raise damaged(root.store, f"{problem.path}: {problem.detail}")
+    arrays, known = recorded(root), Digests.of(root)
+    for chain in range(stored(root, schema.LOSSES, schema.LOSS).shape[0]):
+        require_committed(root, chain, read_record(root, chain), arrays, known)
+
+
+def require_committed(
+    root: zarr.Group,
+    chain: int,
+    record: Record,
+    arrays: Mapping[str, zarr.Array],
+    known: Digests | None,
+) -> Latest | None:
+    """Raise unless all that a record counts is there; return its checksums, if it has any.
+
+    Raises
+    ------
+    DamagedError
+        A chunk is missing or cut off, or the record is not the one that was written with them.
+    """
+    name = f"{schema.COMMIT}/{schema.RECORD.name} of chain {chain}"
+    first = next(iter(arrays.values()))
+    if record.slot not in (0, 1) or not 0 <= record.draws <= first.shape[1]:
+        raise damaged(root.store, f"{name} is {list(record)}, which cannot be")
+    for array in arrays.values():
+        blocks = range(-(-record.draws // array.chunks[1]))
+        keys = [key for block in blocks for key in chunk_keys(array, (chain, block))]
+        if lost := missing(array.store, keys, size=chunk_size(array)):
+            raise damaged(
+                root.store,
+                f"{lost[0]} was committed, but is missing, empty or cut off ({len(lost)} such "
+                f"chunks of {array.path})",
+            )
+    if known is None or record.step == 0:
+        return None
+    latest = known.read_latest(chain, record.slot)
+    if latest is None:
+        raise damaged(root.store, f"{known.latest_key(chain, record.slot)} is missing")
+    if (latest.chain, latest.draws, latest.step) != (chain, record.draws, record.step):
+        raise damaged(
+            root.store,
+            f"{name} counts {record.draws} draws and {record.step} steps, but the checksums "
+            f"beside it are of {latest.draws} draws and {latest.step} steps of chain "
+            f"{latest.chain}",
+        )
+    return latest
 
 
 class ChainRegion:
@@ -72,10 +157,12 @@ class ChainRegion:
         self._arrays = recorded(root)
         self._vectors = carried(root)
         self._record = stored(root, schema.COMMIT, schema.RECORD)
+        self._digests = Digests.of(root)
         self._depth = stored(root, schema.LOSSES, schema.LOSS).chunks[1]
         self._pending: Future[float] | None = None
         self._last, self._cost = time.monotonic(), 0.0
         self.record = read_record(root, chain)
+        self._latest = require_committed(root, chain, self.record, self._arrays, self._digests)
         self.draws = self.record.draws
         self._committed = self.record
         self._open_block(self.draws // self._depth * self._depth)
@@ -91,16 +178,47 @@ class ChainRegion:
     def _refill(self) -> None:
         kept = slice(self._start, self.draws)
         count = self.draws - self._start
-        if count:
-            for path, array in self._arrays.items():
-                self._rows[path][:count] = array[self._chain, kept]
+        if not count:
+            return
+        for path, array in self._arrays.items():
+            self._rows[path][:count] = read(array, (self._chain, kept))
+        if self._digests is not None and self._latest is not None:
+            at = self._chain, self._start // self._depth
+            rows = {path: values[:count] for path, values in self._rows.items()}
+            self._compare(self._arrays, at, self._digests.of_block(*at, rows), self._latest.block)
+
+    def _compare(
+        self,
+        arrays: Mapping[str, zarr.Array],
+        at: tuple[int, int],
+        found: Mapping[str, np.ndarray],
+        known: Mapping[str, np.ndarray],
+    ) -> None:
+        for name, array in arrays.items():
+            differ = np.flatnonzero(found[name] != known[name])
+            if len(differ):
+                key = chunk_keys(array, at)[int(differ[0])]
+                raise damaged(self._root.store, f"{key} is not the chunk that was committed")
 
     def state(self) -> dict[str, np.ndarray] | None:
-        """Return the vectors carried at the last commit, by name; ``None`` at the start."""
+        """Return the vectors carried at the last commit, by name; ``None`` at the start.
+
+        Raises
+        ------
+        DamagedError
+            A vector is missing or damaged, or not the one that was committed.
+        """
         if self.record.step == 0:
             return None
-        slot = self.record.slot
-        return {k: np.asarray(array[self._chain, slot]) for k, array in self._vectors.items()}
+        at = self._chain, self.record.slot
+        found = {}
+        for name, array in self._vectors.items():
+            require_chunks(array, at)
+            found[name] = read(array, at)
+        if self._digests is not None and self._latest is not None:
+            now = self._digests.of_state(*at, found)
+            self._compare(self._vectors, at, now, self._latest.state)
+        return found
 
     def diverged(self) -> bool:
         """Say whether the last draw was flagged as non-finite."""
@@ -108,7 +226,7 @@ class ChainRegion:
             return False
         if self.draws > self._start:
             return bool(self._rows[_DIVERGED][self.draws - self._start - 1])
-        return bool(self._arrays[_DIVERGED][self._chain, self.draws - 1])
+        return bool(read(self._arrays[_DIVERGED], (self._chain, self.draws - 1)))
 
     @property
     def committed(self) -> Record:
@@ -177,6 +295,8 @@ class ChainRegion:
                     stop = min(start + self._depth, array.shape[1])
                     array[chain, start:stop] = rows[path][: stop - start]
                     keys += chunk_keys(array, (chain, block))
+            if self._digests is not None:
+                keys += self._write_digests(self._digests, start, rows, state, record)
             for name, array in self._vectors.items():
                 array[chain, record.slot] = state[name]
                 keys += chunk_keys(array, (chain, record.slot))
@@ -184,6 +304,25 @@ class ChainRegion:
             self._record[chain] = record
             flush(self._root.store, chunk_keys(self._record, (chain,)))
         return time.monotonic() - began
+
+    def _write_digests(
+        self,
+        to: Digests,
+        start: int,
+        rows: Mapping[str, np.ndarray],
+        state: Mapping[str, np.ndarray],
+        record: Record,
+    ) -> list[str]:
+        chain, block = self._chain, start // self._depth
+        found, keys = to.no_block(), []
+        if record.draws > start:
+            kept = {path: values[: record.draws - start] for path, values in rows.items()}
+            found = to.of_block(chain, block, kept)
+            if record.draws == start + self._depth:
+                keys.append(to.write_block(chain, block, found))
+        carried = to.of_state(chain, record.slot, state)
+        row = Latest(chain, record.draws, record.step, carried, found)
+        return [*keys, to.write_latest(record.slot, row)]
 
 
 @contextmanager

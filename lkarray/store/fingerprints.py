@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from lkarray.errors import FingerprintError
 
@@ -18,3 +21,11 @@ def refuse_changes(
         raise FingerprintError(
             f"{where} holds a run made with other settings ({lines}). Nothing was touched: {remedy}"
         )
+
+
+def hash_labels(labels: Mapping[str, np.ndarray]) -> str:
+    """Return a hash of the labels of an observed set, by their names."""
+    digest = hashlib.sha256()
+    for name, values in sorted(labels.items()):
+        digest.update(repr((name, values.tolist())).encode())
+    return digest.hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -20,6 +20,7 @@ from zarr.errors import ZarrUserWarning
 from lkarray import schema
 from lkarray.errors import StoreError
 from lkarray.schema import VariableSpec
+from lkarray.store.chunks import chunk_keys, damaged, flush, missing
 from lkarray.store.location import (
     MARK,
     StoreLike,
@@ -27,11 +28,13 @@ from lkarray.store.location import (
     create_root,
     describe,
     inner_store,
+    is_sealed,
     local_path,
     update_mark,
     writing,
 )
 from lkarray.store.objects import UrlStore
+from lkarray.store.seals import seal
 
 #: Bit flips pass raw and zstd chunks unseen, and zstd halves the speed of reading.
 CODECS = (Crc32cCodec(),)
@@ -44,6 +47,12 @@ _WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
 _BLOCK_BYTES = 64 << 20
 _BLOCK_DRAWS, _FEW_BYTES = 512, 8 << 20
 _STATE_CHUNK = 1 << 22
+
+#: Attributes of each group of losses that the run's fingerprint has too.
+SETTINGS = ("loss", "nbeta", "gamma", "sampler", "burn_in", "thin", "batch_size", "seed")
+
+#: Numbers before the checksums of `schema.LATEST`: chain, draws and steps.
+HEAD = 3
 
 
 @dataclass(frozen=True)
@@ -156,11 +165,45 @@ def create_run(
             chunk = (1, 1, min(size, _STATE_CHUNK))
             spec = replace(schema.PARAMETERS, name=name)
             create_array(vectors, spec, (chains, 2, size), chunk, dtype=state_dtype)
-        fields = {"fields": ["draws", "step", "slot"]}
-        commit = root.create_group(schema.COMMIT)
-        create_array(commit, schema.RECORD, (chains, 3), (1, 3), attrs=fields)
+        _create_commit(root, sets, observables, state, chains, draws)
+        for observed in sets:
+            seal(group_at(root, observed.group), growing={schema.LOSS.name})
+        for name in {schema.SAMPLE_STATS, schema.OBSERVABLES, schema.STATE, schema.COMMIT}:
+            if name != schema.OBSERVABLES or observables:
+                seal(group_at(root, name), growing=set(group_at(root, name).array_keys()))
         update_mark(root, **{schema.LOSSES: dict(fingerprint)})
     return root
+
+
+def _create_commit(
+    root: zarr.Group,
+    sets: Sequence[LossSet],
+    observables: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, int],
+    chains: int,
+    draws: int,
+) -> None:
+    """Create the records, zero for each chain, and the room for checksums (see `digests`)."""
+    commit = root.create_group(schema.COMMIT)
+    fields = {"fields": ["draws", "step", "slot"]}
+    record = create_array(commit, schema.RECORD, (chains, 3), (1, 3), attrs=fields)
+    paths = [f"{observed.group}/{schema.LOSS.name}" for observed in sets]
+    paths += [f"{schema.SAMPLE_STATS}/{spec.name}" for spec in schema.STATS]
+    paths += [f"{schema.OBSERVABLES}/{name}" for name in observables]
+    written = [stored_at(root, path) for path in paths]
+    vectors = [stored_at(root, f"{schema.STATE}/{name}") for name in state]
+    width, blocks = pieces(written), -(-draws // written[0].chunks[1])
+    row = HEAD + pieces(vectors) + width
+    fields = {"first": ["chain", "draws", "step"]}
+    create_array(commit, schema.LATEST, (chains, 2, row), (1, 1, row), attrs=fields)
+    create_array(commit, schema.BLOCKS, (chains, blocks, width), (1, 1, width))
+    record[...] = 0
+    flush(root.store, chunk_keys(record))
+
+
+def pieces(arrays: Iterable[zarr.Array]) -> int:
+    """Return how many chunks the arrays have for one chain, and one block or slot."""
+    return sum(prod(array.cdata_shape[2:]) for array in arrays)
 
 
 def _create_set(root: zarr.Group, of: LossSet, chains: int, draws: int, depth: int) -> None:
@@ -181,13 +224,12 @@ def _create_set(root: zarr.Group, of: LossSet, chains: int, draws: int, depth: i
 
 def create_coord(group: zarr.Group, name: str, values: np.ndarray, dim: str) -> None:
     """Write a coordinate of one dim, whole."""
-    text = values.dtype.kind == "T"
     array = group.create_array(
         name,
         shape=values.shape,
         chunks=values.shape,
-        dtype=str if text else values.dtype,
-        compressors=None if text else CODECS,
+        dtype=str if values.dtype.kind == "T" else values.dtype,
+        compressors=CODECS,
         dimension_names=(dim,),
         config=_WRITE_ALL,
     )
@@ -238,6 +280,13 @@ def carried_paths(root: zarr.Group) -> dict[str, tuple[str, ...]]:
     return {f"{schema.STATE}/{name}": schema.PARAMETERS.dims for name in names}
 
 
+def run_groups(root: zarr.Group) -> list[str]:
+    """Return the groups of a sampled run."""
+    groups = [*loss_groups(root), schema.SAMPLE_STATS, schema.STATE, schema.COMMIT]
+    seen = any(path.startswith(f"{schema.OBSERVABLES}/") for path in recorded_paths(root))
+    return [*groups, schema.OBSERVABLES] if seen else groups
+
+
 def recorded(root: zarr.Group) -> dict[str, zarr.Array]:
     """Return the arrays of `recorded_paths`."""
     return {path: stored_at(root, path) for path in recorded_paths(root)}
@@ -251,10 +300,15 @@ def carried(root: zarr.Group) -> dict[str, zarr.Array]:
 def grow(root: zarr.Group, *, chains: int, draws: int) -> None:
     """Enlarge the arrays to at least ``chains`` and ``draws``; nothing stored is touched."""
     loss = stored(root, schema.LOSSES, schema.LOSS)
-    want = {schema.CHAIN: max(chains, loss.shape[0]), schema.DRAW: max(draws, loss.shape[1])}
+    before, depth = loss.shape[0], loss.chunks[1]
+    want = {schema.CHAIN: max(chains, before), schema.DRAW: max(draws, loss.shape[1])}
+    want["block"] = -(-want[schema.DRAW] // depth)
     # The losses come last: readers take their sizes and cut the others to them, so that a kill
     # in between is harmless.
-    arrays = [stored(root, schema.COMMIT, schema.RECORD), *carried(root).values()]
+    record = stored(root, schema.COMMIT, schema.RECORD)
+    arrays = [record, *carried(root).values()]
+    if is_sealed(root):
+        arrays += [stored(root, schema.COMMIT, spec) for spec in (schema.LATEST, schema.BLOCKS)]
     arrays += reversed(recorded(root).values())
     grown = []
     for array in arrays:
@@ -270,6 +324,16 @@ def grow(root: zarr.Group, *, chains: int, draws: int) -> None:
         for array, shape in grown:
             if shape != array.shape:
                 array.resize(shape)
+            if array is record and is_sealed(root):
+                _add_records(stored_at(root, record.path), range(before, want[schema.CHAIN]))
+
+
+def _add_records(record: zarr.Array, chains: Iterable[int]) -> None:
+    """Write zero records of new chains, so that a missing one is always a fault."""
+    keys = [key for chain in chains for key in chunk_keys(record, (chain,))]
+    for key in missing(record.store, keys):
+        record[int(key.split("/")[-2])] = 0
+    flush(record.store, keys)
 
 
 def finish(root: zarr.Group) -> None:
@@ -287,11 +351,44 @@ def stored(root: zarr.Group, group: str, spec: VariableSpec) -> zarr.Array:
 
 
 def stored_at(root: zarr.Group, path: str) -> zarr.Array:
-    """Return the array at a path, likewise."""
-    array = root[path]
-    assert isinstance(array, zarr.Array)
+    """Return the array at a path, likewise.
+
+    Raises
+    ------
+    DamagedError
+        Its metadata are missing, or cannot be read.
+    """
+    array = node_at(root, path)
+    if not isinstance(array, zarr.Array):
+        raise damaged(root.store, f"{path}/zarr.json is that of a group, not of an array")
     whole: zarr.Array = array.with_config(_WRITE_ALL)
     return whole
+
+
+def node_at(root: zarr.Group, path: str) -> zarr.Array | zarr.Group:
+    """Return what is stored at a path.
+
+    Raises
+    ------
+    DamagedError
+        Its metadata are missing, or cannot be read.
+    """
+    try:
+        return root[path]  # type: ignore[return-value]
+    except (KeyError, FileNotFoundError):
+        raise damaged(root.store, f"{path}/zarr.json is missing") from None
+    except OSError:
+        raise
+    except Exception as error:  # zarr names no common base for broken metadata
+        raise damaged(root.store, f"{path}/zarr.json cannot be read ({error})") from None
+
+
+def group_at(root: zarr.Group, path: str) -> zarr.Group:
+    """Return the group at a path; raises as `node_at`."""
+    group = node_at(root, path)
+    if not isinstance(group, zarr.Group):
+        raise damaged(root.store, f"{path}/zarr.json is that of an array, not of a group")
+    return group
 
 
 def require_space(store: Store, needed: int) -> None:

@@ -28,6 +28,8 @@ SCHEMA_VERSION = 1
 #: Root attribute under which lkarray keeps what it must know of a store.
 MARK = "lkarray"
 _SEAL = "seal"  # in it: a checksum of the rest
+#: What lkarray 0.1.0 wrote there.
+_UNSEALED = {"schema", "version", "losses", "parts", "trajectory", "gradients", "audits"}
 
 _CAUSES = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -161,7 +163,7 @@ def exists(store: Store) -> bool:
         raise
     except OSError as error:
         raise StoreError(f"cannot read {describe(store)}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # zarr names no common base for broken metadata
         raise DamagedError(
             f"the root metadata of {describe(store)} cannot be read ({error}); nothing was "
             "touched. Restore zarr.json from a copy"
@@ -207,7 +209,8 @@ def open_root(path: StoreLike, *, mode: str = "r") -> zarr.Group:
             f"{SCHEMA_VERSION}. Upgrade lkarray; nothing was touched"
         )
     rest = {key: value for key, value in mark.items() if key != _SEAL}
-    if mark.get(_SEAL, json_digest(rest)) != json_digest(rest):
+    lost = _SEAL not in mark and not set(mark) <= _UNSEALED  # the seal's own key was changed
+    if lost or mark.get(_SEAL, json_digest(rest)) != json_digest(rest):
         raise DamagedError(
             f"the root metadata of {describe(store)} were changed since they were written "
             f"(attribute {MARK!r} of zarr.json); nothing was touched. Restore zarr.json from a copy"

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.abc.store import Store
+from zarr.core.sync import sync
+from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
-from lkarray.errors import DivergedError, StoreError
+from lkarray.errors import DamagedError, DivergedError, StoreError
 from lkarray.store.audits import audit_marks, open_audit
+from lkarray.store.chunks import damaged, read, read_whole, require_chunks
 from lkarray.store.commit import Record, read_record
 from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import (
+    SETTINGS,
+    group_at,
     loss_groups,
     part_store,
     parts_of,
+    recorded_paths,
     stored,
+    stored_at,
     stored_fingerprint,
 )
-from lkarray.store.location import StoreLike, describe, open_root
+from lkarray.store.location import StoreLike, describe, is_sealed, open_root
+from lkarray.store.seals import SEAL, broken_seals, seal_of
 from lkarray.store.trajectory import open_trajectory, read_steps, trace_fingerprint
 
 logger = logging.getLogger("lkarray")
 
 DERIVED = "derived"
+_OBSERVABLES = f"{schema.OBSERVABLES}/"
 #: Attribute of a tree of several runs: in what they differ, and the attributes of each.
 PARTS = "parts"
 HIDDEN = "."  # begins the names of derived groups that are being written
@@ -56,6 +69,10 @@ def open_store(path: StoreLike) -> xr.DataTree:
     ------
     StoreError
         There is no store, it is not lkarray's, or it holds no committed draw.
+    DamagedError
+        Metadata, labels or losses at w* are missing, cannot be read, or are not those that were
+        written; the message names the file. A result under ``derived`` that is damaged is left
+        out instead, and said in ``hidden``.
     StoreVersionError
         A newer lkarray wrote it.
     DivergedError
@@ -75,30 +92,20 @@ def open_rectangle(
         return _open_parts(root, parts, chains, draws)
     training = _training_groups(root)
     if stored_fingerprint(root) is None:
-        derived = derived_groups(root)
-        if not training and not derived:
+        derived, broken = _open_derived(root)
+        if not training and not derived and not broken:
             raise StoreError(
                 f"{describe(store)} holds no losses: its sampling was stopped before it began. "
                 "Run lk.sample on it again"
             )
-        groups = {"/": xr.Dataset(attrs=dict(root.attrs))} | training
-        groups |= {path: _open_group(store, path) for path in derived}
-        return xr.DataTree.from_dict(groups, name="lkarray")
+        groups = {"/": xr.Dataset(attrs=dict(root.attrs))} | training | derived
+        tree = xr.DataTree.from_dict(groups, name="lkarray")
+        _hide(tree, store, broken)
+        return tree
     shown, depth, hidden = _rectangle(root, chains)
     depth = min(depth, draws) if draws is not None else depth
-    stats = _open_stats(store, stored(root, schema.LOSSES, schema.LOSS).shape)
-    schema.validate(stats, schema.STATS, where=f"{describe(store)}/sample_stats")
-    sampled = {group: _open_group(store, group) for group in loss_groups(root)}
-    for group, losses in sampled.items():
-        specs = schema.GROUPS[schema.LOSSES]
-        schema.validate(losses, specs, where=f"{describe(store)}/{group}")
-    sampled[schema.SAMPLE_STATS] = stats
-    if schema.OBSERVABLES in root:
-        sampled[schema.OBSERVABLES] = _open_group(store, schema.OBSERVABLES)
-        about = sampled[schema.LOSSES]
-        if schema.SAMPLE in sampled[schema.OBSERVABLES].dims:
-            labels = {k: v for k, v in about.coords.items() if v.dims == (schema.SAMPLE,)}
-            sampled[schema.OBSERVABLES] = sampled[schema.OBSERVABLES].assign_coords(labels)
+    sampled = _open_sampled(root)
+    stats = sampled[schema.SAMPLE_STATS]
     whole = {dim: np.arange(stats.sizes[dim]) for dim in schema.POSTERIOR}
     select: dict[str, Any] = {schema.CHAIN: shown, schema.DRAW: slice(depth)}
     if shown == list(range(len(shown))):
@@ -108,12 +115,41 @@ def open_rectangle(
         # Growth that was killed leaves some arrays larger than the losses.
         fits = ds.isel({dim: slice(len(index)) for dim, index in whole.items()})
         groups[group] = fits.assign_coords(whole).isel(select)
-    groups |= training | {path: _open_group(store, path) for path in derived_groups(root)}
-    tree = xr.DataTree.from_dict(groups, name="lkarray")
+    derived, broken = _open_derived(root)
+    tree = xr.DataTree.from_dict(groups | training | derived, name="lkarray")
+    _hide(tree, store, hidden + broken)
+    return tree
+
+
+def _hide(tree: xr.DataTree, store: Any, hidden: list[str]) -> None:
+    """Say what a tree leaves out of a store."""
     if hidden:
         logger.warning("%s: %s", describe(store), "; ".join(hidden))
-        tree.attrs["hidden"] = hidden
-    return tree
+        tree.attrs["hidden"] = [*tree.attrs.get("hidden", []), *hidden]
+
+
+def _open_sampled(root: zarr.Group) -> dict[str, xr.Dataset]:
+    """Return the groups that chains record, as long as the store's arrays are, checked."""
+    where = describe(root.store)
+    stats = _open_stats(root, stored(root, schema.LOSSES, schema.LOSS).shape)
+    schema.validate(stats, schema.STATS, where=f"{where}/{schema.SAMPLE_STATS}")
+    sampled = {}
+    for group in loss_groups(root):
+        sampled[group] = _open_losses(root, group)
+        schema.validate(sampled[group], schema.GROUPS[schema.LOSSES], where=f"{where}/{group}")
+        _check_sealed(root, group)
+    sampled[schema.SAMPLE_STATS] = stats
+    observables = [path for path in recorded_paths(root) if path.startswith(_OBSERVABLES)]
+    if observables:
+        found = {path.removeprefix(_OBSERVABLES): _lazy(root, path) for path in observables}
+        ds = xr.Dataset(found)
+        if schema.SAMPLE in ds.dims:
+            about = sampled[schema.LOSSES]
+            ds = ds.assign_coords(
+                {k: v for k, v in about.coords.items() if v.dims == (schema.SAMPLE,)}
+            )
+        sampled[schema.OBSERVABLES] = ds
+    return sampled
 
 
 def _training_groups(root: zarr.Group) -> dict[str, xr.Dataset]:
@@ -140,8 +176,10 @@ def _open_parts(
     trees = [open_rectangle(store, chains=chains, draws=draws) for store in stores]
     tree = join_parts(trees, parts["dim"], parts["labels"])
     tree.attrs = dict(root.attrs) | tree.attrs
-    for path in derived_groups(root):
-        tree[path] = xr.DataTree(_open_group(root.store, path))
+    derived, broken = _open_derived(root)
+    for path, ds in derived.items():
+        tree[path] = xr.DataTree(ds)
+    _hide(tree, root.store, broken)
     return tree
 
 
@@ -169,38 +207,120 @@ def join_parts(trees: list[xr.DataTree], dim: str, labels: list[Any]) -> xr.Data
     return tree
 
 
-def _open_group(store: Any, group: str, *, only: str | None = None) -> xr.Dataset:
-    others = [s.name for s in schema.GROUPS.get(group, ()) if only is not None and s.name != only]
-    ds: xr.Dataset = xr.open_zarr(
-        store, group=group, consolidated=False, chunks={}, zarr_format=3, drop_variables=others
+def _lazy(root: zarr.Group, path: str) -> xr.Variable:
+    """Return an array that grows, on Dask: one Dask chunk for each stored one."""
+    array = stored_at(root, path)
+    dims = array.metadata.dimension_names or ()  # type: ignore[union-attr]
+    attrs = {key: value for key, value in array.attrs.items() if key != "coordinates"}
+    return xr.Variable(dims, da.from_zarr(array), attrs)
+
+
+def _open_losses(root: zarr.Group, group: str) -> xr.Dataset:
+    """Open the losses of an observed set; labels and losses at w* are read, without Dask.
+
+    Dask's threads do not survive a fork, after which labels read by them would never come.
+    """
+    node = group_at(root, group)
+    found, first = {}, [spec.name for spec in schema.GROUPS[schema.LOSSES]]
+    there = set(folders(root.store, group))
+    for name in [n for n in first if n in there] + sorted(there - set(first)):
+        path = f"{group}/{name}"
+        if name == schema.LOSS.name:
+            found[name] = _lazy(root, path)
+        else:
+            array = stored_at(root, path)
+            dims = array.metadata.dimension_names or ()  # type: ignore[union-attr]
+            attrs = {key: value for key, value in array.attrs.items() if key != "coordinates"}
+            found[name] = xr.Variable(dims, read_whole(array), attrs)
+    attrs = {key: value for key, value in node.attrs.items() if key != SEAL}
+    ds = xr.Dataset({name: found[name] for name in first if name in found}, attrs=attrs)
+    return ds.assign_coords({name: found[name] for name in found if name not in first})
+
+
+def _check_sealed(root: zarr.Group, group: str) -> None:
+    """Raise unless a group of losses is as it was made: labels, attributes, metadata."""
+    node = group_at(root, group)
+    for name, known, now in changed_settings(root, node):
+        raise DamagedError(
+            f"{describe(root.store)} is damaged: attribute {name!r} of {group}/zarr.json is "
+            f"{now!r}, but the run was made with {known!r}, as its fingerprint says. Nothing was "
+            "touched: lk.repair puts it right; lk.verify lists all faults"
+        )
+    if is_sealed(root) and seal_of(node) is None:
+        raise damaged(root.store, f"{group}/zarr.json has lost its seal")
+    for problem in broken_seals(node):
+        raise damaged(root.store, f"{problem.path}: {problem.detail}")
+
+
+def changed_settings(root: zarr.Group, group: zarr.Group) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the attributes of a group of losses that differ from the run's fingerprint.
+
+    Each with the fingerprint's value and the one stored.
+    """
+    fingerprint = stored_fingerprint(root) or {}
+    for name in SETTINGS:
+        if name in fingerprint and group.attrs.get(name) != fingerprint[name]:
+            yield name, fingerprint[name], group.attrs.get(name)
+
+
+def _open_stats(root: zarr.Group, shape: tuple[int, ...]) -> xr.Dataset:
+    """Open the statistics, cut to the sizes of the losses: growth may have been killed."""
+    found = {spec.name: _lazy(root, f"{schema.SAMPLE_STATS}/{spec.name}") for spec in schema.STATS}
+    sizes = {dim: slice(n) for dim, n in zip(schema.POSTERIOR, shape, strict=False)}
+    return xr.Dataset(
+        {name: variable.isel(sizes, missing_dims="ignore") for name, variable in found.items()}
     )
+
+
+def _open_derived(root: zarr.Group) -> tuple[dict[str, xr.Dataset], list[str]]:
+    """Open the results that a store keeps; those that are damaged are left out, and named."""
+    found, broken = {}, []
+    for path in derived_groups(root):
+        try:
+            found[path] = _open_result(root, path)
+        except Exception as error:  # xarray and every codec raise their own
+            reason = (str(error) or repr(error)).splitlines()[0]
+            broken.append(
+                f"{path} is damaged and left out: {reason.removesuffix('.')}; compute it again, "
+                "or restore it from a copy"
+            )
+    return found, broken
+
+
+def _open_result(root: zarr.Group, path: str) -> xr.Dataset:
+    node = group_at(root, path)
+    for problem in broken_seals(node, contents=False):
+        raise damaged(root.store, f"{problem.path}: {problem.detail}")
+    with warnings.catch_warnings():
+        # Of what has no metadata, which is an error below.
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        ds: xr.Dataset = xr.open_zarr(
+            root.store, group=path, consolidated=False, chunks={}, zarr_format=3
+        )
+    for name in folders(root.store, path):
+        if name not in ds.variables:
+            raise damaged(root.store, f"{path}/{name}/zarr.json is missing")
     for name in ds.coords:
-        ds[name].load()
-    # Zarr lists arrays in any order; the schema's own comes first, so that dims do too.
-    of = schema.LOSSES if group.startswith(schema.LOSSES) else group
-    first = [spec.name for spec in schema.GROUPS.get(of, ()) if spec.name in ds]
-    ds = ds[[*first, *sorted(set(map(str, ds.data_vars)) - set(first))]]
-    if schema.CENTER_LOSS.name in ds:
-        ds[schema.CENTER_LOSS.name].load()
+        require_chunks(stored_at(root, f"{path}/{name}"))
+        ds[name].load(scheduler="synchronous")  # in this thread: see _open_losses
+    ds = ds[sorted(map(str, ds.data_vars))]
+    ds.attrs = {key: value for key, value in node.attrs.items() if key != SEAL}
     return ds
 
 
-def _open_stats(store: Any, shape: tuple[int, ...]) -> xr.Dataset:
-    """Open the statistics, cut to the sizes of the losses: growth may have been killed."""
-    names = [spec.name for spec in schema.STATS]
-    parts = [_open_group(store, schema.SAMPLE_STATS, only=name) for name in names]
-    sizes = {dim: slice(n) for dim, n in zip(schema.POSTERIOR, shape, strict=False)}
-    return xr.merge([part.isel(sizes, missing_dims="ignore") for part in parts], join="exact")
+def folders(store: Store, path: str) -> list[str]:
+    """Return the names of the folders at a path of a store, whether they have metadata or not."""
+
+    async def look() -> list[str]:
+        names = [name async for name in store.list_dir(path)]
+        return [name for name in names if not await store.exists(f"{path}/{name}".lstrip("/"))]
+
+    return sorted(name for name in sync(look()) if not name.startswith(HIDDEN))
 
 
 def derived_groups(root: zarr.Group) -> list[str]:
-    """Return the paths of the finished results in the store."""
-    if DERIVED not in root:
-        return []
-    group = root[DERIVED]
-    assert isinstance(group, zarr.Group)
-    names = sorted(name for name in group.group_keys() if not name.startswith(HIDDEN))
-    return [f"{DERIVED}/{name}" for name in names]
+    """Return the paths of the finished results in the store, damaged ones too."""
+    return [f"{DERIVED}/{name}" for name in folders(root.store, DERIVED)]
 
 
 def _rectangle(root: zarr.Group, limit: int | None) -> tuple[list[int], int, list[str]]:
@@ -213,7 +333,7 @@ def _rectangle(root: zarr.Group, limit: int | None) -> tuple[list[int], int, lis
         raise StoreError(
             f"{describe(root.store)} holds no committed draw yet; run lk.sample on it again"
         )
-    bad = [c for c, r in started.items() if bool(np.any(flags[c, : r.draws]))]
+    bad = [c for c, r in started.items() if _diverged(flags, c, r.draws)]
     good = {c: r for c, r in started.items() if c not in bad}
     if not good:
         raise DivergedError(
@@ -222,6 +342,13 @@ def _rectangle(root: zarr.Group, limit: int | None) -> tuple[list[int], int, lis
         )
     draws = min(record.draws for record in good.values())
     return list(good), draws, _hidden(records, bad, good, draws)
+
+
+def _diverged(flags: zarr.Array, chain: int, draws: int) -> bool:
+    """Say whether one of the draws of a chain is flagged; a chunk that is lost says neither."""
+    for block in range(-(-draws // flags.chunks[1])):
+        require_chunks(flags, (chain, block))
+    return bool(np.any(read(flags, (chain, slice(draws)))))
 
 
 def _hidden(

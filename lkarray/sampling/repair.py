@@ -1,0 +1,346 @@
+"""`repair`: what is damaged of a store is taken again, where it can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import zarr
+
+from lkarray import progress as progress_bars
+from lkarray import schema
+from lkarray import store as stores
+from lkarray.errors import DamagedError, LkarrayError
+from lkarray.nn.batches import MapDataset
+from lkarray.sampling import checks
+from lkarray.sampling.chain import Schedule, Seat, Stack
+from lkarray.sampling.job import Job, center_losses, check_center, prepare
+from lkarray.sampling.posterior import LocalPosterior
+from lkarray.sampling.randomness import ChainRandomness
+from lkarray.sampling.replay import remembered
+from lkarray.sampling.samplers import Sampler, sampler_from
+from lkarray.sampling.target import Observable, Target
+from lkarray.store.audits import audit_marks
+from lkarray.store.gradients import gradient_marks
+from lkarray.store.layout import carried_paths, group_at, loss_groups, recorded_paths, stored_at
+from lkarray.store.location import StoreLike
+from lkarray.store.mending import (
+    ChainMender,
+    Repair,
+    mend_index,
+    mend_metadata,
+    mend_records,
+    mend_whole,
+)
+from lkarray.store.problems import Problem
+from lkarray.store.seals import seal_of
+from lkarray.store.trajectory import ROOT
+
+_CHECKSUMS = {f"{schema.COMMIT}/{spec.name}" for spec in (schema.LATEST, schema.BLOCKS)}
+_COMMITTED = re.compile(r"(.+)/c/(\d+)(?:/\d+)*")
+
+
+def repair(
+    store: StoreLike,
+    posterior: LocalPosterior | None = None,
+    *,
+    observed: MapDataset | Mapping[str, MapDataset] | None = None,
+    sampler: Sampler | None = None,
+    observables: Mapping[str, Observable] | None = None,
+    progress: bool = True,
+) -> list[Repair]:
+    """Mend what `verify` finds, as far as it can be made again; say what could not be.
+
+    Metadata and settings come from the copies that a store keeps of them. Chunks of chains
+    (losses, statistics, observables, state, checksums) are taken again: the chain is replayed
+    from w* with the store's own settings, compared bit for bit with all of it that is sound, and
+    what is damaged is written only if nothing differs. So nothing sound is ever replaced by
+    something else, and what was killed halfway can be run again.
+
+    Parameters
+    ----------
+    store
+        A folder, a URL or a Zarr store.
+    posterior
+        The posterior that was sampled. Not needed in the process that sampled, where it is
+        remembered, nor where no chain is damaged.
+    observed
+        The observed sets, as they were given to `sample`. Not needed where they are remembered,
+        or the training set was observed.
+    sampler
+        The sampler, if its schedule is a function of your own, which a store cannot hold.
+    observables
+        The observables that were recorded, if there were any.
+    progress
+        Whether to show a progress bar when it takes longer than two seconds.
+
+    Returns
+    -------
+    list of Repair
+        One for each fault, with ``path``, ``mended`` and ``detail``; empty for a sound store.
+        Labels, results under ``derived`` and recorded training runs cannot be made again here:
+        their entries say what to do.
+
+    Raises
+    ------
+    StoreError
+        There is no store.
+    LockedError
+        Another process is writing to the store.
+    """
+    given = _Given(posterior, observed, sampler, observables, progress)
+    return _repair(stores.as_store(store), given)
+
+
+@dataclass(frozen=True)
+class _Given:
+    posterior: LocalPosterior | None
+    observed: MapDataset | Mapping[str, MapDataset] | None
+    sampler: Sampler | None
+    observables: Mapping[str, Observable] | None
+    progress: bool
+
+
+def _repair(place: Any, given: _Given) -> list[Repair]:
+    before = stores.verify(place)
+    if not before:
+        return []
+    try:
+        root = stores.open_root(place, mode="r+")
+    except DamagedError as error:
+        return [Repair(problem.path, False, str(error)) for problem in before]
+    parts = stores.parts_of(root)
+    if parts is not None:
+        return _parts(root, parts, before, given)
+    with stores.writer_lock(place):
+        reasons = _mend(root, given)
+    after = {problem.path: problem for problem in stores.verify(place)}
+    return _told(root, before, after, reasons)
+
+
+def _parts(
+    root: zarr.Group, parts: Mapping[str, Any], before: list[Problem], given: _Given
+) -> list[Repair]:
+    """Repair each of several runs."""
+    found = []
+    for label in parts["labels"]:
+        at = f"{parts['dim']}/{label}/"
+        if any(problem.path.startswith(at) for problem in before):
+            own = given
+            inner = stores.part_store(root.store, parts["dim"], label)
+            if given.posterior is not None and parts["dim"] == schema.COMPONENT:
+                trainable = (stores.stored_fingerprint(stores.open_root(inner)) or {})["trainable"]
+                own = dataclasses.replace(given, posterior=given.posterior.moving(trainable))
+            found += [one._replace(path=at + one.path) for one in _repair(inner, own)]
+    inside = tuple(f"{parts['dim']}/{label}/" for label in parts["labels"])
+    others = [problem for problem in before if not problem.path.startswith(inside)]
+    if others:
+        with stores.writer_lock(root.store):
+            mend_metadata(root, others)
+            stores.finish(root)
+        after = {problem.path: problem for problem in stores.verify(root.store)}
+        found += _told(root, others, after, {})
+    return found
+
+
+def _mend(root: zarr.Group, given: _Given) -> dict[str, str]:
+    """Mend what can be; return why the rest could not, by the beginning of its path."""
+    problems = stores.verify(root.store)
+    if stores.stored_fingerprint(root) is not None:
+        mend_metadata(root, problems)
+        mend_index(root, problems)
+        mend_records(root, problems)
+        problems = stores.verify(root.store)
+    chains = _damaged_chains(root, problems)
+    centers = [
+        group
+        for group in (loss_groups(root) if stores.stored_fingerprint(root) else ())
+        if any(p.path.startswith(f"{group}/{schema.CENTER_LOSS.name}") for p in problems)
+    ]
+    reasons: dict[str, str] = {}
+    if chains or centers:
+        try:
+            reasons = _replay(root, chains, centers, given)
+        except (LkarrayError, ValueError, TypeError) as error:
+            paths = [key for keys in chains.values() for key in keys]
+            paths += [f"{group}/{schema.CENTER_LOSS.name}" for group in centers]
+            reasons = dict.fromkeys(paths, str(error))
+    if any(problem.path == "zarr.json" for problem in problems):
+        root.update_attributes({})
+    if not any(p.path.endswith("/zarr.json") for p in stores.verify(root.store)):
+        stores.finish(root)
+    return reasons
+
+
+def _damaged_chains(root: zarr.Group, problems: Iterable[Problem]) -> dict[int, set[str]]:
+    """Return the chunks to take again, by chain."""
+    if stores.stored_fingerprint(root) is None:
+        return {}
+    ours = {*recorded_paths(root), *carried_paths(root), *_CHECKSUMS}
+    found: dict[int, set[str]] = {}
+    for problem in problems:
+        match = _COMMITTED.fullmatch(problem.path)
+        if match and match[1] in ours:
+            found.setdefault(int(match[2]), set()).add(problem.path)
+    return found
+
+
+def _replay(
+    root: zarr.Group, chains: Mapping[int, set[str]], centers: Iterable[str], given: _Given
+) -> dict[str, str]:
+    """Replay chains with damage, and write what of them is damaged; return what was refused."""
+    fingerprint = stores.stored_fingerprint(root) or {}
+    job = _job(fingerprint, given)
+    width = fingerprint["chains_per_device"]
+    known, target = prepare(
+        job, chains=max([*chains, 0]) + 1, chains_per_device=width, fixed=fingerprint
+    )
+    stores.refuse_changes(
+        {key: value for key, value in fingerprint.items() if key != "coords"},
+        {key: value for key, value in known.fingerprint.items() if key != "coords"},
+        stores.describe(root.store),
+        remedy="pass the posterior, observed sets and observables that it was made with",
+    )
+    reasons = {}
+    with checks.numerics(fingerprint["threads"]):
+        reasons |= _mend_centers(root, target, centers)
+        if not reasons:
+            check_center(root, target)
+        records = {}
+        for chain, keys in chains.items():
+            try:
+                records[chain] = stores.read_record(root, chain)
+            except DamagedError as error:
+                reasons |= dict.fromkeys(keys, str(error))
+        steps = sum(record.step for record in records.values())
+        with progress_bars.bar("replaying", total=steps, show=given.progress) as bar:
+            for chain, record in records.items():
+                mender = ChainMender(root, chain, record, chains[chain])
+                group = f"{chain // width * width}"
+                with stores.region_lock(root.store, group):
+                    _run(job, target, chain, mender, record, bar.update)
+                    with stores.writing(root.store, safe="Nothing that was stored is lost"):
+                        mender.write()
+                if mender.refused is not None:
+                    reasons |= dict.fromkeys(chains[chain], mender.refused)
+    return reasons
+
+
+def _job(fingerprint: Mapping[str, Any], given: _Given) -> Job:
+    """Return the run that a store was made by, of what was given and what is remembered."""
+    known = remembered(fingerprint)
+    posterior = given.posterior or (known.posterior if known else None)
+    if posterior is None:
+        raise ValueError(
+            "the model that was sampled is not known in this process; pass posterior=, made of the "
+            "same model, weights and training set"
+        )
+    sampler = given.sampler or (known.sampler if known else sampler_from(fingerprint["sampler"]))
+    checks.check_types(posterior, sampler)
+    sets = fingerprint["observed_data"]
+    if given.observed is not None:
+        observed: Mapping[str, MapDataset] = checks.observed_sets(given.observed)
+    elif known is not None and set(known.observed) == set(sets):
+        observed = known.observed
+    elif all(identity == fingerprint["train_data"] for identity in sets.values()):
+        observed = dict.fromkeys(sets, posterior.train_set)
+    else:
+        raise ValueError(
+            "the observed sets are not known in this process; pass observed=, as it was given to "
+            "lk.sample"
+        )
+    functions = given.observables or (known.observables if known else {})
+    if set(functions) != set(fingerprint["observables"]):
+        raise ValueError(
+            f"pass observables=, the functions that were recorded: "
+            f"{sorted(fingerprint['observables'])}"
+        )
+    return Job(
+        posterior=posterior,
+        observed=observed,
+        coords={group: {} for group in observed},
+        sampler=sampler,
+        schedule=Schedule(1, fingerprint["burn_in"], fingerprint["thin"]),
+        batch_size=fingerprint["batch_size"],
+        seed=fingerprint["seed"],
+        autocast=fingerprint["autocast"],
+        compile=fingerprint["compile"],
+        observables=dict(functions),
+    )
+
+
+@dataclass(frozen=True)
+class _Until(Schedule):
+    """A schedule that ends where a record does, which may be between two draws."""
+
+    last: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps to take."""
+        return self.last
+
+
+def _run(job: Job, target: Target, chain: int, mender: ChainMender, record: Any, tick: Any) -> None:
+    """Replay one chain, in the row of the stack that it had."""
+    random = ChainRandomness(
+        job.seed, chain, n=target.train.n, batch_size=job.batch_size, like=target.center
+    )
+    region = cast(stores.ChainRegion, mender)
+    seat = Seat(chain % target.flat.width, chain, region, random)
+    schedule = _Until(record.draws, job.schedule.burn_in, job.schedule.thin, record.step)
+    Stack(target, job.sampler, schedule, [seat], tick).run()
+
+
+def _mend_centers(root: zarr.Group, target: Target, groups: Iterable[str]) -> dict[str, str]:
+    """Compute lost losses at w* again; return why some could not be."""
+    reasons = {}
+    now = center_losses(target) if groups else {}
+    for group in groups:
+        path = f"{group}/{schema.CENTER_LOSS.name}"
+        entries = (seal_of(group_at(root, group)) or {"arrays": {}})["arrays"]
+        known = entries.get(schema.CENTER_LOSS.name, {}).get("content")
+        with stores.writing(root.store):
+            if not mend_whole(stored_at(root, path), now[group], known):
+                reasons[path] = (
+                    "the losses at w* computed now are not those that were stored, to the last bit"
+                )
+    return reasons
+
+
+def _told(
+    root: zarr.Group,
+    before: Iterable[Problem],
+    after: Mapping[str, Problem],
+    reasons: Mapping[str, str],
+) -> list[Repair]:
+    """Return what became of each fault."""
+    found = []
+    for problem in dict.fromkeys([*before, *after.values()]):
+        left = after.get(problem.path)
+        if left is None:
+            found.append(Repair(problem.path, True, f"{problem.detail}; made again"))
+        elif problem is left or problem == left:
+            why = next((why for at, why in reasons.items() if problem.path.startswith(at)), None)
+            found.append(
+                Repair(problem.path, False, f"{problem.detail}; {why or _remedy(root, problem)}")
+            )
+    return found
+
+
+def _remedy(root: zarr.Group, problem: Problem) -> str:
+    group, _, name = problem.path.partition("/")
+    if group == "derived":
+        return "a result is not made again here: compute it again"
+    if group == ROOT or group in gradient_marks(root) or group in audit_marks(root):
+        return "what was recorded of a training run cannot be taken again here: record it again"
+    if group == schema.LOSSES or group.startswith(f"{schema.LOSSES}_"):
+        if not name.endswith("zarr.json") and name.split("/")[0] not in (
+            schema.LOSS.name,
+            schema.CENTER_LOSS.name,
+        ):
+            return "labels cannot be made again: restore the file from a copy of the store"
+    return "it cannot be made again: restore the file from a copy of the store"
