@@ -187,7 +187,7 @@ def create_coord(group: zarr.Group, name: str, values: np.ndarray, dim: str) -> 
         shape=values.shape,
         chunks=values.shape,
         dtype=str if text else values.dtype,
-        compressors=None if text else CODECS,
+        compressors=CODECS,
         dimension_names=(dim,),
         config=_WRITE_ALL,
     )

@@ -12,10 +12,10 @@ from zarr.core.sync import sync
 
 from lkarray import schema
 from lkarray.errors import DamagedError, StoreError
-from lkarray.store.audits import audit_marks, committed_panels
+from lkarray.store.audits import audit_marks
 from lkarray.store.chunks import chunk_keys, raw
 from lkarray.store.commit import Record, read_record
-from lkarray.store.gradients import committed_shards, gradient_marks
+from lkarray.store.gradients import gradient_marks
 from lkarray.store.layout import (
     carried_paths,
     loss_groups,
@@ -27,7 +27,8 @@ from lkarray.store.layout import (
 from lkarray.store.location import StoreLike, open_root
 from lkarray.store.problems import Problem
 from lkarray.store.reading import derived_groups
-from lkarray.store.trajectory import committed_chunks, trace_fingerprint
+from lkarray.store.trajectory import trace_fingerprint
+from lkarray.store.verifying_training import audit_problems, gradient_problems, trace_problems
 
 
 def verify(path: StoreLike) -> list[Problem]:
@@ -78,17 +79,12 @@ def verify(path: StoreLike) -> list[Problem]:
 
 def _training(root: zarr.Group) -> Iterator[Problem]:
     """Check the committed steps of a training run, and the finished shards of its tensors."""
-    try:
-        expected = list(committed_chunks(root)) if trace_fingerprint(root) is not None else []
-        for group in gradient_marks(root):
-            expected += committed_shards(root, group)
-        for group in audit_marks(root):
-            expected += committed_panels(root, group)
-    except (KeyError, ValueError) as error:
-        yield Problem("missing", schema.TRAJECTORY, f"metadata cannot be read ({error})")
-        return
-    for array, leading in expected:
-        yield from _chunks(array, leading)
+    if trace_fingerprint(root) is not None:
+        yield from trace_problems(root)
+    for group in gradient_marks(root):
+        yield from gradient_problems(root, group)
+    for group in audit_marks(root):
+        yield from audit_problems(root, group)
 
 
 def _problems(root: zarr.Group) -> Iterator[Problem]:
