@@ -31,6 +31,7 @@ DIGEST = VariableSpec(
 STEPS, PIECES = "steps", "pieces"
 _LAST, _TEXT, _KEPT = "last/", "last/extra", "kept"
 _BATCH = "batch"
+_OTHERS = "is not what was committed: chunks stand in each other's places, or were replaced"
 
 Row = Mapping[str, int]
 
@@ -148,36 +149,40 @@ def _steps(
     pieces = row[PIECES] if _is_batch(array) else None
     place = (rows, slice(pieces * array.chunks[1])) if pieces else rows
     where = f"{array.path} of steps {rows.start} to {rows.stop - 1}"
-    if missing(array.store, chunk_keys(array, (number,))[:pieces]):
-        yield from chunk_problems(array, (number,), pieces=pieces)
-        return
-    try:
-        values = read(array, place)
-    except DamagedError as error:
-        named = list(chunk_problems(array, (number,), pieces=pieces))
-        yield from named or [Problem("corrupt", where, str(error))]
-        return
-    if rows_digest(array, number, values, row[PIECES]) != expected:
-        yield Problem("mismatch", where, "is not what was committed: its chunks stand in others'")
+    faults, values = _read(array, (number,), place, pieces)
+    yield from faults
+    if values is not None and rows_digest(array, number, values, row[PIECES]) != expected:
+        yield Problem("mismatch", where, _OTHERS)
 
 
 def _kept(array: zarr.Array, kept: range, expected: int) -> Iterator[Problem]:
     where = f"{array.path} of kept states {kept.start} to {kept.stop - 1}"
     found: list[int] = []
-    faults: list[Problem] = []
+    whole = True
     for at in kept:
-        faults += _chunk_faults(array, at)
-        if not faults:
-            found += state_digests(array, read(array, at)).tolist()
-    yield from faults
-    if not faults and chain(found) != expected:
-        yield Problem("mismatch", where, "is not what was committed: its chunks stand in others'")
+        faults, values = _read(array, (at,), at)
+        yield from faults
+        if values is None:
+            whole = False
+        else:
+            found += state_digests(array, values).tolist()
+    if whole and chain(found) != expected:
+        yield Problem("mismatch", where, _OTHERS)
 
 
-def _chunk_faults(array: zarr.Array, at: int) -> list[Problem]:
-    if at < array.shape[0]:
-        return list(chunk_problems(array, (at,)))
-    return [Problem("mismatch", f"{array.path}/zarr.json", f"has no row {at}")]
+def _read(
+    array: zarr.Array, leading: tuple[int], place: object, pieces: int | None = None
+) -> tuple[list[Problem], np.ndarray | None]:
+    """Return what the chunks below ``leading`` hold, or what is wrong with them."""
+    if leading[0] >= array.cdata_shape[0]:
+        return [Problem("mismatch", f"{array.path}/zarr.json", f"no chunk {leading[0]}")], None
+    if missing(array.store, chunk_keys(array, leading)[:pieces]):
+        return list(chunk_problems(array, leading, pieces=pieces)), None
+    try:
+        return [], read(array, place)
+    except DamagedError as error:
+        named = list(chunk_problems(array, leading, pieces=pieces))
+        return named or [Problem("corrupt", array.path, str(error))], None
 
 
 def state_problems(root: zarr.Group, steps: int, block: int, slot: int) -> Iterator[Problem]:
@@ -190,11 +195,11 @@ def state_problems(root: zarr.Group, steps: int, block: int, slot: int) -> Itera
         if not path.startswith(_LAST):
             continue
         of = array_at(root, f"{TRAJECTORY}/{path}")
-        faults = _chunk_faults(of, slot)
+        faults, values = _read(of, (slot,), slot)
         yield from faults
-        if faults:
+        if values is None:
             continue
-        found = text_digest(of, slot) if path == _TEXT else chain(state_digests(of, read(of, slot)))
+        found = text_digest(of, slot) if path == _TEXT else chain(state_digests(of, values))
         if found != row[path]:
             yield Problem(
                 "mismatch", f"{of.path} of slot {slot}", "is not the state that was committed"
