@@ -32,7 +32,7 @@ class StoreVersionError(StoreError):
 
 
 class DamagedError(StoreError):
-    """The store's own metadata cannot be read."""
+    """Something that was stored is missing, cannot be read, or is not what was written."""
 
 
 class FingerprintError(StoreError, ValueError):

@@ -58,6 +58,8 @@ def open_trace(
     FingerprintError
         The model's code, the data or the loss are not those of the trace; or the loss of the
         first batch is not the one recorded.
+    DamagedError
+        Something that was committed is missing or cannot be read, now or when it is asked for.
     """
     return Trace(path, model, train_set, loss)
 
