@@ -197,7 +197,7 @@ def differentiate(store: Any, outputs: int | None) -> None:
 
 @LAST_OR_ALL
 @pytest.mark.parametrize("outputs", [None, 3])
-def test_gradients__killed_after_any_write_go_on_with_the_same_bits(outputs, monkeypatch):
+def test_gradients__killed_after_any_write_go_on_with_the_same_bits(outputs, last):
     whole_run = Log()
     differentiate(whole_run, outputs)
     whole = lk.open(whole_run)["gradients"].to_dataset().compute()
