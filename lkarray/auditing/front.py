@@ -143,6 +143,8 @@ def audit(
     FingerprintError
         The trace's gradients cannot be reproduced (the message names the first step); or the
         store holds another audit of this name.
+    DamagedError
+        Something of the trace, or of the audit in the store, is missing or not what was committed.
     MemoryBudgetError
         The budget does not hold one audited example.
     StoreError

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lkarray import schema
 from lkarray.auditing.blocks import blocks_of
 from lkarray.auditing.checks import refuse_unlike
 from lkarray.auditing.grouping import epochs, groupings
@@ -23,7 +22,6 @@ from lkarray.nn.flat import FlatModel
 from lkarray.nn.gradients import ExampleGradients, Features
 from lkarray.schema import EXAMPLE, PARAM, TIME
 from lkarray.store import trajectory
-from lkarray.store.layout import stored_at
 from lkarray.training.checking import literal
 from lkarray.training.choosing import as_examples, select
 from lkarray.training.trace import Trace
@@ -254,8 +252,7 @@ class Problem:
 
     @cached_property
     def _norms(self) -> np.ndarray:
-        path = f"{schema.TRAJECTORY}/{trajectory.NORM.name}"
-        return np.asarray(stored_at(self.trace.root, path)[: self.trace.steps])
+        return trajectory.step_rows(self.trace.root, trajectory.NORM.name, 0, self.trace.steps)
 
     def check_norm(self, step: int, square: float) -> bool:
         """Say whether a batch gradient of a squared norm is the recorded one."""

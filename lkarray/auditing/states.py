@@ -103,7 +103,7 @@ class States:
         root = self._trace.root
 
         def rows(name: str) -> np.ndarray:
-            return np.asarray(stored_at(root, f"{schema.TRAJECTORY}/{name}")[start:stop])
+            return trajectory.step_rows(root, name, start, stop)
 
         return _Segment(
             start,

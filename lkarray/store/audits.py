@@ -2,8 +2,9 @@
 
 An audit is made by panels: some audited examples, every training example. A panel's pass through
 the run leaves its state in one of two slots from time to time; all of it is flushed, and only then
-the panel's record ``[stretches left, slot]`` is replaced. A record of no stretches left makes the
-panel count.
+the panel's record ``[stretches left, slot, panel, checksums ...]`` is replaced. A record of no
+stretches left makes the panel count. Its checksums bind the record to the state it goes on from,
+or to the chunks of the panel: one of another panel, or chunks of one, are noticed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -20,10 +21,29 @@ import xarray as xr
 import zarr
 from zarr.core.sync import sync
 
-from lkarray.schema import AUDIT, EPOCH, EXAMPLE, OUTPUT, VariableSpec
-from lkarray.store.chunks import chunk_keys, flush
+from lkarray.schema import AUDIT, EPOCH
+from lkarray.store.audit_layout import FIELDS, INFLUENCE, RECORD, RESULTS, STATE, AuditLayout
+from lkarray.store.checksums import crc, json_digest
+from lkarray.store.chunks import (
+    chunk_key,
+    chunk_keys,
+    flush,
+    missing,
+    read,
+    read_whole,
+    require_chunks,
+    stored_digests,
+)
+from lkarray.store.committed import (
+    array_at,
+    array_names,
+    damaged,
+    group_at,
+    reading,
+    require_seals,
+)
 from lkarray.store.fingerprints import refuse_changes
-from lkarray.store.layout import create_array, create_coord, require_space, stored_at
+from lkarray.store.layout import CODECS, create_array, create_coord, require_space
 from lkarray.store.location import (
     MARK,
     as_store,
@@ -35,114 +55,12 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.seals import add_to_seal, described, seal
+from lkarray.store.trace_digests import chain
 from lkarray.store.variables import variables
 
-_CHUNK_BYTES = 8 << 20
 _COMMIT_SECONDS, _COMMIT_SHARE = 30.0, 50.0
-STATE = "state"
-
-RECORD = VariableSpec("record", ("panel", "field"), "int64", "", "stretches left, slot of state")
-INFLUENCE = VariableSpec(
-    "influence", (EXAMPLE, AUDIT), "float32", "", "contribution of a training example to a change"
-)
-RESIDUAL = VariableSpec(
-    "residual", (AUDIT,), "float64", "", "contribution of weight decay and of inherited momentum"
-)
-CHANGE = VariableSpec(
-    "change", (AUDIT,), "float64", "", "change of what is audited, from end to end"
-)
-TOTAL = VariableSpec(
-    "total", (AUDIT,), "float64", "", "influence, summed over all that it is split by"
-)
-PATH = VariableSpec(
-    "path", (AUDIT,), "float64", "", "sum over steps of the mean gradient times the step"
-)
-LENGTH = VariableSpec(
-    "length", (AUDIT,), "float64", "", "sum of the same terms without their signs"
-)
-RECONSTRUCTION = VariableSpec(
-    "reconstruction", (EPOCH, AUDIT), "float64", "", "what the path adds up to, by each epoch's end"
-)
-EPOCH_CHANGE = VariableSpec(
-    "epoch_change", (EPOCH, AUDIT), "float64", "", "change of what is audited, by each epoch's end"
-)
-_SUMS = (RESIDUAL, CHANGE, TOTAL, PATH, LENGTH, RECONSTRUCTION, EPOCH_CHANGE)
-
-
-@dataclass(frozen=True)
-class AuditLayout:
-    """An audit to be stored.
-
-    Attributes
-    ----------
-    group
-        Of the store.
-    rows
-        Audited examples in a panel.
-    sizes
-        Of every dim of ``influence``, in order.
-    windows
-        The dim of time that influence is split by, if it is.
-    split
-        Whether the residual is split by it too.
-    epochs
-        Numbers of the epochs audited.
-    dtype
-        Of the influence.
-    coords
-        Labels: name to dim and values.
-    units
-        Of what is audited.
-    state
-        Bytes that a panel's state takes.
-    """
-
-    group: str
-    rows: int
-    sizes: Mapping[str, int]
-    windows: str | None
-    split: bool
-    epochs: np.ndarray
-    dtype: str
-    coords: Mapping[str, tuple[str, np.ndarray]]
-    attrs: Mapping[str, Any]
-    units: str
-    state: int
-
-    @property
-    def audited(self) -> int:
-        """Number of audited examples."""
-        return self.sizes[AUDIT]
-
-    @property
-    def panels(self) -> list[slice]:
-        """Audited examples of each panel."""
-        n = self.audited
-        return [slice(a, min(a + self.rows, n)) for a in range(0, n, self.rows)]
-
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        """Chunks of the influence: a panel wide, near 8 MiB."""
-        item = np.dtype(self.dtype).itemsize
-        first, *rest = self.sizes
-        wide = {AUDIT: self.rows, OUTPUT: self.sizes.get(OUTPUT, 1)}
-        tail = tuple(min(self.sizes[dim], wide.get(dim, 1)) for dim in rest)
-        return min(self.sizes[first], max(_CHUNK_BYTES // (item * prod(tail)), 1)), *tail
-
-    def specs(self) -> dict[str, VariableSpec]:
-        """Return the specs of the sums, with the dims that they have here."""
-        found = {}
-        for spec in _SUMS:
-            dims = spec.dims + ((OUTPUT,) if OUTPUT in self.sizes else ())
-            if spec is RESIDUAL and self.split and self.windows is not None:
-                dims = (*dims, self.windows)
-            found[spec.name] = replace(spec, dims=dims, units=self.units)
-        return found
-
-    def shape(self, dims: tuple[str, ...]) -> tuple[int, ...]:
-        """Return the sizes of some dims."""
-        sizes = dict(self.sizes) | {EPOCH: len(self.epochs)}
-        return tuple(sizes[dim] for dim in dims)
+_WRITTEN = "written"  # in the state: checksums of the influence written so far
 
 
 def audit_group(name: str | None) -> str:
@@ -165,11 +83,14 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
         The group holds another audit.
     StoreError
         The disk lacks the space; nothing was written.
+    DamagedError
+        Something of it that was committed is missing, or its metadata were changed.
     """
     root = create_root(as_store(path))
     before = audit_marks(root).get(layout.group)
     if before is not None:
         _refuse(root, layout.group, before, fingerprint)
+        _require_committed(root, layout.group)
         return root
     item = np.dtype(layout.dtype).itemsize
     require_space(root.store, prod(layout.sizes.values()) * item + 2 * layout.state)
@@ -192,10 +113,15 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
                 min(n, wide.get(dim, n)) for dim, n in zip(spec.dims, shape, strict=True)
             )
             create_array(group, spec, shape, chunks)
-        create_array(group, RECORD, (len(layout.panels), 2), (1, 2), fill=-1)
+        shape = (len(layout.panels), len(FIELDS))
+        fields = {"fields": list(FIELDS)}
+        record = create_array(group, RECORD, shape, (1, len(FIELDS)), fill=-1, attrs=fields)
+        # Written, so that a missing one is a fault.
+        record[:] = [[-1, 0, panel, *(0,) * (len(FIELDS) - 3)] for panel in range(shape[0])]
         create_coord(group, EPOCH, layout.epochs, EPOCH)
         for name, (dim, values) in layout.coords.items():
             create_coord(group, name, values, dim)
+        seal(group, filling=[*RESULTS, RECORD.name])
         marks = audit_marks(root) | {layout.group: dict(fingerprint)}
         update_mark(root, audits=marks)
     return root
@@ -231,13 +157,39 @@ def stored_rows(path: Any, group: str) -> int | None:
     root = create_root(as_store(path))
     if group not in audit_marks(root):
         return None
-    return int(stored_at(root, f"{group}/{INFLUENCE.name}").attrs["rows"])  # type: ignore[arg-type]
+    return _panel_rows(array_at(root, f"{group}/{INFLUENCE.name}"))
+
+
+def _panel_rows(influence: zarr.Array) -> int:
+    with reading(influence.store, f"{influence.path}/zarr.json"):
+        return int(influence.attrs["rows"])  # type: ignore[arg-type]
+
+
+def read_records(root: zarr.Group, group: str) -> np.ndarray:
+    """Return the records of an audit's panels, ``(panel, field)``.
+
+    Raises
+    ------
+    DamagedError
+        One is missing, cannot be read, or is of another panel.
+    """
+    array = array_at(root, f"{group}/{RECORD.name}")
+    if not has_checksums(array):  # of lkarray 0.1.0, where a panel that was not begun had none
+        return read(array, ...)
+    found = read_whole(array)
+    for panel in np.flatnonzero(found[:, 2] != np.arange(len(found))).tolist():
+        raise damaged(root.store, f"{chunk_key(array, (panel, 0))} is the record of another panel")
+    return found
+
+
+def has_checksums(record: zarr.Array) -> bool:
+    """Say whether records have checksums; those of lkarray 0.1.0 have none."""
+    return bool(record.shape[1] == len(FIELDS))
 
 
 def panels_left(root: zarr.Group, group: str) -> list[int]:
     """Return the panels that do not count yet."""
-    record = np.asarray(stored_at(root, f"{group}/{RECORD.name}")[:])
-    return np.flatnonzero(record[:, 0] != 0).tolist()
+    return np.flatnonzero(read_records(root, group)[:, 0] != 0).tolist()
 
 
 class PanelWriter:
@@ -246,8 +198,10 @@ class PanelWriter:
     def __init__(self, root: zarr.Group, layout: AuditLayout, panel: int) -> None:
         self._root, self._layout, self.panel = root, layout, panel
         self.rows = layout.panels[panel]
-        self._record = stored_at(root, f"{layout.group}/{RECORD.name}")
-        self._influence = stored_at(root, f"{layout.group}/{INFLUENCE.name}")
+        self._record = array_at(root, f"{layout.group}/{RECORD.name}")
+        self._influence = array_at(root, f"{layout.group}/{INFLUENCE.name}")
+        first, _, *rest = self._influence.cdata_shape
+        self._written = np.zeros((first, *rest), np.uint32)
         self._keys: list[str] = []
         self._last, self._cost = time.monotonic(), 0.0
 
@@ -256,13 +210,28 @@ class PanelWriter:
         return f"{self._layout.group}/{STATE}/{self.panel}"
 
     def resume(self) -> tuple[int, dict[str, np.ndarray]] | None:
-        """Return the stretches left and the state, of a pass that was cut off."""
-        left, slot = np.asarray(self._record[self.panel]).tolist()
+        """Return the stretches left and the state, of a pass that was cut off.
+
+        Raises
+        ------
+        DamagedError
+            The state is not the one that was left.
+        """
+        record = self._own_record()
+        left, slot = int(record[0]), int(record[1])
         if left <= 0:
             return None
-        group = self._root[f"{self._folder}/{slot}"]
-        assert isinstance(group, zarr.Group)
-        return int(left), {name: np.asarray(array[...]) for name, array in group.arrays()}
+        state = read_pass(self._root, f"{self._folder}/{slot}")
+        if has_checksums(self._record):
+            if pass_digest(left, self.panel, state) != record[3]:
+                raise damaged(
+                    self._root.store, f"{self._folder}/{slot} is not the state that was left"
+                )
+            self._written = state.pop(_WRITTEN)
+        return left, state
+
+    def _own_record(self) -> np.ndarray:
+        return np.asarray(read_records(self._root, self._layout.group)[self.panel])
 
     def due(self) -> bool:
         """Say whether it is time to commit."""
@@ -272,18 +241,21 @@ class PanelWriter:
     def commit(self, left: int, state: Mapping[str, np.ndarray]) -> None:
         """Keep the state, with ``left`` stretches to go."""
         began = time.monotonic()
-        slot = 1 - max(int(np.asarray(self._record[self.panel])[1]), 0)
+        slot = 1 - max(int(self._own_record()[1]), 0)
         root = self._root
+        checked = has_checksums(self._record)
+        kept = {**state, _WRITTEN: self._written} if checked else dict(state)
         with writing(root.store, safe="What was committed before is kept"):
             group = root.create_group(f"{self._folder}/{slot}", overwrite=True)
-            for name, values in state.items():
+            for name, values in kept.items():
                 array = group.create_array(
                     name, shape=values.shape, chunks=_pieces(values), dtype=values.dtype,
-                    compressors=None, config={"write_empty_chunks": True},
+                    compressors=CODECS, config={"write_empty_chunks": True},
                 )  # fmt: skip
                 array[...] = values
-                self._keys += chunk_keys(array, ())
-            self._count(left, slot)
+                self._keys += [*chunk_keys(array), f"{array.path}/zarr.json"]
+            digest = pass_digest(left, self.panel, kept) if checked else 0
+            self._count(left, slot, {STATE: digest})
         self._last = time.monotonic()
         self._cost = self._last - began
 
@@ -295,26 +267,80 @@ class PanelWriter:
         with writing(self._root.store, safe="What was committed before is kept"):
             self._influence[place] = values
         array = self._influence
-        for at in np.ndindex(*array.cdata_shape):
-            if at[1] == self.panel and (window is None or at[-1] == window):
-                self._keys.append(f"{array.path}/{array.metadata.encode_chunk_key(at)}")
+        places = [
+            at for at in np.ndindex(*array.cdata_shape)
+            if at[1] == self.panel and (window is None or at[-1] == window)
+        ]  # fmt: skip
+        keys = [chunk_key(array, at) for at in places]
+        for at, found in zip(places, numbers(array, keys), strict=True):
+            self._written[(at[0], *at[2:])] = found
+        self._keys += keys
 
     def finish(self, sums: Mapping[str, np.ndarray]) -> None:
         """Write the sums, and let the panel count."""
+        found = {INFLUENCE.name: chain(self._written.reshape(-1))}
         with writing(self._root.store, safe="What was committed before is kept"):
             for name, spec in self._layout.specs().items():
-                array = stored_at(self._root, f"{self._layout.group}/{name}")
+                array = array_at(self._root, f"{self._layout.group}/{name}")
                 place = tuple(self.rows if dim == AUDIT else slice(None) for dim in spec.dims)
                 array[place] = sums[name]
-                self._keys += chunk_keys(array, ())
-            self._count(0, 0)
+                keys = panel_keys(array, self.panel)
+                found[name] = chain(numbers(array, keys))
+                self._keys += keys
+            self._count(0, 0, found)
             sync(self._root.store.delete_dir(self._folder))
 
-    def _count(self, left: int, slot: int) -> None:
+    def _count(self, left: int, slot: int, checksums: Mapping[str, int]) -> None:
         flush(self._root.store, self._keys)
         self._keys = []
-        self._record[self.panel] = [left, slot]
+        row = [left, slot]
+        if has_checksums(self._record):
+            row += [self.panel, *(checksums.get(name, 0) for name in FIELDS[3:])]
+        self._record[self.panel] = row
         flush(self._root.store, chunk_keys(self._record, (self.panel,)))
+
+
+def numbers(array: zarr.Array, keys: list[str]) -> list[int]:
+    """Return the checksums of stored chunks as numbers, 0 for one that is missing."""
+    tails = stored_digests(array, keys)
+    return [0 if tail is None else int.from_bytes(tail, "little") for tail in tails]
+
+
+def read_pass(root: zarr.Group, path: str) -> dict[str, np.ndarray]:
+    """Return the state that a pass left to go on from.
+
+    Raises
+    ------
+    DamagedError
+        Something of it is missing or cannot be read.
+    """
+    names = array_names(group_at(root, path))
+    return {name: read_whole(array_at(root, f"{path}/{name}")) for name in names}
+
+
+def pass_digest(left: int, panel: int, state: Mapping[str, np.ndarray]) -> int:
+    """Return a checksum of a state, and of whose it is."""
+    parts = [
+        [name, values.dtype.str, list(values.shape), crc(_bytes(values))]
+        for name, values in sorted(state.items())
+    ]
+    return json_digest([left, panel, parts])
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def panel_leading(array: zarr.Array, panel: int) -> list[tuple[int, ...]]:
+    """Return the first indices of the chunks that a panel has of an array."""
+    if (array.metadata.dimension_names or ("",))[0] == AUDIT:  # type: ignore[union-attr]
+        return [(panel,)]
+    return [(block, panel) for block in range(array.cdata_shape[0])]
+
+
+def panel_keys(array: zarr.Array, panel: int) -> list[str]:
+    """Return the keys of the chunks that a panel has of an array, in order."""
+    return [key for at in panel_leading(array, panel) for key in chunk_keys(array, at)]
 
 
 def drop_states(root: zarr.Group, group: str) -> None:
@@ -327,38 +353,61 @@ def drop_states(root: zarr.Group, group: str) -> None:
 
 def describe_audit(root: zarr.Group, group: str, attrs: Mapping[str, Any]) -> None:
     """Add attributes to a stored audit."""
-    node = root[group]
-    assert isinstance(node, zarr.Group)
-    node.update_attributes(dict(attrs))
+    add_to_seal(group_at(root, group), attrs)
 
 
 def open_audit(root: zarr.Group, group: str) -> xr.Dataset:
-    """Open a stored audit lazily: the audited examples of which the pass is whole."""
-    node = root[group]
-    assert isinstance(node, zarr.Group)
-    found = variables(root, group, lazy={INFLUENCE.name}, skip={STATE})
-    record = np.asarray(found.pop(RECORD.name))
-    rows = int(found[INFLUENCE.name].attrs.pop("rows"))
-    for variable in found.values():
-        variable.attrs.pop("coordinates", None)
-    values = {INFLUENCE.name, *(spec.name for spec in _SUMS)}
-    ds = xr.Dataset(found, attrs=dict(node.attrs)).set_coords(set(found) - values)
-    whole = np.repeat(record[:, 0] == 0, rows)[: ds.sizes[AUDIT]]
-    return ds if whole.all() else ds.isel({AUDIT: whole})
+    """Open a stored audit lazily: the audited examples of which the pass is whole.
+
+    Raises
+    ------
+    DamagedError
+        Something of it is missing or cannot be read.
+    """
+    record = read_records(root, group)
+    panels = np.flatnonzero(record[:, 0] == 0).tolist()
+    rows = _panel_rows(array_at(root, f"{group}/{INFLUENCE.name}"))
+
+    def read_results(array: zarr.Array) -> np.ndarray:
+        if array.basename not in RESULTS:
+            return read_whole(array)
+        for panel in panels:
+            for at in panel_leading(array, panel):
+                require_chunks(array, at)
+        return read(array, ...)
+
+    found = variables(root, group, lazy={INFLUENCE.name}, skip={RECORD.name}, read=read_results)
+    with reading(root.store, group):
+        for variable in found.values():
+            variable.attrs.pop("coordinates", None)
+        found[INFLUENCE.name].attrs.pop("rows", None)
+        ds = xr.Dataset(found, attrs=described(group_at(root, group)))
+        ds = ds.set_coords(set(found) - set(RESULTS))
+        whole = np.repeat(record[:, 0] == 0, rows)[: ds.sizes[AUDIT]]
+        return ds if whole.all() else ds.isel({AUDIT: whole})
 
 
-def committed_panels(root: zarr.Group, group: str) -> Iterator[tuple[zarr.Array, tuple[int, ...]]]:
-    """Yield a stored audit's arrays with the first indices of the chunks that must be there."""
-    record = np.asarray(stored_at(root, f"{group}/{RECORD.name}")[:, 0])
-    array = stored_at(root, f"{group}/{INFLUENCE.name}")
-    for panel in np.flatnonzero(record == 0).tolist():
-        yield from ((array, (block, panel)) for block in range(array.cdata_shape[0]))
-        for spec in _SUMS:
-            sums = stored_at(root, f"{group}/{spec.name}")
-            if spec.dims[0] == AUDIT:
-                yield sums, (panel,)
-            else:
-                yield from ((sums, (block, panel)) for block in range(sums.cdata_shape[0]))
+def committed_panels(root: zarr.Group, group: str) -> Iterator[tuple[zarr.Array, int, int | None]]:
+    """Yield a stored audit's arrays, each with a panel that counts, and its checksum if it has one.
+
+    What a panel has of an array is at `panel_leading`.
+    """
+    record = read_records(root, group)
+    arrays = [array_at(root, f"{group}/{name}") for name in RESULTS]
+    checked = record.shape[1] == len(FIELDS)
+    for panel in np.flatnonzero(record[:, 0] == 0).tolist():
+        for array in arrays:
+            at = FIELDS.index(array.basename)
+            yield array, panel, int(record[panel, at]) if checked else None
+
+
+def _require_committed(root: zarr.Group, group: str) -> None:
+    """Raise `DamagedError` unless all that counts of an audit is there."""
+    require_seals(root, group)
+    panels = list(committed_panels(root, group))
+    lost = missing(root.store, (key for of, at, _ in panels for key in panel_keys(of, at)))
+    if lost:
+        raise damaged(root.store, f"{lost[0]} was committed, but is missing or empty")
 
 
 def _pieces(values: np.ndarray) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Where gradient tensors are stored, and when a shard of one counts.
 
 A tensor is written by shards: one time, some hundred examples, all parameters, as whole chunks.
-Shards are marked in ``done(time, shard)`` after their chunks were flushed; what is not marked is
-computed again.
+Shards are marked in ``done(time, shard)`` after their chunks, and checksums of these kept apart,
+were flushed; what is not marked is computed again.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import zarr
 
 from lkarray import schema
 from lkarray.schema import OUTPUT, TIME, VariableSpec
-from lkarray.store.chunks import chunk_keys, flush
+from lkarray.store.chunks import chunk_keys, digests, flush, missing, read, require_chunks
+from lkarray.store.committed import array_at, damaged, group_at, reading, require_seals
 from lkarray.store.discarding import discard
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import (
     create_array,
     create_coord,
     require_space,
-    stored_at,
 )
 from lkarray.store.location import (
     MARK,
@@ -38,10 +38,12 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.seals import described, seal
 from lkarray.store.variables import variables
 
 _ROWS, _COLUMNS = 128, 16384
 DONE = VariableSpec("done", (TIME, "shard"), "int8", "", "shards that are stored whole")
+DIGEST = VariableSpec("digest", (TIME,), "uint32", "", "checksums of the chunks")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ class TensorLayout:
         if self.outputs is None:
             return 1, rows, columns
         return 1, max(rows // self.outputs, 1), self.outputs, columns
+
+    def aligned(self) -> TensorLayout:
+        """Return the layout with shards of whole chunks, so that a chunk belongs to one of them."""
+        whole = self.rows - self.rows % self.chunks[1]
+        return self if self.rows >= self.examples else replace(self, rows=whole)
 
     @property
     def shards(self) -> list[slice]:
@@ -160,7 +167,7 @@ def whole_gradients(
     if root is None or before is None:
         return None
     _refuse(root, group, before, fingerprint)
-    return root if np.asarray(stored_at(root, f"{group}/{DONE.name}")[:]).all() else None
+    return root if np.asarray(array_at(root, f"{group}/{DONE.name}")[:]).all() else None
 
 
 def _refuse(
@@ -177,21 +184,26 @@ class TensorWriter:
     ------
     FingerprintError
         The group holds another tensor.
+    DamagedError
+        Something of it that was committed is missing, or its metadata were changed.
     """
 
     def __init__(self, path: Any, layout: TensorLayout, fingerprint: Mapping[str, Any]) -> None:
-        self.layout = layout
+        self.layout = layout.aligned()
         self.root = create_root(as_store(path))
         before = gradient_marks(self.root).get(layout.group)
         if before is None:
             self._create(dict(fingerprint))
         else:
             _refuse(self.root, layout.group, before, fingerprint)
-        self.array = stored_at(self.root, f"{layout.group}/{layout.variable.name}")
+            _require_committed(self.root, layout.group)
+        self.array = array_at(self.root, f"{layout.group}/{layout.variable.name}")
         # Shards are those it was begun with, whatever the budget is now.
         self.layout = replace(layout, rows=int(self.array.attrs["rows"]))  # type: ignore[arg-type]
-        self._done = stored_at(self.root, f"{layout.group}/{DONE.name}")
-        self.done = np.asarray(self._done[:]).astype(bool)
+        self._done = array_at(self.root, f"{layout.group}/{DONE.name}")
+        self._digests = digests_of(self.root, layout.group)
+        self.done = read_done(self.root, layout.group)
+        self._rows: dict[int, np.ndarray] = {}  # of the checksums, that the next commit writes
         self._keys: list[str] = []
         self._marked: list[tuple[int, int]] = []
 
@@ -206,13 +218,16 @@ class TensorWriter:
             spec = replace(layout.variable, dims=layout.dims, dtype=layout.dtype)
             extra: dict[str, Any] = {"coordinates": labels} if labels else {}
             extra["rows"] = layout.rows
-            create_array(group, spec, layout.shape, layout.chunks, attrs=extra)
+            array = create_array(group, spec, layout.shape, layout.chunks, attrs=extra)
+            blocks = replace(DIGEST, dims=(TIME, *(f"{dim}_block" for dim in layout.dims[1:])))
+            create_array(group, blocks, array.cdata_shape, (1, *array.cdata_shape[1:]))
             shape = (len(layout.times), len(layout.shards))
-            create_array(group, DONE, shape, shape)
+            create_array(group, DONE, shape, shape)[:] = 0  # so that a missing one is a fault
             create_coord(group, TIME, layout.times, TIME)
             create_coord(group, schema.LEARNING_RATE.name, layout.rates, TIME)
             for name, (dim, values) in layout.coords.items():
                 create_coord(group, name, values, dim)
+            seal(group, filling=[spec.name, DIGEST.name, DONE.name])
             marks = gradient_marks(root) | {layout.group: fingerprint}
             update_mark(root, **{schema.GRADIENTS: marks})
 
@@ -223,45 +238,110 @@ class TensorWriter:
             self.array[time, rows] = values
         for block in _blocks(self.array, rows):
             self._keys += chunk_keys(self.array, (time, block))
+            self._keep_digests(time, block, values, rows.start)
         self._marked.append((time, shard))
+
+    def _keep_digests(self, time: int, block: int, values: np.ndarray, start: int) -> None:
+        """Note the checksums of the chunks of some rows, of which ``values`` begin at ``start``."""
+        if self._digests is None:  # a tensor of lkarray 0.1.0
+            return
+        if time not in self._rows:
+            known = bool(self.done[time].any())
+            shape = self._digests.shape[1:]
+            self._rows[time] = read(self._digests, time) if known else np.zeros(shape, np.uint32)
+        step = self.array.chunks[1]
+        part = values[block * step - start : (block + 1) * step - start]
+        found = digests(self.array, (time, block), part)
+        self._rows[time][block] = found.reshape(self._rows[time].shape[1:])
 
     def commit(self) -> None:
         """Make the shards written so far count."""
         if not self._marked:
             return
         with writing(self.root.store, safe="Shards that were committed are kept"):
+            for time, row in self._rows.items():
+                assert self._digests is not None
+                self._digests[time] = row
+                self._keys += chunk_keys(self._digests, (time,))
             flush(self.root.store, self._keys)
             for place in self._marked:
                 self.done[place] = True
             self._done[:] = self.done.astype(np.int8)
             flush(self.root.store, chunk_keys(self._done, ()))
-        self._keys, self._marked = [], []
+        self._keys, self._marked, self._rows = [], [], {}
+
+
+def read_done(root: zarr.Group, group: str) -> np.ndarray:
+    """Return which shards of a tensor count, ``(time, shard)``.
+
+    Raises
+    ------
+    DamagedError
+        The record of it is missing or cannot be read.
+    """
+    array = array_at(root, f"{group}/{DONE.name}")
+    # lkarray 0.1.0 wrote it with the first shards only, and zeros is what a missing one reads as.
+    if digests_of(root, group) is not None:
+        require_chunks(array)
+    return read(array, ...).astype(bool)
+
+
+def digests_of(root: zarr.Group, group: str) -> zarr.Array | None:
+    """Return the checksums of a tensor's chunks; lkarray 0.1.0 stored none."""
+    path = f"{group}/{DIGEST.name}"
+    with reading(root.store, path):
+        return array_at(root, path) if path in root else None
+
+
+def _require_committed(root: zarr.Group, group: str) -> None:
+    """Raise `DamagedError` unless all that is committed of a tensor is there."""
+    require_seals(root, group)
+    keys = [key for array, at in committed_shards(root, group) for key in chunk_keys(array, at)]
+    sums = digests_of(root, group)
+    times = np.flatnonzero(read_done(root, group).any(1)).tolist() if sums is not None else ()
+    keys += [key for time in times for key in chunk_keys(sums, (time,))]
+    lost = missing(root.store, keys)
+    if lost:
+        raise damaged(root.store, f"{lost[0]} was committed, but is missing or empty")
 
 
 def open_gradients(root: zarr.Group, group: str) -> xr.Dataset:
-    """Open a stored tensor lazily: the times of which every shard is done."""
-    name = _variable(root, group)
-    found = variables(root, group, lazy={name})
-    whole = np.asarray(found.pop(DONE.name)).all(1)
-    for labels in ("coordinates", "rows"):
-        found[name].attrs.pop(labels, None)
-    ds = xr.Dataset(found, attrs=dict(root[group].attrs)).set_coords(set(found) - {name})
-    return ds if whole.all() else ds.isel({TIME: whole})
+    """Open a stored tensor lazily: the times of which every shard is done.
+
+    Raises
+    ------
+    DamagedError
+        Something of it is missing or cannot be read.
+    """
+    name = tensor_name(root, group)
+    found = variables(root, group, lazy={name}, skip={DONE.name, DIGEST.name})
+    whole = read_done(root, group).all(1)
+    with reading(root.store, group):
+        for labels in ("coordinates", "rows"):
+            found[name].attrs.pop(labels, None)
+        ds = xr.Dataset(found, attrs=described(group_at(root, group)))
+        ds = ds.set_coords(set(found) - {name})
+        return ds if whole.all() else ds.isel({TIME: whole})
 
 
 def committed_shards(root: zarr.Group, group: str) -> Iterator[tuple[zarr.Array, tuple[int, ...]]]:
     """Yield a stored tensor with the first indices of the chunks that must be there."""
-    array = stored_at(root, f"{group}/{_variable(root, group)}")
-    done = np.asarray(stored_at(root, f"{group}/{DONE.name}")[:])
-    rows = int(array.attrs["rows"])  # type: ignore[arg-type]
-    for t, shard in np.argwhere(done).tolist():
+    array = array_at(root, f"{group}/{tensor_name(root, group)}")
+    with reading(root.store, f"{array.path}/zarr.json"):
+        rows = int(array.attrs["rows"])  # type: ignore[arg-type]
+    for t, shard in np.argwhere(read_done(root, group)).tolist():
         examples = slice(shard * rows, min((shard + 1) * rows, array.shape[1]))
         yield from ((array, (t, block)) for block in _blocks(array, examples))
 
 
-def _variable(root: zarr.Group, group: str) -> str:
+def tensor_name(root: zarr.Group, group: str) -> str:
     """Return the name of what a group holds: gradients, or their factors."""
-    return next(s.name for s in (schema.GRADIENT, schema.FACTOR) if f"{group}/{s.name}" in root)
+    names = [spec.name for spec in (schema.GRADIENT, schema.FACTOR)]
+    with reading(root.store, group):
+        found = [name for name in names if f"{group}/{name}" in root]
+    if not found:
+        raise damaged(root.store, f"{group} holds neither of {names}")
+    return found[0]
 
 
 def _blocks(array: zarr.Array, rows: slice) -> range:

@@ -30,7 +30,9 @@ SEAL = "lkarray_seal"
 GROWS = ("shape",)  # of an array that grows; its length is held against the others'
 
 
-def seal(group: zarr.Group, *, growing: Collection[str] = ()) -> None:
+def seal(
+    group: zarr.Group, *, growing: Collection[str] = (), filling: Collection[str] = ()
+) -> None:
     """Seal a group as it is.
 
     Parameters
@@ -39,15 +41,47 @@ def seal(group: zarr.Group, *, growing: Collection[str] = ()) -> None:
         Of lkarray's, with its arrays directly below it.
     growing
         Names of arrays whose length and content go on changing: commits have digests of these.
+    filling
+        Names of arrays of which only the content does.
     """
-    arrays = {name: _entry(array, name in growing) for name, array in sorted(group.arrays())}
+    arrays = {
+        name: _entry(array, grows=name in growing, fills=name in filling)
+        for name, array in sorted(group.arrays())
+    }
     attributes = {key: json_digest(value) for key, value in group.attrs.items() if key != SEAL}
     group.update_attributes({SEAL: {"arrays": arrays, "attributes": attributes}})
 
 
-def _entry(array: zarr.Array, grows: bool) -> dict[str, Any]:
+def add_to_seal(
+    group: zarr.Group, attributes: Mapping[str, Any], *, growing: Collection[str] = ()
+) -> None:
+    """Set attributes of a group and seal them, and arrays that grow; the rest stays as sealed.
+
+    A group without a seal, of lkarray 0.1.0, gets none.
+    """
+    added = dict(attributes)
+    known = seal_of(group)
+    if known is not None:
+        arrays = {name: _entry(_array(group, name), grows=True) for name in growing}
+        digests = {key: json_digest(value) for key, value in attributes.items()}
+        added[SEAL] = {
+            "arrays": known["arrays"] | arrays,
+            "attributes": known["attributes"] | digests,
+        }
+    group.update_attributes(added)
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    found = group[name]
+    assert isinstance(found, zarr.Array)
+    return found
+
+
+def _entry(array: zarr.Array, *, grows: bool = False, fills: bool = False) -> dict[str, Any]:
     if grows:
         return {"metadata": metadata_digest(array, without=GROWS), "grows": True}
+    if fills:
+        return {"metadata": metadata_digest(array)}
     return {"metadata": metadata_digest(array), "content": content_digest(array)}
 
 
@@ -94,6 +128,11 @@ def seal_of(group: zarr.Group) -> dict[str, Any] | None:
     """Return a group's seal; ``None`` where it has none, as of lkarray 0.1.0."""
     found = group.attrs.get(SEAL)
     return found if isinstance(found, dict) and {"arrays", "attributes"} <= set(found) else None
+
+
+def described(group: zarr.Group) -> dict[str, Any]:
+    """Return the attributes of a group without its seal."""
+    return {key: value for key, value in group.attrs.items() if key != SEAL}
 
 
 def broken_seals(group: zarr.Group, *, contents: bool = True) -> Iterator[Problem]:

@@ -2,9 +2,9 @@
 
 A step leaves one row in each array of ``/trajectory``; rows are buffered and written by blocks
 of steps, as whole chunks (`writing_trace`). The state after the last step (parameters, and what
-the optimizer carries) goes to the slot of ``/trajectory/last`` that the record does not name; all
-of it is flushed, and only then the record ``[steps, slot]`` is replaced, which alone makes steps
-count.
+the optimizer carries) goes to the slot of ``/trajectory/last`` that the record does not name, and
+checksums of all of it to the same slot of the block (`trace_digests`); all of it is flushed, and
+only then the record ``[steps, slot]`` is replaced, which alone makes steps count.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import zarr
 
 from lkarray import schema
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
+from lkarray.store.chunks import chunk_keys, missing, read, read_whole, require_chunks
+from lkarray.store.committed import array_at, array_names, damaged, group_at, read_rows, reading
 from lkarray.store.discarding import discard
-from lkarray.store.layout import create_array, create_coord, require_space, stored_at
+from lkarray.store.layout import CODECS, create_array, create_coord, require_space
 from lkarray.store.location import (
     MARK,
     StoreLike,
@@ -28,6 +30,14 @@ from lkarray.store.location import (
     create_root,
     update_mark,
     writing,
+)
+from lkarray.store.seals import seal
+from lkarray.store.trace_digests import (
+    DIGEST,
+    block_pieces,
+    committed_row,
+    create_digests,
+    digests_of,
 )
 from lkarray.store.variables import variables
 
@@ -63,8 +73,9 @@ NORM = VariableSpec(
 )
 
 
+_PER_STEP = (COEFFICIENTS, CLIP, BATCH, CLIP_VALUE, LOSS, NORM)
 #: What is stored of the parameter tensors.
-_DESCRIBED = (schema.MODULE.name, schema.START.name, schema.STOP.name)
+DESCRIBED = (schema.MODULE.name, schema.START.name, schema.STOP.name)
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,7 @@ def create_trace(
         assert isinstance(last, zarr.Group)
         create_array(last, spec, (2, size), (1, width))
         # Learning rates and the scheduler's state, as JSON.
-        last.create_array("extra", shape=(2, 1), chunks=(1, 1), dtype=str, compressors=None)
+        last.create_array("extra", shape=(2, 1), chunks=(1, 1), dtype=str, compressors=CODECS)
         names, modules, starts, stops = zip(*layout.tensors, strict=True)
         text = np.dtypes.StringDType()
         create_coord(group, TENSOR, np.asarray(names).astype(text), TENSOR)
@@ -150,7 +161,8 @@ def create_trace(
         create_coord(group, schema.START.name, np.asarray(starts, np.int64), TENSOR)
         create_coord(group, schema.STOP.name, np.asarray(stops, np.int64), TENSOR)
         spec = VariableSpec("record", ("count",), "int64", "", "committed steps, slot of the state")
-        create_array(group, spec, (2,), (2,))
+        create_array(group, spec, (2,), (2,))[:] = 0  # so that a missing one is a fault
+        _create_seals(root, layout)
         update_mark(root, **{ROOT: dict(fingerprint)})
     return root
 
@@ -166,6 +178,18 @@ def _create_states(root: zarr.Group, layout: TraceLayout, path: str, dim: str, w
         spec = VariableSpec(SCALARS, (dim, TENSOR, "name"), "float64", "", "of each tensor")
         names = {"names": list(layout.scalars)}
         create_array(group, spec, (count, *shape), (1, *shape), attrs=names)
+
+
+def _create_seals(root: zarr.Group, layout: TraceLayout) -> None:
+    """Make what tells of damage: room for checksums of commits, and seals of the rest."""
+    group, states, last = (group_at(root, path) for path in (ROOT, OPTIMIZER, LAST))
+    growing = [spec.name for spec in (PARAMETERS, DENOMINATOR, *_PER_STEP) if spec.name in group]
+    paths = [*growing, DIAGONAL.name]
+    paths += [f"{of.basename}/{name}" for of in (states, last) for name in sorted(of.array_keys())]
+    create_digests(group, paths)
+    seal(last, filling=list(last.array_keys()))
+    seal(states, growing=list(states.array_keys()))
+    seal(group, growing=[*growing, DIGEST.name], filling=["record"])
 
 
 def trace_fingerprint(root: zarr.Group) -> dict[str, Any] | None:
@@ -195,16 +219,50 @@ def discard_trace(path: StoreLike) -> None:
 
 
 def read_steps(root: zarr.Group) -> tuple[int, int]:
-    """Return the committed steps of a trace, and the slot of the state after them."""
-    steps, slot = np.asarray(stored_at(root, f"{ROOT}/record")[:]).tolist()
+    """Return the committed steps of a trace, and the slot of the state after them.
+
+    Raises
+    ------
+    DamagedError
+        The record is missing, or cannot be one.
+    """
+    array = array_at(root, f"{ROOT}/record")
+    if missing(root.store, chunk_keys(array)):
+        # lkarray 0.1.0 wrote the first record after the first state, which went to slot 1.
+        states = array_at(root, f"{LAST}/{PARAMETERS.name}")
+        if digests_of(root) is None and missing(root.store, chunk_keys(states, (0,))):
+            return 0, 0
+        raise damaged(root.store, f"{chunk_keys(array)[0]} was committed, but is missing or empty")
+    steps, slot = read(array, ...).tolist()
+    length = array_at(root, f"{ROOT}/{COEFFICIENTS.name}").shape[0]
+    if not 0 <= steps <= length or slot not in (0, 1):
+        raise damaged(root.store, f"{array.path} says {steps} steps and slot {slot}")
     return int(steps), int(slot)
 
 
+def every_and_block(root: zarr.Group) -> tuple[int, int]:
+    """Return the steps from one stored state to the next, and those of a block."""
+    array = array_at(root, f"{ROOT}/{PARAMETERS.name}")
+    with reading(root.store, f"{array.path}/zarr.json"):
+        every, block = (int(array.attrs[key]) for key in ("every", "block"))  # type: ignore[arg-type]
+        assert min(every, block) > 0
+    return every, block
+
+
+def kept_rows(every: int, start: int, stop: int) -> range:
+    """Return which kept states are of the steps from ``start`` to ``stop``."""
+    if every == 1:  # the optimizer's, before the first step
+        return range(0 if start else min(stop, 1))
+    return range(-(-start // every), -(-stop // every))
+
+
 def read_state(root: zarr.Group, path: str, row: int) -> dict[str, np.ndarray]:
-    """Return the vectors and scalars of one state; missing ones are NaN."""
-    group = root[path]
-    assert isinstance(group, zarr.Group)
-    return {name: np.asarray(array[row]) for name, array in group.arrays()}
+    """Return the vectors and scalars of one state; what the optimizer lacked is NaN."""
+    found = {}
+    for array in _arrays(root, path):
+        require_chunks(array, (row,))
+        found[array.basename] = read(array, row)
+    return found
 
 
 def last_state(root: zarr.Group) -> dict[str, np.ndarray]:
@@ -217,52 +275,112 @@ def kept_state(root: zarr.Group, row: int) -> dict[str, np.ndarray]:
     return read_state(root, OPTIMIZER, row)
 
 
+def kept_parameters(root: zarr.Group, row: int) -> np.ndarray:
+    """Return the parameters of the ``row``-th kept step."""
+    return np.asarray(read_rows(array_at(root, f"{ROOT}/{PARAMETERS.name}"), row, row + 1)[0])
+
+
+def step_rows(root: zarr.Group, name: str, start: int, stop: int) -> np.ndarray:
+    """Return what is stored of each of some committed steps.
+
+    Raises
+    ------
+    DamagedError
+        A chunk of it is missing or cannot be read.
+    """
+    array = array_at(root, f"{ROOT}/{name}")
+    steps, _ = read_steps(root)
+    for number in range(start // array.chunks[0], -(-stop // array.chunks[0])):
+        _require(root, array, number, steps)
+    values = read(array, slice(start, stop))
+    if name == DIAGONAL.name and len(values) < stop - start:  # it ends where clipping did
+        ones = np.ones((stop - start - len(values), array.shape[1]), array.dtype)
+        values = np.concatenate([values, ones])
+    return values
+
+
+def _require(root: zarr.Group, array: zarr.Array, number: int, steps: int) -> None:
+    """Raise `DamagedError` unless the chunks that a block has of an array of steps are there."""
+    pieces = None
+    stop = min((number + 1) * array.chunks[0], steps)
+    if array.basename == BATCH.name:
+        pieces = block_pieces(root, number, stop)
+    if array.basename == DIAGONAL.name:
+        rows = digests_of(root)
+        if rows is None or not committed_row(root, rows, number, stop)[DIAGONAL.name]:
+            return  # no gradient of this block was clipped so
+    lost = missing(root.store, chunk_keys(array, (number,))[:pieces])
+    if lost:
+        raise damaged(root.store, f"{lost[0]} was committed, but is missing or empty")
+
+
 def read_row(root: zarr.Group, step: int, every: int) -> dict[str, np.ndarray]:
     """Return the batch of one step, and the parameters before it where they are kept."""
-    found = {BATCH.name: np.asarray(stored_at(root, f"{ROOT}/{BATCH.name}")[step])}
+    found = {BATCH.name: step_rows(root, BATCH.name, step, step + 1)[0]}
     if step % every == 0:
-        array = stored_at(root, f"{ROOT}/{PARAMETERS.name}")
-        found[PARAMETERS.name] = np.asarray(array[step // every])
+        found[PARAMETERS.name] = kept_parameters(root, step // every)
     return found
 
 
 def open_trajectory(root: zarr.Group) -> xr.Dataset:
-    """Open the committed steps of a trace, lazily."""
+    """Open the committed steps of a trace, lazily.
+
+    Raises
+    ------
+    DamagedError
+        Something of it is missing or cannot be read.
+    """
     steps, _ = read_steps(root)
-    every = int(stored_at(root, f"{ROOT}/{PARAMETERS.name}").attrs["every"])  # type: ignore[arg-type]
+    every, _ = every_and_block(root)
     lengths = {STEP: slice(steps), "kept": slice(-(-steps // every))}
-    lazy = {PARAMETERS.name, DENOMINATOR.name, DIAGONAL.name}
-    found = variables(root, ROOT, lazy=lazy, skip={"record"})
-    for name, variable in found.items():
-        found[name] = variable.isel(lengths, missing_dims="ignore")
-    coords: dict[str, Any] = {STEP: np.arange(steps), "field": list(FIELDS)}
-    if every > 1:
-        coords["kept"] = np.arange(0, steps, every)
-    return xr.Dataset(found).set_coords([*_DESCRIBED]).assign_coords(coords)
+
+    def read_committed(array: zarr.Array) -> np.ndarray:
+        if array.basename in {spec.name for spec in _PER_STEP}:
+            return step_rows(root, array.basename, 0, steps)
+        return read_whole(array)
+
+    found = variables(
+        root, ROOT, lazy={PARAMETERS.name, DENOMINATOR.name}, sparse={DIAGONAL.name},
+        skip={"record", DIGEST.name}, read=read_committed,
+    )  # fmt: skip
+    with reading(root.store, ROOT):
+        for name, variable in found.items():
+            found[name] = variable.isel(lengths, missing_dims="ignore")
+        if DIAGONAL.name in found:  # it ends where clipping did
+            short = max(steps - found[DIAGONAL.name].sizes[STEP], 0)
+            found[DIAGONAL.name] = found[DIAGONAL.name].pad({STEP: (0, short)}, constant_values=1)
+        coords: dict[str, Any] = {STEP: np.arange(steps), "field": list(FIELDS)}
+        if every > 1:
+            coords["kept"] = np.arange(0, steps, every)
+        return xr.Dataset(found).set_coords([*DESCRIBED]).assign_coords(coords)
 
 
-def committed_chunks(root: zarr.Group) -> Iterator[tuple[zarr.Array, tuple[int, ...]]]:
-    """Yield the arrays of a trace, with the first indices of the chunks that must be there."""
+def committed_chunks(
+    root: zarr.Group,
+) -> Iterator[tuple[zarr.Array, tuple[int, ...], int | None]]:
+    """Yield the arrays of a trace, with the first indices of the chunks that must be there.
+
+    And how many chunks there are of these, where it is not all that the shape has room for.
+    """
     steps, slot = read_steps(root)
-    group = root[ROOT]
-    assert isinstance(group, zarr.Group)
-    parameters = stored_at(root, f"{ROOT}/{PARAMETERS.name}")
-    every, block = int(parameters.attrs["every"]), int(parameters.attrs["block"])  # type: ignore[arg-type]
-    per_step = {COEFFICIENTS, CLIP, BATCH, CLIP_VALUE, LOSS, NORM} | (
-        {PARAMETERS, DENOMINATOR} if every == 1 else set()
-    )
-    for spec in sorted(per_step, key=lambda spec: spec.name):
-        if spec.name in group:
-            array = stored_at(root, f"{ROOT}/{spec.name}")
-            yield from ((array, (number,)) for number in range(-(-steps // block)))
+    every, block = every_and_block(root)
+    group = group_at(root, ROOT)
+    names = {spec.name for spec in _PER_STEP}
+    names |= {PARAMETERS.name, DENOMINATOR.name} if every == 1 else set()
+    for name in sorted(names):
+        if name in group:
+            array = array_at(root, f"{ROOT}/{name}")
+            for number in range(-(-steps // block)):
+                batch = name == BATCH.name
+                stop = min((number + 1) * block, steps)
+                yield array, (number,), block_pieces(root, number, stop) if batch else None
+    parameters = array_at(root, f"{ROOT}/{PARAMETERS.name}")
     for kept in range(-(-steps // every) if every > 1 else 1):
         if every > 1:
-            yield parameters, (kept,)
-        yield from ((array, (kept,)) for array in _arrays(root, OPTIMIZER) if steps)
-    yield from ((array, (slot,)) for array in _arrays(root, LAST) if steps)
+            yield parameters, (kept,), None
+        yield from ((array, (kept,), None) for array in _arrays(root, OPTIMIZER) if steps)
+    yield from ((array, (slot,), None) for array in _arrays(root, LAST) if steps)
 
 
 def _arrays(root: zarr.Group, path: str) -> list[zarr.Array]:
-    group = root[path]
-    assert isinstance(group, zarr.Group)
-    return [stored_at(root, f"{path}/{name}") for name in sorted(group.array_keys())]
+    return [array_at(root, f"{path}/{name}") for name in array_names(group_at(root, path))]

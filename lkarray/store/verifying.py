@@ -9,21 +9,21 @@ Damage is never raised: each piece is checked by itself, whatever is wrong with 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import zarr
 
 from lkarray import schema
 from lkarray.errors import DamagedError, StoreError, StoreVersionError
-from lkarray.store.audits import audit_marks, committed_panels
-from lkarray.store.gradients import committed_shards, gradient_marks
+from lkarray.store.audits import audit_marks
+from lkarray.store.gradients import gradient_marks
 from lkarray.store.layout import node_at, part_store, parts_of, stored_fingerprint
 from lkarray.store.location import StoreLike, as_store, describe, is_sealed, open_root
 from lkarray.store.problems import Problem
 from lkarray.store.reading import DERIVED, derived_groups, folders
 from lkarray.store.seals import seal_of, stored_metadata
-from lkarray.store.trajectory import ROOT, committed_chunks, trace_fingerprint
+from lkarray.store.trajectory import ROOT, trace_fingerprint
 from lkarray.store.verifying_pieces import (
     METADATA,
     chunk_problems,
@@ -33,6 +33,7 @@ from lkarray.store.verifying_pieces import (
     without_metadata,
 )
 from lkarray.store.verifying_runs import consolidated_problems, run_problems
+from lkarray.store.verifying_training import audit_problems, gradient_problems, trace_problems
 
 logger = logging.getLogger("lkarray")
 
@@ -156,25 +157,11 @@ def _parts(root: zarr.Group, parts: dict[str, Any]) -> Iterator[Problem]:
 def _training(root: zarr.Group) -> Iterator[Problem]:
     """Check the committed steps of a training run, and the finished shards of its tensors."""
     if trace_fingerprint(root) is not None:
-        yield from _trained(root, ROOT, lambda: committed_chunks(root))
+        yield from trace_problems(root)
     for group in gradient_marks(root):
-        yield from _trained(root, group, lambda group=group: committed_shards(root, group))
+        yield from gradient_problems(root, group)
     for group in audit_marks(root):
-        yield from _trained(root, group, lambda group=group: committed_panels(root, group))
-
-
-def _trained(
-    root: zarr.Group,
-    group: str,
-    expected: Callable[[], Iterable[tuple[zarr.Array, tuple[int, ...]]]],
-) -> Iterator[Problem]:
-    yield from guarded(f"{group}/zarr.json", lambda: group_problems(root, group, sealed=False))
-
-    def chunks() -> Iterator[Problem]:
-        for array, leading in expected():
-            yield from chunk_problems(array, leading)
-
-    yield from guarded(group, chunks)
+        yield from audit_problems(root, group)
 
 
 def _derived(root: zarr.Group) -> Iterator[Problem]:

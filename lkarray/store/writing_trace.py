@@ -12,9 +12,24 @@ import numpy as np
 import zarr
 
 from lkarray.schema import VariableSpec
-from lkarray.store.chunks import chunk_keys, flush
+from lkarray.store.chunks import chunk_keys, flush, missing
+from lkarray.store.committed import array_at, damaged, group_at, require_seals
 from lkarray.store.layout import create_array, stored_at
 from lkarray.store.location import writing
+from lkarray.store.seals import add_to_seal, seal_of
+from lkarray.store.trace_digests import (
+    PIECES,
+    STEPS,
+    block_problems,
+    chain,
+    digests_of,
+    fields_of,
+    pieces_of,
+    rows_digest,
+    state_digests,
+    state_problems,
+    text_digest,
+)
 from lkarray.store.trajectory import (
     BATCH,
     CLIP,
@@ -30,7 +45,10 @@ from lkarray.store.trajectory import (
     PARAMETERS,
     ROOT,
     TraceLayout,
+    committed_chunks,
+    kept_rows,
     read_steps,
+    step_rows,
 )
 
 _COMMIT_SECONDS, _COMMIT_SHARE = 30.0, 50.0
@@ -54,6 +72,8 @@ class _Block:
     rows: dict[str, np.ndarray]
     states: dict[int, Row] = field(default_factory=dict)
     diagonal: np.ndarray | None = None
+    #: Checksums of the block's kept states so far, by array.
+    kept: dict[str, list[int]] = field(default_factory=dict)
 
 
 class TraceWriter:
@@ -74,30 +94,51 @@ class TraceWriter:
         Steps held, committed or buffered.
     committed
         Steps committed, as of the opening.
+
+    Raises
+    ------
+    DamagedError
+        Something that was committed is missing, or not what was committed. Nothing is written.
     """
 
     def __init__(self, root: zarr.Group, layout: TraceLayout, executor: Executor) -> None:
         self._root, self._layout, self._executor = root, layout, executor
-        group = root[ROOT]
-        assert isinstance(group, zarr.Group)
+        require_seals(root, ROOT, OPTIMIZER, LAST)
+        self.steps, self._slot = read_steps(root)
+        _require_committed(root, layout, self.steps, self._slot)
         specs = [COEFFICIENTS, CLIP, BATCH, CLIP_VALUE, LOSS, NORM]
         if layout.every == 1:
             specs += [PARAMETERS] + [DENOMINATOR] * layout.denominators
-        self._arrays = {s.name: stored_at(root, f"{ROOT}/{s.name}") for s in specs}
+        self._arrays = {s.name: array_at(root, f"{ROOT}/{s.name}") for s in specs}
+        self._digests = digests_of(root)
         self._pending: Future[float] | None = None
         self._last_commit, self._cost = time.monotonic(), 0.0
-        self.steps, self._slot = read_steps(root)
         self.committed = self._handed = self.steps
         self._open(self.steps // layout.block * layout.block)
-        kept = self.steps - self._block.start
-        for name, array in self._arrays.items():
-            if kept:
-                part = np.asarray(array[self._block.start : self.steps])
-                self._fit(name, part.shape)
-                self._block.rows[name][(slice(kept), *map(slice, part.shape[1:]))] = part
-        if kept and DIAGONAL.name in group:
-            found = stored_at(root, f"{ROOT}/{DIAGONAL.name}")[self._block.start : self.steps]
-            self._diagonal()[:kept] = found
+        if self.steps > self._block.start:
+            self._read_block()
+
+    def _read_block(self) -> None:
+        """Take what is committed of the open block to memory, since it is written as a whole."""
+        root, start, kept = self._root, self._block.start, self.steps - self._block.start
+        for name in self._arrays:
+            part = step_rows(root, name, start, self.steps)
+            self._fit(name, part.shape)
+            self._block.rows[name][(slice(kept), *map(slice, part.shape[1:]))] = part
+        if DIAGONAL.name in group_at(root, ROOT):
+            self._diagonal()[:kept] = step_rows(root, DIAGONAL.name, start, self.steps)
+        if self._digests is not None:
+            for path in self._kept_paths:
+                array = array_at(root, f"{ROOT}/{path}")
+                for row in kept_rows(self._layout.every, start, self.steps):
+                    self._block.kept.setdefault(path, []).extend(state_digests(array, array[row]))
+
+    @property
+    def _kept_paths(self) -> list[str]:
+        if self._digests is None:
+            return []
+        kept = PARAMETERS.name if self._layout.every > 1 else ""
+        return [p for p in fields_of(self._digests) if p == kept or p.startswith("optimizer/")]
 
     def _open(self, start: int) -> None:
         block = self._layout.block
@@ -158,7 +199,7 @@ class TraceWriter:
         if not full:
             rows = {name: values.copy() for name, values in block.rows.items()}
             diagonal = None if block.diagonal is None else block.diagonal.copy()
-            block = _Block(block.start, rows, block.states, diagonal)
+            block = _Block(block.start, rows, block.states, diagonal, block.kept)
             self._block.states = {}
         self._slot = 1 - self._slot
         self._pending = self._executor.submit(self._write, block, self.steps, self._slot, state)
@@ -176,39 +217,79 @@ class TraceWriter:
         self, block: _Block, steps: int, slot: int, state: Mapping[str, np.ndarray]
     ) -> float:
         began = time.monotonic()
-        root, layout = self._root, self._layout
+        root = self._root
         safe = "The steps committed before are safe"
         with writing(root.store, safe=safe):
-            keys: list[str] = []
-            number = block.start // layout.block
-            for name, values in block.rows.items():
-                keys += _put(self._arrays[name], block.start, values, number)
-            if block.diagonal is not None:
-                keys += _put(self._made(DIAGONAL), block.start, block.diagonal, number)
-            for kept, row in block.states.items():
-                found = dict(row.state or {})
-                if layout.every > 1:
-                    found[PARAMETERS.name] = row.values[PARAMETERS.name]
-                for name, values in found.items():
-                    path = ROOT if name == PARAMETERS.name else OPTIMIZER
-                    keys += _put(stored_at(root, f"{path}/{name}"), kept, values[None], kept)
+            keys = self._write_block(block)
             for name, values in state.items():
                 array = stored_at(root, f"{LAST}/{name}")
                 array[slot] = values
                 keys += chunk_keys(array, (slot,))
+            keys += self._write_digests(block, steps, slot, state)
             flush(root.store, keys)
             record = stored_at(root, f"{ROOT}/record")
             record[:] = [steps, slot]
             flush(root.store, chunk_keys(record, ()))
         return time.monotonic() - began
 
+    def _write_block(self, block: _Block) -> list[str]:
+        """Write what the steps of a block left; return its keys."""
+        root, layout = self._root, self._layout
+        keys: list[str] = []
+        number = block.start // layout.block
+        for name, values in block.rows.items():
+            keys += _put(self._arrays[name], block.start, values, number)
+        if block.diagonal is not None:
+            keys += _put(self._made(DIAGONAL), block.start, block.diagonal, number)
+            keys += [f"{ROOT}/zarr.json", f"{ROOT}/{DIAGONAL.name}/zarr.json"]
+        for kept, row in block.states.items():
+            found = dict(row.state or {})
+            if layout.every > 1:
+                found[PARAMETERS.name] = row.values[PARAMETERS.name]
+            for name, values in found.items():
+                path = ROOT if name == PARAMETERS.name else OPTIMIZER
+                array = stored_at(root, f"{path}/{name}")
+                keys += _put(array, kept, values[None], kept)
+                below = array.path.removeprefix(f"{ROOT}/")
+                block.kept.setdefault(below, []).extend(state_digests(array, values))
+        return keys
+
+    def _write_digests(
+        self, block: _Block, steps: int, slot: int, state: Mapping[str, np.ndarray]
+    ) -> list[str]:
+        """Write the checksums of a commit; return their key."""
+        if self._digests is None:  # a store of lkarray 0.1.0
+            return []
+        root, number = self._root, block.start // self._layout.block
+        pieces = pieces_of(self._arrays[BATCH.name], block.rows[BATCH.name].shape[1])
+        row: dict[str, int] = {STEPS: steps, PIECES: pieces}
+        for name, values in block.rows.items():
+            row[name] = rows_digest(self._arrays[name], number, values, pieces)
+        if block.diagonal is not None:
+            array = array_at(root, f"{ROOT}/{DIAGONAL.name}")
+            row[DIAGONAL.name] = rows_digest(array, number, block.diagonal, pieces)
+        row |= {path: chain(found) for path, found in block.kept.items()}
+        for name, values in state.items():
+            array = array_at(root, f"{LAST}/{name}")
+            text = values.dtype.kind == "T"
+            found = text_digest(array, slot) if text else chain(state_digests(array, values))
+            row[f"last/{name}"] = found
+        length = self._digests.shape[0]
+        metadata = []
+        if number >= length:
+            self._digests.resize((max(number + 1, length * 3 // 2), *self._digests.shape[1:]))
+            metadata = [f"{self._digests.path}/zarr.json"]
+        self._digests[number, slot] = [row.get(name, 0) for name in fields_of(self._digests)]
+        return [*chunk_keys(self._digests, (number, slot)), *metadata]
+
     def _made(self, spec: VariableSpec) -> zarr.Array:
-        group = self._root[ROOT]
-        assert isinstance(group, zarr.Group)
+        group = group_at(self._root, ROOT)
         if spec.name not in group:
             block, size = self._layout.block, self._layout.size
             chunks = (block, min(size, PARAM_CHUNK))
             create_array(group, spec, (block, size), chunks, fill=1)
+        if spec.name not in (seal_of(group) or {"arrays": [spec.name]})["arrays"]:
+            add_to_seal(group, {}, growing=[spec.name])
         return stored_at(self._root, f"{ROOT}/{spec.name}")
 
 
@@ -219,7 +300,25 @@ def _put(array: zarr.Array, start: int, values: np.ndarray, block: int) -> list[
     length = array.shape[0] if need <= array.shape[0] else max(need, array.shape[0] * 3 // 2)
     length = -(-length // rows) * rows
     tail = tuple(max(n, v) for n, v in zip(array.shape[1:], values.shape[1:], strict=True))
+    metadata = []
     if (length, *tail) != array.shape:
         array.resize((length, *tail))
+        metadata = [f"{array.path}/zarr.json"]
     array[(slice(start, need), *map(slice, values.shape[1:]))] = values
-    return chunk_keys(array, (block,))
+    return [*chunk_keys(array, (block,)), *metadata]
+
+
+def _require_committed(root: zarr.Group, layout: TraceLayout, steps: int, slot: int) -> None:
+    """Raise `DamagedError` unless all that is committed is there, and what goes on is sound."""
+    for array, leading, pieces in committed_chunks(root) if steps else ():
+        lost = missing(root.store, chunk_keys(array, leading)[:pieces])
+        if lost:
+            raise damaged(root.store, f"{lost[0]} was committed, but is missing or empty")
+    start = steps // layout.block * layout.block
+    kept = kept_rows(layout.every, start, steps)
+    faults = list(state_problems(root, steps, layout.block, slot))
+    if steps > start:
+        number = start // layout.block
+        faults += block_problems(root, number, slice(start, steps), kept)
+    if faults:
+        raise damaged(root.store, f"{faults[0].path}: {faults[0].detail}")

@@ -110,6 +110,8 @@ def gradient_features(
         A time is outside the run, a pattern matches nothing, or a label does not fit.
     FingerprintError
         The group holds another tensor.
+    DamagedError
+        Something of the trace, or of the tensor in that group, is missing or cannot be read.
     MemoryBudgetError
         The budget does not hold the gradients of one example.
 

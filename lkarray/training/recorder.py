@@ -104,6 +104,9 @@ def record(
         rules there.
     FingerprintError
         The store has a trace of other code, weights, data or settings.
+    DamagedError
+        Something of the trace in the store is missing, or not what was committed; it is left as it
+        is.
     LockedError
         Another process writes to the store.
 

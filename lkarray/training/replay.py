@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lkarray import schema
 from lkarray.errors import FingerprintError
 from lkarray.store import trajectory
-from lkarray.store.layout import stored_at
 from lkarray.training.capture import Capture
 from lkarray.training.optimizers import kind_named
 
@@ -53,9 +51,8 @@ class Replay:
         kind: Any = kind_named(trace.mark["optimizer"])
         self._optimizer = kind(groups)
         self._capture = Capture(moving, self._optimizer)
-        path = f"{schema.TRAJECTORY}/{trajectory.PARAMETERS.name}"
         state = trajectory.kept_state(trace.root, kept)
-        state[trajectory.PARAMETERS.name] = np.asarray(stored_at(trace.root, path)[kept])
+        state[trajectory.PARAMETERS.name] = trajectory.kept_parameters(trace.root, kept)
         self._capture.load(state)
 
     def until(self, step: int) -> np.ndarray:
@@ -90,8 +87,7 @@ class Replay:
             self._compare()
 
     def _compare(self) -> None:
-        path = f"{schema.TRAJECTORY}/{trajectory.PARAMETERS.name}"
-        kept = np.asarray(stored_at(self._trace.root, path)[self.step // self._trace.every])
+        kept = trajectory.kept_parameters(self._trace.root, self.step // self._trace.every)
         if not np.array_equal(kept, self._capture.theta().cpu().numpy()):
             raise FingerprintError(
                 f"{self._trace.where}: steps taken again do not arrive at the state kept before "

@@ -17,7 +17,8 @@ from lkarray.nn.batches import Batches, MapDataset
 from lkarray.nn.flat import FlatModel
 from lkarray.nn.losses import NAMED, LossFunction, PerExampleLoss, per_example_loss
 from lkarray.store import trajectory
-from lkarray.store.layout import stored_at
+from lkarray.store.chunks import read_whole
+from lkarray.store.committed import array_at, read_rows
 from lkarray.store.location import StoreLike, open_root
 from lkarray.training.checking import literal
 from lkarray.training.identity import code
@@ -57,6 +58,8 @@ def open_trace(
     FingerprintError
         The model's code, the data or the loss are not those of the trace; or the loss of the
         first batch is not the one recorded.
+    DamagedError
+        Something that was committed is missing or cannot be read, now or when it is asked for.
     """
     return Trace(path, model, train_set, loss)
 
@@ -89,7 +92,7 @@ class Trace:
         self.steps, _ = trajectory.read_steps(self.root)
         if self.steps == 0:
             raise StoreError(f"{self.where} holds no committed step yet; run the training again")
-        columns = {key: np.asarray(self._array(key)[:]) for key in _TENSORS}
+        columns = {key: read_whole(self._array(key)) for key in _TENSORS}
         self.names, self.modules = ([str(v) for v in columns[k]] for k in _TENSORS[:2])
         self.starts, self.stops = (columns[k] for k in _TENSORS[2:])
         self.every = int(mark["every"])
@@ -140,10 +143,10 @@ class Trace:
     # --- what was recorded --------------------------------------------------------------------
 
     def _array(self, name: str) -> zarr.Array:
-        return stored_at(self.root, f"{schema.TRAJECTORY}/{name}")
+        return array_at(self.root, f"{schema.TRAJECTORY}/{name}")
 
     def _row(self, name: str) -> np.ndarray:
-        return np.asarray(self._array(name)[: self.steps])
+        return trajectory.step_rows(self.root, name, 0, self.steps)
 
     @cached_property
     def losses(self) -> np.ndarray:
@@ -229,7 +232,8 @@ class Trace:
                 at = step // self.every
                 if block is None or not first <= at < first + len(block):
                     first = at // rows * rows
-                    block = np.asarray(kept[first : first + rows])
+                    last = first + rows if self.every > 1 else min(first + rows, self.steps)
+                    block = read_rows(kept, first, last)
                 yield step, block[at - first].copy()
             else:
                 if replay is None or replay.step // self.every != step // self.every:
@@ -246,7 +250,8 @@ class Trace:
         if not 0 <= step < self.steps:
             raise ValueError(f"step must be 0 to {self.steps - 1}, not {step}")
         if self.every == 1:
-            return np.asarray(self._array(trajectory.DENOMINATOR.name)[step])
+            name = trajectory.DENOMINATOR.name
+            return np.asarray(trajectory.step_rows(self.root, name, step, step + 1)[0])
         replay = Replay(self, step // self.every)
         replay.until(step + 1)
         return replay.denominator()
