@@ -15,21 +15,18 @@ import zarr
 from dask.base import tokenize
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
-from zarr.abc.store import Store
 from zarr.storage import MemoryStore
 
 from lkarray.engine.contraction import Contraction, Tile, compute_tile, contraction_of, gram_array
 from lkarray.engine.plan import WRITTEN_BYTES, make_plan, on_cluster
 from lkarray.errors import SchemaError, StoreError
 from lkarray.progress import dask_bar
-from lkarray.store.layout import CODECS
-from lkarray.store.location import StoreLike, as_store, create_root, describe, sizes, writing
+from lkarray.store.location import StoreLike, as_store, describe, writing
 from lkarray.store.locking import writer_lock
+from lkarray.store.names import DERIVED, check_name, group_path
+from lkarray.store.saved import Index, SavedKernel, sound_chunks, stored_indices
 
-_SAVED = "lkarray_save"  # attribute of the group: what is being saved there
-_CRC_BYTES = 4
-
-Index = tuple[int, ...]
+_BATCH = 64  # stored chunks that a task reads
 
 
 def save(
@@ -84,7 +81,9 @@ def save(
     compared, so that a kernel of other data is noticed. Memory is the plan's (`lkarray.plan`).
     """
     _check(kernel)
-    group = f"derived/{kernel.name}" if group is None else group.strip("/")
+    saved = SavedKernel.of(
+        kernel, group_path(f"{DERIVED}/{kernel.name}" if group is None else group), upper
+    )
     target = as_store(store)
     if isinstance(target, MemoryStore) and on_cluster():
         raise StoreError(
@@ -93,17 +92,17 @@ def save(
         )
     safe = "Tiles that were written are kept; run the same call again to go on"
     with writer_lock(target), writing(target, safe=safe):
-        array, side = _open_target(target, kernel, group, upper)
-        work = _Work.of(kernel, array, side, upper)
-        written = _written(array)
-        _compare(work, array, written, group)
-        todo = [(tile, out) for tile, outs in work.tiles() if (out := sorted(outs - written))]
-        with dask_bar(f"saving {group}", show=progress):
+        array = saved.open(target)
+        work = _Work.of(kernel, array, int(array.chunks[-2]), upper)
+        kept = _sound(array)
+        _compare(work, array, {min(kept), max(kept)} if kept else (), saved.group)
+        todo = [(tile, out) for tile, outs in work.tiles() if (out := sorted(outs - kept))]
+        with dask_bar(f"saving {saved.group}", show=progress):
             _run(work, array, todo)
-    stored: xr.DataArray = xr.open_zarr(target, group=group, chunks={}, consolidated=False)[
-        kernel.name
-    ]
-    return stored
+        if saved.resealed(target, array):
+            _compare(work, array, kept, saved.group)  # swapped tiles, or of another rounding
+        saved.finish(target)
+    return saved.read(target)
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,12 @@ def _check(kernel: xr.DataArray) -> None:
         )
     if not kernel.name:
         raise SchemaError("the kernel has no name; give it one: kernel.rename('correlation')")
+    check_name(str(kernel.name), "the kernel's name")
+    if kernel.name in kernel.coords:
+        raise SchemaError(
+            f"the kernel has the name of its labels {kernel.name!r}; give it another: "
+            "kernel.rename('correlation')"
+        )
     if kernel.chunks is None:
         raise SchemaError("the kernel is in memory already; write it with .to_zarr")
     for dim, lengths in kernel.variable.chunksizes.items():
@@ -162,98 +167,18 @@ def _check(kernel: xr.DataArray) -> None:
             )
 
 
-def _open_target(
-    store: Store, kernel: xr.DataArray, group: str, upper: bool
-) -> tuple[zarr.Array, int]:
-    """Return the array to fill, made if it is missing, and the side of its tiles."""
-    name = str(kernel.name)
-    mark = _mark(kernel, upper)
-    root = create_root(store)
-    if group in root:
-        node = root[group]
-        found = dict(node.attrs).get(_SAVED) if isinstance(node, zarr.Group) else None
-        if found is not None and found != mark:
-            assert isinstance(found, dict)
-            differ = sorted(key for key in mark if mark[key] != found.get(key))
-            raise StoreError(
-                f"group {group!r} of {describe(store)} holds another kernel (they differ in "
-                f"{differ}); nothing was touched. Choose another group="
-            )
-        if found is not None:
-            array = root[f"{group}/{name}"]
-            assert isinstance(array, zarr.Array)
-            return array.with_config({"write_empty_chunks": True}), int(array.chunks[-2])
-        if isinstance(node, zarr.Array) or any(n != name for n, _ in node.arrays()):
-            raise StoreError(
-                f"group {group!r} of {describe(store)} holds something that save did not write; "
-                "nothing was touched. Choose another group="
-            )
-    return _create(root, kernel, group, mark), kernel.data.chunksize[-2]
+def _sound(array: zarr.Array) -> set[Index]:
+    """Return the chunks that are stored whole: each is read, and its checksum taken."""
+    there = stored_indices(array)
+    batches = [there[start : start + _BATCH] for start in range(0, len(there), _BATCH)]
+    check = dask.delayed(sound_chunks, pure=False)
+    found: list[list[Index]] = list(dask.compute(*(check(array, batch) for batch in batches)))
+    return {index for batch in found for index in batch}
 
 
-def _create(root: zarr.Group, kernel: xr.DataArray, group: str, mark: dict[str, Any]) -> zarr.Array:
-    """Make the group, its coordinates, the array of NaN, and last the mark that it is whole."""
-    coords = kernel.coords.to_dataset().reset_coords(drop=False).drop_encoding()
-    coords = coords.set_coords(list(coords.variables))
-    coords.to_zarr(root.store, group=group, mode="w", consolidated=False, zarr_format=3)
-    node = root[group]
-    assert isinstance(node, zarr.Group)
-    floating = kernel.dtype.kind == "f"
-    array = node.create_array(
-        str(kernel.name),
-        shape=kernel.shape,
-        chunks=kernel.data.chunksize,
-        dtype=kernel.dtype,
-        fill_value=np.nan if floating else 0,
-        compressors=CODECS,
-        dimension_names=[str(dim) for dim in kernel.dims],
-        attributes={str(k): _plain(v) for k, v in kernel.attrs.items()}
-        | {"coordinates": " ".join(str(c) for c in kernel.coords if c not in kernel.dims)}
-        | ({"triangle": "upper"} if mark["upper"] else {}),
-        config={"write_empty_chunks": True},
-    )
-    node.attrs[_SAVED] = mark
-    return array
-
-
-def _mark(kernel: xr.DataArray, upper: bool) -> dict[str, Any]:
-    """Return what a resumed save must share with the one that began."""
-    coords = {str(n): tokenize(np.asarray(c.values)) for n, c in kernel.coords.items()}
-    return {
-        "name": str(kernel.name),
-        "dims": [str(dim) for dim in kernel.dims],
-        "shape": list(kernel.shape),
-        "dtype": str(kernel.dtype),
-        "attributes": {str(k): _plain(v) for k, v in sorted(kernel.attrs.items())},
-        "coordinates": coords,
-        "upper": upper,
-    }
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-
-
-def _written(array: zarr.Array) -> set[Index]:
-    """Return the chunks that are stored whole, by their sizes."""
-    size = int(np.prod(array.chunks)) * array.dtype.itemsize + _CRC_BYTES
-    counts = [-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)]
-    prefix = array.path
-
-    found = set()
-    for key, stored in sizes(array.store, f"{prefix}/c/"):
-        parts = key.removeprefix(f"{prefix}/c/").split("/")
-        if not all(part.isdecimal() for part in parts):
-            continue  # what a killed write left beside its chunk
-        index = tuple(map(int, parts))
-        if len(index) == len(counts) and stored == size:
-            found.add(index)
-    return found
-
-
-def _compare(work: _Work, array: zarr.Array, written: set[Index], group: str) -> None:
-    """Compute the first and last stored tile again: they must be the same kernel's."""
-    for index in {min(written), max(written)} if written else ():
+def _compare(work: _Work, array: zarr.Array, written: Iterable[Index], group: str) -> None:
+    """Compute some stored tiles again: they must be the same kernel's."""
+    for index in sorted(written):
         stored = array.blocks[index]
         fresh = work.data.blocks[index].compute()
         scale = max(float(np.abs(fresh).max(initial=0)), 1e-30)

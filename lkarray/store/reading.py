@@ -13,6 +13,7 @@ from lkarray import schema
 from lkarray.errors import DivergedError, StoreError
 from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.commit import Record, read_record
+from lkarray.store.exact import restored
 from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import (
     loss_groups,
@@ -22,14 +23,14 @@ from lkarray.store.layout import (
     stored_fingerprint,
 )
 from lkarray.store.location import StoreLike, describe, open_root
+from lkarray.store.names import DERIVED
+from lkarray.store.results import results
 from lkarray.store.trajectory import open_trajectory, read_steps, trace_fingerprint
 
 logger = logging.getLogger("lkarray")
 
-DERIVED = "derived"
 #: Attribute of a tree of several runs: in what they differ, and the attributes of each.
 PARTS = "parts"
-HIDDEN = "."  # begins the names of derived groups that are being written
 
 
 def open_store(path: StoreLike) -> xr.DataTree:
@@ -75,15 +76,16 @@ def open_rectangle(
         return _open_parts(root, parts, chains, draws)
     training = _training_groups(root)
     if stored_fingerprint(root) is None:
-        derived = derived_groups(root)
+        derived, said = _open_derived(root)
         if not training and not derived:
+            if said:
+                raise StoreError(f"{describe(store)} holds nothing finished: {'; '.join(said)}")
             raise StoreError(
                 f"{describe(store)} holds no losses: its sampling was stopped before it began. "
                 "Run lk.sample on it again"
             )
-        groups = {"/": xr.Dataset(attrs=dict(root.attrs))} | training
-        groups |= {path: _open_group(store, path) for path in derived}
-        return xr.DataTree.from_dict(groups, name="lkarray")
+        groups = {"/": xr.Dataset(attrs=dict(root.attrs))} | training | derived
+        return _said(xr.DataTree.from_dict(groups, name="lkarray"), store, said)
     shown, depth, hidden = _rectangle(root, chains)
     depth = min(depth, draws) if draws is not None else depth
     stats = _open_stats(store, stored(root, schema.LOSSES, schema.LOSS).shape)
@@ -108,8 +110,13 @@ def open_rectangle(
         # Growth that was killed leaves some arrays larger than the losses.
         fits = ds.isel({dim: slice(len(index)) for dim, index in whole.items()})
         groups[group] = fits.assign_coords(whole).isel(select)
-    groups |= training | {path: _open_group(store, path) for path in derived_groups(root)}
-    tree = xr.DataTree.from_dict(groups, name="lkarray")
+    derived, said = _open_derived(root)
+    tree = xr.DataTree.from_dict(groups | training | derived, name="lkarray")
+    return _said(tree, store, hidden + said)
+
+
+def _said(tree: xr.DataTree, store: Any, hidden: list[str]) -> xr.DataTree:
+    """Note what a tree leaves out, and log it."""
     if hidden:
         logger.warning("%s: %s", describe(store), "; ".join(hidden))
         tree.attrs["hidden"] = hidden
@@ -140,9 +147,10 @@ def _open_parts(
     trees = [open_rectangle(store, chains=chains, draws=draws) for store in stores]
     tree = join_parts(trees, parts["dim"], parts["labels"])
     tree.attrs = dict(root.attrs) | tree.attrs
-    for path in derived_groups(root):
-        tree[path] = xr.DataTree(_open_group(root.store, path))
-    return tree
+    derived, said = _open_derived(root)
+    for path, ds in derived.items():
+        tree[path] = xr.DataTree(ds)
+    return _said(tree, root.store, tree.attrs.get("hidden", []) + said) if said else tree
 
 
 def join_parts(trees: list[xr.DataTree], dim: str, labels: list[Any]) -> xr.DataTree:
@@ -195,12 +203,20 @@ def _open_stats(store: Any, shape: tuple[int, ...]) -> xr.Dataset:
 
 def derived_groups(root: zarr.Group) -> list[str]:
     """Return the paths of the finished results in the store."""
-    if DERIVED not in root:
-        return []
-    group = root[DERIVED]
-    assert isinstance(group, zarr.Group)
-    names = sorted(name for name in group.group_keys() if not name.startswith(HIDDEN))
-    return [f"{DERIVED}/{name}" for name in names]
+    return [path for path, problem in results(root) if problem is None]
+
+
+def _open_derived(root: zarr.Group) -> tuple[dict[str, xr.Dataset], list[str]]:
+    """Return the finished results by path, and what is to be said of the others."""
+    found, said = {}, []
+    for path, problem in results(root):
+        if problem is None:
+            found[path] = restored(_open_group(root.store, path))
+        elif problem.kind == "unfinished":
+            said.append(f"{path} is left out: {problem.detail}")
+        else:
+            said.append(f"{path} is left out, since it is damaged ({problem}); see lk.verify")
+    return found, said
 
 
 def _rectangle(root: zarr.Group, limit: int | None) -> tuple[list[int], int, list[str]]:

@@ -26,7 +26,7 @@ from lkarray.store.layout import (
 )
 from lkarray.store.location import StoreLike, open_root
 from lkarray.store.problems import Problem
-from lkarray.store.reading import derived_groups
+from lkarray.store.results import below_diagonal, broken, results, saved_elsewhere
 from lkarray.store.trajectory import committed_chunks, trace_fingerprint
 
 
@@ -66,12 +66,12 @@ def verify(path: StoreLike) -> list[Problem]:
             except StoreError as error:
                 found = [Problem("missing", "zarr.json", str(error))]
             problems += [p._replace(path=f"{at}/{p.path}") for p in found]
-        return problems
+        return [*problems, *_derived(root)]
     others = [*_derived(root), *_training(root)]
     if stored_fingerprint(root) is not None:
         return [*_problems(root), *others]
     made = trace_fingerprint(root) or gradient_marks(root) or audit_marks(root)
-    if not made and not derived_groups(root):
+    if not made and not results(root) and not saved_elsewhere(root):
         return [Problem("missing", schema.LOSSES, "sampling was stopped before it began")]
     return others
 
@@ -167,8 +167,15 @@ def _whole_arrays(root: zarr.Group, arrays: dict[str, zarr.Array]) -> Iterator[P
 
 def _derived(root: zarr.Group) -> Iterator[Problem]:
     """Check the results that the store keeps, whatever it holds besides."""
-    for group in derived_groups(root):
-        yield from _of_group(root, group, ())
+    for path, problem in [*results(root), *saved_elsewhere(root)]:
+        if problem is not None and problem.kind != "missing":
+            yield problem
+            continue
+        if problem is not None and problem.path == f"{path}/zarr.json":
+            yield problem
+            continue
+        faults = list(_of_group(root, path, ()))
+        yield from [*faults, *broken(root, path, faults)]
 
 
 def _of_group(root: zarr.Group, group: str, known: Container[str]) -> Iterator[Problem]:
@@ -186,8 +193,7 @@ def _left_out(array: zarr.Array | Problem, problem: Problem) -> bool:
     """Say whether a missing chunk is one below the diagonal of a kernel saved as a triangle."""
     if isinstance(array, Problem) or array.attrs.get("triangle") != "upper":
         return False
-    i, j = map(int, problem.path.split("/")[-2:])
-    return problem.kind == "missing" and i > j
+    return problem.kind == "missing" and below_diagonal(problem.path)
 
 
 def _chain(
