@@ -47,7 +47,8 @@ def save(
     store
         Path, URL or Zarr store; made if it is missing.
     group
-        Group within it; ``"derived/NAME"`` of the kernel by default.
+        Group within it, of the kernel's own; ``"derived/NAME"`` of the kernel by default. Names of
+        lkarray's own groups are refused, and groups that hold anything else.
     upper
         Of a symmetric kernel write the tiles on and above the diagonal only; those below
         stay missing (NaN).
@@ -57,10 +58,13 @@ def save(
     Returns
     -------
     xarray.DataArray
-        The stored kernel, lazy, with coordinates.
+        The stored kernel, complete, lazy, with coordinates.
 
     Raises
     ------
+    GroupError
+        The group is the whole store or one of lkarray's own, or something that this did not write
+        is there; nothing is touched.
     StoreError
         The group holds another kernel (nothing is touched), the store is in memory and the
         workers elsewhere, or writing failed: the disk is full, say. Tiles that were written
@@ -68,17 +72,24 @@ def save(
     LockedError
         Another process is writing to the store.
     SchemaError
-        The kernel is not lazy, or its chunks are uneven.
+        The kernel is not lazy, its chunks are uneven, or a label or attribute cannot be stored
+        so that it is read back as it is: labels of None, say.
     NonFiniteError, DamagedError
-        The input holds NaN or infinity, or cannot be read.
+        The input holds NaN or infinity, or cannot be read; or what is stored of the kernel was
+        changed since it was complete.
 
     Notes
     -----
     Each tile is one task, which computes the tile and writes it, and its mirror image, as
     whole chunks with checksums; the array is NaN where a tile was not written, and a
-    correlation of zero is written as zero. Tiles are taken as written by whole files of the
-    right size. When there are some already, the first and the last are computed again and
-    compared, so that a kernel of other data is noticed. Memory is the plan's (`lkarray.plan`).
+    correlation of zero is written as zero. When all are written and flushed to the disk, the
+    kernel is marked as complete, and sealed (10,000 tiles: some seconds); until then `lkarray.open`
+    hides it and `lkarray.verify` calls it unfinished.
+
+    Of a kernel that is there already, every tile is read and its checksum taken; one that is
+    damaged or missing is computed again, and no other. The first and the last are computed again
+    and compared, so that a kernel of other data is noticed. Memory is the plan's
+    (`lkarray.plan`).
     """
     _check(kernel)
     saved = SavedKernel.of(

@@ -23,6 +23,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import xarray as xr
+from pydantic import Field, model_validator
+
+import lkarray as lk
+from lkarray import plots, store, workflow
 from lkarray_workflows.images import CLASSES, NAMES
 from lkarray_workflows.recorded import (
     TEST,
@@ -37,10 +41,6 @@ from lkarray_workflows.recorded import (
     require_enough,
     train,
 )
-from pydantic import Field, model_validator
-
-import lkarray as lk
-from lkarray import plots, store, workflow
 
 #: Rules and strides of the table, beside the audit's own.
 RULES: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ import zarr
 from zarr.core.sync import sync
 
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, OUTPUT, VariableSpec
-from lkarray.store.chunks import chunk_keys, flush
+from lkarray.store.chunks import chunk_keys, flush, flush_tree
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import create_array, create_coord, require_space, stored_at
 from lkarray.store.location import (
@@ -33,6 +33,7 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.names import check_name, make_group
 from lkarray.store.variables import variables
 
 _CHUNK_BYTES = 8 << 20
@@ -145,7 +146,7 @@ class AuditLayout:
 
 def audit_group(name: str | None) -> str:
     """Return the group of an audit: ``audit``, or ``audit_<name>``."""
-    return "audit" if name is None else f"audit_{name}"
+    return "audit" if name is None else f"audit_{check_name(name, 'name')}"
 
 
 def audit_marks(root: zarr.Group) -> dict[str, Any]:
@@ -173,7 +174,8 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
     item = np.dtype(layout.dtype).itemsize
     require_space(root.store, prod(layout.sizes.values()) * item + 2 * layout.state)
     with writing(root.store):
-        group = root.create_group(layout.group, overwrite=True, attributes=dict(layout.attrs))
+        ours = {INFLUENCE.name, RECORD.name, EPOCH, STATE, *layout.coords, *layout.specs()}
+        group = make_group(root, layout.group, ours=ours, attributes=layout.attrs)
         sizes = layout.sizes
         labels = {
             dim: " ".join(n for n, (d, _) in layout.coords.items() if d == dim != n)
@@ -195,6 +197,7 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
         create_coord(group, EPOCH, layout.epochs, EPOCH)
         for name, (dim, values) in layout.coords.items():
             create_coord(group, name, values, dim)
+        flush_tree(root.store, layout.group)
         marks = audit_marks(root) | {layout.group: dict(fingerprint)}
         update_mark(root, audits=marks)
     return root
@@ -256,7 +259,7 @@ class PanelWriter:
                     compressors=None, config={"write_empty_chunks": True},
                 )  # fmt: skip
                 array[...] = values
-                self._keys += chunk_keys(array, ())
+            flush_tree(root.store, f"{self._folder}/{slot}")
             self._count(left, slot)
         self._last = time.monotonic()
         self._cost = self._last - began
@@ -304,6 +307,7 @@ def describe_audit(root: zarr.Group, group: str, attrs: Mapping[str, Any]) -> No
     node = root[group]
     assert isinstance(node, zarr.Group)
     node.update_attributes(dict(attrs))
+    flush(root.store, [f"{group}/zarr.json"])
 
 
 def open_audit(root: zarr.Group, group: str) -> xr.Dataset:

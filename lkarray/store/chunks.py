@@ -49,19 +49,19 @@ def flush(store: Store, keys: Iterable[str]) -> None:
         fsync_all((path for key in keys if (path := folder / key).exists()), folder)
 
 
-def flush_tree(store: Store, prefix: str) -> None:
-    """Make the operating system put all below a prefix on the disk, and what leads to it.
+def flush_tree(store: Store, *prefixes: str) -> None:
+    """Make the operating system put all below some prefixes on the disk, and what leads there.
 
-    That is the metadata of the groups above it, and the folders up to that of the store.
+    That is the metadata of the groups above them, and the folders up to that of the store.
     """
     folder = local_path(store)
     if folder is None:
         return
-    top = folder / prefix
-    above = [path / "zarr.json" for path in (top, *top.parents) if path.is_relative_to(folder)]
-    below = (Path(at, name) for at, _, names in os.walk(top) for name in names)
-    files = {*below, *filter(Path.exists, above)}
-    fsync_all((path for path in files if not _passing(path.name)), folder)
+    files: set[Path] = set()
+    for top in (folder / prefix for prefix in prefixes):
+        files |= {Path(at, name) for at, _, names in os.walk(top) for name in names}
+        files |= {at / "zarr.json" for at in (top, *top.parents) if at.is_relative_to(folder)}
+    fsync_all((file for file in files if not _passing(file.name) and file.exists()), folder)
 
 
 def _passing(name: str) -> bool:

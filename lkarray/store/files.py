@@ -12,12 +12,14 @@ import os
 import pwd
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lkarray.errors import StoreError
 
 _PRIVATE = 0o600
+_AT_ONCE = 16
 
 
 def fsync(path: Path) -> None:
@@ -30,13 +32,14 @@ def fsync(path: Path) -> None:
 
 
 def fsync_all(files: Iterable[Path], root: Path) -> None:
-    """Flush files below ``root``, and after them each folder from theirs up to that of ``root``."""
-    folders = {root}
-    for file in files:
-        fsync(file)
-        folders |= {folder for folder in file.parents if folder.is_relative_to(root)}
-    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
-        fsync(folder)
+    """Flush files below ``root``, and each folder from theirs up to the one that holds ``root``.
+
+    Several at once: the file system then writes its journal for all of them together.
+    """
+    files = list(files)
+    folders = {folder for file in files for folder in file.parents if folder.is_relative_to(root)}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(fsync, [*files, *sorted(folders | {root})]))
     with suppress(PermissionError):  # a folder that may be entered, but not read
         fsync(root.parent)
 

@@ -18,7 +18,7 @@ import zarr
 
 from lkarray import schema
 from lkarray.schema import OUTPUT, TIME, VariableSpec
-from lkarray.store.chunks import chunk_keys, flush
+from lkarray.store.chunks import chunk_keys, flush, flush_tree
 from lkarray.store.discarding import discard
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import (
@@ -36,6 +36,7 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.names import check_name, make_group
 from lkarray.store.variables import variables
 
 _ROWS, _COLUMNS = 128, 16384
@@ -108,7 +109,7 @@ class TensorLayout:
 
 def gradient_group(name: str | None) -> str:
     """Return the group of a gradient tensor: ``gradients``, or ``gradients_<name>``."""
-    return schema.GRADIENTS if name is None else f"{schema.GRADIENTS}_{name}"
+    return schema.GRADIENTS if name is None else f"{schema.GRADIENTS}_{check_name(name, 'name')}"
 
 
 def gradient_marks(root: zarr.Group) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def discard_gradients(path: StoreLike) -> None:
     LockedError
         It is being written to.
     """
-    siblings = gradient_group("")
+    siblings = f"{schema.GRADIENTS}_"
     discard(
         path,
         lambda name: name == schema.GRADIENTS or name.startswith(siblings),
@@ -173,7 +174,10 @@ class TensorWriter:
         layout, root = self.layout, self.root
         require_space(root.store, prod(layout.shape) * np.dtype(layout.dtype).itemsize)
         with writing(root.store):
-            group = root.create_group(layout.group, overwrite=True, attributes=dict(layout.attrs))
+            ours = {layout.variable.name, DONE.name, TIME, schema.LEARNING_RATE.name}
+            group = make_group(
+                root, layout.group, ours=ours | set(layout.coords), attributes=layout.attrs
+            )
             labels = " ".join(
                 n for n, (dim, _) in layout.coords.items() if n != dim and dim in layout.dims
             )
@@ -187,6 +191,7 @@ class TensorWriter:
             create_coord(group, schema.LEARNING_RATE.name, layout.rates, TIME)
             for name, (dim, values) in layout.coords.items():
                 create_coord(group, name, values, dim)
+            flush_tree(root.store, layout.group)
             marks = gradient_marks(root) | {layout.group: fingerprint}
             update_mark(root, **{schema.GRADIENTS: marks})
 

@@ -119,7 +119,11 @@ def names_in(store: Store, path: str) -> list[str]:
 
 
 def make_group(
-    root: zarr.Group, name: str, *, ours: Collection[str], attributes: Mapping[str, Any] | None
+    root: zarr.Group,
+    name: str,
+    *,
+    ours: Collection[str],
+    attributes: Mapping[str, Any] | None = None,
 ) -> zarr.Group:
     """Create a group of lkarray's own; what a kill left of making it before is replaced.
 

@@ -31,7 +31,7 @@ class Result(NamedTuple):
 
 def results(root: zarr.Group) -> list[Result]:
     """Return the results directly under ``/derived``, finished or not."""
-    found = []
+    found: list[Result] = []
     for name in names_in(root.store, DERIVED):
         if not name.startswith(HIDDEN) and name != "zarr.json":
             found += _result(root, f"{DERIVED}/{name}")

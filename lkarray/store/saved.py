@@ -139,9 +139,9 @@ class SavedKernel:
 
     def _make(self, node: zarr.Group) -> zarr.Array:
         """Write the labels, and make the array of NaN unless it is there."""
-        for name in self.labels.variables:
+        for name in map(str, self.labels.variables):
             if name in node:
-                del node[str(name)]
+                del node[name]
         kept = {key: value for key, value in node.attrs.items() if key != "coordinates"}
         self.labels.assign_attrs(kept).to_zarr(
             node.store,

@@ -19,6 +19,7 @@ import zarr
 
 from lkarray import schema
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
+from lkarray.store.chunks import flush_tree
 from lkarray.store.discarding import discard
 from lkarray.store.layout import create_array, create_coord, require_space, stored_at
 from lkarray.store.location import (
@@ -29,6 +30,7 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.names import make_group
 from lkarray.store.variables import variables
 
 ROOT = schema.TRAJECTORY
@@ -65,6 +67,21 @@ NORM = VariableSpec(
 
 #: What is stored of the parameter tensors.
 _DESCRIBED = (schema.MODULE.name, schema.START.name, schema.STOP.name)
+
+
+_OURS = {
+    OPTIMIZER.split("/")[1],
+    LAST.split("/")[1],
+    TENSOR,
+    "record",
+    *_DESCRIBED,
+    *(
+        spec.name
+        for spec in (
+            PARAMETERS, DENOMINATOR, DIAGONAL, COEFFICIENTS, CLIP, CLIP_VALUE, BATCH, LOSS, NORM,
+        )
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,7 +136,7 @@ def create_trace(
     item = np.dtype(layout.dtype).itemsize
     require_space(root.store, item * size * (block + 3 * (1 + len(layout.vectors))))
     with writing(root.store):
-        group = root.create_group(ROOT, overwrite=True)
+        group = make_group(root, ROOT, ours=_OURS)
         kept = STEP if layout.every == 1 else "kept"
         rows = block if layout.every == 1 else 1
         spec = VariableSpec(PARAMETERS.name, (kept, PARAM), layout.dtype, "", PARAMETERS.doc)
@@ -151,6 +168,7 @@ def create_trace(
         create_coord(group, schema.STOP.name, np.asarray(stops, np.int64), TENSOR)
         spec = VariableSpec("record", ("count",), "int64", "", "committed steps, slot of the state")
         create_array(group, spec, (2,), (2,))
+        flush_tree(root.store, ROOT)
         update_mark(root, **{ROOT: dict(fingerprint)})
     return root
 
