@@ -161,8 +161,8 @@ def create_run(
         fields = {"fields": ["draws", "step", "slot"]}
         commit = root.create_group(schema.COMMIT)
         create_array(commit, schema.RECORD, (chains, 3), (1, 3), attrs=fields)
-        made = {s.group for s in sets} | {*schema.GROUPS, schema.OBSERVABLES} & {*root.group_keys()}
-        flush_tree(root.store, *made)
+        made = [s.group for s in sets] + [schema.SAMPLE_STATS, schema.STATE, schema.COMMIT]
+        flush_tree(root.store, *made, *[schema.OBSERVABLES] * bool(observables))
         update_mark(root, **{schema.LOSSES: dict(fingerprint)})
     return root
 
