@@ -39,6 +39,10 @@ class FingerprintError(StoreError, ValueError):
     """The store holds a run made with other settings, weights or data."""
 
 
+class GroupError(StoreError, ValueError):
+    """A group of a store cannot be written: it is lkarray's own, or holds something else."""
+
+
 class LockedError(StoreError):
     """Another process is writing to the store, or running in the folder."""
 

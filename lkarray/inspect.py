@@ -24,7 +24,8 @@ from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import recorded
 from lkarray.store.location import StoreLike, sizes
-from lkarray.store.reading import DERIVED, derived_groups, open_store
+from lkarray.store.names import DERIVED
+from lkarray.store.reading import derived_groups, open_store
 from lkarray.store.trajectory import open_trajectory, trace_fingerprint
 
 

@@ -21,28 +21,16 @@ from zarr.storage import MemoryStore
 from lkarray.engine.contraction import Contraction, Tile, compute_tile, contraction_of, gram_array
 from lkarray.engine.plan import WRITTEN_BYTES, make_plan, on_cluster
 from lkarray.errors import SchemaError, StoreError
-from lkarray.labels import require_storable
 from lkarray.progress import dask_bar
 from lkarray.results import Result, alone
-from lkarray.store.layout import CODECS
-from lkarray.store.location import (
-    StoreLike,
-    as_store,
-    create_root,
-    describe,
-    exists,
-    open_root,
-    sizes,
-    writing,
-)
+from lkarray.store.location import StoreLike, as_store, describe, writing
 from lkarray.store.locking import writer_lock
+from lkarray.store.names import DERIVED, check_name, group_path
+from lkarray.store.saved import Index, SavedKernel, sound_chunks, stored_indices
 from lkarray.waiting import workers_awaited
 
-_SAVED = "lkarray_save"  # attribute of the group: what is being saved there
-_CRC_BYTES = 4
+_BATCH = 64  # stored chunks that a task reads
 _SAFE = "Tiles that were written are kept"
-
-Index = tuple[int, ...]
 
 
 @workers_awaited("computed", _SAFE)
@@ -60,11 +48,12 @@ def save(
     ----------
     kernel
         What `gram`, `covariance`, `correlation` or `influence` returned, or any named DataArray
-        on a Dask array of even chunks; or the Dataset or node that holds it alone.
+        on a Dask array of even chunks.
     store
         Path, URL or Zarr store; made if it is missing.
     group
-        Group within it; ``"derived/NAME"`` of the kernel by default.
+        Group within it, of the kernel's own; ``"derived/NAME"`` of the kernel by default. Names of
+        lkarray's own groups are refused, and groups that hold anything else.
     upper
         Of a symmetric kernel write the tiles on and above the diagonal only; those below
         stay missing (NaN).
@@ -74,10 +63,13 @@ def save(
     Returns
     -------
     xarray.DataArray
-        The stored kernel, lazy, with coordinates.
+        The stored kernel, complete, lazy, with coordinates.
 
     Raises
     ------
+    GroupError
+        The group is the whole store or one of lkarray's own, or something that this did not write
+        is there; nothing is touched.
     StoreError
         The group holds another kernel (nothing is touched), the store is in memory and the
         workers elsewhere, or writing failed: the disk is full, say. Tiles that were written
@@ -87,63 +79,67 @@ def save(
     LockedError
         Another process is writing to the store.
     SchemaError
-        The kernel is not lazy, its chunks are uneven, or text among its coordinates is missing.
+        The kernel is not lazy, its chunks are uneven, or a label or attribute cannot be stored
+        so that it is read back as it is: labels of None, say.
     NonFiniteError, DamagedError
-        The input holds NaN or infinity, or cannot be read.
+        The input holds NaN or infinity, or cannot be read; or what is stored of the kernel was
+        changed since it was complete.
 
     Notes
     -----
     Each tile is one task, which computes the tile and writes it, and its mirror image, as
     whole chunks with checksums; the array is NaN where a tile was not written, and a
-    correlation of zero is written as zero. Tiles are taken as written by whole files of the
-    right size. When there are some already, the first and the last are computed again and
-    compared, so that a kernel of other data is noticed. Memory is the plan's (`lkarray.plan`).
+    correlation of zero is written as zero. When all are written and flushed to the disk, the
+    kernel is marked as complete, and sealed (10,000 tiles: some seconds); until then `lkarray.open`
+    hides it and `lkarray.verify` calls it unfinished.
+
+    Of a kernel that is there already, every tile is read and its checksum taken; one that is
+    damaged or missing is computed again, and no other. The first and the last are computed again
+    and compared, so that a kernel of other data is noticed. Memory is the plan's
+    (`lkarray.plan`).
     """
     kernel = _checked(alone(kernel, "kernel"))
-    group = f"derived/{kernel.name}" if group is None else group.strip("/")
+    saved = SavedKernel.of(
+        kernel, group_path(f"{DERIVED}/{kernel.name}" if group is None else group), upper
+    )
     target = as_store(store)
     if isinstance(target, MemoryStore) and on_cluster():
         raise StoreError(
             "a store in memory cannot be written by Dask workers; give a folder that all of them "
             "see, or a URL"
         )
-    if not _complete(target, kernel, group, upper):  # on a read-only disk it opens as it is
-        _fill(target, kernel, group, upper, progress)
-    stored: xr.DataArray = xr.open_zarr(target, group=group, chunks={}, consolidated=False)[
-        kernel.name
-    ]
-    return stored
+    if not _complete(saved, kernel, target):  # on a read-only disk it opens as it is
+        _fill(saved, kernel, target, progress=progress)
+    return saved.read(target)
 
 
-def _complete(target: Store, kernel: xr.DataArray, group: str, upper: bool) -> bool:
+def _complete(saved: SavedKernel, kernel: xr.DataArray, target: Store) -> bool:
     """Say whether the kernel is stored whole already; writes nothing."""
-    if not exists(target):
+    array = saved.stored(target)
+    if array is None:
         return False
-    root = open_root(target)
-    node = root.get(group)
-    if not isinstance(node, zarr.Group) or node.attrs.get(_SAVED) != _mark(kernel, upper):
+    work = _Work.of(kernel, array, int(array.chunks[-2]), saved.upper)
+    kept = _sound(array)
+    if any(outs - kept for _, outs in work.tiles()) or saved.resealed(target, array):
         return False
-    array = node[str(kernel.name)]
-    assert isinstance(array, zarr.Array)
-    work = _Work.of(kernel, array, int(array.chunks[-2]), upper)
-    written = _written(array)
-    if any(outs - written for _, outs in work.tiles()):
-        return False
-    _compare(work, array, written, group)
+    _compare(work, array, {min(kept), max(kept)} if kept else (), saved.group)
     return True
 
 
-def _fill(target: Store, kernel: xr.DataArray, group: str, upper: bool, progress: bool) -> None:
-    """Write what of the kernel is missing."""
+def _fill(saved: SavedKernel, kernel: xr.DataArray, target: Store, *, progress: bool) -> None:
+    """Write what of the kernel is missing, and seal it."""
     safe = f"{_SAFE}; run the same call again to go on"
     with writer_lock(target), writing(target, safe=safe):
-        array, side = _open_target(target, kernel, group, upper)
-        work = _Work.of(kernel, array, side, upper)
-        written = _written(array)
-        _compare(work, array, written, group)
-        todo = [(tile, out) for tile, outs in work.tiles() if (out := sorted(outs - written))]
-        with dask_bar(f"saving {group}", show=progress):
+        array = saved.open(target)
+        work = _Work.of(kernel, array, int(array.chunks[-2]), saved.upper)
+        kept = _sound(array)
+        _compare(work, array, {min(kept), max(kept)} if kept else (), saved.group)
+        todo = [(tile, out) for tile, outs in work.tiles() if (out := sorted(outs - kept))]
+        with dask_bar(f"saving {saved.group}", show=progress):
             _run(work, array, todo)
+        if saved.resealed(target, array):
+            _compare(work, array, kept, saved.group)  # swapped tiles, or of another rounding
+        saved.finish(target)
 
 
 @dataclass(frozen=True)
@@ -192,6 +188,12 @@ def _checked(kernel: Any) -> xr.DataArray:
         )
     if not kernel.name:
         raise SchemaError("the kernel has no name; give it one: kernel.rename('correlation')")
+    check_name(str(kernel.name), "the kernel's name")
+    if kernel.name in kernel.coords:
+        raise SchemaError(
+            f"the kernel has the name of its labels {kernel.name!r}; give it another: "
+            "kernel.rename('correlation')"
+        )
     if kernel.chunks is None:
         raise SchemaError("the kernel is in memory already; write it with .to_zarr")
     for dim, lengths in kernel.variable.chunksizes.items():
@@ -200,102 +202,21 @@ def _checked(kernel: Any) -> xr.DataArray:
                 f"the chunks of {dim!r} are uneven ({lengths[:4]}...), as a selection leaves them; "
                 "select on the losses before the kernel, or rechunk"
             )
-    require_storable(kernel.coords.to_dataset())
     return kernel
 
 
-def _open_target(
-    store: Store, kernel: xr.DataArray, group: str, upper: bool
-) -> tuple[zarr.Array, int]:
-    """Return the array to fill, made if it is missing, and the side of its tiles."""
-    name = str(kernel.name)
-    mark = _mark(kernel, upper)
-    root = create_root(store)
-    if group in root:
-        node = root[group]
-        found = dict(node.attrs).get(_SAVED) if isinstance(node, zarr.Group) else None
-        if found is not None and found != mark:
-            assert isinstance(found, dict)
-            differ = sorted(key for key in mark if mark[key] != found.get(key))
-            raise StoreError(
-                f"group {group!r} of {describe(store)} holds another kernel (they differ in "
-                f"{differ}); nothing was touched. Choose another group="
-            )
-        if found is not None:
-            array = root[f"{group}/{name}"]
-            assert isinstance(array, zarr.Array)
-            return array.with_config({"write_empty_chunks": True}), int(array.chunks[-2])
-        if isinstance(node, zarr.Array) or any(n != name for n, _ in node.arrays()):
-            raise StoreError(
-                f"group {group!r} of {describe(store)} holds something that save did not write; "
-                "nothing was touched. Choose another group="
-            )
-    return _create(root, kernel, group, mark), kernel.data.chunksize[-2]
+def _sound(array: zarr.Array) -> set[Index]:
+    """Return the chunks that are stored whole: each is read, and its checksum taken."""
+    there = stored_indices(array)
+    batches = [there[start : start + _BATCH] for start in range(0, len(there), _BATCH)]
+    check = dask.delayed(sound_chunks, pure=False)
+    found: list[list[Index]] = list(dask.compute(*(check(array, batch) for batch in batches)))
+    return {index for batch in found for index in batch}
 
 
-def _create(root: zarr.Group, kernel: xr.DataArray, group: str, mark: dict[str, Any]) -> zarr.Array:
-    """Make the group, its coordinates, the array of NaN, and last the mark that it is whole."""
-    coords = kernel.coords.to_dataset().reset_coords(drop=False).drop_encoding()
-    coords = coords.set_coords(list(coords.variables))
-    coords.to_zarr(root.store, group=group, mode="w", consolidated=False, zarr_format=3)
-    node = root[group]
-    assert isinstance(node, zarr.Group)
-    floating = kernel.dtype.kind == "f"
-    array = node.create_array(
-        str(kernel.name),
-        shape=kernel.shape,
-        chunks=kernel.data.chunksize,
-        dtype=kernel.dtype,
-        fill_value=np.nan if floating else 0,
-        compressors=CODECS,
-        dimension_names=[str(dim) for dim in kernel.dims],
-        attributes={str(k): _plain(v) for k, v in kernel.attrs.items()}
-        | {"coordinates": " ".join(str(c) for c in kernel.coords if c not in kernel.dims)}
-        | ({"triangle": "upper"} if mark["upper"] else {}),
-        config={"write_empty_chunks": True},
-    )
-    node.attrs[_SAVED] = mark
-    return array
-
-
-def _mark(kernel: xr.DataArray, upper: bool) -> dict[str, Any]:
-    """Return what a resumed save must share with the one that began."""
-    coords = {str(n): tokenize(np.asarray(c.values)) for n, c in kernel.coords.items()}
-    return {
-        "name": str(kernel.name),
-        "dims": [str(dim) for dim in kernel.dims],
-        "shape": list(kernel.shape),
-        "dtype": str(kernel.dtype),
-        "attributes": {str(k): _plain(v) for k, v in sorted(kernel.attrs.items())},
-        "coordinates": coords,
-        "upper": upper,
-    }
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-
-
-def _written(array: zarr.Array) -> set[Index]:
-    """Return the chunks that are stored whole, by their sizes."""
-    size = int(np.prod(array.chunks)) * array.dtype.itemsize + _CRC_BYTES
-    counts = [-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)]
-    prefix = array.path
-
-    found = set()
-    for key, stored in sizes(array.store, f"{prefix}/c/"):
-        parts = key.removeprefix(f"{prefix}/c/").split("/")
-        if not all(part.isdecimal() for part in parts):
-            continue  # what a killed write left beside its chunk
-        index = tuple(map(int, parts))
-        if len(index) == len(counts) and stored == size:
-            found.add(index)
-    return found
-
-
-def _compare(work: _Work, array: zarr.Array, written: set[Index], group: str) -> None:
-    """Compute the first and last stored tile again: they must be the same kernel's."""
-    for index in {min(written), max(written)} if written else ():
+def _compare(work: _Work, array: zarr.Array, written: Iterable[Index], group: str) -> None:
+    """Compute some stored tiles again: they must be the same kernel's."""
+    for index in sorted(written):
         stored = array.blocks[index]
         fresh = work.data.blocks[index].compute()
         scale = max(float(np.abs(fresh).max(initial=0)), 1e-30)

@@ -16,13 +16,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from pydantic import Field, model_validator
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import plots, workflow
 from lkarray_workflows.attacks import attack, make_pairs, require_foolbox
 from lkarray_workflows.images import CLASSES
 from lkarray_workflows.recorded import (
@@ -36,6 +29,13 @@ from lkarray_workflows.recorded import (
     require_enough,
     train,
 )
+from matplotlib.figure import Figure
+from pydantic import Field, model_validator
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import plots, workflow
 
 NETWORKS = ("standard", "attacked")
 SHARES = (0.9, 0.95, 0.99)
@@ -156,9 +156,8 @@ def train_attacked(config: Config, paths: Paths, part: int, show: bool) -> None:
         return out
 
     fit(model, data, batches, config.learning_rate, show=show, altered=altered, optimizer=optimizer)
-    out = paths.part(part).with_suffix(".new")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, out)
-    out.replace(paths.part(part))
+    with workflow.replacing(paths.part(part)) as new:
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, new)
 
 
 def measure(config: Config, paths: Paths, name: str, show: bool) -> None:

@@ -123,9 +123,8 @@ def accuracy(model: nn.Module, data: TensorDataset, rows: int = 2000) -> np.ndar
 
 def keep_model(model: nn.Module, path: Path) -> None:
     """Save weights in one move."""
-    part = path.with_suffix(".part")
-    torch.save(model.state_dict(), part)
-    part.replace(path)
+    with workflow.replacing(path) as part:
+        torch.save(model.state_dict(), part)
 
 
 def load_model(model: nn.Module, path: Path) -> nn.Module:

@@ -125,9 +125,8 @@ def train(config: Config, paths: Paths, show: bool) -> None:
                 F.cross_entropy(model(images[batch]), labels[batch]).backward()
                 optimizer.step()
             bar.update()
-    part = paths.model.with_suffix(".part")
-    torch.save(model.state_dict(), part)
-    part.replace(paths.model)
+    with workflow.replacing(paths.model) as part:
+        torch.save(model.state_dict(), part)
 
 
 def load_model(config: Config, paths: Paths) -> nn.Module:

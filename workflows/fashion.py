@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows.images import FOLDER, Split, read_images, require_files
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
@@ -24,7 +25,6 @@ from torch.utils.data import TensorDataset
 import lkarray as lk
 from lkarray import plots, progress, store, workflow
 from lkarray.taxonomy import sources
-from lkarray_workflows.images import FOLDER, Split, read_images, require_files
 
 #: WordNet's synset of each class.
 SYNSETS: dict[Hashable, str] = {
@@ -152,9 +152,8 @@ def train(config: Config, paths: Paths, show: bool) -> None:
         "trained": model.state_dict(),
         "untrained": network(config, 1000 + config.seed).state_dict(),
     }
-    part = paths.models.with_suffix(".part")
-    torch.save(states, part)
-    part.replace(paths.models)
+    with workflow.replacing(paths.models) as part:
+        torch.save(states, part)
 
 
 def load_model(config: Config, paths: Paths, name: str) -> nn.Module:

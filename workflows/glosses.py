@@ -212,9 +212,8 @@ def train(config: Config, paths: Paths, show: bool) -> None:
                 states["early"] = {k: v.clone() for k, v in model.state_dict().items()}
             bar.update()
     states["trained"] = model.state_dict()
-    part = paths.models.with_suffix(".part")
-    torch.save(states, part)
-    part.replace(paths.models)
+    with workflow.replacing(paths.models) as part:
+        torch.save(states, part)
 
 
 def load_model(config: Config, paths: Paths, name: str) -> nn.Module:

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torchvision
+from lkarray_workflows import wnids
+from lkarray_workflows.common import Sampling, draw_losses, halves_agree
 from PIL import Image
 from pydantic import Field
 from torch import nn
@@ -24,8 +26,6 @@ from torch.utils.data import Dataset
 
 import lkarray as lk
 from lkarray import errors, progress, workflow
-from lkarray_workflows import wnids
-from lkarray_workflows.common import Sampling, draw_losses, halves_agree
 
 PARTS = ("train", "val")
 
@@ -172,8 +172,8 @@ def make_pixels(config: Config, paths: Paths, part: str, show: bool) -> None:
             bar.update()
     kept.flush()
     labels = paths.labels(part)
-    np.save(labels.with_suffix(".part.npy"), np.array([wnid for _, wnid in files]))
-    labels.with_suffix(".part.npy").replace(labels)
+    with workflow.replacing(labels) as new:
+        np.save(new, np.array([wnid for _, wnid in files]))
 
 
 def network(config: Config) -> nn.Module:

@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows import wnids
+from lkarray_workflows.common import Sampling, curve_with_errors, draw_losses, halves_agree
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -26,8 +28,6 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import errors, plots, workflow
-from lkarray_workflows import wnids
-from lkarray_workflows.common import Sampling, curve_with_errors, draw_losses, halves_agree
 
 #: Kernels that are sampled: what each is, and which parameters move (``None``: all).
 KERNELS: dict[str, tuple[str, Any]] = {
@@ -165,8 +165,8 @@ def ascend(config: Config, numbers: np.ndarray, path: Path) -> None:
         with torch.no_grad():
             images.copy_((images * deviation + mean).clamp(0, 1).sub(mean).div(deviation))
     pixels = ((images.detach() * deviation + mean) * 255).round().byte().movedim(1, -1)
-    np.save(path.with_suffix(".part.npy"), pixels.numpy())
-    path.with_suffix(".part.npy").replace(path)
+    with workflow.replacing(path) as part:
+        np.save(part, pixels.numpy())
 
 
 def fade(config: Config, paths: Paths) -> None:
@@ -189,8 +189,8 @@ def fade(config: Config, paths: Paths) -> None:
                 low = torch.where(enough, low, high)
             else:
                 high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
-    np.save(paths.contrast.with_suffix(".part.npy"), high.numpy())
-    paths.contrast.with_suffix(".part.npy").replace(paths.contrast)
+    with workflow.replacing(paths.contrast) as part:
+        np.save(part, high.numpy())
 
 
 def images_of(config: Config, paths: Paths) -> np.ndarray:

@@ -338,9 +338,7 @@ def _remedy(root: zarr.Group, problem: Problem) -> str:
     if group == ROOT or group in gradient_marks(root) or group in audit_marks(root):
         return "what was recorded of a training run cannot be taken again here: record it again"
     if group == schema.LOSSES or group.startswith(f"{schema.LOSSES}_"):
-        if not name.endswith("zarr.json") and name.split("/")[0] not in (
-            schema.LOSS.name,
-            schema.CENTER_LOSS.name,
-        ):
+        sampled = (schema.LOSS.name, schema.CENTER_LOSS.name)
+        if not name.endswith("zarr.json") and name.split("/")[0] not in sampled:
             return "labels cannot be made again: restore the file from a copy of the store"
     return "it cannot be made again: restore the file from a copy of the store"

@@ -28,20 +28,14 @@ from lkarray.store.chunks import (
     chunk_key,
     chunk_keys,
     flush,
+    flush_tree,
     missing,
     read,
     read_whole,
     require_chunks,
     stored_digests,
 )
-from lkarray.store.committed import (
-    array_at,
-    array_names,
-    damaged,
-    group_at,
-    reading,
-    require_seals,
-)
+from lkarray.store.committed import array_at, array_names, damaged, group_at, reading, require_seals
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import CODECS, create_array, create_coord, require_space
 from lkarray.store.location import (
@@ -55,6 +49,7 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.names import check_name, make_group
 from lkarray.store.seals import add_to_seal, described, seal
 from lkarray.store.trace_digests import chain
 from lkarray.store.variables import variables
@@ -65,7 +60,7 @@ _WRITTEN = "written"  # in the state: checksums of the influence written so far
 
 def audit_group(name: str | None) -> str:
     """Return the group of an audit: ``audit``, or ``audit_<name>``."""
-    return "audit" if name is None else f"audit_{name}"
+    return "audit" if name is None else f"audit_{check_name(name, 'name')}"
 
 
 def audit_marks(root: zarr.Group) -> dict[str, Any]:
@@ -95,7 +90,8 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
     item = np.dtype(layout.dtype).itemsize
     require_space(root.store, prod(layout.sizes.values()) * item + 2 * layout.state)
     with writing(root.store):
-        group = root.create_group(layout.group, overwrite=True, attributes=dict(layout.attrs))
+        ours = {INFLUENCE.name, RECORD.name, EPOCH, STATE, *layout.coords, *layout.specs()}
+        group = make_group(root, layout.group, ours=ours, attributes=layout.attrs)
         sizes = layout.sizes
         labels = {
             dim: " ".join(n for n, (d, _) in layout.coords.items() if d == dim != n)
@@ -122,6 +118,7 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
         for name, (dim, values) in layout.coords.items():
             create_coord(group, name, values, dim)
         seal(group, filling=[*RESULTS, RECORD.name])
+        flush_tree(root.store, layout.group)
         marks = audit_marks(root) | {layout.group: dict(fingerprint)}
         update_mark(root, audits=marks)
     return root
@@ -253,7 +250,7 @@ class PanelWriter:
                     compressors=CODECS, config={"write_empty_chunks": True},
                 )  # fmt: skip
                 array[...] = values
-                self._keys += [*chunk_keys(array), f"{array.path}/zarr.json"]
+            flush_tree(root.store, f"{self._folder}/{slot}")
             digest = pass_digest(left, self.panel, kept) if checked else 0
             self._count(left, slot, {STATE: digest})
         self._last = time.monotonic()
@@ -354,6 +351,7 @@ def drop_states(root: zarr.Group, group: str) -> None:
 def describe_audit(root: zarr.Group, group: str, attrs: Mapping[str, Any]) -> None:
     """Add attributes to a stored audit."""
     add_to_seal(group_at(root, group), attrs)
+    flush(root.store, [f"{group}/zarr.json"])
 
 
 def open_audit(root: zarr.Group, group: str) -> xr.Dataset:

@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import Iterable, Sequence
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import zarr
@@ -21,6 +22,7 @@ from zarr.core.sync import sync
 
 from lkarray.errors import DamagedError
 from lkarray.store.checksums import crc
+from lkarray.store.files import fsync_all
 from lkarray.store.location import describe, local_path
 
 _CRC_BYTES = 4
@@ -45,15 +47,28 @@ def _rest(array: zarr.Array, leading: tuple[int, ...]) -> Iterable[tuple[int, ..
 def flush(store: Store, keys: Iterable[str]) -> None:
     """Make the operating system put some keys of a local store, and their folders, on the disk."""
     folder = local_path(store)
+    if folder is not None:
+        fsync_all((path for key in keys if (path := folder / key).exists()), folder)
+
+
+def flush_tree(store: Store, *prefixes: str) -> None:
+    """Make the operating system put all below some prefixes on the disk, and what leads there.
+
+    That is the metadata of the groups above them, and the folders up to that of the store.
+    """
+    folder = local_path(store)
     if folder is None:
         return
-    files = [path for key in keys if (path := folder / key).exists()]
-    for path in [*files, *{path.parent for path in files}]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    files: set[Path] = set()
+    for top in (folder / prefix for prefix in prefixes):
+        files |= {Path(at, name) for at, _, names in os.walk(top) for name in names}
+        files |= {at / "zarr.json" for at in (top, *top.parents) if at.is_relative_to(folder)}
+    fsync_all((file for file in files if not _passing(file.name) and file.exists()), folder)
+
+
+def _passing(name: str) -> bool:
+    """Say whether a file is a lock, or one that is being written and goes away."""
+    return name.startswith(".lkarray") or name.endswith(".partial")
 
 
 def digests(array: zarr.Array, leading: tuple[int, ...], values: np.ndarray) -> np.ndarray:

@@ -18,7 +18,15 @@ import zarr
 
 from lkarray import schema
 from lkarray.schema import OUTPUT, TIME, VariableSpec
-from lkarray.store.chunks import chunk_keys, digests, flush, missing, read, require_chunks
+from lkarray.store.chunks import (
+    chunk_keys,
+    digests,
+    flush,
+    flush_tree,
+    missing,
+    read,
+    require_chunks,
+)
 from lkarray.store.committed import array_at, damaged, group_at, reading, require_seals
 from lkarray.store.discarding import discard
 from lkarray.store.fingerprints import refuse_changes
@@ -38,6 +46,7 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.names import check_name, make_group
 from lkarray.store.seals import described, seal
 from lkarray.store.variables import variables
 
@@ -117,7 +126,7 @@ class TensorLayout:
 
 def gradient_group(name: str | None) -> str:
     """Return the group of a gradient tensor: ``gradients``, or ``gradients_<name>``."""
-    return schema.GRADIENTS if name is None else f"{schema.GRADIENTS}_{name}"
+    return schema.GRADIENTS if name is None else f"{schema.GRADIENTS}_{check_name(name, 'name')}"
 
 
 def gradient_marks(root: zarr.Group) -> dict[str, Any]:
@@ -143,7 +152,7 @@ def discard_gradients(path: StoreLike) -> None:
     LockedError
         It is being written to.
     """
-    siblings = gradient_group("")
+    siblings = f"{schema.GRADIENTS}_"
     discard(
         path,
         lambda name: name == schema.GRADIENTS or name.startswith(siblings),
@@ -211,7 +220,10 @@ class TensorWriter:
         layout, root = self.layout, self.root
         require_space(root.store, prod(layout.shape) * np.dtype(layout.dtype).itemsize)
         with writing(root.store):
-            group = root.create_group(layout.group, overwrite=True, attributes=dict(layout.attrs))
+            ours = {layout.variable.name, DONE.name, DIGEST.name, TIME, schema.LEARNING_RATE.name}
+            group = make_group(
+                root, layout.group, ours=ours | set(layout.coords), attributes=layout.attrs
+            )
             labels = " ".join(
                 n for n, (dim, _) in layout.coords.items() if n != dim and dim in layout.dims
             )
@@ -228,6 +240,7 @@ class TensorWriter:
             for name, (dim, values) in layout.coords.items():
                 create_coord(group, name, values, dim)
             seal(group, filling=[spec.name, DIGEST.name, DONE.name])
+            flush_tree(root.store, layout.group)
             marks = gradient_marks(root) | {layout.group: fingerprint}
             update_mark(root, **{schema.GRADIENTS: marks})
 

@@ -18,9 +18,9 @@ from zarr.core.sync import sync
 from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
-from lkarray.errors import StoreError
+from lkarray.errors import GroupError, StoreError
 from lkarray.schema import VariableSpec
-from lkarray.store.chunks import chunk_keys, damaged, flush, missing
+from lkarray.store.chunks import chunk_keys, damaged, flush, flush_tree, missing
 from lkarray.store.location import (
     MARK,
     StoreLike,
@@ -33,6 +33,7 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.names import SAVED
 from lkarray.store.objects import UrlStore
 from lkarray.store.seals import seal
 
@@ -171,6 +172,8 @@ def create_run(
         for name in {schema.SAMPLE_STATS, schema.OBSERVABLES, schema.STATE, schema.COMMIT}:
             if name != schema.OBSERVABLES or observables:
                 seal(group_at(root, name), growing=set(group_at(root, name).array_keys()))
+        made = [s.group for s in sets] + [schema.SAMPLE_STATS, schema.STATE, schema.COMMIT]
+        flush_tree(root.store, *made, *[schema.OBSERVABLES] * bool(observables))
         update_mark(root, **{schema.LOSSES: dict(fingerprint)})
     return root
 
@@ -246,9 +249,19 @@ def drop_unfinished(root: zarr.Group) -> None:
     if stored_fingerprint(root) is not None:
         raise StoreError(f"{describe(root.store)} holds losses; nothing was removed")
     ours = {*schema.GROUPS, schema.OBSERVABLES}
-    for name in listed(root.store):  # even groups whose metadata was removed already
-        if name in ours or name.startswith(f"{schema.LOSSES}_"):
-            sync(root.store.delete_dir(name))
+    goes = [
+        name
+        for name in listed(root.store)  # even groups whose metadata was removed already
+        if name in ours or name.startswith(f"{schema.LOSSES}_")
+    ]
+    for name in goes:
+        if name in root and SAVED in root[name].attrs:
+            raise GroupError(
+                f"group {name!r} of {describe(root.store)} is a kernel that lk.save wrote, where "
+                "losses would go; nothing was removed. Sample into another store"
+            )
+    for name in goes:
+        sync(root.store.delete_dir(name))
 
 
 def listed(store: Store) -> list[str]:
@@ -321,9 +334,11 @@ def grow(root: zarr.Group, *, chains: int, draws: int) -> None:
     require_space(root.store, sum(new))
     with writing(root.store, safe="Nothing that was stored is lost"):
         root.update_attributes({})  # drops the consolidated metadata, which would be stale
+        flush(root.store, ["zarr.json"])
         for array, shape in grown:
             if shape != array.shape:
                 array.resize(shape)
+                flush(root.store, [f"{array.path}/zarr.json"])
             if array is record and is_sealed(root):
                 _add_records(stored_at(root, record.path), range(before, want[schema.CHAIN]))
 
@@ -343,6 +358,7 @@ def finish(root: zarr.Group) -> None:
             # Zarr warns that version 3 leaves it unspecified; readers without it just ignore it.
             warnings.simplefilter("ignore", ZarrUserWarning)
             zarr.consolidate_metadata(root.store, zarr_format=3)
+            flush(root.store, ["zarr.json"])
 
 
 def stored(root: zarr.Group, group: str, spec: VariableSpec) -> zarr.Array:
@@ -430,6 +446,7 @@ def create_parts(path: StoreLike, dim: str, labels: Sequence[Any]) -> zarr.Group
     known = before["labels"] if before else []
     with writing(store):
         root.require_group(dim)
+        flush(store, [f"{dim}/zarr.json"])
         update_mark(root, parts={"dim": dim, "labels": list(dict.fromkeys([*known, *labels]))})
     return root
 

@@ -18,6 +18,7 @@ from lkarray._version import __version__
 from lkarray.errors import DamagedError, MissingPackageError, StoreError, StoreVersionError
 from lkarray.store import objects
 from lkarray.store.checksums import json_digest
+from lkarray.store.files import fsync_all, make_folder
 from lkarray.store.objects import ObjectError, UrlStore, without_credentials
 
 StoreLike = str | os.PathLike[str] | Store
@@ -225,15 +226,30 @@ def create_root(path: StoreLike) -> zarr.Group:
         return open_root(store, mode="r+")
     with writing(store):
         mark = sealed({"schema": SCHEMA_VERSION, "version": __version__})
-        return zarr.create_group(store, zarr_format=3, attributes={MARK: mark})
+        folder = local_path(store)
+        if folder is not None:
+            make_folder(folder)
+        root = zarr.create_group(store, zarr_format=3, attributes={MARK: mark})
+        _flush_mark(store)
+        return root
 
 
 def update_mark(root: zarr.Group, **entries: Any) -> None:
-    """Set entries of the root attribute that lkarray keeps."""
+    """Set entries of the root attribute that lkarray keeps, and put them on the disk.
+
+    What they imply must be there before (`chunks.flush_tree`).
+    """
     mark = {key: value for key, value in dict(root.attrs[MARK]).items() if key != _SEAL}  # type: ignore[arg-type]
     # A store of lkarray 0.1.0 has no seals, and does not get this one: it would promise others.
     now = mark | entries
     root.update_attributes({MARK: sealed(now) if is_sealed(root) else now})
+    _flush_mark(root.store)
+
+
+def _flush_mark(store: Store) -> None:
+    folder = local_path(store)
+    if folder is not None:
+        fsync_all([folder / "zarr.json"], folder)
 
 
 def sealed(mark: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from zarr.abc.store import Store
 
 from lkarray.errors import LockedError
+from lkarray.store.files import make_folder, open_lock
 from lkarray.store.leases import holder, leased
 from lkarray.store.location import local_path, writing
 from lkarray.store.objects import UrlStore
@@ -35,10 +36,11 @@ def file_lock(folder: Path, name: str = _LOCK_NAME) -> Iterator[None]:
     ------
     LockedError
         Another process holds it; the message names its process id, host and start.
+    StoreError
+        What lies at the lock's name is not lkarray's, or another user's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    with open(path, "a+", encoding="utf8") as file:
+    make_folder(folder)
+    with open(open_lock(folder / name), "r+", encoding="utf8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

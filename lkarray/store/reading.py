@@ -20,6 +20,7 @@ from lkarray.errors import DamagedError, DivergedError, StoreError
 from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.chunks import damaged, read, read_whole, require_chunks
 from lkarray.store.commit import Record, read_record
+from lkarray.store.exact import restored
 from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import (
     SETTINGS,
@@ -33,16 +34,16 @@ from lkarray.store.layout import (
     stored_fingerprint,
 )
 from lkarray.store.location import StoreLike, describe, is_sealed, open_root
+from lkarray.store.names import DERIVED, HIDDEN
+from lkarray.store.results import results
 from lkarray.store.seals import SEAL, broken_seals, seal_of
 from lkarray.store.trajectory import open_trajectory, read_steps, trace_fingerprint
 
 logger = logging.getLogger("lkarray")
 
-DERIVED = "derived"
 _OBSERVABLES = f"{schema.OBSERVABLES}/"
 #: Attribute of a tree of several runs: in what they differ, and the attributes of each.
 PARTS = "parts"
-HIDDEN = "."  # begins the names of derived groups that are being written
 
 
 def open_store(path: StoreLike) -> xr.DataTree:
@@ -273,18 +274,23 @@ def _open_stats(root: zarr.Group, shape: tuple[int, ...]) -> xr.Dataset:
 
 
 def _open_derived(root: zarr.Group) -> tuple[dict[str, xr.Dataset], list[str]]:
-    """Open the results that a store keeps; those that are damaged are left out, and named."""
-    found, broken = {}, []
-    for path in derived_groups(root):
+    """Open the finished results that a store keeps; others are left out, and what they are said."""
+    found, said = {}, []
+    for path, problem in results(root):
+        if problem is not None and problem.kind == "unfinished":
+            said.append(f"{path} is left out: {problem.detail}")
+            continue
         try:
-            found[path] = _open_result(root, path)
+            if problem is not None:
+                raise damaged(root.store, str(problem))
+            found[path] = restored(_open_result(root, path))
         except Exception as error:  # xarray and every codec raise their own
             reason = (str(error) or repr(error)).splitlines()[0]
-            broken.append(
+            said.append(
                 f"{path} is damaged and left out: {reason.removesuffix('.')}; compute it again, "
                 "or restore it from a copy"
             )
-    return found, broken
+    return found, said
 
 
 def _open_result(root: zarr.Group, path: str) -> xr.Dataset:
@@ -319,8 +325,8 @@ def folders(store: Store, path: str) -> list[str]:
 
 
 def derived_groups(root: zarr.Group) -> list[str]:
-    """Return the paths of the finished results in the store, damaged ones too."""
-    return [f"{DERIVED}/{name}" for name in folders(root.store, DERIVED)]
+    """Return the paths of the finished results in the store."""
+    return [path for path, problem in results(root) if problem is None]
 
 
 def _rectangle(root: zarr.Group, limit: int | None) -> tuple[list[int], int, list[str]]:

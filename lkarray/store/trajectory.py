@@ -19,7 +19,7 @@ import zarr
 
 from lkarray import schema
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
-from lkarray.store.chunks import chunk_keys, missing, read, read_whole, require_chunks
+from lkarray.store.chunks import chunk_keys, flush_tree, missing, read, read_whole, require_chunks
 from lkarray.store.committed import array_at, array_names, damaged, group_at, read_rows, reading
 from lkarray.store.discarding import discard
 from lkarray.store.layout import CODECS, create_array, create_coord, require_space
@@ -31,6 +31,7 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.names import make_group
 from lkarray.store.seals import seal
 from lkarray.store.trace_digests import (
     DIGEST,
@@ -76,6 +77,22 @@ NORM = VariableSpec(
 _PER_STEP = (COEFFICIENTS, CLIP, BATCH, CLIP_VALUE, LOSS, NORM)
 #: What is stored of the parameter tensors.
 DESCRIBED = (schema.MODULE.name, schema.START.name, schema.STOP.name)
+
+
+_OURS = {
+    OPTIMIZER.split("/")[1],
+    LAST.split("/")[1],
+    TENSOR,
+    "record",
+    DIGEST.name,
+    *DESCRIBED,
+    *(
+        spec.name
+        for spec in (
+            PARAMETERS, DENOMINATOR, DIAGONAL, COEFFICIENTS, CLIP, CLIP_VALUE, BATCH, LOSS, NORM,
+        )
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,7 +147,7 @@ def create_trace(
     item = np.dtype(layout.dtype).itemsize
     require_space(root.store, item * size * (block + 3 * (1 + len(layout.vectors))))
     with writing(root.store):
-        group = root.create_group(ROOT, overwrite=True)
+        group = make_group(root, ROOT, ours=_OURS)
         kept = STEP if layout.every == 1 else "kept"
         rows = block if layout.every == 1 else 1
         spec = VariableSpec(PARAMETERS.name, (kept, PARAM), layout.dtype, "", PARAMETERS.doc)
@@ -163,6 +180,7 @@ def create_trace(
         spec = VariableSpec("record", ("count",), "int64", "", "committed steps, slot of the state")
         create_array(group, spec, (2,), (2,))[:] = 0  # so that a missing one is a fault
         _create_seals(root, layout)
+        flush_tree(root.store, ROOT)
         update_mark(root, **{ROOT: dict(fingerprint)})
     return root
 

@@ -21,7 +21,8 @@ from lkarray.store.gradients import gradient_marks
 from lkarray.store.layout import node_at, part_store, parts_of, stored_fingerprint
 from lkarray.store.location import StoreLike, as_store, describe, is_sealed, open_root
 from lkarray.store.problems import Problem
-from lkarray.store.reading import DERIVED, derived_groups, folders
+from lkarray.store.reading import DERIVED, folders
+from lkarray.store.results import below_diagonal, results, saved_elsewhere
 from lkarray.store.seals import seal_of, stored_metadata
 from lkarray.store.trajectory import ROOT, trace_fingerprint
 from lkarray.store.verifying_pieces import (
@@ -112,7 +113,7 @@ def _root_problems(root: zarr.Group) -> Iterator[Problem]:
         yield from guarded("zarr.json", lambda: consolidated_problems(root))
         return
     made = trace_fingerprint(root) or gradient_marks(root) or audit_marks(root)
-    if not made and not derived_groups(root):
+    if not made and not results(root) and not saved_elsewhere(root):
         yield Problem("missing", schema.LOSSES, "sampling was stopped before it began")
 
 
@@ -166,8 +167,11 @@ def _training(root: zarr.Group) -> Iterator[Problem]:
 
 def _derived(root: zarr.Group) -> Iterator[Problem]:
     """Check the results that the store keeps, whatever it holds besides."""
-    for group in derived_groups(root):
-        yield from guarded(group, lambda group=group: _result(root, group))
+    for path, problem in [*results(root), *saved_elsewhere(root)]:
+        if problem is not None and problem.kind in ("unfinished", "corrupt"):
+            yield problem
+        else:  # chunks that are gone are named one by one
+            yield from guarded(path, lambda path=path: _result(root, path))
 
 
 def _result(root: zarr.Group, group: str) -> Iterator[Problem]:
@@ -197,5 +201,4 @@ def _left_out(array: zarr.Array, problem: Problem) -> bool:
     """Say whether a missing chunk is one below the diagonal of a kernel saved as a triangle."""
     if array.attrs.get("triangle") != "upper":
         return False
-    i, j = map(int, problem.path.split("/")[-2:])
-    return problem.kind == "missing" and i > j
+    return problem.kind == "missing" and below_diagonal(problem.path)

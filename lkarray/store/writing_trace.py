@@ -294,7 +294,10 @@ class TraceWriter:
 
 
 def _put(array: zarr.Array, start: int, values: np.ndarray, block: int) -> list[str]:
-    """Write rows, enlarging the array as needed (by half again, as whole blocks)."""
+    """Write rows, enlarging the array as needed (by half again, as whole blocks).
+
+    Return the keys that were written.
+    """
     rows = array.chunks[0]
     need = start + len(values)
     length = array.shape[0] if need <= array.shape[0] else max(need, array.shape[0] * 3 // 2)

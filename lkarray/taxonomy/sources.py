@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lkarray.errors import MissingCorpusError
+from lkarray.store.files import write_text
 
 _GET_WORDNET = "python -m nltk.downloader wordnet"
 
@@ -189,10 +190,17 @@ def read_json(path: Any) -> tuple[Parents, Any]:
 
 
 def write_json(path: Any, parents: Mapping[Any, Iterable[Any]], labels: Mapping[Any, Any]) -> None:
-    """Write nodes with their parents, and labels with their nodes, as lists of pairs."""
+    """Write nodes with their parents, and labels with their nodes, as lists of pairs.
+
+    A file is replaced in one move, so that a failure leaves what was there; a link is followed.
+    """
     stored = {
         "format": "lkarray.taxonomy",
         "parents": [[node, list(above)] for node, above in parents.items()],
         "labels": [list(pair) for pair in labels.items()],
     }
-    Path(path).write_text(json.dumps(stored, ensure_ascii=False), "utf8")
+    text, place = json.dumps(stored, ensure_ascii=False), Path(path).resolve()
+    if place.exists() and not place.is_file():  # a pipe, say
+        place.write_text(text, "utf8")
+    else:
+        write_text(place, text)

@@ -1,5 +1,6 @@
 """The machinery every study uses: typed settings, resumable stages, a report, a lock."""
 
+from lkarray.store.files import replacing
 from lkarray.workflow.config import Config
 from lkarray.workflow.report import Figure, Report, write_report
 from lkarray.workflow.running import Run, Workflow, find_workflow, workflow_names
@@ -13,6 +14,7 @@ __all__ = [
     "Run",
     "Workflow",
     "find_workflow",
+    "replacing",
     "run_if_changed",
     "run_in",
     "workflow_names",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lkarray._version import __version__
+from lkarray.store.files import make_folder, replacing, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MplFigure
@@ -53,15 +54,16 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write the report to ``folder``; ``index.html`` comes last."""
+    """Write the report to ``folder``, each file in one move; ``index.html`` comes last."""
     from jinja2 import Environment
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for figure in report.figures:
-        figure.figure.savefig(folder / f"{figure.name}.png", dpi=130)
+        with replacing(folder / f"{figure.name}.png") as new:
+            figure.figure.savefig(new, dpi=130)
     rows = [dict(zip(("what", "measured", "compare"), row, strict=True)) for row in report.rows]
     text = json.dumps({**report.metrics, "rows": rows}, indent=2, allow_nan=False)
-    (folder / "metrics.json").write_text(text + "\n")
+    write_text(folder / "metrics.json", text + "\n")
     template = files("lkarray.workflow").joinpath("report.html").read_text()
     page = Environment(autoescape=True).from_string(template)
-    (folder / "index.html").write_text(page.render(report=report, version=__version__))
+    write_text(folder / "index.html", page.render(report=report, version=__version__))

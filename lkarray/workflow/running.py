@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 from lkarray._version import __version__
 from lkarray.errors import LockedError, SettingsError, StoreError
 from lkarray.store import file_lock, refuse_changes
+from lkarray.store.files import write_text
 from lkarray.workflow.config import Config
 
 logger = logging.getLogger("lkarray")
@@ -108,13 +109,7 @@ def finish(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _write(folder: Path, record: Mapping[str, Any]) -> None:
-    path = folder / _RECORD
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf8") as file:
-        json.dump(record, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_text(folder / _RECORD, json.dumps(record, indent=2))
 
 
 @dataclass
@@ -202,6 +197,7 @@ class Run:
             "config": self.config.model_dump(mode="json"),
         }
         if not path.exists():
+            _refuse_others(self.folder)
             return {**now, "stages": {}}
         try:
             record: dict[str, Any] = json.loads(path.read_text())
@@ -215,3 +211,13 @@ class Run:
 
     def _save(self) -> None:
         _write(self.folder, self._record)
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise if a folder without a record holds what a run would write over."""
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if others:
+        raise StoreError(
+            f"{folder} holds {others[:3]} and no run of a study; nothing was touched. Choose an "
+            "empty or a new --out"
+        )

@@ -8,6 +8,7 @@ goes on; a link, ``latest``, names the folder of the last one that is complete.
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
 import importlib.util
 import json
@@ -204,6 +205,8 @@ def _link(link: Path, name: str) -> None:
     try:
         if link.is_symlink() and os.readlink(link) == name:
             return
+        if os.path.lexists(link) and not link.is_symlink():
+            raise FileExistsError(errno.EEXIST, "there is something else of that name", str(link))
         part.unlink(missing_ok=True)
         part.symlink_to(name, target_is_directory=True)
         part.replace(link)
