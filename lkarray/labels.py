@@ -67,8 +67,8 @@ def aligned(values: Any, index: pd.Index | None, n: int, *, dim: Hashable, what:
     if own is None or array.ndim != 1:
         if array.shape != (n,):
             raise SchemaError(
-                f"{what} has shape {array.shape}, but there are {n} {dim}s; give one label for "
-                f"each {dim}, in order"
+                f"{what} has shape {array.shape}; expected ({n},), for there are {n} {dim}s: give "
+                f"one label for each {dim}, in order"
             )
         return array
     at = positions(own, index, n, dim=dim, what=what)

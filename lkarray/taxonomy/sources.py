@@ -117,10 +117,11 @@ def read_csv(path: Any) -> Parents:
     return parents_of((where, (row[at[0]], row[at[1]])) for where, row in rows)
 
 
-def parents_of(edges: Iterable[tuple[str, tuple[Any, Any]]]) -> Parents:
+def parents_of(edges: Iterable[tuple[str, tuple[Any, Any]]], *, prefixes: bool = False) -> Parents:
     """Return the parents of each node, from edges and where each is from.
 
-    An edge without a parent says that its child is a root, and names that nothing else.
+    An edge without a parent says that its child is a root. With ``prefixes``, empty text above
+    several nodes is a name: that of the root of all words, each below what it begins with.
 
     Raises
     ------
@@ -129,6 +130,10 @@ def parents_of(edges: Iterable[tuple[str, tuple[Any, Any]]]) -> Parents:
     """
     rows = [(where, plain(above), plain(below)) for where, (above, below) in edges]
     children = {below for _, _, below in rows}
+    empty = (
+        prefixes
+        and len({below for _, above, below in rows if isinstance(above, str) and not above}) > 1
+    )
     parents: Parents = {}
     roots: dict[Any, str] = {}
     said: dict[Any, str] = {}
@@ -140,6 +145,7 @@ def parents_of(edges: Iterable[tuple[str, tuple[Any, Any]]]) -> Parents:
             )
         # Some tables spell out what is missing; what has a row of its own is a name all the same.
         root = is_missing(above) or (above in _MISSING and above not in children)
+        root = root and not (empty and isinstance(above, str) and not above)
         if not root:
             parents.setdefault(above, [])
         found = parents.setdefault(below, [])

@@ -158,6 +158,9 @@ class Taxonomy:
     ) -> Self:
         """Return the taxonomy of ``(parent, child)`` edges; one without a parent names a root.
 
+        A parent is missing if it is ``None``, NaN, or empty text (but for the empty text above
+        several nodes, which is the root of words by their beginnings).
+
         >>> Taxonomy.from_edges([("animal", "dog"), ("animal", "cat")]).labels
         ('dog', 'cat')
         """
@@ -166,7 +169,7 @@ class Taxonomy:
             if isinstance(edge, str) or len(edge) != 2:
                 raise ValueError(f"edge {number} is {edge!r}; expected (parent, child)")
             rows.append((f"edge {number}", (edge[0], edge[1])))
-        return cls(sources.parents_of(rows), labels, roots=roots)
+        return cls(sources.parents_of(rows, prefixes=True), labels, roots=roots)
 
     @classmethod
     def from_parents(
@@ -373,10 +376,11 @@ class Taxonomy:
 def _checked(parents: Mapping[Node, Iterable[Node]]) -> dict[Node, tuple[Node, ...]]:
     """Return the parents of each node, names plain, and missing ones left out: of a root."""
     above: dict[Node, tuple[Node, ...]] = {}
+    empty = "" in parents  # then it is a name
     for given, found in parents.items():
         node, names = plain(given), [plain(p) for p in _several(found)]
-        kept = tuple(dict.fromkeys(p for p in names if not is_missing(p)))
-        if is_missing(node):
+        kept = tuple(dict.fromkeys(p for p in names if not _absent(p, empty)))
+        if _absent(node, empty):
             raise ValueError(
                 f"a node has no name, and the parents {names}; name it, or leave it out"
             )
@@ -385,13 +389,17 @@ def _checked(parents: Mapping[Node, Iterable[Node]]) -> dict[Node, tuple[Node, .
                 f"{node!r} is there twice, but for blanks around it, with the parents "
                 f"{above[node]} and {kept}; name it once, with all its parents"
             )
-        if kept and len(kept) < len(names) and any(map(is_missing, names)):
+        if kept and any(_absent(p, empty) for p in names):
             raise ValueError(
                 f"{node!r} has a parent, {kept[0]!r}, and one that is missing; leave that out, or "
                 "name no parent, for a root"
             )
         above[node] = kept
     return above
+
+
+def _absent(name: Node, empty: bool) -> bool:
+    return is_missing(name) and not (empty and isinstance(name, str))
 
 
 def _several(found: Any) -> tuple[Node, ...]:

@@ -133,3 +133,18 @@ def test_from_edges__a_name_with_a_row_of_its_own_is_a_name():
     found = Taxonomy.from_edges([("world", "NA"), ("NA", "Windhoek"), ("None", "x"), ("r", "None")])
     assert found.parents("Windhoek") == ("NA",)
     assert found.depth("x") == 2
+
+
+def test_from_edges__empty_text_above_several_is_the_root_of_words():
+    words = [(word[:-1], word) for word in ("0", "1", "00", "01", "10")]
+    assert Taxonomy.from_edges(words).distance("00", "10") == 4
+    assert Taxonomy.from_edges(words).roots == ("",)
+
+
+def test_from_csv__empty_cells_are_so_many_roots(tmp_path):
+    (tmp_path / "t.csv").write_text("parent,child\n,animal\n,plant\nanimal,dog\nplant,oak\n")
+    found = Taxonomy.from_csv(tmp_path / "t.csv")
+    assert found.roots == ("animal", "plant")
+    assert found.depth("dog") == found.depth("oak") == 1
+    two = Taxonomy.from_edges([(None, "animal"), (None, "plant"), ("animal", "dog")], ["dog"])
+    assert two.roots == ("animal", "plant")
