@@ -16,6 +16,7 @@ import xarray as xr
 import zarr
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.errors import DivergedError, SchemaError, StoreError
 from lkarray.store.location import MARK, StoreLike, as_store, describe, local_path
 
@@ -36,6 +37,7 @@ _NEUTRAL = {
 }
 
 
+@checked()
 def from_devinterp(path: StoreLike) -> xr.DataTree:
     """Open a store that devinterp 2 sampled, lazily.
 

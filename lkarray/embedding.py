@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import COUNT, NATURAL, REPEATS, checked
 from lkarray.engine.numbers import top_k
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel
@@ -21,6 +22,7 @@ PAIRS = "pairs"
 _ROWS = 1024  # of a kernel in memory, at a time
 
 
+@checked(n_components=COUNT, seed=NATURAL, k=COUNT)
 def embed(
     neighbors_or_kernel: xr.Dataset | xr.DataArray,
     method: str = "umap",
@@ -87,6 +89,7 @@ def embed(
     )
 
 
+@checked(bins=REPEATS)
 def similarity_by_distance(
     kernel: xr.DataArray, points: xr.DataArray, groups: Hashable | Any = "label", *, bins: int = 20
 ) -> xr.Dataset:

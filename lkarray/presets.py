@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lkarray.checking import checked
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -82,6 +84,7 @@ PRESETS = {
 }
 
 
+@checked()
 def preset(name: str) -> Preset:
     """Return the settings of a paper's experiment.
 

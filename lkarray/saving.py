@@ -18,6 +18,7 @@ from dask.highlevelgraph import HighLevelGraph
 from zarr.abc.store import Store
 from zarr.storage import MemoryStore
 
+from lkarray.checking import checked
 from lkarray.engine.contraction import Contraction, Tile, compute_tile, contraction_of, gram_array
 from lkarray.engine.plan import WRITTEN_BYTES, make_plan, on_cluster
 from lkarray.errors import SchemaError, StoreError
@@ -32,6 +33,7 @@ _CRC_BYTES = 4
 Index = tuple[int, ...]
 
 
+@checked()
 def save(
     kernel: xr.DataArray,
     store: StoreLike,

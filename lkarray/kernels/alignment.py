@@ -11,16 +11,18 @@ import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
+from lkarray.checking import checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.strips import make_strips, total
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import CENTERS, check_shared, degrees_of_freedom, free_dim, one_of
+from lkarray.kernels.gram import CENTERS, check_shared, degrees_of_freedom, free_dim
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
 
 _NORMALIZERS = ("count", "cosine")
 Pair = tuple[int, int]
 
 
+@checked()
 def frobenius(
     a: Losses,
     b: Losses | None = None,
@@ -60,6 +62,7 @@ def frobenius(
     return _scalar(found[0], "frobenius", center=center, normalize=normalize)
 
 
+@checked()
 def cka(
     a: Losses,
     b: Losses,
@@ -123,6 +126,7 @@ def cka(
     return _align([x, y], [(0, 0), (1, 1), (0, 1)], kind, center, normalize, memory)
 
 
+@checked()
 def cka_curve(
     losses: Losses,
     draws: int | Iterable[int] = 20,

@@ -9,6 +9,7 @@ import numpy as np
 import scipy.linalg
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel
@@ -20,6 +21,7 @@ _DENSE = 4000  # training examples whose kernel is decomposed whole: some ten se
 _DECOMPOSE = 5  # matrices that it holds meanwhile
 
 
+@checked()
 def audit_modes(
     kernel: xr.DataArray, k: int, *, scale: float, memory: int | str | None = None
 ) -> xr.Dataset:
@@ -84,6 +86,7 @@ def audit_modes(
     return out.drop_attrs().assign_coords(coords).assign_attrs(attrs)
 
 
+@checked()
 def extend_audit(
     modes: xr.Dataset, cross: xr.DataArray, *, training: str | None = None
 ) -> xr.Dataset:

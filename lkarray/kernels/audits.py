@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import sample_coords
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, WINDOW
@@ -25,6 +26,7 @@ TIMES = (EPOCH, WINDOW)
 SPLITS = (LAYER, *TIMES)
 
 
+@checked()
 def completeness(audit: xr.Dataset) -> xr.Dataset:
     r"""Return how well the audit explains the true change, by the end of each epoch.
 
@@ -73,6 +75,7 @@ def completeness(audit: xr.Dataset) -> xr.Dataset:
     return out.assign_coords(sample_coords(found, EPOCH)).assign_attrs(kept)
 
 
+@checked()
 def net_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False) -> xr.DataArray:
     r"""Return what all training examples together did: :math:`S_n = \sum_m P_{mn}` (PLGK 6.3).
 
@@ -106,6 +109,7 @@ def net_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False)
     return _sum_of("net_influence", x, source, out)
 
 
+@checked()
 def gross_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False) -> xr.DataArray:
     r"""Return how much training examples did, of either sign: :math:`G_n = \sum_m |P_{mn}|`.
 

@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
+from lkarray.checking import NATURAL, REPEATS, checked
 from lkarray.engine import Operand
 from lkarray.engine.strips import Strips, make_strips
 from lkarray.errors import DivergedError, SchemaError
@@ -42,6 +43,7 @@ _MEANING = {
 }
 
 
+@checked(pairs=REPEATS, seed=NATURAL)
 def diagnostics(
     tree: Losses, *, pairs: int = 200, seed: int = 0, memory: int | str | None = None
 ) -> xr.Dataset:

@@ -10,6 +10,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import NATURAL, Limits, checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import free_dim, gram, sample_coords
@@ -21,6 +22,7 @@ _MEASURES = ("auroc", "aupr", "spearman")
 _LEVEL = 0.95  # of intervals
 
 
+@checked()
 def ips_scores(
     similarity: xr.DataArray, train_labels: Hashable | Any, predicted: Hashable | Any
 ) -> xr.Dataset:
@@ -77,6 +79,7 @@ def ips_scores(
     return scores.assign_coords(sample_coords(similarity, rows))
 
 
+@checked()
 def hidden_similarity(
     test_activations: xr.DataArray,
     train_activations: xr.DataArray,
@@ -150,6 +153,7 @@ def hidden_similarity(
     )
 
 
+@checked(replicates=Limits(least=0, most=1_000_000), seed=NATURAL)
 def difficulty_table(
     scores: xr.Dataset | Mapping[Hashable, xr.DataArray | np.ndarray],
     wrong: xr.DataArray | np.ndarray,

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked, one_of
 from lkarray.errors import SchemaError
 from lkarray.kernels.ghost import factor_kernel, holds_factors
-from lkarray.kernels.gram import gram, one_of
+from lkarray.kernels.gram import gram
 from lkarray.schema import AUDIT, EXAMPLE, FACTOR, LEARNING_RATE, PARAM, TIME, Losses, as_gradients
 
 #: Powers of the learning rate inside a sum over time: none, one, two.
@@ -18,6 +19,7 @@ WEIGHTS = (None, "lr", "lr2")
 INFLUENCE = "influence operator"
 
 
+@checked()
 def lgk(
     G: Losses,
     y: Losses | None = None,
@@ -49,6 +51,7 @@ def lgk(
     return _kernel("lgk", G, y, each=(TIME,), precision=precision, memory=memory)
 
 
+@checked()
 def plgk(
     G: Losses,
     y: Losses | None = None,
@@ -88,6 +91,7 @@ def plgk(
     return _kernel("plgk", G, y, weight=weight, precision=precision, memory=memory)
 
 
+@checked()
 def ips(
     G: Losses,
     y: Losses | None = None,
@@ -117,6 +121,7 @@ def ips(
     )
 
 
+@checked()
 def chord_distance(k: Losses) -> xr.DataArray:
     r"""Return :math:`\sqrt{2 - 2 k}`, the chord between path features (PLGK eq. 16), lazily.
 
@@ -141,6 +146,7 @@ def chord_distance(k: Losses) -> xr.DataArray:
     return _distance((2 - 2 * cosine) ** 0.5, "chord_distance", cosine, units="1")
 
 
+@checked()
 def angle_distance(k: Losses) -> xr.DataArray:
     r"""Return :math:`\arccos k`, the angle between path features (PLGK eq. 16), lazily.
 
@@ -165,6 +171,7 @@ def angle_distance(k: Losses) -> xr.DataArray:
     return _distance(angle, "angle_distance", cosine, units="rad")
 
 
+@checked()
 def temporal_kernel(
     G: Losses,
     *,

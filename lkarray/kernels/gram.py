@@ -11,6 +11,7 @@ import xarray as xr
 from zarr.codecs import Crc32cCodec
 
 from lkarray import engine
+from lkarray.checking import checked, one_of
 from lkarray.errors import SchemaError
 from lkarray.schema import CHAIN, second
 
@@ -19,6 +20,7 @@ PRECISIONS = ("float32", "auto")
 _NORMALIZERS = (None, "count", "cosine")
 
 
+@checked()
 def gram(
     x: xr.DataArray,
     y: xr.DataArray | None = None,
@@ -227,9 +229,3 @@ def kernel_coords(
 
 def _names(names: str | Iterable[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise ``ValueError`` unless an option has one of its values."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, not {value!r}")

@@ -13,10 +13,11 @@ from dask.base import tokenize
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
+from lkarray.checking import checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.strips import Strips, apply_step, joined, make_strips, project_step, total
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of
+from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim
 from lkarray.schema import POSTERIOR, Losses, as_losses, second
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def group_codes(
     return name, values, codes
 
 
+@checked()
 def group_mean(
     losses: Losses,
     groups: Hashable | Any,
@@ -170,6 +172,7 @@ def _group_finish(
     return finished
 
 
+@checked()
 def linear_operator(
     losses: Losses,
     *,

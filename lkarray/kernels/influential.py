@@ -10,6 +10,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.engine.numbers import top_k
 from lkarray.errors import NonFiniteError
 from lkarray.kernels.audits import as_influence, as_lazy_as, whole_influence
@@ -24,6 +25,7 @@ _ENTRY = np.dtype([("score", np.float64), ("place", np.int64)])
 _SIGNS = {"helpful": -1, "harmful": 1}
 
 
+@checked()
 def most_influential(
     audit: xr.Dataset | xr.DataArray, k: int = 25, *, by: str | None = None
 ) -> xr.Dataset:
@@ -96,6 +98,7 @@ def most_influential(
     return as_lazy_as(x, out.assign_attrs(k=k, by=by or "none", source=source))
 
 
+@checked()
 def concentration(audit: xr.Dataset | xr.DataArray) -> xr.DataArray:
     r"""Return the share of all influence that the most influential training examples hold.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.modes import of_modes
 from lkarray.kernels.ranks import participation_ratio
@@ -14,6 +15,7 @@ FACTOR = "factor"
 _OF_MODES = ("singular_value", "alignment", "drive")
 
 
+@checked()
 def mode_shifts(
     modes: xr.Dataset,
     before: xr.DataArray,

@@ -7,6 +7,7 @@ import operator
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel, root_weight, temporal_kernel, weighted
 from lkarray.kernels.gram import gram, sample_coords
@@ -17,6 +18,7 @@ from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, sec
 _ROWS = "lkarray_rows"  # times and examples, merged
 
 
+@checked()
 def modes(G: Losses, k: int, *, memory: int | str | None = None) -> xr.Dataset:
     r"""Return the top modes of the gradients at one time, and their drives, lazily.
 
@@ -74,6 +76,7 @@ def modes(G: Losses, k: int, *, memory: int | str | None = None) -> xr.Dataset:
     )
 
 
+@checked()
 def mode_coefficients(
     modes: xr.Dataset, gradients: Losses, *, memory: int | str | None = None
 ) -> xr.DataArray:
@@ -115,6 +118,7 @@ def mode_coefficients(
     return _projected(split)
 
 
+@checked()
 def cancellation_ratio(modes: xr.Dataset, coefficients: xr.DataArray) -> xr.DataArray:
     r"""Return how far the pushes of the leading modes add up (PLGK section 6.3), lazily.
 
@@ -156,6 +160,7 @@ def cancellation_ratio(modes: xr.Dataset, coefficients: xr.DataArray) -> xr.Data
     return out.assign_coords({MODE: coefficients[MODE]})
 
 
+@checked()
 def parameter_modes(
     G: Losses, k: int, *, weight: str | None = None, memory: int | str | None = None
 ) -> xr.Dataset:
@@ -208,6 +213,7 @@ def parameter_modes(
     )
 
 
+@checked()
 def temporal_modes(
     K_or_G: Losses,
     k: int | None = None,

@@ -10,13 +10,13 @@ import numpy as np
 import xarray as xr
 
 from lkarray import engine
+from lkarray.checking import checked, one_of
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import (
     CENTERS,
     PRECISIONS,
     degrees_of_freedom,
     free_dim,
-    one_of,
     sample_coords,
 )
 from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
@@ -25,6 +25,7 @@ from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
 Rule = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], np.ndarray]
 
 
+@checked()
 def neighbors(
     losses: Losses,
     k: int = 30,

@@ -10,6 +10,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import COUNT, NATURAL, POSITIVE, checked
 from lkarray.engine import Operand
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import sample_coords
@@ -88,6 +89,7 @@ class OjaModes:
         return _share(self.squares(batch))
 
 
+@checked(batch_size=COUNT, learning_rate=POSITIVE, seed=NATURAL)
 def online_modes(
     G: Losses, k: int, *, learning_rate: float = 0.1, batch_size: int = 128, seed: int = 0
 ) -> xr.Dataset:

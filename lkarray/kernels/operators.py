@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.kernels.gradients import INFLUENCE, named, path_dims, root_weight, weighted
 from lkarray.kernels.gram import gram, kernel_coords, sample_coords
 from lkarray.kernels.unfolding import merge
@@ -12,6 +13,7 @@ from lkarray.schema import EXAMPLE, OUTPUT, PARAM, TIME, Losses, as_gradients, s
 _COLUMNS = "lkarray_columns"  # examples and outputs, merged
 
 
+@checked()
 def lntk(
     loss_G: Losses,
     output_G: Losses,
@@ -43,6 +45,7 @@ def lntk(
     return _operator("lntk", loss_G, output_G, each=(TIME,), precision=precision, memory=memory)
 
 
+@checked()
 def pntk(
     loss_G: Losses,
     output_G: Losses,

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.schema import MODE
 
 
+@checked()
 def participation_ratio(s: Any) -> Any:
     """Return the effective number of modes, ``(sum w)^2 / sum w^2`` with ``w = s^2``.
 
@@ -33,6 +35,7 @@ def participation_ratio(s: Any) -> Any:
     return weights.sum(-1) ** 2 / (weights**2).sum(-1)
 
 
+@checked()
 def energy_rank(s: Any, share: float = 0.9) -> Any:
     """Return how many leading modes hold at least ``share`` of the energy, the sum of ``s^2``.
 

@@ -8,14 +8,16 @@ import numpy as np
 import xarray as xr
 
 from lkarray import engine
+from lkarray.checking import checked, one_of
 from lkarray.engine.running import RUNNING_BYTES, running_array
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import root_weight
-from lkarray.kernels.gram import check_shared, free_dim, kernel_coords, one_of, sample_coords
+from lkarray.kernels.gram import check_shared, free_dim, kernel_coords, sample_coords
 from lkarray.kernels.spectra import svd
 from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
 
 
+@checked()
 def feature_overlap(G: Losses, *, reference: int = -1) -> xr.DataArray:
     r"""Return the mean cosine of examples' gradients with those at a reference time, lazily.
 
@@ -41,6 +43,7 @@ def feature_overlap(G: Losses, *, reference: int = -1) -> xr.DataArray:
     return _overlap(x, reference).rename("feature_overlap")
 
 
+@checked()
 def activation_overlap(activations: xr.DataArray, *, reference: int = -1) -> xr.DataArray:
     """Return the mean cosine of examples' activations with those at a reference time, lazily.
 
@@ -73,6 +76,7 @@ def _overlap(x: xr.DataArray, reference: int) -> xr.DataArray:
     return out.assign_coords(sample_coords(x, TIME)).assign_attrs(reference=reference, units="1")
 
 
+@checked()
 def subspace_overlap(
     G: Losses, k: int = 10, *, reference: int = -1, memory: int | str | None = None
 ) -> xr.DataArray:
@@ -132,6 +136,7 @@ def _principal(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.minimum(cosines, 1).mean())
 
 
+@checked()
 def influence_over_time(
     train_G: Losses,
     audit_G: Losses,

@@ -14,6 +14,7 @@ import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
+from lkarray.checking import COUNT, POSITIVE, checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.plan import memory_budget
 from lkarray.engine.strips import (
@@ -28,7 +29,7 @@ from lkarray.engine.strips import (
     total,
 )
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of, sample_coords
+from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, sample_coords
 from lkarray.kernels.unfolding import merge
 from lkarray.schema import MODE
 
@@ -40,6 +41,7 @@ _SEED = 0
 _ROWS = "lkarray_rows"  # of a tensor whose several free dims are stacked
 
 
+@checked(max_passes=COUNT, tolerance=POSITIVE)
 def svd(
     x: xr.DataArray,
     k: int,
@@ -137,6 +139,7 @@ def svd(
     return _assemble(graph, name, node, strips, (state, turn, k, scale), x, free)
 
 
+@checked()
 def eigh(
     x: xr.DataArray,
     *,

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.schema import (
     CHAIN,
@@ -27,6 +28,7 @@ _ANY = (*STACKED, TOKEN)
 ERROR = "standard_error"
 
 
+@checked()
 def loss_gain(tree: Losses) -> xr.DataArray:
     """Return the posterior loss gain of each sample (Bayesian-probes eq. 4).
 
@@ -65,6 +67,7 @@ def loss_gain(tree: Losses) -> xr.DataArray:
     return out.assign_coords({ERROR: _error_of_mean(mean)})
 
 
+@checked()
 def loss_variance(tree: Losses) -> xr.DataArray:
     """Return each sample's loss variance, the diagonal of K (loss-kernel section 2.3).
 
@@ -91,6 +94,7 @@ def loss_variance(tree: Losses) -> xr.DataArray:
     return _named(variance, "loss_variance", units="nat^2", center="pooled")
 
 
+@checked()
 def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
     """Return the singular fluctuation, ``(nbeta / 2) mean_i K_ii`` (design section 6).
 
@@ -126,6 +130,7 @@ def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.Data
     return out.assign_coords({ERROR: error})
 
 
+@checked()
 def llc(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
     """Return the local learning coefficient, ``nbeta * mean_i loss_gain_i``.
 

@@ -12,6 +12,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.schema import (
     GRADIENT,
@@ -28,6 +29,7 @@ from lkarray.schema import (
 _CHUNK = 128 << 20  # bytes of a merged chunk, at most
 
 
+@checked()
 def unfold(G: Losses, *, keep: str | Iterable[str]) -> xr.DataArray:
     """Return the gradient tensor as a matrix, lazily (PLGK appendix A.6.3).
 
@@ -118,6 +120,7 @@ def _blocks(x: xr.Variable, dims: tuple[str, ...]) -> dict[Any, int]:
     return {dims[outer]: min(largest[dims[outer]], _CHUNK // cell)} | dict.fromkeys(inner, -1)
 
 
+@checked()
 def params(G: xr.DataTree | xr.Dataset, pattern: str | Iterable[str]) -> xr.Dataset:
     """Select parameters by the names of their tensors or modules, lazily.
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lkarray import kernels
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.audits import as_influence, whole_influence
 from lkarray.plots.training import mosaic
@@ -24,6 +25,7 @@ _CURVES = 100  # curves drawn one by one
 _NEAREST = 1e-16  # to a correlation of 1, in float64
 
 
+@checked()
 def completeness(audit: xr.Dataset) -> Figure:
     """Draw MRE and LC by the end of each epoch (PLGK figure 1).
 
@@ -70,6 +72,7 @@ def _towards_one(axes: Axes, gap: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(name))
 
 
+@checked()
 def decision(
     audit: xr.Dataset | xr.DataArray, at: Hashable, image: np.ndarray | None = None
 ) -> Figure:
@@ -120,6 +123,7 @@ def decision(
     return figure
 
 
+@checked()
 def influential_images(
     audit_or_table: xr.Dataset | xr.DataArray,
     images: Any,
@@ -186,6 +190,7 @@ def _grid_of(
     axes.set_title(f"{text}most {name}\n{span}", fontsize=9)
 
 
+@checked()
 def concentration(audit: xr.Dataset | xr.DataArray) -> Figure:
     """Draw which share of all influence the most influential training examples hold.
 
@@ -227,6 +232,7 @@ def concentration(audit: xr.Dataset | xr.DataArray) -> Figure:
     return figure
 
 
+@checked()
 def layer_epoch(audit: xr.Dataset | xr.DataArray) -> Figure:
     """Draw net and gross influence of each layer and epoch (PLGK section 6.3, figure 10).
 

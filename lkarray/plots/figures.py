@@ -13,6 +13,7 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels import loss_gain
 from lkarray.schema import CENTER_LOSS, COMPONENT, RANK, Losses, losses_node
@@ -21,6 +22,7 @@ _MARK = "#111111"
 _MOST = 2000  # samples of a kernel that a figure can show
 
 
+@checked()
 def neighbor_map(
     points: xr.DataArray,
     *,
@@ -83,6 +85,7 @@ def neighbor_map(
     return figure
 
 
+@checked()
 def kernel_matrix(kernel: xr.DataArray, *, by: str) -> Figure:
     """Draw a square kernel with its samples sorted by a label (loss-kernel figure 1B).
 
@@ -125,6 +128,7 @@ def kernel_matrix(kernel: xr.DataArray, *, by: str) -> Figure:
     return figure
 
 
+@checked()
 def top_correlated(
     neighbors: xr.Dataset,
     images: np.ndarray,
@@ -192,6 +196,7 @@ def top_correlated(
     return figure
 
 
+@checked()
 def gain_against_loss(tree: Losses, *, mark: str | None = None) -> Figure:
     """Draw each sample's loss gain against its loss at w* (Bayesian-probes figure 1).
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.schema import MODE, TIME
 
@@ -21,6 +22,7 @@ _STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 2)), ":")
 _DRAWN = 20_000  # points of a scatter
 
 
+@checked()
 def groups_along(
     panels: Mapping[str, xr.DataArray],
     *,
@@ -83,6 +85,7 @@ def groups_along(
     return figure
 
 
+@checked()
 def regime(
     metrics: Mapping[str, xr.DataArray],
     panels: Mapping[str, xr.DataArray],
@@ -128,6 +131,7 @@ def regime(
     return figure
 
 
+@checked()
 def mode_scatter(shifts: xr.Dataset, *, other: xr.Dataset | None = None, names: Sequence[str] = (
     "adversarial", "random")) -> Figure:  # fmt: skip
     """Draw how far each mode's coefficients changed, by strength and alignment (figures 15, 27).
@@ -159,6 +163,7 @@ def mode_scatter(shifts: xr.Dataset, *, other: xr.Dataset | None = None, names: 
     return figure
 
 
+@checked()
 def influence_against(
     first: np.ndarray, others: Mapping[str, np.ndarray], correlations: Mapping[str, np.ndarray]
 ) -> Figure:
@@ -199,6 +204,7 @@ def influence_against(
     return figure
 
 
+@checked()
 def influence_along_path(gross: xr.DataArray, totals: Mapping[str, xr.DataArray]) -> Figure:
     """Draw when influence came, and how much, from an input to its perturbed form (figure 11).
 
@@ -232,6 +238,7 @@ def influence_along_path(gross: xr.DataArray, totals: Mapping[str, xr.DataArray]
     return figure
 
 
+@checked()
 def image_rows(rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str]) -> Figure:
     """Show images in rows: an input, and what became of it (PLGK figures 8 and 20).
 

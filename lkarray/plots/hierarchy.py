@@ -11,9 +11,12 @@ from matplotlib import color_sequences, colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+from lkarray.checking import checked
+
 _LEAST = 30  # pairs behind a point that is drawn
 
 
+@checked()
 def lift_by_depth(lift: xr.Dataset, *, least: int = _LEAST) -> Figure:
     """Draw one curve of lift for each query depth (loss-kernel figure 5).
 
@@ -47,6 +50,7 @@ def lift_by_depth(lift: xr.Dataset, *, least: int = _LEAST) -> Figure:
     return figure
 
 
+@checked()
 def lift_curves(
     lifts: Mapping[str, xr.Dataset], *, title: str = "Taxonomic lift", least: int = _LEAST
 ) -> Figure:
@@ -93,6 +97,7 @@ def lift_curves(
     return figure
 
 
+@checked()
 def hierarchy_matrices(by_distance: xr.Dataset) -> Figure:
     """Draw the mean kernel between labels beside their distances (loss-kernel figure 1B).
 
@@ -125,6 +130,7 @@ def hierarchy_matrices(by_distance: xr.Dataset) -> Figure:
     return figure
 
 
+@checked()
 def correlation_against_distance(curves: Mapping[str, xr.Dataset]) -> Figure:
     """Draw the mean kernel against distance in the hierarchy (loss-kernel figure 6C).
 
@@ -148,6 +154,7 @@ def correlation_against_distance(curves: Mapping[str, xr.Dataset]) -> Figure:
     return figure
 
 
+@checked()
 def transitions(lifts: Mapping[str, xr.Dataset], colours: Sequence[Any] | None = None) -> Figure:
     """Draw which attributes the neighbours have, as stacked bars (loss-kernel figure 9).
 

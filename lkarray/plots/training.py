@@ -11,6 +11,7 @@ from matplotlib import color_sequences
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lkarray.checking import checked
 from lkarray.schema import COMPONENT, MODE, TIME
 
 _LEAST = 30  # pairs behind a point that is drawn
@@ -20,6 +21,7 @@ _COLOURS = color_sequences["petroff10"]
 _LINES = ("-", "--", ":", "-.")
 
 
+@checked()
 def temporal_structure(
     kernel: xr.DataArray, modes: xr.Dataset, *, labels: np.ndarray | None = None, k: int = 5
 ) -> Figure:
@@ -63,6 +65,7 @@ def temporal_structure(
     return figure
 
 
+@checked()
 def over_training(
     curves: Mapping[str, xr.DataArray], *, ylabel: str, title: str, labels: np.ndarray | None = None
 ) -> Figure:
@@ -79,6 +82,7 @@ def over_training(
     return figure
 
 
+@checked()
 def similarity_to_target(
     points: xr.DataArray, similarity: xr.DataArray, target: int, *, by: str = "label"
 ) -> Figure:
@@ -114,6 +118,7 @@ def similarity_to_target(
     return figure
 
 
+@checked()
 def similarity_against_distance(
     points: xr.DataArray,
     similarity: xr.DataArray,
@@ -165,6 +170,7 @@ def _about(
     return xy, np.asarray(similarity), classes == classes[target]
 
 
+@checked()
 def axis_extremes(points: xr.DataArray, images: np.ndarray, *, rows: int = 5) -> Figure:
     """Show the images at both ends of each axis of a map (PLGK figure 7).
 

@@ -17,6 +17,7 @@ from zarr.storage import MemoryStore
 
 from lkarray import schema
 from lkarray import store as stores
+from lkarray.checking import checked
 from lkarray.errors import FingerprintError
 from lkarray.nn.batches import MapDataset
 from lkarray.sampling import checks
@@ -72,6 +73,7 @@ def _key(fingerprint: Mapping[str, Any]) -> str:
     return json.dumps([fingerprint.get(name) for name in _SHARED], sort_keys=True, default=str)
 
 
+@checked()
 def observe(
     tree: xr.DataTree,
     new_set: MapDataset | Mapping[str, MapDataset],

@@ -13,6 +13,7 @@ import zarr
 from lkarray import progress as progress_bars
 from lkarray import schema
 from lkarray import store as stores
+from lkarray.checking import checked
 from lkarray.errors import StoreError
 from lkarray.nn.batches import MapDataset
 from lkarray.sampling import checks, parts, workers
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lkarray")
 
 
+@checked()
 def sample(
     posterior: LocalPosterior,
     observed: MapDataset | Mapping[str, MapDataset],

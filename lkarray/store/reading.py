@@ -10,6 +10,7 @@ import xarray as xr
 import zarr
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.errors import DivergedError, StoreError
 from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.commit import Record, read_record
@@ -32,6 +33,7 @@ PARTS = "parts"
 HIDDEN = "."  # begins the names of derived groups that are being written
 
 
+@checked()
 def open_store(path: StoreLike) -> xr.DataTree:
     """Open a store: every draw that counts, lazily, with its labels.
 

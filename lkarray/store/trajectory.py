@@ -18,6 +18,7 @@ import xarray as xr
 import zarr
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
 from lkarray.store.discarding import discard
 from lkarray.store.layout import create_array, create_coord, require_space, stored_at
@@ -173,6 +174,7 @@ def trace_fingerprint(root: zarr.Group) -> dict[str, Any] | None:
     return dict(root.attrs[MARK]).get(ROOT)  # type: ignore[arg-type, return-value]
 
 
+@checked()
 def discard_trace(path: StoreLike) -> None:
     """Delete the recorded states of a training run; gradients and audits of it stay.
 

@@ -13,6 +13,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.errors import DamagedError, StoreError
 from lkarray.store.audits import audit_marks, committed_panels
 from lkarray.store.commit import Record, chunk_keys, read_record
@@ -51,6 +52,7 @@ class Problem(NamedTuple):
         return f"{self.kind}: {self.path}: {self.detail}"
 
 
+@checked()
 def verify(path: StoreLike) -> list[Problem]:
     """Check that every chunk that the store's records imply is whole.
 

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from scipy import sparse
 
+from lkarray.checking import COUNT, NATURAL, REPEATS, SHARE, checked
 from lkarray.kernels.groups import group_codes
 from lkarray.schema import SAMPLE, second
 from lkarray.taxonomy.lift import interval, jackknife, ratio
@@ -18,6 +19,7 @@ from lkarray.taxonomy.pairs import as_table, count_pairs, labels_of, table_rows
 _CHANNELS = ("red", "green", "blue")
 
 
+@checked(blocks=REPEATS, level=SHARE, seed=NATURAL)
 def attribute_lift(
     neighbors: xr.Dataset | xr.DataTree,
     attribute: Hashable | Any,
@@ -145,6 +147,7 @@ def _pooled(found: np.ndarray, chance: np.ndarray) -> np.ndarray:
     return ratio(np.asarray(np.trace(found)), np.asarray(expected))
 
 
+@checked(k=COUNT)
 def color_groups(images: Any, k: int = 8) -> xr.DataArray:
     """Return the group of each image by its mean colour (loss-kernel D.6).
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import NATURAL, REPEATS, SHARE, checked
 from lkarray.kernels.groups import group_mean
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses, second
 from lkarray.taxonomy import graph
@@ -16,6 +17,7 @@ from lkarray.taxonomy.lift import interval, jackknife, ratio, resampled, spread
 from lkarray.taxonomy.taxonomy import Taxonomy
 
 
+@checked()
 def taxonomy_distance(taxonomy: Taxonomy, labels: Iterable[Hashable] | None = None) -> xr.DataArray:
     """Return the fewest edges between labels by way of a common ancestor (loss-kernel figure 1B).
 
@@ -43,6 +45,7 @@ def taxonomy_distance(taxonomy: Taxonomy, labels: Iterable[Hashable] | None = No
     )
 
 
+@checked(level=SHARE, replicates=REPEATS, seed=NATURAL)
 def correlation_by_distance(
     losses: Losses,
     taxonomy: Taxonomy,

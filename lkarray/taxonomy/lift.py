@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 from scipy import sparse
 
-from lkarray.kernels.gram import one_of
+from lkarray.checking import NATURAL, REPEATS, SHARE, checked, one_of
 from lkarray.kernels.neighbors import neighbors as find_neighbors
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses
 from lkarray.taxonomy import graph
@@ -73,6 +73,7 @@ class Sums:
         return ratio(self.shared.sum(axis=1), expected)
 
 
+@checked(level=SHARE, replicates=REPEATS, seed=NATURAL)
 def taxonomic_lift(
     neighbors: xr.Dataset | Losses,
     taxonomy: Taxonomy,

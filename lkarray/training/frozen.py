@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lkarray.checking import checked
 from lkarray.nn.batches import Batches, MapDataset
 from lkarray.nn.losses import LossFunction, per_example_loss
 from lkarray.store.location import StoreLike
@@ -15,6 +16,7 @@ from lkarray.training.recorder import record
 from lkarray.training.trace import Trace, open_trace
 
 
+@checked()
 def snapshot(
     model: nn.Module,
     train_set: MapDataset,

@@ -11,6 +11,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
 from lkarray.nn.batches import MapDataset
@@ -23,6 +24,7 @@ from lkarray.training.trace import Trace
 _ROWS = 512
 
 
+@checked()
 def activations(
     trace: Trace | Recorder,
     examples: MapDataset | Sequence[int] | np.ndarray,
@@ -104,6 +106,7 @@ def _require(needed: int, memory: int | str | None) -> None:
         )
 
 
+@checked()
 def mode_sensitivity(
     trace: Trace | Recorder,
     modes: xr.Dataset,

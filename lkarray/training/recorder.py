@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lkarray import store
+from lkarray.checking import checked
 from lkarray.errors import FingerprintError, NonFiniteError
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import LossFunction
@@ -29,6 +30,7 @@ from lkarray.training.trace import Trace, open_trace
 Indices = Sequence[int] | np.ndarray | Tensor
 
 
+@checked()
 def record(
     model: nn.Module,
     optimizer: Optimizer,

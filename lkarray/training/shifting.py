@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import logits
@@ -21,6 +22,7 @@ from lkarray.training.trace import Trace
 _ROWS = 128
 
 
+@checked()
 def shift_modes(
     trace: Trace | Recorder,
     modes: xr.Dataset,
