@@ -12,16 +12,18 @@ import inspect
 import math
 import numbers
 import operator
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import xarray as xr
 from dask.utils import parse_bytes
 
-from lkarray.errors import MemoryBudgetError
+from lkarray.errors import MemoryBudgetError, SchemaError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -180,6 +182,62 @@ def text(name: str, value: object) -> str:
     return str(value)
 
 
+def path_like(name: str, value: object) -> Path:
+    """Return the path of a file or folder, or raise and name it."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, not {_kind(value)}")
+    found = os.fspath(value)
+    if not isinstance(found, str) or not found or "\0" in found:
+        raise ValueError(f"{name} must be the path of a file or folder, not {found!r}")
+    return Path(found)
+
+
+def mapping(name: str, value: object) -> Mapping[Any, Any]:
+    """Return a mapping, or raise and name it."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict, not {_kind(value)}")
+    return value
+
+
+def several(name: str, value: object) -> tuple[Any, ...]:
+    """Return what some iterable holds, which is no string, or raise and name it."""
+    if isinstance(value, str | bytes | type) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list, not {_kind(value)}")
+    try:
+        return tuple(value)
+    except TypeError:  # an array without dims
+        raise TypeError(f"{name} must be a list, not one {type(value).__name__}") from None
+
+
+def array(name: str, value: object) -> np.ndarray:
+    """Return an array of labels or numbers, or raise and name it."""
+    try:
+        if isinstance(value, str | Mapping | set | xr.Dataset | xr.DataTree):
+            raise TypeError
+        found = np.asarray(value)
+        if found.dtype.kind == "O" and found.ndim == 0:
+            raise TypeError
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} must be an array, or lists that one can be made of, not {_kind(value)}"
+        ) from None
+    return found
+
+
+def real_array(name: str, value: object) -> np.ndarray:
+    """Return an array of real numbers, or raise and name it."""
+    found = array(name, value)
+    if found.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be real numbers, not {found.dtype}")
+    return found
+
+
+def require_real(name: str, x: xr.DataArray) -> None:
+    """Raise ``SchemaError`` unless labelled data are real numbers."""
+    if x.dtype.kind not in "fiub":
+        raise SchemaError(f"{name} is {x.dtype}; expected real numbers")
+
+
 def byte_count(name: str, value: object) -> int:
     """Return a number of bytes, from a number or a string such as ``"2 GiB"``.
 
@@ -216,35 +274,30 @@ def _labelled(*kinds: type) -> Check:
     def check(name: str, value: object) -> object:
         if not isinstance(value, kinds):
             raise TypeError(f"{name} must be an xarray {names}, not {_kind(value)}")
+        if isinstance(value, xr.DataArray):
+            require_real(name, value)
+        for variable in value.data_vars if isinstance(value, xr.Dataset) else ():
+            if value[variable].dtype.kind == "c":
+                require_real(f"{name}: variable {variable!r}", value[variable])
         return value
 
     return check
 
 
-def _mapping(name: str, value: object) -> object:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict, not {_kind(value)}")
-    return value
-
-
 def _several(each: Check, what: str) -> Check:
     def check(name: str, value: object) -> object:
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        if isinstance(value, str | Mapping | xr.Dataset | xr.DataTree):
             raise TypeError(f"{name} must be {what}, not {_kind(value)}")
-        try:
-            parts = tuple(value)
-        except TypeError:  # an array without dims
-            raise TypeError(f"{name} must be {what}, not {_kind(value)}") from None
-        return tuple(each(f"{name}[{at}]", part) for at, part in enumerate(parts))
+        return tuple(each(f"{name}[{at}]", part) for at, part in enumerate(several(name, value)))
 
     return check
 
 
 def _pair(each: Check, what: str) -> Check:
-    several = _several(each, what)
+    parts_of = _several(each, what)
 
     def check(name: str, value: object) -> object:
-        parts = cast(tuple[Any, ...], several(name, value))
+        parts = cast(tuple[Any, ...], parts_of(name, value))
         if len(parts) != 2:
             raise ValueError(f"{name} must be {what}, not {len(parts)} of them")
         return parts
@@ -282,7 +335,7 @@ def _check_of(name: str, annotation: object) -> Check | None:
     if words and set(words) <= set(_LABELLED):
         check = _labelled(*dict.fromkeys(kind for word in words for kind in _LABELLED[word]))
     elif len(words) == 1 and words[0].startswith("Mapping["):
-        check = _mapping
+        check = mapping
     elif words and set(words) <= set(_PLAIN):
         check = _PLAIN[words[0]][0] if len(words) == 1 else _either(words)
     else:

@@ -111,5 +111,5 @@ def preset(name: str) -> Preset:
     {'nbeta': 20, 'gamma': 4000}
     """
     if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}; choose from {sorted(PRESETS)}")
+        raise ValueError(f"name: there is no preset {name!r}; choose from {sorted(PRESETS)}")
     return PRESETS[name]

@@ -11,7 +11,7 @@ import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from lkarray.checking import checked, one_of
+from lkarray.checking import COUNT, checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.strips import make_strips, total
 from lkarray.errors import SchemaError
@@ -126,7 +126,7 @@ def cka(
     return _align([x, y], [(0, 0), (1, 1), (0, 1)], kind, center, normalize, memory)
 
 
-@checked()
+@checked(draws=COUNT)
 def cka_curve(
     losses: Losses,
     draws: int | Iterable[int] = 20,
@@ -161,7 +161,7 @@ def cka_curve(
     chains, length = x.sizes[CHAIN], x.sizes[DRAW]
     first = 1 if chains > 1 else 2
     if isinstance(draws, int):
-        points = np.unique(np.linspace(first, length, max(draws, 1)).round().astype(int))
+        points = np.unique(np.linspace(first, length, min(draws, length)).round().astype(int))
     else:
         points = np.asarray(sorted(draws))
     if not len(points) or points[0] < first or points[-1] > length:

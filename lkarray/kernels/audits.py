@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import checked
+from lkarray.checking import checked, require_real
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import sample_coords
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, WINDOW
@@ -59,6 +59,9 @@ def completeness(audit: xr.Dataset) -> xr.Dataset:
     """
     found, true = (_variable(audit, name) for name in ("reconstruction", "epoch_change"))
     for x in (found, true):
+        require_real(f"audit: {x.name}", x)
+        if not x.size:
+            raise SchemaError(f"audit: {x.name!r} is empty, of {dict(x.sizes)}")
         if EPOCH not in x.dims or set(x.dims) != set(found.dims):
             raise SchemaError(
                 f"{x.name!r} has dims {x.dims}; expected ('epoch', 'audit'), with 'output' or "
@@ -169,8 +172,10 @@ def as_influence(audit: xr.Dataset | xr.DataArray) -> tuple[xr.DataArray, str]:
             f"most 'output', {', '.join(map(repr, SPLITS))} besides: rename, or pass the Dataset "
             "that lk.audit returned"
         )
-    if not x.sizes[source]:
-        raise SchemaError(f"the influence is empty along {source!r}; there is nothing to add up")
+    empty = [dim for dim in x.dims if not x.sizes[dim]]
+    if empty:
+        raise SchemaError(f"audit: influence is empty along {empty}; there is nothing to add up")
+    require_real("audit: influence", x)
     return x, source
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -10,10 +9,10 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import NATURAL, Limits, checked
+from lkarray.checking import COUNT, NATURAL, Limits, checked, mapping, real_array
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel
-from lkarray.kernels.gram import free_dim, gram, sample_coords
+from lkarray.kernels.gram import free_dim, gram, nan_for_infinite, sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.schema import EXAMPLE
 
@@ -60,7 +59,7 @@ def ips_scores(
             "lk.ips(test_G, train_G) returns"
         )
     rows, columns = map(str, similarity.dims)
-    _, classes, codes = group_codes(similarity, columns, train_labels)
+    _, classes, codes = group_codes(similarity, columns, train_labels, what="train_labels")
     own = _predicted(similarity, rows, predicted, classes)
     if len(classes) < 2:
         raise SchemaError(
@@ -68,7 +67,7 @@ def ips_scores(
         )
     member = np.zeros((len(codes), len(classes)), np.result_type(similarity.dtype, np.float32))
     member[np.arange(len(codes)), codes] = 1
-    bare = similarity.drop_vars(list(similarity.coords))
+    bare = nan_for_infinite(similarity.drop_vars(list(similarity.coords)))
     # A sum by group: one thin product a tile.
     sums = xr.dot(bare, xr.DataArray(member, dims=(columns, _CLASS)), dim=columns)
     means = sums.astype(np.float64) / xr.DataArray(np.bincount(codes), dims=_CLASS)
@@ -79,7 +78,7 @@ def ips_scores(
     return scores.assign_coords(sample_coords(similarity, rows))
 
 
-@checked()
+@checked(k=COUNT)
 def hidden_similarity(
     test_activations: xr.DataArray,
     train_activations: xr.DataArray,
@@ -122,12 +121,9 @@ def hidden_similarity(
     -----
     A `lkarray.gram` for each class: only pairs of a test example and its predicted class.
     """
-    k = operator.index(k)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
     unit = free_dim(test_activations, "test_activations", (EXAMPLE,), ())
     free_dim(train_activations, "train_activations", (EXAMPLE,), ())
-    _, classes, codes = group_codes(train_activations, EXAMPLE, train_labels)
+    _, classes, codes = group_codes(train_activations, EXAMPLE, train_labels, what="train_labels")
     own = _predicted(test_activations, EXAMPLE, predicted, classes)
     test, train = (x.drop_vars(list(x.coords)) for x in (test_activations, train_activations))
     means, order = [], []
@@ -196,12 +192,14 @@ def difficulty_table(
     the examples alone: the training run, and the training examples behind a score, stay as they
     are.
     """
-    replicates = operator.index(replicates)
-    if replicates < 0:
-        raise ValueError(f"replicates must be at least 0, not {replicates}")
-    named = {str(name): np.asarray(score, np.float64) for name, score in dict(scores).items()}
-    missed, losses = np.asarray(wrong).astype(bool), np.asarray(loss, np.float64)
-    for name, values in (named | {"loss": losses}).items():
+    missed, losses = real_array("wrong", wrong).astype(bool), _float64("loss", loss)
+    if isinstance(scores, xr.Dataset):
+        scores = {name: scores[name] for name in scores.data_vars}
+    named = {
+        str(name): _float64(f"scores[{name!r}]", score)
+        for name, score in mapping("scores", scores).items()
+    }
+    for name, values in ({f"scores: {n}": v for n, v in named.items()} | {"loss": losses}).items():
         if values.shape != missed.shape or missed.ndim != 1:
             raise ValueError(
                 f"{name!r} has shape {values.shape} and wrong {missed.shape}; expected one number "
@@ -234,6 +232,10 @@ def difficulty_table(
         coords={"score": list(named)},
         attrs=attrs,
     )
+
+
+def _float64(name: str, value: object) -> np.ndarray:
+    return real_array(name, value).astype(np.float64)
 
 
 def _measures(scores: np.ndarray, wrong: np.ndarray, loss: np.ndarray) -> np.ndarray:
@@ -272,7 +274,7 @@ def _predicted(
     x: xr.DataArray, rows: str, predicted: Hashable | Any, classes: np.ndarray
 ) -> np.ndarray:
     """Return the position of each row's predicted class among those of the training examples."""
-    _, values, codes = group_codes(x, rows, predicted)
+    _, values, codes = group_codes(x, rows, predicted, what="predicted")
     unknown = values[~np.isin(values, classes)]
     if len(unknown):
         raise SchemaError(

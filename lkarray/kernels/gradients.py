@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import checked, one_of
+from lkarray.checking import checked, one_of, require_real
 from lkarray.errors import SchemaError
 from lkarray.kernels.ghost import factor_kernel, holds_factors
-from lkarray.kernels.gram import gram
+from lkarray.kernels.gram import check_shared, free_dim, gram
 from lkarray.schema import AUDIT, EXAMPLE, FACTOR, LEARNING_RATE, PARAM, TIME, Losses, as_gradients
 
 #: Powers of the learning rate inside a sum over time: none, one, two.
@@ -291,6 +291,11 @@ def _kernel(
         return named(out.assign_attrs(normalize=normalize or "none"), name, weight, units=units)
     x = as_gradients(G, need=(EXAMPLE, PARAM))
     other = None if y is None else as_gradients(y, name="y", need=(EXAMPLE, PARAM))
+    path = path_dims(x, each)
+    if other is not None:
+        kept = (*path["over"], *path["each"])
+        free_dim(other, "y", tuple(path["over"]), tuple(path["each"]))
+        check_shared(x, other, kept)
     root = root_weight(x, weight)
     out = gram(
         weighted(x, root),
@@ -298,7 +303,7 @@ def _kernel(
         normalize=normalize,
         precision=precision,
         memory=memory,
-        **path_dims(x, each),
+        **path,
     )
     return named(out, name, weight, units=units)
 
@@ -324,7 +329,9 @@ def _cosine(k: Losses, what: str) -> xr.DataArray:
     if isinstance(k, xr.DataArray | xr.Dataset):
         require_kernel(k, what)
     if not isinstance(k, xr.DataArray) or PARAM in k.dims:
+        as_gradients(k, name="k", need=(EXAMPLE, PARAM))
         k = ips(k)
+    require_real("k", k)
     if k.attrs.get("normalize") != "cosine":
         raise ValueError(
             f"{what} needs a cosine kernel, as lk.ips returns it, and {k.name!r} is not known to "

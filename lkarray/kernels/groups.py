@@ -13,7 +13,7 @@ from dask.base import tokenize
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
-from lkarray.checking import checked, one_of
+from lkarray.checking import array, checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.strips import Strips, apply_step, joined, make_strips, project_step, total
 from lkarray.errors import SchemaError
@@ -39,7 +39,7 @@ def kernel_operand(losses: Losses, kernel: str, center: str) -> tuple[xr.DataArr
 
 
 def group_codes(
-    x: xr.DataArray, rows: str, groups: Hashable | Any
+    x: xr.DataArray, rows: str, groups: Hashable | Any, *, what: str = "groups"
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the name of a grouping, its values in order, and each sample's number in them.
 
@@ -51,16 +51,21 @@ def group_codes(
     if isinstance(groups, str):
         if groups not in x.coords or x.coords[groups].dims != (rows,):
             labels = sorted(str(name) for name, c in x.coords.items() if c.dims == (rows,))
-            raise SchemaError(f"{groups!r} is no coordinate of {rows!r}; there are {labels}")
+            raise SchemaError(
+                f"{what}: {groups!r} is no coordinate of {rows!r}; there are {labels}"
+            )
         name, labels_ = groups, np.asarray(x.coords[groups].values)
     else:
         name = str(getattr(groups, "name", None) or "group")
-        labels_ = np.asarray(groups)
+        labels_ = array(what, groups)
         if labels_.shape != (x.sizes[rows],):
             raise SchemaError(
-                f"groups has shape {labels_.shape}; expected ({x.sizes[rows]},): one label a sample"
+                f"{what} has shape {labels_.shape}; expected ({x.sizes[rows]},): one label a sample"
             )
-    values, codes = np.unique(labels_, return_inverse=True)
+    try:
+        values, codes = np.unique(labels_, return_inverse=True)
+    except TypeError:
+        raise TypeError(f"{what} must be labels of one kind, such as all strings") from None
     return name, values, codes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable
 from typing import Any
 
@@ -65,7 +64,6 @@ def histogram(
     -----
     ``n**2 S`` operations, and counts instead of the kernel.
     """
-    bins = operator.index(bins)
     if bounds is None:
         if kernel == "covariance":
             raise ValueError(
@@ -73,8 +71,8 @@ def histogram(
                 "every entry's magnitude"
             )
         bounds = (-1.0, 1.0)
-    if bins < 1 or not bounds[0] < bounds[1]:
-        raise ValueError(f"histograms need a bin and ascending bounds, not {bins} and {bounds}")
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must ascend, and are {bounds}")
     x, operand, scale = kernel_operand(losses, kernel, center)
     labels = np.zeros(operand.n, int) if groups is None else groups
     name, values, codes = group_codes(x, operand.rows, labels)

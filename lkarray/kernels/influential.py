@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import checked
+from lkarray.checking import COUNT, checked
 from lkarray.engine.numbers import top_k
 from lkarray.errors import NonFiniteError
 from lkarray.kernels.audits import as_influence, as_lazy_as, whole_influence
@@ -25,7 +24,7 @@ _ENTRY = np.dtype([("score", np.float64), ("place", np.int64)])
 _SIGNS = {"helpful": -1, "harmful": 1}
 
 
-@checked()
+@checked(k=COUNT)
 def most_influential(
     audit: xr.Dataset | xr.DataArray, k: int = 25, *, by: str | None = None
 ) -> xr.Dataset:
@@ -70,12 +69,9 @@ def most_influential(
     each rank, class and audited example, so take few ranks of many classes.
     """
     x, source = as_influence(audit)
-    k = operator.index(k)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
     classes, codes = np.zeros(1), np.zeros(x.sizes[source], np.int64)
     if by is not None:
-        _, classes, codes = group_codes(x, source, by)
+        _, classes, codes = group_codes(x, source, by, what="by")
     k = min(k, int(np.bincount(codes).max()))
     whole = whole_influence(x, source)
     best = _best_entries(whole.data, codes, len(classes), k)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import checked
-from lkarray.errors import SchemaError
+from lkarray.checking import checked, require_real
+from lkarray.errors import NonFiniteError, SchemaError
 from lkarray.kernels.modes import of_modes
 from lkarray.kernels.ranks import participation_ratio
 from lkarray.schema import EXAMPLE, MODE
@@ -45,18 +45,22 @@ def mode_shifts(
         ``share``, that of ``contribution`` in its sum. Over ``factor`` (shift, drive, contribution
         and, if given, sensitivity): ``effective_modes``, the participation ratio
         :math:`(\sum_k w_k)^2 / \sum_k w_k^2` of the magnitudes; ``(factor, factor_2)``:
-        ``correlation`` over modes, and ``rank_correlation`` (Spearman).
+        ``correlation`` over modes, and ``rank_correlation`` (Spearman), NaN of what does not
+        vary over modes. ``share`` is NaN where nothing moved.
 
     Raises
     ------
     SchemaError
         Dims or sizes do not fit, or there are fewer than three modes.
+    NonFiniteError
+        A number is infinite.
     """
-    drive = np.abs(_bare(of_modes(modes, "drive"), (MODE,)))
-    first, last = (_bare(c, (EXAMPLE, MODE)) for c in (before, after))
+    drive = np.abs(_bare(of_modes(modes, "drive"), (MODE,), "modes: drive"))
+    first = _bare(before, (EXAMPLE, MODE), "before")
+    last = _bare(after, (EXAMPLE, MODE), "after")
     if first.shape != last.shape or first.shape[1] != len(drive):
         raise SchemaError(
-            f"coefficients have the shapes {first.shape} and {last.shape}, and there are "
+            f"before and after have the shapes {first.shape} and {last.shape}, and there are "
             f"{len(drive)} modes; pass mode_coefficients of the same examples and modes"
         )
     if len(drive) < 3:
@@ -68,7 +72,7 @@ def mode_shifts(
         "contribution": np.abs(moved * drive).mean(0),
     }
     if sensitivity is not None:
-        factors["sensitivity"] = _bare(sensitivity, (EXAMPLE, MODE)).mean(0)
+        factors["sensitivity"] = _bare(sensitivity, (EXAMPLE, MODE), "sensitivity").mean(0)
         if factors["sensitivity"].shape != drive.shape:
             raise SchemaError(
                 f"sensitivity is of {len(factors['sensitivity'])} modes, and there are "
@@ -83,10 +87,10 @@ def mode_shifts(
         {
             "change": (MODE, moved.mean(0)),
             **{name: (MODE, factors[name]) for name in names if name != "drive"},
-            "share": (MODE, factors["contribution"] / factors["contribution"].sum()),
+            "share": (MODE, _share(factors["contribution"])),
             "effective_modes": (FACTOR, effective),
-            "correlation": (square, np.corrcoef(table)),
-            "rank_correlation": (square, np.corrcoef(_ranks(table))),
+            "correlation": (square, _correlations(table)),
+            "rank_correlation": (square, _correlations(_ranks(table))),
         },
         coords={
             MODE: modes[MODE],
@@ -96,13 +100,27 @@ def mode_shifts(
     )
 
 
+def _share(values: np.ndarray) -> np.ndarray:
+    whole = values.sum()
+    return values / whole if whole > 0 else np.full_like(values, np.nan)
+
+
+def _correlations(table: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN of a constant row, as documented
+        return np.asarray(np.corrcoef(table))
+
+
 def _ranks(table: np.ndarray) -> np.ndarray:
     from scipy.stats import rankdata
 
     return np.asarray(rankdata(table, axis=1))
 
 
-def _bare(x: xr.DataArray, dims: tuple[str, ...]) -> np.ndarray:
-    if set(x.dims) != set(dims):
-        raise SchemaError(f"{x.name!r} has dims {x.dims}; expected {dims}")
-    return np.asarray(x.transpose(*dims).values, np.float64)
+def _bare(x: xr.DataArray, dims: tuple[str, ...], name: str) -> np.ndarray:
+    if set(x.dims) != set(dims) or not x.size:
+        raise SchemaError(f"{name} has dims {dict(x.sizes)}; expected {dims}, none of them empty")
+    require_real(name, x)
+    values = np.asarray(x.transpose(*dims).values, np.float64)
+    if np.isinf(values).any():
+        raise NonFiniteError(f"{name} holds infinity; take modes and examples without")
+    return values

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
+from operator import mul
 
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import checked
-from lkarray.errors import SchemaError
+from lkarray.checking import checked, require_real
+from lkarray.errors import NonFiniteError, SchemaError
 from lkarray.kernels.gradients import require_kernel, root_weight, temporal_kernel, weighted
-from lkarray.kernels.gram import gram, sample_coords
+from lkarray.kernels.gram import check_shared, gram, nan_for_infinite, sample_coords
 from lkarray.kernels.spectra import svd
 from lkarray.kernels.unfolding import merge
 from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
@@ -152,12 +152,17 @@ def cancellation_ratio(modes: xr.Dataset, coefficients: xr.DataArray) -> xr.Data
             "both: modes.isel(mode=slice(K))"
         )
     bare = drive.drop_vars([name for name in drive.coords if name not in drive.dims])
-    push = (coefficients * bare).astype(np.float64)
+    shared = tuple(dim for dim in bare.dims if dim in coefficients.dims)
+    check_shared(drive, coefficients, shared, names=("modes", "coefficients"))
+    require_real("modes: drive", drive)
+    factors = (nan_for_infinite(x.drop_vars(shared, errors="ignore")) for x in (coefficients, bare))
+    push = mul(*factors).astype(np.float64)
     net = abs(push.cumsum(MODE, skipna=False))
     gross = abs(push).cumsum(MODE, skipna=False)
     ratio = (net / gross.where(gross > 0)).clip(max=1).transpose(..., MODE)
     out = ratio.drop_attrs(deep=False).rename("cancellation_ratio").assign_attrs(units="1")
-    return out.assign_coords({MODE: coefficients[MODE]})
+    kept = sample_coords(coefficients, *map(str, coefficients.dims))
+    return out.assign_coords(kept | {MODE: coefficients[MODE]})
 
 
 @checked()
@@ -252,6 +257,7 @@ def temporal_modes(
     """
     kernel = K_or_G
     if not isinstance(kernel, xr.DataArray) or PARAM in kernel.dims:
+        as_gradients(kernel, name="K_or_G")
         kernel = temporal_kernel(kernel, weight=weight, memory=memory)
     require_kernel(kernel, "temporal_modes")
     if set(kernel.dims) != {TIME, second(TIME)} or len(set(kernel.shape)) != 1:
@@ -260,7 +266,7 @@ def temporal_modes(
             "lk.temporal_kernel(G), or gradients"
         )
     times = kernel.sizes[TIME]
-    k = times if k is None else operator.index(k)
+    k = times if k is None else k
     if not 1 <= k <= times:
         raise ValueError(f"k must be between 1 and {times}, the number of times, not {k}")
     value, loading, share = xr.apply_ufunc(
@@ -281,6 +287,8 @@ def temporal_modes(
 
 
 def _eigh(kernel: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if not np.isfinite(kernel).all():
+        raise NonFiniteError("temporal_modes: K_or_G holds NaN or infinity; compute it without")
     value, vector = np.linalg.eigh(kernel.astype(np.float64))
     value, vector = np.maximum(value[::-1], 0), vector[:, ::-1]
     top = np.take_along_axis(vector, np.abs(vector).argmax(0)[None], 0)

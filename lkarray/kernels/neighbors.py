@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
 import dask.array as da
@@ -91,10 +90,13 @@ def neighbors(
     one_of("center", center, CENTERS)
     one_of("precision", precision, PRECISIONS)
     degrees_of_freedom(x, POSTERIOR, center)
-    k = operator.index(k)
     n = x.sizes[rows]
     if not 1 <= k < n:
         raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
+    if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
+        raise TypeError(
+            f"exclude must be the name of a coordinate or a function, not {type(exclude).__name__}"
+        )
     index = _index(x, rows)
     operand = engine.Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=True)
     plan = engine.make_plan(

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import checked
+from lkarray.checking import checked, real_array, require_real
+from lkarray.errors import SchemaError
 from lkarray.schema import MODE
 
 
@@ -27,12 +28,14 @@ def participation_ratio(s: Any) -> Any:
     DataArray or array
         Without the modes; lazy if ``s`` is. NaN where all are zero.
     """
+    s = _values(s)
     if isinstance(s, xr.DataArray):
         weight = s.astype(np.float64) ** 2
-        out = weight.sum(MODE) ** 2 / (weight**2).sum(MODE)
-        return out.rename("participation_ratio")
-    weights = np.asarray(s, np.float64) ** 2
-    return weights.sum(-1) ** 2 / (weights**2).sum(-1)
+        square = (weight**2).sum(MODE)
+        return (weight.sum(MODE) ** 2 / square.where(square > 0)).rename("participation_ratio")
+    weights = s.astype(np.float64) ** 2
+    square = (weights**2).sum(-1)
+    return weights.sum(-1) ** 2 / np.where(square > 0, square, np.nan)
 
 
 @checked()
@@ -54,6 +57,7 @@ def energy_rank(s: Any, share: float = 0.9) -> Any:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, not {share}")
+    s = _values(s)
     if isinstance(s, xr.DataArray):
         return xr.apply_ufunc(
             _energy_rank,
@@ -64,7 +68,22 @@ def energy_rank(s: Any, share: float = 0.9) -> Any:
             dask_gufunc_kwargs={"allow_rechunk": True},
             output_dtypes=[np.int64],
         ).rename("energy_rank")
-    return _energy_rank(np.asarray(s), share)
+    return _energy_rank(s, share)
+
+
+def _values(s: Any) -> xr.DataArray | np.ndarray:
+    """Return singular values along modes, checked."""
+    if isinstance(s, xr.DataArray):
+        require_real("s", s)
+        if MODE not in s.dims:
+            raise SchemaError(f"s has dims {s.dims}; expected 'mode' among them")
+    else:
+        s = real_array("s", s)
+        if s.ndim == 0:
+            raise TypeError(f"s must be an array of singular values, not the number {s}")
+    if not s.size:
+        raise SchemaError("s is empty; there are no singular values to count")
+    return s
 
 
 def _energy_rank(s: np.ndarray, share: float) -> np.ndarray:

@@ -12,7 +12,13 @@ from lkarray.checking import checked, one_of
 from lkarray.engine.running import RUNNING_BYTES, running_array
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import root_weight
-from lkarray.kernels.gram import check_shared, free_dim, kernel_coords, sample_coords
+from lkarray.kernels.gram import (
+    check_shared,
+    free_dim,
+    kernel_coords,
+    nan_for_infinite,
+    sample_coords,
+)
 from lkarray.kernels.spectra import svd
 from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
 
@@ -40,7 +46,7 @@ def feature_overlap(G: Losses, *, reference: int = -1) -> xr.DataArray:
         0, as in `ips`. One pass over the data, chunk by chunk.
     """
     x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
-    return _overlap(x, reference).rename("feature_overlap")
+    return _overlap(x, reference, "G").rename("feature_overlap")
 
 
 @checked()
@@ -61,12 +67,12 @@ def activation_overlap(activations: xr.DataArray, *, reference: int = -1) -> xr.
     xarray.DataArray
         ``activation_overlap(time)``, float64.
     """
-    return _overlap(activations, reference).rename("activation_overlap")
+    return _overlap(activations, reference, "activations").rename("activation_overlap")
 
 
-def _overlap(x: xr.DataArray, reference: int) -> xr.DataArray:
-    dim = free_dim(x, "the tensor", (TIME, EXAMPLE), ())
-    wide = x.drop_vars(list(x.coords)).astype(np.float64)
+def _overlap(x: xr.DataArray, reference: int, name: str) -> xr.DataArray:
+    dim = free_dim(x, name, (TIME, EXAMPLE), ())
+    wide = nan_for_infinite(x.drop_vars(list(x.coords)).astype(np.float64))
     last = wide.isel({TIME: _position(x, reference)})
     inner = (wide * last).sum(dim, skipna=False)
     norm = (wide**2).sum(dim, skipna=False) ** 0.5

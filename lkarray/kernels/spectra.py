@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -102,7 +101,6 @@ def svd(
     their error is of the order of float32 rounding of the largest, not of its square. Memory:
     strips, and ``q (k + 10) max_passes`` float64.
     """
-    k = operator.index(k)
     over = (over,) if isinstance(over, str) else tuple(over)
     operand, free, scale = _operand(x, over, center, normalize)
     rows = along_rows(operand, memory_budget(memory))

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
-from lkarray.checking import checked
+from lkarray.checking import checked, require_real
 from lkarray.errors import SchemaError
 from lkarray.schema import (
     CHAIN,
@@ -60,7 +60,9 @@ def loss_gain(tree: Losses) -> xr.DataArray:
             "a loss gain needs 'center_loss', the losses at w*, beside 'loss'; pass the tree or "
             "tree['losses'], not the DataArray alone"
         )
-    count, mean, _ = _moments(as_losses(node, extra=_ANY))
+    losses = as_losses(node, name="tree", extra=_ANY)
+    require_real("tree: center_loss", node[schema.CENTER_LOSS.name])
+    count, mean, _ = _moments(losses)
     whole = (mean * count).sum(_BLOCK, skipna=False) / count.sum()
     gain = whole - node[schema.CENTER_LOSS.name].astype(np.float64)
     out = _named(gain, "loss_gain", units="nat")
@@ -88,7 +90,7 @@ def loss_variance(tree: Losses) -> xr.DataArray:
     ValueError
         There are fewer than two draws.
     """
-    losses = as_losses(tree, extra=_ANY)
+    losses = as_losses(tree, name="tree", extra=_ANY)
     _enough(losses)
     variance = losses.astype(np.float64).var(POSTERIOR, ddof=1, skipna=False)
     return _named(variance, "loss_variance", units="nat^2", center="pooled")
@@ -114,7 +116,7 @@ def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.Data
         ``standard_error`` from leaving chains out one at a time (see `loss_gain`).
     """
     scale = _nbeta(tree, nbeta) / 2
-    losses = as_losses(tree, extra=_ANY)
+    losses = as_losses(tree, name="tree", extra=_ANY)
     _enough(losses)
     count, mean, square = _moments(losses)
     dims = [dim for dim in mean.dims if dim not in (*STACKED, _BLOCK)]

@@ -173,7 +173,7 @@ def params(G: xr.DataTree | xr.Dataset, pattern: str | Iterable[str]) -> xr.Data
     ]
     if not chosen:
         raise SchemaError(
-            f"no tensor matches {list(patterns)}; there are {[own[0] for own in names]}"
+            f"pattern: no tensor matches {list(patterns)}; there are {[own[0] for own in names]}"
         )
     chosen.sort(key=lambda at: tuple(every[at]))
     spans = [(int(start), int(stop)) for start, stop in every[chosen]]
@@ -198,6 +198,8 @@ def _dataset(G: xr.DataTree | xr.Dataset) -> xr.Dataset:
             f"G lacks {missing}; params needs the names of the tensors as the coordinate 'tensor', "
             "and start(tensor) and stop(tensor) beside the gradients"
         )
+    if any(G[name].dims != (TENSOR,) for name in (START.name, STOP.name)) or not G.sizes[TENSOR]:
+        raise SchemaError("G: start and stop must be along 'tensor', one for each tensor")
     return G
 
 

@@ -75,7 +75,7 @@ def attribute_lift(
         raise ValueError(f"blocks must be at least 2, not {blocks}")
     near: xr.Dataset = as_table(neighbors)
     rows = table_rows(near)
-    name, values, codes = group_codes(near["neighbor"], rows, attribute)
+    name, values, codes = group_codes(near["neighbor"], rows, attribute, what="attribute")
     stated = near.attrs.get("exclude", "none")
     exclude = exclude or (stated if stated in near.coords else None)
     n, count = len(codes), len(values)

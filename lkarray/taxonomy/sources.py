@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from lkarray.checking import path_like
 from lkarray.errors import MissingCorpusError
 
 _GET_WORDNET = "python -m nltk.downloader wordnet"
@@ -87,9 +88,24 @@ def _synset(wordnet: Any, name: str) -> Any:
     return wordnet.synset(name)
 
 
+@contextmanager
+def _reading(path: Any) -> Iterator[TextIO]:
+    """Open a text file, or say which one cannot be read, and why."""
+    place = path_like("path", path)
+    if place.exists() and not place.is_file():
+        raise ValueError(f"path: {place} is no file; give the file that the taxonomy is in")
+    try:
+        with open(place, newline="", encoding="utf8") as file:
+            yield file
+    except OSError as error:
+        raise ValueError(f"path: {place} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"path: {place} is no text in UTF-8: {error}") from None
+
+
 def read_csv(path: Any) -> list[tuple[str, str]]:
     """Return the ``(parent, child)`` rows of a CSV file with those columns."""
-    with open(path, newline="", encoding="utf8") as file:
+    with _reading(path) as file:
         rows = csv.DictReader(file)
         missing = {"parent", "child"} - set(rows.fieldnames or ())
         if missing:
@@ -97,20 +113,29 @@ def read_csv(path: Any) -> list[tuple[str, str]]:
                 f"{path} has the columns {rows.fieldnames}, and lacks {sorted(missing)}: expected "
                 "one row for each edge, with its parent and child"
             )
-        return [(row["parent"], row["child"]) for row in rows]
+        found = [(row["parent"], row["child"]) for row in rows]
+        if any(name is None for edge in found for name in edge):
+            raise ValueError(f"{path} has rows without a parent or a child")
+        return found
 
 
 def read_json(path: Any) -> tuple[Parents, Any]:
     """Return parents and labels of a file that `write_json` wrote, or of ``{node: [parents]}``."""
-    try:
-        stored = json.loads(Path(path).read_text("utf8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    with _reading(path) as file:
+        try:
+            stored = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds no object: expected {{node: [parents]}}")
     if stored.get("format") != "lkarray.taxonomy":
         return {n: p if isinstance(p, list) else [p] for n, p in stored.items()}, None
-    return dict(map(tuple, stored["parents"])), dict(map(tuple, stored["labels"]))
+    try:
+        return dict(map(tuple, stored["parents"])), dict(map(tuple, stored["labels"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not what Taxonomy.to_json wrote ({type(error).__name__}: {error})"
+        ) from None
 
 
 def write_json(path: Any, parents: Mapping[Any, Iterable[Any]], labels: Mapping[Any, Any]) -> None:
@@ -120,4 +145,4 @@ def write_json(path: Any, parents: Mapping[Any, Iterable[Any]], labels: Mapping[
         "parents": [[node, list(above)] for node, above in parents.items()],
         "labels": [list(pair) for pair in labels.items()],
     }
-    Path(path).write_text(json.dumps(stored, ensure_ascii=False), "utf8")
+    path_like("path", path).write_text(json.dumps(stored, ensure_ascii=False), "utf8")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from scipy import sparse
 
+from lkarray.checking import integer, mapping, one_of, several, text
 from lkarray.taxonomy import graph, sources
 from lkarray.taxonomy.graph import DEPTHS
 
@@ -67,10 +68,13 @@ class Taxonomy:
         aliases: Mapping[Hashable, Node] | None = None,
         roots: Iterable[Node] | None = None,
     ) -> None:
-        above = {plain(node): tuple(plain(p) for p in found) for node, found in parents.items()}
+        above = {
+            plain(node, "parents"): plain_all(f"parents[{node!r}]", found)
+            for node, found in mapping("parents", parents).items()
+        }
         above |= {p: () for found in list(above.values()) for p in found if p not in above}
         if not above:
-            raise ValueError("a taxonomy needs at least one node")
+            raise ValueError("parents or edges are empty: a taxonomy needs at least one node")
         self.nodes = tuple(above)
         position = {node: at for at, node in enumerate(self.nodes)}
         self._parents = tuple(tuple(position[p] for p in found) for found in above.values())
@@ -81,18 +85,18 @@ class Taxonomy:
         inner = {p for found in self._parents for p in found}
         if labels is None:
             labels = [node for at, node in enumerate(self.nodes) if at not in inner]
-        named = (
-            {plain(label): plain(node) for label, node in labels.items()}
-            if isinstance(labels, Mapping)
-            else {plain(node): plain(node) for node in labels}
-        )
-        known = position | {plain(k): position[plain(v)] for k, v in (aliases or {}).items()}
+        named = _named("labels", labels)
+        others = {} if aliases is None else _named("aliases", mapping("aliases", aliases))
+        absent = [node for node in others.values() if node not in position]
+        if absent:
+            raise ValueError(f"{_listed(absent)} named by aliases, but not in the taxonomy")
+        known = position | {alias: position[node] for alias, node in others.items()}
         absent = [node for node in named.values() if node not in known]
         if absent:
             raise ValueError(f"{_listed(absent)} named as labels, but not in the taxonomy")
         self.labels = tuple(named)
         self._index = known | {label: known[node] for label, node in named.items()}
-        self._check_roots(inner, None if roots is None else {plain(root) for root in roots})
+        self._check_roots(inner, None if roots is None else set(plain_all("roots", roots)))
 
     def _check_roots(self, inner: set[int], roots: set[Node] | None) -> None:
         for label in self.labels:
@@ -137,11 +141,7 @@ class Taxonomy:
         MissingCorpusError
             nltk's WordNet corpus is missing; the message says the command that gets it.
         """
-        named = (
-            {plain(label): synset for label, synset in synsets.items()}
-            if isinstance(synsets, Mapping)
-            else {synset: synset for synset in synsets}
-        )
+        named = {label: text("synsets", name) for label, name in _named("synsets", synsets).items()}
         parents, names, aliases = sources.read_wordnet(named.values())
         labels = {label: names[synset] for label, synset in named.items()}
         return cls(parents, labels, aliases=aliases)
@@ -160,10 +160,10 @@ class Taxonomy:
         ('dog', 'cat')
         """
         parents: dict[Node, list[Node]] = {}
-        for number, edge in enumerate(edges):
-            if isinstance(edge, str) or len(edge) != 2:
-                raise ValueError(f"edge {number} is {edge!r}; expected (parent, child)")
-            above, below = map(plain, edge)
+        for number, edge in enumerate(several("edges", edges)):
+            if isinstance(edge, str) or not isinstance(edge, Sized) or len(edge) != 2:
+                raise ValueError(f"edges: edge {number} is {edge!r}; expected (parent, child)")
+            above, below = plain_all("edges", edge)
             parents.setdefault(above, [])
             found = parents.setdefault(below, [])
             if above not in found:
@@ -183,7 +183,8 @@ class Taxonomy:
         >>> Taxonomy.from_parents({"dog": "mammal", "bat": ["mammal", "flier"]}).roots
         ('mammal', 'flier')
         """
-        return cls({node: _several(found) for node, found in parents.items()}, labels, roots=roots)
+        found = {node: _several(above) for node, above in mapping("parents", parents).items()}
+        return cls(found, labels, roots=roots)
 
     @classmethod
     def from_networkx(
@@ -194,6 +195,8 @@ class Taxonomy:
         roots: Iterable[Node] | None = None,
     ) -> Self:
         """Return the taxonomy of a networkx ``DiGraph`` whose edges lead from parent to child."""
+        if not hasattr(digraph, "is_directed"):
+            raise TypeError(f"digraph must be a networkx DiGraph, not {type(digraph).__name__}")
         if not digraph.is_directed():
             raise ValueError("a taxonomy needs directed edges, from parent to child: nx.DiGraph")
         parents = {node: list(digraph.predecessors(node)) for node in digraph}
@@ -217,7 +220,7 @@ class Taxonomy:
 
     def subset(self, labels: Iterable[Hashable]) -> Self:
         """Return the same graph, seen from some of its labels or nodes only."""
-        chosen = {plain(label): self.nodes[at] for label, at in self._found(labels)}
+        chosen = {label: self.nodes[at] for label, at in self._found(labels)}
         aliases = {name: self.nodes[at] for name, at in self._index.items()}
         return type(self)(
             {node: self.parents(node) for node in self.nodes}, chosen, aliases=aliases
@@ -259,6 +262,8 @@ class Taxonomy:
 
     def ancestors(self, label: Hashable, at_depth: int | None = None) -> tuple[Node, ...]:
         """Return a node's ancestors and itself, from the root down; or those at one depth."""
+        if at_depth is not None:
+            at_depth = integer("at_depth", at_depth)
         shortest, longest = self.depths("shortest"), self.depths("longest")
         found = graph.upward(self._parents, self._at(label))
         order = sorted(found, key=lambda a: (longest[a], a))
@@ -303,8 +308,7 @@ class Taxonomy:
 
     def depths(self, depth: str = "shortest") -> np.ndarray:
         """Return every node's depth, in the order of ``nodes``."""
-        if depth not in DEPTHS:
-            raise ValueError(f"depth must be one of {list(DEPTHS)}, not {depth!r}")
+        one_of("depth", depth, DEPTHS)
         if depth not in self._depths:
             self._depths[depth] = graph.depths(self._parents, depth)
             self._depths[depth].flags.writeable = False
@@ -334,7 +338,7 @@ class Taxonomy:
         return {}
 
     def _found(self, labels: Iterable[Hashable]) -> list[tuple[Hashable, int]]:
-        names = [plain(label) for label in labels]
+        names = plain_all("labels", labels)
         absent = [name for name in dict.fromkeys(names) if name not in self._index]
         if absent:
             raise ValueError(
@@ -369,10 +373,28 @@ class Taxonomy:
         return (type(self).__name__, self.nodes, self._parents, self.labels)
 
 
-def plain(label: Any) -> Hashable:
+def plain(label: Any, name: str = "label") -> Hashable:
     """Return a label as Python's own type, so that numpy's numbers and strings are found."""
-    found: Hashable = label.item() if isinstance(label, np.generic) else label
-    return found
+    found = label.item() if isinstance(label, np.generic) else label
+    try:
+        hash(found)
+    except TypeError:
+        raise TypeError(
+            f"{name}: a {type(found).__name__} cannot be a node or label; use strings or numbers"
+        ) from None
+    return cast(Hashable, found)
+
+
+def plain_all(name: str, labels: Any) -> tuple[Hashable, ...]:
+    """Return labels as Python's own types, checked."""
+    return tuple(plain(label, name) for label in several(name, labels))
+
+
+def _named(name: str, labels: Any) -> dict[Hashable, Node]:
+    """Return nodes by their labels, of a mapping or of nodes that are their own labels."""
+    if isinstance(labels, Mapping):
+        return {plain(label, name): plain(node, name) for label, node in labels.items()}
+    return {label: label for label in plain_all(name, labels)}
 
 
 def _several(found: Any) -> tuple[Node, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -73,6 +74,7 @@ class World:
         self.now = self.gradients.isel(time=-1)
         self.audit = lk.audit(
             self.trace, audited(), coords={"label": np.arange(7) % 3},
+            example_coords={"kind": np.arange(50) % 3},
             groups={"param": "module", "time": "epoch"},
         )  # fmt: skip
         self.activations = lk.activations(self.trace, range(12), times, module="1").load()
@@ -254,7 +256,7 @@ def _of_gradients(w: World) -> Iterator[Case]:
         lk.ips_scores,
         {"similarity": w.similar, "train_labels": "label", "predicted": "predicted"},
     )
-    test = w.activations.isel(time=-1, example=slice(5)).rename(example="test")
+    test = w.activations.isel(time=-1, example=slice(5))
     train = w.activations.isel(time=-1)
     yield Case(
         "hidden_similarity", lk.hidden_similarity,
@@ -275,7 +277,7 @@ def _of_audits(w: World) -> Iterator[Case]:
     yield Case("concentration", lk.concentration, {"audit": w.audit})
     yield Case("net_influence", lk.net_influence, {"audit": w.audit, "cumulative": True})
     yield Case("gross_influence", lk.gross_influence, {"audit": w.audit, "cumulative": False})
-    yield Case("most_influential", lk.most_influential, {"audit": w.audit, "k": 3, "by": "label"})
+    yield Case("most_influential", lk.most_influential, {"audit": w.audit, "k": 3, "by": "kind"})
     kernel = lk.lgk(w.now).compute()
     yield Case(
         "audit_modes", lk.audit_modes, {"kernel": kernel, "k": 3, "scale": 0.1, "memory": "64 MiB"}
@@ -297,7 +299,7 @@ def _of_hierarchies(w: World) -> Iterator[Case]:
     w.taxonomy.to_json(file)
     yield Case("Taxonomy.from_json", lk.Taxonomy.from_json, {"path": file})
     table = w.folder / "edges.csv"
-    table.write_text("root,a\na,b\n")
+    table.write_text("parent,child\nroot,a\na,b\n")
     yield Case("Taxonomy.from_csv", lk.Taxonomy.from_csv, {"path": table, "labels": ["b"]})
     yield Case("Taxonomy.subset", w.taxonomy.subset, {"labels": [0, 1]})
     yield Case("Taxonomy.node", w.taxonomy.node, {"label": 1})
@@ -348,7 +350,7 @@ def _of_figures(w: World) -> Iterator[Case]:
     yield case("decision", audit=w.audit, at=0, image=np.eye(4))
     yield case("layer_epoch", audit=w.audit)
     yield case("influential_images", audit_or_table=w.audit,
-               images={i: np.eye(4) for i in range(50)}, at=0, k=3, by="label")  # fmt: skip
+               images={i: np.eye(4) for i in range(50)}, at=0, k=3, by="kind")  # fmt: skip
     yield case("correlation_against_distance", curves={"a": w.by_distance})
     yield case("hierarchy_matrices", by_distance=w.by_distance)
     yield case("gain_against_loss", tree=w.losses, mark=None)
@@ -538,6 +540,9 @@ def _defaults(name: str) -> Iterator[tuple[str, Any]]:
         yield key, parameter.default if has else made.get(name, {}).get(key, 4)
 
 
+#: Arguments that are places.
+PATHS = ("path", "store", "shared", "tls")
+
 #: Put in the place of any argument.
 ODD: dict[str, Any] = {
     "none": None,
@@ -711,7 +716,7 @@ def fault(case: Case, argument: str, value: object) -> str | None:
     try:
         outcome(case, arguments)
     except (ValueError, TypeError, LkarrayError) as error:
-        return _unnamed(case, argument, error)
+        return _unnamed(case, argument, value, error)
     except Exception as error:
         return f"raises {type(error).__name__}: {str(error)[:200]}"
     if not allowed(case, argument, value):
@@ -719,7 +724,7 @@ def fault(case: Case, argument: str, value: object) -> str | None:
     return None
 
 
-def _unnamed(case: Case, argument: str, error: Exception) -> str | None:
+def _unnamed(case: Case, argument: str, value: object, error: Exception) -> str | None:
     """Return what is wrong with an error: it is another's, or does not name the argument."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
@@ -729,7 +734,11 @@ def _unnamed(case: Case, argument: str, error: Exception) -> str | None:
     if not where.startswith(PACKAGE):
         return f"is not refused by lkarray: {text} ({Path(where).name})"
     words = [argument, *_words(case.arguments.get(argument)), *case.also.get(argument, ())]
-    if not any(re.search(rf"(?<!\w){re.escape(str(word))}(?!\w)", str(error)) for word in words):
+    if isinstance(value, str | Path) and argument in PATHS:
+        words += [str(value)]
+    if isinstance(value, xr.DataArray | xr.Dataset | xr.DataTree):
+        words += list(case.arguments)  # two that do not fit each other
+    if not any(re.search(rf"(?<!\w){re.escape(str(word))}s?(?!\w)", str(error)) for word in words):
         return f"does not name it: {text}"
     return None
 
@@ -750,7 +759,30 @@ def _words(base: Any) -> Iterator[str]:
         yield str(base)
 
 
-def values_for(case: Case, argument: str) -> Iterator[tuple[str, Any]]:
+def values_for(case: Case, argument: str, folder: Path) -> Iterator[tuple[str, Any]]:
     """Yield what is put in the place of an argument."""
     yield from ODD.items()
     yield from variants(case.arguments[argument])
+    if argument in PATHS:
+        yield from strange_paths(folder)
+
+
+def strange_paths(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield what is no place of a store."""
+    file, fifo, other = folder / "a file", folder / "a fifo", folder / "other"
+    file.write_text("{}")
+    if not fifo.exists():
+        os.mkfifo(fifo)
+    other.mkdir(exist_ok=True)
+    (other / "notes.txt").write_text("of something else")
+    broken = folder / "broken"
+    broken.mkdir(exist_ok=True)
+    (broken / "zarr.json").write_text('{"zarr_format": 3,')
+    for path in (file, fifo, other, broken, folder / "a file" / "below"):
+        yield path.name, path
+    yield "a device", "/dev/null"
+    yield "a long name", "x" * 5000
+    yield "bytes of a path", os.fsencode(file)
+    for url in ("foo://x", "http://127.0.0.1:1/x", "memory://nowhere", "s3://", "gs:///x",
+                "file://", "://", "foo://", "~nobody-of-this-name/x"):  # fmt: skip
+        yield url, url
