@@ -47,8 +47,22 @@ class Limits:
 
     def check(self, name: str, value: float) -> None:
         """Raise ``ValueError``, with the name, unless a number is within the limits."""
-        wrong = [
-            f"{word} {limit:,}" if limit is not None and abs(limit) > 9999 else f"{word} {limit}"
+        if wrong := self._broken(value):
+            raise ValueError(f"{name} must be {' and '.join(wrong)}, not {_short(value)}")
+
+    def check_float(self, name: str, value: object) -> float:
+        """Return a finite number within the limits as Python's own, or raise and name it."""
+        found = real(name, value)
+        if not math.isfinite(found) or self._broken(found):
+            every = " and ".join(self._broken(math.nan))
+            expected = "a positive number" if self == POSITIVE else f"a finite number of {every}"
+            raise ValueError(f"{name} must be {expected}, not {_short(value)}")
+        return found
+
+    def _broken(self, value: float) -> list[str]:
+        """Return in words which of the limits a number is not within; NaN is within none."""
+        return [
+            f"{word} {limit}"
             for word, limit, holds in (
                 ("at least", self.least, operator.ge),
                 ("at most", self.most, operator.le),
@@ -57,14 +71,12 @@ class Limits:
             )
             if limit is not None and not holds(value, limit)
         ]
-        if wrong:
-            raise ValueError(f"{name} must be {' and '.join(wrong)}, not {_short(value)}")
 
 
 #: How many of something that is not stored; more would be a mistake, and fill the memory.
 COUNT = Limits(least=1)
 NATURAL = Limits(least=0)
-REPEATS = Limits(least=1, most=1_000_000)
+REPEATS = Limits(least=1, most=100_000)
 #: Strictly between 0 and 1, as the level of an interval is.
 SHARE = Limits(above=0, below=1)
 POSITIVE = Limits(above=0)
@@ -121,12 +133,15 @@ def checked(**limits: Limits) -> Callable[[F], F]:
 def check_fields(settings: Any, **limits: Limits) -> None:
     """Check the fields of a frozen dataclass as `checked` does arguments."""
     for field in fields(settings):
-        check, value = _check_of(field.name, field.type), getattr(settings, field.name)
-        if check is not None:
-            value = check(field.name, value)
-            object.__setattr__(settings, field.name, value)
-        if field.name in limits:
-            limits[field.name].check(field.name, value)
+        name, check = field.name, _check_of(field.name, field.type)
+        if field.type == "float" and name in limits:
+            check = limits[name].check_float
+        if check is None:
+            continue
+        value = check(name, getattr(settings, name))
+        object.__setattr__(settings, name, value)
+        if name in limits:
+            limits[name].check(name, value)
 
 
 def at_least(name: str, value: object, least: int) -> int:
@@ -155,16 +170,21 @@ def integer(name: str, value: object) -> int:
 
 def number(name: str, value: object) -> float:
     """Return a finite real number as Python's own, or raise and name it."""
+    found = real(name, value)
+    if not math.isfinite(found):
+        raise ValueError(f"{name} must be a finite number, not {_short(value)}")
+    return found
+
+
+def real(name: str, value: object) -> float:
+    """Return a real number, finite or not, as Python's own, or raise and name it."""
     plain = value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
     if isinstance(plain, bool | np.bool_) or not isinstance(plain, numbers.Real):
         raise TypeError(f"{name} must be a number, not {_kind(value)}")
     try:
-        found = float(plain)
+        return float(plain)
     except OverflowError:
-        found = math.inf
-    if not math.isfinite(found):
-        raise ValueError(f"{name} must be a finite number, not {_short(value)}")
-    return found
+        return math.inf
 
 
 def truth(name: str, value: object) -> bool:
@@ -276,9 +296,10 @@ def _labelled(*kinds: type) -> Check:
             raise TypeError(f"{name} must be an xarray {names}, not {_kind(value)}")
         if isinstance(value, xr.DataArray):
             require_real(name, value)
-        for variable in value.data_vars if isinstance(value, xr.Dataset) else ():
-            if value[variable].dtype.kind == "c":
-                require_real(f"{name}: variable {variable!r}", value[variable])
+        if isinstance(value, xr.Dataset):
+            for variable, each in value.data_vars.items():
+                if each.dtype.kind == "c":
+                    require_real(f"{name}: variable {variable!r}", each)
         return value
 
     return check
@@ -351,7 +372,7 @@ def _either(words: list[str]) -> Check:
     def check(name: str, value: object) -> object:
         if isinstance(value, str):
             kind = "str" if "str" in words else words[0]
-        elif isinstance(value, Iterable) and getattr(value, "ndim", 1):
+        elif isinstance(value, Iterable) and getattr(value, "ndim", True):
             kind = next((word for word in words if "[" in word), "")
         else:
             kind = next((word for word in words if word in ("int", "float", "bool")), "")

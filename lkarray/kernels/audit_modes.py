@@ -127,10 +127,10 @@ def extend_audit(
         or (not {"scale", "weight"} <= set(modes.attrs))
     ):
         raise SchemaError("modes must be the Dataset that lk.audit_modes returned")
-    for name, dims in (("vector", 2), ("drive", 1)):
-        if MODE not in modes[name].dims or modes[name].ndim != dims:
+    for variable, dims in (("vector", 2), ("drive", 1)):
+        if MODE not in modes[variable].dims or modes[variable].ndim != dims:
             raise SchemaError(
-                f"modes: {name!r} has dims {modes[name].dims}; expected 'mode'"
+                f"modes: {variable!r} has dims {modes[variable].dims}; expected 'mode'"
                 f"{' and one more' * (dims - 1)}, as lk.audit_modes returns it"
             )
     require_kernel(cross, "extend_audit")

@@ -152,7 +152,7 @@ def cancellation_ratio(modes: xr.Dataset, coefficients: xr.DataArray) -> xr.Data
             "both: modes.isel(mode=slice(K))"
         )
     bare = drive.drop_vars([name for name in drive.coords if name not in drive.dims])
-    shared = tuple(dim for dim in bare.dims if dim in coefficients.dims)
+    shared = tuple(str(dim) for dim in bare.dims if dim in coefficients.dims)
     check_shared(drive, coefficients, shared, names=("modes", "coefficients"))
     require_real("modes: drive", drive)
     factors = (nan_for_infinite(x.drop_vars(shared, errors="ignore")) for x in (coefficients, bare))

@@ -237,6 +237,10 @@ class Taxonomy:
         """Return the node that a label, an alias or a node names."""
         return self.nodes[self._at(label)]
 
+    def require(self, label: Hashable, name: str) -> None:
+        """Raise ``ValueError`` that names an argument, unless its label is in the taxonomy."""
+        self._at(label, name)
+
     def parents(self, label: Hashable) -> tuple[Node, ...]:
         """Return the nodes directly above."""
         return tuple(self.nodes[p] for p in self._parents[self._at(label)])
@@ -277,14 +281,14 @@ class Taxonomy:
 
     def lowest_common_ancestors(self, a: Hashable, b: Hashable) -> tuple[Node, ...]:
         """Return the nodes above both that have none such below: several at times, or none."""
-        up = graph.upward(self._parents, self._at(a))
-        common = [node for node in graph.upward(self._parents, self._at(b)) if node in up]
+        up, other = self._upward(a, b)
+        common = [node for node in other if node in up]
         higher = {p for node in common for p in self._parents[node]}
         return tuple(self.nodes[node] for node in common if node not in higher)
 
     def distance(self, a: Hashable, b: Hashable) -> float:
         """Return the fewest edges between two nodes by a common ancestor; infinite without."""
-        up, other = (graph.upward(self._parents, self._at(label)) for label in (a, b))
+        up, other = self._upward(a, b)
         return float(min((up[n] + other[n] for n in up if n in other), default=np.inf))
 
     def order(self) -> tuple[Hashable, ...]:
@@ -337,19 +341,24 @@ class Taxonomy:
     def _depths(self) -> dict[str, np.ndarray]:
         return {}
 
-    def _found(self, labels: Iterable[Hashable]) -> list[tuple[Hashable, int]]:
-        names = plain_all("labels", labels)
+    def _found(
+        self, labels: Iterable[Hashable], name: str = "labels"
+    ) -> list[tuple[Hashable, int]]:
+        names = plain_all(name, labels)
         absent = [name for name in dict.fromkeys(names) if name not in self._index]
         if absent:
             raise ValueError(
-                f"{_listed(absent)} not in the taxonomy, whose labels are such as "
+                f"{name}: {_listed(absent)} not in the taxonomy, whose labels are such as "
                 f"{_listed(self.labels[:3])}; rename labels with Taxonomy(..., labels={{label: "
                 "node}), or leave these inputs out"
             )
         return [(name, self._index[name]) for name in names]
 
-    def _at(self, label: Hashable) -> int:
-        return self._found([label])[0][1]
+    def _upward(self, a: Hashable, b: Hashable) -> list[dict[int, int]]:
+        return [graph.upward(self._parents, self._at(x, name)) for x, name in ((a, "a"), (b, "b"))]
+
+    def _at(self, label: Hashable, name: str = "label") -> int:
+        return self._found([label], name)[0][1]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__slots__ and hasattr(self, name):
@@ -371,6 +380,12 @@ class Taxonomy:
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         return (type(self).__name__, self.nodes, self._parents, self.labels)
+
+
+def require_taxonomy(taxonomy: object) -> None:
+    """Raise unless the argument ``taxonomy`` is one."""
+    if not isinstance(taxonomy, Taxonomy):
+        raise TypeError(f"taxonomy must be a lk.Taxonomy, not {type(taxonomy).__name__}")
 
 
 def plain(label: Any, name: str = "label") -> Hashable:
