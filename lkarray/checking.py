@@ -82,13 +82,14 @@ SHARE = Limits(above=0, below=1)
 POSITIVE = Limits(above=0)
 
 
-def checked(**limits: Limits) -> Callable[[F], F]:
+def checked(**limits: Limits | None) -> Callable[[F], F]:
     """Return a decorator of functions whose arguments are checked when they are called.
 
     Parameters
     ----------
     **limits
-        What else must hold of numbers, by the names of the arguments.
+        What else must hold of numbers, by the names of the arguments. ``None`` leaves an argument
+        to the function, which has more to say about it.
 
     Returns
     -------
@@ -109,7 +110,8 @@ def checked(**limits: Limits) -> Callable[[F], F]:
         checks = {
             name: check
             for name, parameter in signature.parameters.items()
-            if (check := _check_of(name, parameter.annotation)) is not None
+            if limits.get(name, NATURAL) is not None
+            and (check := _check_of(name, parameter.annotation)) is not None
         }
 
         @wraps(function)
@@ -121,8 +123,9 @@ def checked(**limits: Limits) -> Callable[[F], F]:
             for name, value in bound.arguments.items():
                 if name in checks:
                     bound.arguments[name] = value = checks[name](name, value)
-                if name in limits and isinstance(value, int | float):
-                    limits[name].check(name, value)
+                limit = limits.get(name)
+                if limit is not None and isinstance(value, int | float):
+                    limit.check(name, value)
             return function(*bound.args, **bound.kwargs)
 
         return cast(F, call)
@@ -165,7 +168,7 @@ def integer(name: str, value: object) -> int:
     try:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be an integer, not {_kind(value)}") from None
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
 
 
 def number(name: str, value: object) -> float:
@@ -190,7 +193,8 @@ def real(name: str, value: object) -> float:
 def truth(name: str, value: object) -> bool:
     """Return True or False as Python's own, or raise and name it."""
     plain = value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
-    if not isinstance(plain, bool | np.bool_):
+    whole = isinstance(plain, numbers.Integral) and plain in (0, 1)
+    if not isinstance(plain, bool | np.bool_) and not whole:
         raise TypeError(f"{name} must be True or False, not {_short(value)}")
     return bool(plain)
 
@@ -255,7 +259,7 @@ def real_array(name: str, value: object) -> np.ndarray:
 def require_real(name: str, x: xr.DataArray) -> None:
     """Raise ``SchemaError`` unless labelled data are real numbers."""
     if x.dtype.kind not in "fiub":
-        raise SchemaError(f"{name} is {x.dtype}; expected real numbers")
+        raise SchemaError(f"{name} is {x.dtype}, expected real numbers")
 
 
 def byte_count(name: str, value: object) -> int:
@@ -289,12 +293,15 @@ def _memory(name: str, value: object) -> object:
 
 
 def _labelled(*kinds: type) -> Check:
-    names = " or ".join(kind.__name__ for kind in kinds)
+    names = [kind.__name__ for kind in kinds]
+    expected = f"an xarray.{names[0]}"
+    if len(names) > 1:
+        expected = f"a {', '.join(names[:-1])} or {names[-1]}"
 
     def check(name: str, value: object) -> object:
         if not isinstance(value, kinds):
-            raise TypeError(f"{name} must be an xarray {names}, not {_kind(value)}")
-        if isinstance(value, xr.DataArray):
+            raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+        if isinstance(value, xr.DataArray) and len(kinds) < len(_LABELLED["Losses"]):
             require_real(name, value)
         if isinstance(value, xr.Dataset):
             for variable, each in value.data_vars.items():

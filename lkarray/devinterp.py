@@ -122,6 +122,10 @@ def _open(path: StoreLike) -> zarr.Group:
             f"there is no Zarr group at {where}; give the output_path that devinterp's sample() "
             "was called with"
         ) from None
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot read {where}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"the root metadata of {where} cannot be read ({error}); restore zarr.json from a copy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -87,6 +88,8 @@ def save(
     """
     _check(kernel)
     group = f"derived/{kernel.name}" if group is None else group.strip("/")
+    if not re.fullmatch(r"[^\0]*[^\0/.][^\0]*", group):
+        raise ValueError(f"group must be the name of a group in the store, not {group!r}")
     target = as_store(store)
     if isinstance(target, MemoryStore) and on_cluster():
         raise StoreError(

@@ -19,7 +19,7 @@ _DENSE = 4000  # training examples whose kernel is decomposed whole: some ten se
 _DECOMPOSE = 5  # matrices that it holds meanwhile
 
 
-@checked()
+@checked(kernel=None)
 def audit_modes(
     kernel: xr.DataArray, k: int, *, scale: float, memory: int | str | None = None
 ) -> xr.Dataset:
@@ -86,7 +86,7 @@ def audit_modes(
     return out.drop_attrs().assign_coords(coords).assign_attrs(attrs)
 
 
-@checked()
+@checked(modes=None)
 def extend_audit(
     modes: xr.Dataset, cross: xr.DataArray, *, training: str | None = None
 ) -> xr.Dataset:

@@ -26,7 +26,7 @@ TIMES = (EPOCH, WINDOW)
 SPLITS = (LAYER, *TIMES)
 
 
-@checked()
+@checked(audit=None)
 def completeness(audit: xr.Dataset) -> xr.Dataset:
     r"""Return how well the audit explains the true change, by the end of each epoch.
 
@@ -78,7 +78,7 @@ def completeness(audit: xr.Dataset) -> xr.Dataset:
     return out.assign_coords(sample_coords(found, EPOCH)).assign_attrs(kept)
 
 
-@checked()
+@checked(audit=None)
 def net_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False) -> xr.DataArray:
     r"""Return what all training examples together did: :math:`S_n = \sum_m P_{mn}` (PLGK 6.3).
 
@@ -112,7 +112,7 @@ def net_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False)
     return _sum_of("net_influence", x, source, out)
 
 
-@checked()
+@checked(audit=None)
 def gross_influence(audit: xr.Dataset | xr.DataArray, *, cumulative: bool = False) -> xr.DataArray:
     r"""Return how much training examples did, of either sign: :math:`G_n = \sum_m |P_{mn}|`.
 

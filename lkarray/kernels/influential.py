@@ -24,7 +24,7 @@ _ENTRY = np.dtype([("score", np.float64), ("place", np.int64)])
 _SIGNS = {"helpful": -1, "harmful": 1}
 
 
-@checked(k=COUNT)
+@checked(k=COUNT, audit=None)
 def most_influential(
     audit: xr.Dataset | xr.DataArray, k: int = 25, *, by: str | None = None
 ) -> xr.Dataset:
@@ -94,7 +94,7 @@ def most_influential(
     return as_lazy_as(x, out.assign_attrs(k=k, by=by or "none", source=source))
 
 
-@checked()
+@checked(audit=None)
 def concentration(audit: xr.Dataset | xr.DataArray) -> xr.DataArray:
     r"""Return the share of all influence that the most influential training examples hold.
 

@@ -15,7 +15,7 @@ FACTOR = "factor"
 _OF_MODES = ("singular_value", "alignment", "drive")
 
 
-@checked()
+@checked(modes=None)
 def mode_shifts(
     modes: xr.Dataset,
     before: xr.DataArray,

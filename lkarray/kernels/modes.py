@@ -76,7 +76,7 @@ def modes(G: Losses, k: int, *, memory: int | str | None = None) -> xr.Dataset:
     )
 
 
-@checked()
+@checked(modes=None)
 def mode_coefficients(
     modes: xr.Dataset, gradients: Losses, *, memory: int | str | None = None
 ) -> xr.DataArray:
@@ -118,7 +118,7 @@ def mode_coefficients(
     return _projected(split)
 
 
-@checked()
+@checked(modes=None)
 def cancellation_ratio(modes: xr.Dataset, coefficients: xr.DataArray) -> xr.DataArray:
     r"""Return how far the pushes of the leading modes add up (PLGK section 6.3), lazily.
 

@@ -120,7 +120,7 @@ def _blocks(x: xr.Variable, dims: tuple[str, ...]) -> dict[Any, int]:
     return {dims[outer]: min(largest[dims[outer]], _CHUNK // cell)} | dict.fromkeys(inner, -1)
 
 
-@checked()
+@checked(G=None)
 def params(G: xr.DataTree | xr.Dataset, pattern: str | Iterable[str]) -> xr.Dataset:
     """Select parameters by the names of their tensors or modules, lazily.
 

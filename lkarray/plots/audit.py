@@ -25,7 +25,7 @@ _CURVES = 100  # curves drawn one by one
 _NEAREST = 1e-16  # to a correlation of 1, in float64
 
 
-@checked()
+@checked(audit=None)
 def completeness(audit: xr.Dataset) -> Figure:
     """Draw MRE and LC by the end of each epoch (PLGK figure 1).
 
@@ -72,7 +72,7 @@ def _towards_one(axes: Axes, gap: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(name))
 
 
-@checked()
+@checked(audit=None)
 def decision(
     audit: xr.Dataset | xr.DataArray, at: Hashable, image: np.ndarray | None = None
 ) -> Figure:
@@ -190,7 +190,7 @@ def _grid_of(
     axes.set_title(f"{text}most {name}\n{span}", fontsize=9)
 
 
-@checked()
+@checked(audit=None)
 def concentration(audit: xr.Dataset | xr.DataArray) -> Figure:
     """Draw which share of all influence the most influential training examples hold.
 
@@ -232,7 +232,7 @@ def concentration(audit: xr.Dataset | xr.DataArray) -> Figure:
     return figure
 
 
-@checked()
+@checked(audit=None)
 def layer_epoch(audit: xr.Dataset | xr.DataArray) -> Figure:
     """Draw net and gross influence of each layer and epoch (PLGK section 6.3, figure 10).
 

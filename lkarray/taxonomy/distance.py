@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import NATURAL, REPEATS, SHARE, checked, several
+from lkarray.checking import NATURAL, SHARE, Limits, checked, several
 from lkarray.kernels.groups import group_mean
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses, second
 from lkarray.taxonomy import graph
@@ -45,7 +45,7 @@ def taxonomy_distance(taxonomy: Taxonomy, labels: Iterable[Hashable] | None = No
     )
 
 
-@checked(level=SHARE, replicates=REPEATS, seed=NATURAL)
+@checked(level=SHARE, replicates=Limits(least=0, most=100_000), seed=NATURAL)
 def correlation_by_distance(
     losses: Losses,
     taxonomy: Taxonomy,

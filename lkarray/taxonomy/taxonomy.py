@@ -385,7 +385,9 @@ class Taxonomy:
 def require_taxonomy(taxonomy: object) -> None:
     """Raise unless the argument ``taxonomy`` is one."""
     if not isinstance(taxonomy, Taxonomy):
-        raise TypeError(f"taxonomy must be a lk.Taxonomy, not {type(taxonomy).__name__}")
+        raise TypeError(
+            f"taxonomy must be a Taxonomy, as lk.Taxonomy makes, not {type(taxonomy).__name__}"
+        )
 
 
 def plain(label: Any, name: str = "label") -> Hashable:

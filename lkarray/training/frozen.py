@@ -54,6 +54,10 @@ def snapshot(
     FingerprintError
         The store holds a trace of another model, other data or another loss.
     """
+    if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
+        raise TypeError(
+            f"model must be a torch.nn.Module with parameters, not {type(model).__name__}"
+        )
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     device = next(model.parameters()).device

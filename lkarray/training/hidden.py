@@ -106,7 +106,7 @@ def _require(needed: int, memory: int | str | None) -> None:
         )
 
 
-@checked()
+@checked(modes=None)
 def mode_sensitivity(
     trace: Trace | Recorder,
     modes: xr.Dataset,

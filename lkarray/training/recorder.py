@@ -134,8 +134,12 @@ class Recorder:
         check_every: int,
     ) -> None:
         for name, value in (("every", every), ("check_every", check_every)):
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be torch's, not {type(optimizer).__name__}")
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
         self._every, self._check_every, self._path = every, check_every, path
         self._check = StepCheck(model, optimizer, train_set, loss)

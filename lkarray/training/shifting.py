@@ -22,7 +22,7 @@ from lkarray.training.trace import Trace
 _ROWS = 128
 
 
-@checked()
+@checked(modes=None)
 def shift_modes(
     trace: Trace | Recorder,
     modes: xr.Dataset,

@@ -450,7 +450,7 @@ def _of_runs(w: World) -> Iterator[Case]:
          "upper": False, "progress": False}, fast=False,
     )  # fmt: skip
     yield Case("cluster.connect", lk.cluster.connect,
-               {"target": "local://no", "workers": 1, "threads": 1, "memory": "1 GiB",
+               {"target": "junk", "workers": 1, "threads": 1, "memory": "1 GiB",
                 "tls": None, "dashboard": None, "timeout": 1.0}, fast=False)  # fmt: skip
     yield Case("cluster.check", lk.cluster.check, {"client": None, "shared": None}, fast=False)
     yield Case("cluster.refuse_mismatch", lk.cluster.refuse_mismatch, {"client": None},
