@@ -148,7 +148,7 @@ def cka_curve(
     -------
     xarray.DataArray
         ``cka(draws)``, float64: the kernel of the first ``draws`` draws of every chain against
-        that of all, both pooled. Multiply the coordinate by the chains for figure 6's axis.
+        that of all, both pooled; NaN where one does not vary over the samples. Multiply the coordinate by the chains for figure 6's axis.
 
     Notes
     -----
@@ -193,7 +193,8 @@ def _curve(
         first = draw < t
         part = gram[first] - gram[first].mean(0)
         own = part[:, first] - part[:, first].mean(1, keepdims=True)
-        out[p] = (part**2).sum() / (np.linalg.norm(own) * norm)
+        scale = np.linalg.norm(own) * norm
+        out[p] = (part**2).sum() / scale if scale > 0 else np.nan
     return out
 
 
@@ -208,7 +209,9 @@ def _align(
     """Return the mean product of the later pairs over the norms that the first two give."""
     label = "draws" if kind is None else "samples" if kind == "unbiased" else "none"
     products = _Products(tensors, center, normalize, memory).compute(pairs, kind or "centred")
-    value = products[2:].mean() / da.sqrt(products[0] * products[1])
+    # NaN of a constant kernel, as documented, by division by NaN: NumPy warns of one by zero.
+    norms = products[0] * products[1]
+    value = products[2:].mean() / da.sqrt(da.where(norms > 0, norms, np.nan))
     return _scalar(value, "cka", debiased=label, center=center, normalize=normalize)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
-from lkarray.checking import checked, require_real
+from lkarray.checking import checked, number, require_real
 from lkarray.errors import SchemaError
 from lkarray.schema import (
     CHAIN,
@@ -115,8 +115,8 @@ def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.Data
         Dimensionless, 0-d (or by ``checkpoint`` and ``component``), lazy, with the coordinate
         ``standard_error`` from leaving chains out one at a time (see `loss_gain`).
     """
-    scale = _nbeta(tree, nbeta) / 2
     losses = as_losses(tree, name="tree", extra=_ANY)
+    scale = _nbeta(tree, nbeta) / 2
     _enough(losses)
     count, mean, square = _moments(losses)
     dims = [dim for dim in mean.dims if dim not in (*STACKED, _BLOCK)]
@@ -153,8 +153,8 @@ def llc(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
         ``standard_error`` from leaving chains out one at a time (see `loss_gain`). Burn-in is
         never stored, so only draws count.
     """
-    scale = _nbeta(tree, nbeta)
     gain = loss_gain(tree)
+    scale = _nbeta(tree, nbeta)
     dims = [dim for dim in gain.dims if dim not in STACKED]
     _, mean, _ = _moments(as_losses(_dataset(tree), extra=_ANY))
     out = _named(gain.drop_vars(ERROR).mean(dims, skipna=False) * scale, "llc", nbeta=scale)
@@ -229,4 +229,4 @@ def _nbeta(tree: Losses, given: float | None) -> float:
     found = given if given is not None else attributes(tree).get("nbeta")
     if found is None:
         raise ValueError("nbeta is not among the attributes of the losses; pass nbeta=...")
-    return float(found)
+    return number("nbeta", found)

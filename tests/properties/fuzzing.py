@@ -91,7 +91,8 @@ class World:
         self.ips = lk.ips(self.gradients).compute()
         self.similar = xr.DataArray(
             self.ips.values[:5], dims=("test", "example"),
-            coords={"predicted": ("test", np.arange(5) % 3), "label": ("example", np.arange(12) % 3)},
+            coords={"predicted": ("test", np.arange(5) % 3),
+                    "label": ("example", np.arange(12) % 3)},
         )  # fmt: skip
         self.scores = lk.ips_scores(self.similar, "label", "predicted").compute()
         self.shifts = lk.mode_shifts(self.modes, self.coefficients, self.coefficients + 0.1)
@@ -593,6 +594,12 @@ ODD: dict[str, Any] = {
 }
 
 
+def contents(store: Path) -> dict[str, bytes]:
+    """Return every file of a store but its locks."""
+    files = (path for path in sorted(store.rglob("*")) if path.is_file())
+    return {str(path): path.read_bytes() for path in files if "lock" not in path.name}
+
+
 def variants(base: Any) -> Iterator[tuple[str, Any]]:
     """Yield labelled data with what may be wrong about it."""
     if isinstance(base, xr.DataTree):
@@ -689,6 +696,8 @@ def allowed(case: Case, argument: str, value: object) -> bool:
         return True
     if isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0:
         value = value.item() if isinstance(value, torch.Tensor) else value[()]
+    if isinstance(value, int | np.integer) and "bool" in words and value in (0, 1):
+        return True
     if isinstance(value, bool | np.bool_) and "bool" not in words:
         return False
     return isinstance(value, tuple(kind for word in words for kind in _PLAIN[word]))
