@@ -13,6 +13,7 @@ import math
 import numbers
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -216,6 +217,14 @@ def path_like(name: str, value: object) -> Path:
     return Path(found)
 
 
+def group_name(name: object) -> str:
+    """Return the argument ``name``, checked: it becomes a part of a group's name in a store."""
+    found = text("name", name)
+    if not re.fullmatch(r"[^/\0\s]+", found):
+        raise ValueError(f"name must be without spaces and slashes, not {found!r}")
+    return found
+
+
 def mapping(name: str, value: object) -> Mapping[Any, Any]:
     """Return a mapping, or raise and name it."""
     if not isinstance(value, Mapping):
@@ -358,7 +367,7 @@ def _check_of(name: str, annotation: object) -> Check | None:
     """Return the check that an annotation asks for; none where it names other kinds."""
     if name == "memory":
         return _memory
-    words = str(annotation).split(" | ")
+    words = str(annotation).replace("Params", "str | Iterable[str] | None").split(" | ")
     optional, words = "None" in words, [word for word in words if word != "None"]
     if words and set(words) <= set(_LABELLED):
         check = _labelled(*dict.fromkeys(kind for word in words for kind in _LABELLED[word]))

@@ -148,7 +148,8 @@ def cka_curve(
     -------
     xarray.DataArray
         ``cka(draws)``, float64: the kernel of the first ``draws`` draws of every chain against
-        that of all, both pooled; NaN where one does not vary over the samples. Multiply the coordinate by the chains for figure 6's axis.
+        that of all, both pooled; NaN where one does not vary over the samples. Multiply the
+        coordinate by the chains for figure 6's axis.
 
     Notes
     -----

@@ -20,6 +20,7 @@ import xarray as xr
 import zarr
 from zarr.core.sync import sync
 
+from lkarray.checking import group_name
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, OUTPUT, VariableSpec
 from lkarray.store.commit import chunk_keys, flush
 from lkarray.store.fingerprints import refuse_changes
@@ -145,7 +146,7 @@ class AuditLayout:
 
 def audit_group(name: str | None) -> str:
     """Return the group of an audit: ``audit``, or ``audit_<name>``."""
-    return "audit" if name is None else f"audit_{name}"
+    return "audit" if name is None else f"audit_{group_name(name)}"
 
 
 def audit_marks(root: zarr.Group) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import xarray as xr
 import zarr
 
 from lkarray import schema
-from lkarray.checking import checked
+from lkarray.checking import checked, group_name
 from lkarray.schema import OUTPUT, TIME, VariableSpec
 from lkarray.store.commit import chunk_keys, flush
 from lkarray.store.discarding import discard
@@ -109,7 +109,7 @@ class TensorLayout:
 
 def gradient_group(name: str | None) -> str:
     """Return the group of a gradient tensor: ``gradients``, or ``gradients_<name>``."""
-    return schema.GRADIENTS if name is None else f"{schema.GRADIENTS}_{name}"
+    return schema.GRADIENTS if name is None else f"{schema.GRADIENTS}_{group_name(name)}"
 
 
 def gradient_marks(root: zarr.Group) -> dict[str, Any]:
