@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from operator import mul
-
 import numpy as np
 import xarray as xr
 
@@ -155,14 +153,16 @@ def cancellation_ratio(modes: xr.Dataset, coefficients: xr.DataArray) -> xr.Data
     shared = tuple(str(dim) for dim in bare.dims if dim in coefficients.dims)
     check_shared(drive, coefficients, shared, names=("modes", "coefficients"))
     require_real("modes: drive", drive)
-    factors = (nan_for_infinite(x.drop_vars(shared, errors="ignore")) for x in (coefficients, bare))
-    push = mul(*factors).astype(np.float64)
+    bare, own = (
+        nan_for_infinite(x.drop_vars(shared, errors="ignore")) for x in (bare, coefficients)
+    )
+    push = (own * bare).astype(np.float64)
     net = abs(push.cumsum(MODE, skipna=False))
     gross = abs(push).cumsum(MODE, skipna=False)
     ratio = (net / gross.where(gross > 0)).clip(max=1).transpose(..., MODE)
-    out = ratio.drop_attrs(deep=False).rename("cancellation_ratio").assign_attrs(units="1")
+    out: xr.DataArray = ratio.drop_attrs(deep=False).rename("cancellation_ratio")
     kept = sample_coords(coefficients, *map(str, coefficients.dims))
-    return out.assign_coords(kept | {MODE: coefficients[MODE]})
+    return out.assign_attrs(units="1").assign_coords(kept | {MODE: coefficients[MODE]})
 
 
 @checked()

@@ -73,17 +73,16 @@ def energy_rank(s: Any, share: float = 0.9) -> Any:
 
 def _values(s: Any) -> xr.DataArray | np.ndarray:
     """Return singular values along modes, checked."""
-    if isinstance(s, xr.DataArray):
-        require_real("s", s)
-        if MODE not in s.dims:
-            raise SchemaError(f"s has dims {s.dims}; expected 'mode' among them")
-    else:
-        s = real_array("s", s)
-        if s.ndim == 0:
-            raise TypeError(f"s must be an array of singular values, not the number {s}")
-    if not s.size:
+    found: xr.DataArray | np.ndarray = s if isinstance(s, xr.DataArray) else real_array("s", s)
+    if isinstance(found, xr.DataArray):
+        require_real("s", found)
+        if MODE not in found.dims:
+            raise SchemaError(f"s has dims {found.dims}; expected 'mode' among them")
+    elif found.ndim == 0:
+        raise TypeError(f"s must be an array of singular values, not the number {found}")
+    if not found.size:
         raise SchemaError("s is empty; there are no singular values to count")
-    return s
+    return found
 
 
 def _energy_rank(s: np.ndarray, share: float) -> np.ndarray:
