@@ -163,11 +163,11 @@ def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
 
 def integer(name: str, value: object) -> int:
     """Return an integer as Python's own, or raise and name it."""
-    plain = value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+    plain = _plain(value)
     if isinstance(plain, bool | np.bool_):
         raise TypeError(f"{name} must be an integer, not {_short(value)}")
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(cast(Any, plain))
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
 
@@ -180,9 +180,17 @@ def number(name: str, value: object) -> float:
     return found
 
 
+def _plain(value: object) -> object:
+    """Return a number of NumPy's, or one in an array without dims, as Python's own."""
+    kinds = np.generic | np.ndarray | xr.DataArray
+    if isinstance(value, kinds) and value.ndim == 0 and value.dtype.kind in "biuf":
+        return value.item()
+    return value
+
+
 def real(name: str, value: object) -> float:
     """Return a real number, finite or not, as Python's own, or raise and name it."""
-    plain = value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+    plain = _plain(value)
     if isinstance(plain, bool | np.bool_) or not isinstance(plain, numbers.Real):
         raise TypeError(f"{name} must be a number, not {_kind(value)}")
     try:
@@ -193,7 +201,7 @@ def real(name: str, value: object) -> float:
 
 def truth(name: str, value: object) -> bool:
     """Return True or False as Python's own, or raise and name it."""
-    plain = value[()] if isinstance(value, np.ndarray) and value.ndim == 0 else value
+    plain = _plain(value)
     whole = isinstance(plain, numbers.Integral) and plain in (0, 1)
     if not isinstance(plain, bool | np.bool_) and not whole:
         raise TypeError(f"{name} must be True or False, not {_short(value)}")
@@ -298,7 +306,7 @@ Check = Callable[[str, Any], Any]
 def _memory(name: str, value: object) -> object:
     if value is not None:
         byte_count(name, value)
-    return value.item() if isinstance(value, np.generic | np.ndarray) else value
+    return _plain(value)
 
 
 def _labelled(*kinds: type) -> Check:

@@ -694,8 +694,8 @@ def allowed(case: Case, argument: str, value: object) -> bool:
     words = str(parameter.annotation).split(" | ") if parameter else []
     if not words or not set(words) <= set(_PLAIN):
         return True
-    if isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0:
-        value = value.item() if isinstance(value, torch.Tensor) else value[()]
+    if isinstance(value, np.ndarray | xr.DataArray | torch.Tensor) and value.ndim == 0:
+        value = value.item()
     if isinstance(value, int | np.integer) and "bool" in words and value in (0, 1):
         return True
     if isinstance(value, bool | np.bool_) and "bool" not in words:
