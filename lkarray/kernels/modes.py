@@ -152,7 +152,6 @@ def cancellation_ratio(modes: xr.Dataset, coefficients: xr.DataArray) -> xr.Data
     bare = drive.drop_vars([name for name in drive.coords if name not in drive.dims])
     shared = tuple(str(dim) for dim in bare.dims if dim in coefficients.dims)
     check_shared(drive, coefficients, shared, names=("modes", "coefficients"))
-    require_real("modes: drive", drive)
     bare, own = (
         nan_for_infinite(x.drop_vars(shared, errors="ignore")) for x in (bare, coefficients)
     )
@@ -265,6 +264,7 @@ def temporal_modes(
             f"temporal_modes takes a kernel (time, time_2), not {dict(kernel.sizes)}; pass "
             "lk.temporal_kernel(G), or gradients"
         )
+    require_real("K_or_G", kernel)
     times = kernel.sizes[TIME]
     k = times if k is None else k
     if not 1 <= k <= times:
@@ -304,6 +304,7 @@ def of_modes(modes: xr.Dataset, name: str) -> xr.DataArray:
             f"modes must be a Dataset with {name!r} along 'mode', as lk.modes returns it; for "
             "directions without drives, modes.assign(drive=...) adds them"
         )
+    require_real(f"modes: {name}", modes[name])
     return modes[name]
 
 
