@@ -16,6 +16,7 @@ import xarray as xr
 import zarr
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.errors import DivergedError, SchemaError, StoreError
 from lkarray.store.location import MARK, StoreLike, as_store, describe, local_path
 
@@ -36,6 +37,7 @@ _NEUTRAL = {
 }
 
 
+@checked()
 def from_devinterp(path: StoreLike) -> xr.DataTree:
     """Open a store that devinterp 2 sampled, lazily.
 
@@ -120,6 +122,10 @@ def _open(path: StoreLike) -> zarr.Group:
             f"there is no Zarr group at {where}; give the output_path that devinterp's sample() "
             "was called with"
         ) from None
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"cannot read {where}: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(
             f"the root metadata of {where} cannot be read ({error}); restore zarr.json from a copy"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import COUNT, REPEATS, Limits, checked, require_real
 from lkarray.engine.numbers import top_k
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel
@@ -21,10 +21,17 @@ from lkarray.schema import COMPONENT, RANK, second
 from lkarray.waiting import workers_awaited
 
 PAIRS = "pairs"
+_TABLE = ("neighbor", "similarity")
 _ROWS = 1024  # of a kernel in memory, at a time
 
 
 @workers_awaited("computed")
+@checked(
+    n_components=COUNT,
+    seed=Limits(least=0, most=2**32 - 1),
+    k=COUNT,
+    min_dist=Limits(least=0, below=1),
+)
 def embed(
     neighbors_or_kernel: Result,
     method: str = "umap",
@@ -62,14 +69,13 @@ def embed(
     Raises
     ------
     ValueError
-        The method is unknown, or the kernel is not a correlation, or an influence operator.
+        The method is unknown, ``n_components`` exceeds the samples less two, or the kernel is
+        not a correlation, or an influence operator.
     SchemaError, TypeError
         It is neither a neighbour table nor a square kernel.
     """
     if method != "umap":
         raise ValueError(f"method must be 'umap', not {method!r}")
-    if n_components < 1:
-        raise ValueError(f"n_components must be at least 1, not {n_components}")
     neighbors_or_kernel = alone(neighbors_or_kernel, "embed")
     if isinstance(neighbors_or_kernel, xr.Dataset | xr.DataArray):
         require_kernel(neighbors_or_kernel, "embed")
@@ -93,6 +99,7 @@ def embed(
 
 
 @workers_awaited("computed")
+@checked(bins=REPEATS)
 def similarity_by_distance(
     kernel: Result, points: Result, groups: Hashable | Any = "label", *, bins: int = 20
 ) -> xr.Dataset:
@@ -134,9 +141,6 @@ def similarity_by_distance(
 
     kernel, points = as_array(kernel, "kernel"), as_array(points, "points")
     require_kernel(kernel, "similarity_by_distance")
-    bins = operator.index(bins)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, not {bins}")
     rows = _require_square(kernel, "similarity_by_distance")
     if set(points.dims) != {rows, COMPONENT} or points.sizes[rows] < kernel.sizes[rows]:
         raise SchemaError(
@@ -144,6 +148,8 @@ def similarity_by_distance(
             f"{kernel.sizes[rows]} samples, as lk.embed(kernel) returns"
         )
     kernel = squared(kernel, "kernel")
+    for name, x in (("kernel", kernel), ("points", points)):
+        require_real(name, x)
     points = in_order(points, rows, kernel.indexes.get(rows), kernel.sizes[rows], what="points")
     _, _, codes = group_codes(points if isinstance(groups, str) else kernel, rows, groups)
     first, last = np.triu_indices(len(codes), 1)
@@ -178,23 +184,31 @@ Table = tuple[str, np.ndarray, np.ndarray, Mapping[Hashable, xr.Variable]]
 
 
 def _from_neighbors(ds: xr.Dataset) -> Table:
-    missing = {"neighbor", "similarity"} - set(ds.data_vars)
-    if missing or RANK not in ds["neighbor"].dims:
+    missing = set(_TABLE) - set(ds.data_vars)
+    if missing or any(RANK not in ds[name].dims or ds[name].ndim != 2 for name in _TABLE):
         raise SchemaError(
-            f"embed: the Dataset lacks {sorted(missing) or RANK}; pass lk.neighbors(...)"
+            f"embed: neighbors_or_kernel lacks {sorted(missing) or RANK}, or has other dims; pass "
+            "lk.neighbors(...)"
         )
     rows = str(next(dim for dim in ds["neighbor"].dims if dim != RANK))
     ds = ds.transpose(rows, RANK, ...).compute()
     index, similarity = ds["neighbor"].values, ds["similarity"].values
     if rows in ds.indexes:
         if not ds.indexes[rows].is_unique:
-            raise SchemaError(f"embed: the index of {rows!r} has values twice; make them distinct")
+            raise SchemaError(
+                f"embed: neighbors_or_kernel: the index of {rows!r} has values twice; make them "
+                "distinct"
+            )
         index = ds.indexes[rows].get_indexer(index.ravel()).reshape(index.shape)
     elif index.max(initial=-1) >= len(index):
-        raise SchemaError(f"embed: a neighbour is not among the {len(index)} rows of the table")
+        raise SchemaError(
+            f"embed: neighbors_or_kernel: a neighbour is not among the {len(index)} rows of the "
+            "table"
+        )
     if (index < 0).all():
         raise SchemaError(
-            "embed: no row has a neighbour in the table; exclude less, or select less"
+            "embed: neighbors_or_kernel: no row has a neighbour in the table; exclude less, or "
+            "select less"
         )
     return rows, index, similarity, sample_coords(ds, rows)
 
@@ -212,14 +226,12 @@ def _require_square(kernel: xr.DataArray, name: str) -> str:
 def _from_kernel(kernel: xr.DataArray, k: int) -> Table:
     rows, n = _require_square(kernel, "embed"), kernel.shape[0]
     kernel = squared(kernel, "kernel")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
     k = min(k, n - 1)
     index, similarity = np.empty((n, k), int), np.empty((n, k), np.float32)
     lengths = kernel.chunksizes.get(rows) or [min(_ROWS, n - a) for a in range(0, n, _ROWS)]
     start = 0
     for length in lengths:  # a row of tiles at a time, so that none is computed twice
-        part = np.array(kernel[start : start + length].values)
+        part = np.array(kernel[start : start + length].values, np.float32)
         if not np.abs(part).max() <= 1 + 1e-3:
             raise ValueError(
                 "embed needs correlations between -1 and 1; pass lk.correlation(losses) rather "
@@ -238,7 +250,13 @@ def _umap(
 ) -> np.ndarray:
     n = len(index)
     if n < 4:
-        raise ValueError(f"UMAP needs at least 4 samples, not {n}")
+        raise ValueError(
+            f"UMAP needs at least 4 samples, and neighbors_or_kernel is of {n}; take more"
+        )
+    if n_components > n - 2:
+        raise ValueError(
+            f"n_components must be at most {n - 2}, two less than the samples, not {n_components}"
+        )
     # UMAP must have fewer neighbours than samples, the point itself counted.
     index, distance = index[:, : n - 2], distance[:, : n - 2]
     k = index.shape[1]

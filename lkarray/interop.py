@@ -8,12 +8,14 @@ import xarray as xr
 
 from lkarray import schema
 from lkarray._version import __version__
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.schema import POSTERIOR, losses_node
 
 OBSERVATION = "observation"
 
 
+@checked()
 def to_arviz(tree: xr.DataTree) -> xr.DataTree:
     """Return a store's tree as ArviZ expects one.
 

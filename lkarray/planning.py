@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from dask.utils import format_bytes, format_time
 
+from lkarray.checking import checked
 from lkarray.engine.contraction import Contraction, contraction_of
 from lkarray.engine.plan import parts_of
 from lkarray.results import Result, as_dataset
@@ -73,6 +74,7 @@ class KernelPlan:
         )
 
 
+@checked()
 def plan(kernel: Result) -> KernelPlan:
     """Return what a lazy kernel or neighbour table will cost; nothing is computed.
 

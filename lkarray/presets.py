@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lkarray.checking import checked
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -82,6 +84,7 @@ PRESETS = {
 }
 
 
+@checked()
 def preset(name: str) -> Preset:
     """Return the settings of a paper's experiment.
 
@@ -108,5 +111,5 @@ def preset(name: str) -> Preset:
     {'nbeta': 20, 'gamma': 4000}
     """
     if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}; choose from {sorted(PRESETS)}")
+        raise ValueError(f"name: there is no preset {name!r}; choose from {sorted(PRESETS)}")
     return PRESETS[name]

@@ -198,7 +198,16 @@ def as_losses(obj: Losses, *, name: str = "losses", extra: tuple[str, ...] = ())
             f"{name}: variable {found.name!r} has dims {found.dims}, expected ('chain', 'draw') "
             f"and one more; rename or select, for example x.rename({{...}}) or x.isel(...)"
         )
+    _refuse_empty(found, name)
     return found
+
+
+def _refuse_empty(x: xr.DataArray, name: str) -> None:
+    empty = [dim for dim in x.dims if x.sizes[dim] == 0]
+    if empty:
+        raise SchemaError(
+            f"{name}: variable {x.name!r} is empty along {empty}; there is nothing to compute from"
+        )
 
 
 #: What to do about a dim that a function does not take.
@@ -318,6 +327,7 @@ def as_gradients(obj: Losses, *, name: str = "G", need: tuple[str, ...] = (PARAM
             f"{name}: variable {obj.name!r} has dims {obj.dims}, which lack {missing}; rename, or "
             "do not select a single one"
         )
+    _refuse_empty(obj, name)
     return obj
 
 

@@ -25,6 +25,7 @@ from lkarray.auditing.scores import (
     labelled,
     refuse_large,
 )
+from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.kernels.gradients import INFLUENCE
 from lkarray.nn.batches import MapDataset
@@ -37,6 +38,7 @@ from lkarray.training.trace import Trace
 _NAME = "tracin"
 
 
+@checked()
 def tracin(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,
@@ -127,6 +129,7 @@ def tracin(
     )  # fmt: skip
 
 
+@checked()
 def tracin_in_run(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,
@@ -184,6 +187,7 @@ def tracin_in_run(
     )  # fmt: skip
 
 
+@checked()
 def gradient_similarity(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,

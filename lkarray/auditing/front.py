@@ -17,6 +17,7 @@ from lkarray.auditing.budget import states_bytes
 from lkarray.auditing.describing import fingerprint, layout_of, metrics
 from lkarray.auditing.panel import Panel
 from lkarray.auditing.problem import SEEN, Problem, Request
+from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.nn.batches import MapDataset
 from lkarray.store import audits
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
+@checked()
 def audit(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lkarray.checking import array, integer, several
 from lkarray.labels import aligned, coded
 from lkarray.schema import EPOCH, EXAMPLE, GROUP, LAYER, PARAM, TIME, WINDOW
 from lkarray.training.choosing import select
@@ -99,7 +100,7 @@ def _examples(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
     if isinstance(value, Mapping):
         members = []
         for label, given in value.items():
-            index = np.asarray(given)
+            index = array(f"groups['example'][{label!r}]", given)
             if index.dtype == bool and index.shape == (n,):
                 what = f"groups['example'][{label!r}]"
                 index = np.flatnonzero(aligned(given, None, n, dim=EXAMPLE, what=what))
@@ -112,6 +113,7 @@ def _examples(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
                 raise ValueError(f"groups['example'][{label!r}] has indices outside 0 to {n - 1}")
             members.append(np.unique(index))
         return Groups(GROUP, _labels(list(value)), tuple(members))
+    array("groups['example']", value)
     if np.shape(value) != (n,):
         raise ValueError(
             f"groups['example'] has shape {np.shape(value)}; give one label for each of the {n} "
@@ -122,11 +124,16 @@ def _examples(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
     return Groups(GROUP, names, tuple(np.flatnonzero(inverse == i) for i in range(len(names))))
 
 
+def _marks(value: Any) -> list[int]:
+    """Return steps that stand in ``groups['time']``, checked."""
+    return [integer("groups['time']", mark) for mark in several("groups['time']", value)]
+
+
 def _params(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
     if isinstance(value, Mapping):
         members = tuple(np.asarray(select(trace, patterns)) for patterns in value.values())
         return Groups(LAYER, _labels(list(value)), members)
-    if value not in ("module", "tensor"):
+    if not isinstance(value, str) or value not in ("module", "tensor"):
         raise ValueError(
             "groups['param'] must be 'module', 'tensor' or a dict of names and patterns "
             f"({{'conv': 'conv*'}}), not {value!r}"
@@ -147,10 +154,13 @@ def _times(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
         found = epochs(trace, steps)
         return Groups(EPOCH, np.asarray([e for e, _, _ in found]), _windows(found))
     if isinstance(value, Mapping):
-        ends = [(int(a), int(b)) for a, b in value.values()]
+        pairs = [_marks(pair) for pair in value.values()]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("groups['time'] must be pairs (first step, one beyond the last)")
+        ends = [(pair[0], pair[1]) for pair in pairs]
         labels = _labels(list(value))
     else:
-        marks = sorted({start, *(int(mark) for mark in value), stop})
+        marks = sorted({start, *_marks(value), stop})
         ends = list(pairwise(marks))
         labels = np.asarray([a for a, _ in ends])
     bad = [pair for pair in ends if not start <= pair[0] < pair[1] <= stop]

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lkarray import progress as bars
 from lkarray.auditing.problem import Problem, Request
 from lkarray.auditing.scores import Params, as_params, as_state, audit_labels, labelled
+from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
 from lkarray.nn.batches import Inputs, MapDataset, Target
@@ -28,6 +29,7 @@ _ROWS, _BACKWARD = 256, 64
 _MATRICES = 4
 
 
+@checked()
 def influence_functions(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,

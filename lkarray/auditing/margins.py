@@ -20,6 +20,7 @@ from lkarray.auditing.scores import (
     labelled,
     refuse_large,
 )
+from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
 from lkarray.nn.batches import MapDataset
@@ -39,6 +40,7 @@ _COPIES = 3
 _ROWS = 2048
 
 
+@checked()
 def trak(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,

@@ -17,6 +17,7 @@ from lkarray.auditing.grouping import epochs, groupings
 from lkarray.auditing.quadrature import Stencil, stencil, stretches
 from lkarray.auditing.realised import Realised
 from lkarray.auditing.targets import Audited
+from lkarray.checking import array
 from lkarray.errors import FingerprintError
 from lkarray.nn.flat import FlatModel
 from lkarray.nn.gradients import ExampleGradients, Features
@@ -320,7 +321,7 @@ def _examples(trace: Trace, examples: Any) -> np.ndarray:
     n = trace.train.n
     if examples is None:
         return np.arange(n)
-    index = np.asarray(examples)
+    index = array("examples", examples)
     if index.ndim != 1 or not index.size or index.dtype.kind not in "iu":
         raise ValueError("examples must be a list of indices of the training set")
     if index.min() < 0 or index.max() >= n or len(np.unique(index)) < len(index):

@@ -14,6 +14,7 @@ from lkarray.auditing.budget import states_bytes
 from lkarray.auditing.describing import errors, layout_of
 from lkarray.auditing.panel import BATCH, Panel
 from lkarray.auditing.problem import Problem, Request
+from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.nn.batches import MapDataset
 from lkarray.schema import AUDIT, EPOCH
@@ -22,6 +23,7 @@ from lkarray.training.recorder import Recorder
 from lkarray.training.trace import Trace
 
 
+@checked()
 def reconstruction(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,

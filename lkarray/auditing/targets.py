@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,10 +63,17 @@ class Audited:
     ) -> list[Scalars]:
         if callable(target):
             return [target]
+        if not isinstance(target, str | int | np.integer):
+            raise TypeError(
+                f"target must be a string, the number of an output or a function, not "
+                f"{type(target).__name__}"
+            )
         if target == LOSS:
             return [trace.loss]
         if target == LOGIT:
             return [_own_logit]
+        if isinstance(target, np.integer):
+            target = int(target)
         if target != PREDICTION and (not isinstance(target, int) or isinstance(target, bool)):
             raise ValueError(
                 "target must be 'loss', 'prediction' (every output), 'logit' (of the example's own "

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from distributed import Client, Security
 
+from lkarray.checking import COUNT, POSITIVE, checked
 from lkarray.cluster.opening import LOOPBACK, OPENERS, Plan, tls_settings
 from lkarray.cluster.reaching import answering, await_workers, reach, started
 from lkarray.cluster.replacing import Keeper
@@ -38,6 +39,7 @@ class _Owner(Client):
                 opened.close()
 
 
+@checked(workers=COUNT, threads=COUNT, timeout=POSITIVE)
 def connect(
     target: str = "local",
     *,

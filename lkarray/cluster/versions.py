@@ -69,6 +69,8 @@ def refuse_mismatch(client: Client, *, needs: Iterable[str] = ()) -> None:
     ClusterError
         A package or Python differs, or is missing on a worker; each difference is named.
     """
+    if not hasattr(client, "get_versions"):
+        raise TypeError(f"client must be a Dask client, not {type(client).__name__}")
     lines = mismatches(client, needs=needs)
     if lines:
         raise ClusterError(

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dask.system import CPU_COUNT
-from dask.utils import format_bytes, parse_bytes
+from dask.utils import format_bytes
 
+from lkarray.checking import byte_count
 from lkarray.engine.blas import products_at_once
 from lkarray.engine.operand import AHEAD, Operand, Piece
 from lkarray.errors import MemoryBudgetError
@@ -82,15 +83,7 @@ def memory_budget(memory: int | str | None) -> int:
     if given is None:
         limits = [worker["memory_limit"] for worker in _workers() if worker["memory_limit"]]
         return min(limits) // 2 if limits else machine_memory() // 4
-    try:
-        budget = int(parse_bytes(given))
-    except ValueError as error:
-        raise MemoryBudgetError(
-            f"memory {given!r} is not a number of bytes; use for example '2 GiB'"
-        ) from error
-    if budget <= 0:
-        raise MemoryBudgetError(f"memory must be positive, not {given!r}")
-    return budget
+    return byte_count("memory", given)
 
 
 def _concurrent_tasks() -> int:

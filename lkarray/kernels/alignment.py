@@ -11,16 +11,18 @@ import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
+from lkarray.checking import COUNT, checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.strips import make_strips, total
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import CENTERS, check_shared, degrees_of_freedom, free_dim, one_of
+from lkarray.kernels.gram import CENTERS, check_shared, degrees_of_freedom, free_dim
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
 
 _NORMALIZERS = ("count", "cosine")
 Pair = tuple[int, int]
 
 
+@checked()
 def frobenius(
     a: Losses,
     b: Losses | None = None,
@@ -60,6 +62,7 @@ def frobenius(
     return _scalar(found[0], "frobenius", center=center, normalize=normalize)
 
 
+@checked()
 def cka(
     a: Losses,
     b: Losses,
@@ -123,6 +126,7 @@ def cka(
     return _align([x, y], [(0, 0), (1, 1), (0, 1)], kind, center, normalize, memory)
 
 
+@checked(draws=COUNT)
 def cka_curve(
     losses: Losses,
     draws: int | Iterable[int] = 20,
@@ -144,7 +148,8 @@ def cka_curve(
     -------
     xarray.DataArray
         ``cka(draws)``, float64: the kernel of the first ``draws`` draws of every chain against
-        that of all, both pooled. Multiply the coordinate by the chains for figure 6's axis.
+        that of all, both pooled; NaN where one does not vary over the samples. Multiply the
+        coordinate by the chains for figure 6's axis.
 
     Notes
     -----
@@ -157,7 +162,7 @@ def cka_curve(
     chains, length = x.sizes[CHAIN], x.sizes[DRAW]
     first = 1 if chains > 1 else 2
     if isinstance(draws, int):
-        points = np.unique(np.linspace(first, length, max(draws, 1)).round().astype(int))
+        points = np.unique(np.linspace(first, length, min(draws, length)).round().astype(int))
     else:
         points = np.asarray(sorted(draws))
     if not len(points) or points[0] < first or points[-1] > length:
@@ -189,7 +194,8 @@ def _curve(
         first = draw < t
         part = gram[first] - gram[first].mean(0)
         own = part[:, first] - part[:, first].mean(1, keepdims=True)
-        out[p] = (part**2).sum() / (np.linalg.norm(own) * norm)
+        scale = np.linalg.norm(own) * norm
+        out[p] = (part**2).sum() / scale if scale > 0 else np.nan
     return out
 
 
@@ -204,7 +210,9 @@ def _align(
     """Return the mean product of the later pairs over the norms that the first two give."""
     label = "draws" if kind is None else "samples" if kind == "unbiased" else "none"
     products = _Products(tensors, center, normalize, memory).compute(pairs, kind or "centred")
-    value = products[2:].mean() / da.sqrt(products[0] * products[1])
+    # NaN of a constant kernel, as documented, by division by NaN: NumPy warns of one by zero.
+    norms = products[0] * products[1]
+    value = products[2:].mean() / da.sqrt(da.where(norms > 0, norms, np.nan))
     return _scalar(value, "cka", debiased=label, center=center, normalize=normalize)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
-
 import dask.array as da
 import numpy as np
 import scipy.linalg
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
-from lkarray.errors import SchemaError
+from lkarray.errors import NonFiniteError, SchemaError
 from lkarray.kernels.gradients import require_kernel
-from lkarray.kernels.gram import sample_coords
+from lkarray.kernels.gram import nan_for_infinite, sample_coords
 from lkarray.kernels.spectra import svd
 from lkarray.labels import in_order
 from lkarray.results import Result, as_array, opened
@@ -22,6 +21,7 @@ _DENSE = 4000  # training examples whose kernel is decomposed whole: some ten se
 _DECOMPOSE = 5  # matrices that it holds meanwhile
 
 
+@checked(kernel=None)
 def audit_modes(
     kernel: Result, k: int, *, scale: float, memory: int | str | None = None
 ) -> xr.Dataset:
@@ -58,6 +58,8 @@ def audit_modes(
     ------
     ValueError
         ``k`` exceeds the examples, or ``kernel`` is an influence operator.
+    NonFiniteError
+        On computing: the kernel holds NaN or infinity.
     SchemaError, TypeError
         ``kernel`` is not square, or not over the same examples on both sides.
 
@@ -70,7 +72,7 @@ def audit_modes(
     """
     kernel = as_array(kernel, "kernel")
     rows, columns = _square(kernel)
-    k, n = operator.index(k), kernel.sizes[rows]
+    n = kernel.sizes[rows]
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and {n}, the training examples there are, not {k}")
     bare = kernel.drop_vars(list(kernel.coords))
@@ -87,6 +89,7 @@ def audit_modes(
     return out.drop_attrs().assign_coords(coords).assign_attrs(attrs)
 
 
+@checked(modes=None)
 def extend_audit(modes: Result, cross: Result, *, training: str | None = None) -> xr.Dataset:
     r"""Return the predicted change of examples' losses, and what each mode contributes, lazily.
 
@@ -126,6 +129,12 @@ def extend_audit(modes: Result, cross: Result, *, training: str | None = None) -
         or (not {"scale", "weight"} <= set(modes.attrs))
     ):
         raise SchemaError("modes must be the Dataset that lk.audit_modes returned")
+    for variable, dims in (("vector", 2), ("drive", 1)):
+        if MODE not in modes[variable].dims or modes[variable].ndim != dims:
+            raise SchemaError(
+                f"modes: {variable!r} has dims {modes[variable].dims}; expected 'mode'"
+                f"{' and one more' * (dims - 1)}, as lk.audit_modes returns it"
+            )
     require_kernel(cross, "extend_audit")
     own = modes.attrs["weight"]
     if (weight := cross.attrs.get("weight", own)) != own:
@@ -138,10 +147,13 @@ def extend_audit(modes: Result, cross: Result, *, training: str | None = None) -
     train = _training_dim(cross, modes, rows, training)
     new = str(next(dim for dim in cross.dims if dim != train))
     cross = in_order(cross, train, modes.indexes.get(rows), modes.sizes[rows], what="cross")
-    bare, thin = (x.drop_vars(list(x.coords)) for x in (cross, vector.astype(np.float64)))
+    parts = (nan_for_infinite(cross), vector.astype(np.float64))
+    bare, thin = (x.drop_vars(list(x.coords)) for x in parts)
     # Thin products: one a tile of the cross kernel, which is read once.
     projected = xr.dot(thin.rename({rows: train}), bare, dim=train)
-    terms = (-modes.attrs["scale"] * modes["drive"].drop_vars(MODE) * projected).drop_attrs()
+    terms = (
+        -modes.attrs["scale"] * modes["drive"].drop_vars(MODE, errors="ignore") * projected
+    ).drop_attrs()
     terms = terms.transpose(MODE, new)
     out = xr.Dataset({"change": terms.sum(MODE, skipna=False), "contribution": terms})
     for name in out.data_vars:
@@ -161,6 +173,8 @@ def _dense(kernel: xr.DataArray, k: int) -> da.Array:
 
 
 def _eigh(kernel: np.ndarray, k: int) -> np.ndarray:
+    if not np.isfinite(kernel).all():
+        raise NonFiniteError("audit_modes: kernel holds NaN or infinity; leave such examples out")
     n = len(kernel)
     value, vector = scipy.linalg.eigh(kernel.astype(np.float64), subset_by_index=(n - k, n - 1))
     top = vector[np.abs(vector).argmax(0), np.arange(k)]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked, require_real
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import sample_coords
 from lkarray.results import Result, as_array, opened
@@ -27,6 +28,7 @@ TIMES = (EPOCH, WINDOW)
 SPLITS = (LAYER, *TIMES)
 
 
+@checked(audit=None)
 def completeness(audit: xr.Dataset | xr.DataTree) -> xr.Dataset:
     r"""Return how well the audit explains the true change, by the end of each epoch.
 
@@ -60,6 +62,9 @@ def completeness(audit: xr.Dataset | xr.DataTree) -> xr.Dataset:
     audit = _opened(audit)
     found, true = (_variable(audit, name) for name in ("reconstruction", "epoch_change"))
     for x in (found, true):
+        require_real(f"audit: {x.name}", x)
+        if not x.size:
+            raise SchemaError(f"audit: {x.name!r} is empty, of {dict(x.sizes)}")
         if EPOCH not in x.dims or set(x.dims) != set(found.dims):
             raise SchemaError(
                 f"{x.name!r} has dims {x.dims}; expected ('epoch', 'audit'), with 'output' or "
@@ -76,6 +81,7 @@ def completeness(audit: xr.Dataset | xr.DataTree) -> xr.Dataset:
     return out.assign_coords(sample_coords(found, EPOCH)).assign_attrs(kept).compute()
 
 
+@checked(audit=None)
 def net_influence(audit: Result, *, cumulative: bool = False) -> xr.DataArray:
     r"""Return what all training examples together did: :math:`S_n = \sum_m P_{mn}` (PLGK 6.3).
 
@@ -110,6 +116,7 @@ def net_influence(audit: Result, *, cumulative: bool = False) -> xr.DataArray:
     return _sum_of("net_influence", x, source, out)
 
 
+@checked(audit=None)
 def gross_influence(audit: Result, *, cumulative: bool = False) -> xr.DataArray:
     r"""Return how much training examples did, of either sign: :math:`G_n = \sum_m |P_{mn}|`.
 
@@ -179,8 +186,10 @@ def as_influence(audit: Result) -> tuple[xr.DataArray, str]:
             f"most 'output', {', '.join(map(repr, SPLITS))} besides: rename, or pass the Dataset "
             "that lk.audit returned"
         )
-    if not x.sizes[source]:
-        raise SchemaError(f"the influence is empty along {source!r}; there is nothing to add up")
+    empty = [dim for dim in x.dims if not x.sizes[dim]]
+    if empty:
+        raise SchemaError(f"audit: influence is empty along {empty}; there is nothing to add up")
+    require_real("audit: influence", x)
     return x, source
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
+from lkarray.checking import COUNT, NATURAL, checked
 from lkarray.engine import Operand
 from lkarray.engine.strips import Strips, make_strips
 from lkarray.errors import DivergedError, SchemaError
@@ -44,6 +45,7 @@ _MEANING = {
 
 
 @workers_awaited("computed")
+@checked(pairs=COUNT, seed=NATURAL)
 def diagnostics(
     tree: Losses, *, pairs: int = 200, seed: int = 0, memory: int | str | None = None
 ) -> xr.Dataset:
@@ -140,8 +142,6 @@ def diagnostics(
     damping where there is no gradient; for `SGHMC` with friction a it is one over the real part
     of ``(a - sqrt(a^2 - 2 eps gamma)) / 2``, the slower root of its damped oscillation.
     """
-    if pairs < 1:
-        raise ValueError(f"pairs must be at least 1, not {pairs}; 200 are plenty")
     found = _found(tree)
     x = found.losses
     leading = [dim for dim in _LEADING if dim in x.dims]

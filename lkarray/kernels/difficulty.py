@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -10,9 +9,10 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import COUNT, NATURAL, Limits, checked, mapping, real_array
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import require_kernel
-from lkarray.kernels.gram import free_dim, gram, sample_coords
+from lkarray.kernels.gram import free_dim, gram, nan_for_infinite, sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.labels import as_columns
 from lkarray.results import Result, as_array, opened
@@ -23,6 +23,7 @@ _MEASURES = ("auroc", "aupr", "spearman")
 _LEVEL = 0.95  # of intervals
 
 
+@checked()
 def ips_scores(
     similarity: Result, train_labels: Hashable | Any, predicted: Hashable | Any
 ) -> xr.Dataset:
@@ -62,7 +63,7 @@ def ips_scores(
             "lk.ips(test_G, train_G) returns"
         )
     rows, columns = map(str, similarity.dims)
-    _, classes, codes = group_codes(similarity, columns, train_labels)
+    _, classes, codes = group_codes(similarity, columns, train_labels, what="train_labels")
     own = _predicted(similarity, rows, predicted, classes)
     if len(classes) < 2:
         raise SchemaError(
@@ -70,7 +71,7 @@ def ips_scores(
         )
     member = np.zeros((len(codes), len(classes)), np.result_type(similarity.dtype, np.float32))
     member[np.arange(len(codes)), codes] = 1
-    bare = similarity.drop_vars(list(similarity.coords))
+    bare = nan_for_infinite(similarity.drop_vars(list(similarity.coords)))
     # A sum by group: one thin product a tile.
     sums = xr.dot(bare, xr.DataArray(member, dims=(columns, _CLASS)), dim=columns)
     means = sums.astype(np.float64) / xr.DataArray(np.bincount(codes), dims=_CLASS)
@@ -81,6 +82,7 @@ def ips_scores(
     return scores.assign_coords(sample_coords(similarity, rows))
 
 
+@checked(k=COUNT)
 def hidden_similarity(
     test_activations: Result,
     train_activations: Result,
@@ -124,14 +126,11 @@ def hidden_similarity(
     -----
     A `lkarray.gram` for each class: only pairs of a test example and its predicted class.
     """
-    k = operator.index(k)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
     test_activations = as_array(test_activations, "test_activations")
     train_activations = as_array(train_activations, "train_activations")
     unit = free_dim(test_activations, "test_activations", (EXAMPLE,), ())
     free_dim(train_activations, "train_activations", (EXAMPLE,), ())
-    _, classes, codes = group_codes(train_activations, EXAMPLE, train_labels)
+    _, classes, codes = group_codes(train_activations, EXAMPLE, train_labels, what="train_labels")
     own = _predicted(test_activations, EXAMPLE, predicted, classes)
     test, train = (x.drop_vars(list(x.coords)) for x in (test_activations, train_activations))
     means, order = [], []
@@ -157,6 +156,7 @@ def hidden_similarity(
     )
 
 
+@checked(replicates=Limits(least=0, most=1_000_000), seed=NATURAL)
 def difficulty_table(
     scores: xr.DataTree | xr.Dataset | Mapping[Hashable, xr.DataArray | np.ndarray],
     wrong: xr.DataArray | np.ndarray,
@@ -200,10 +200,11 @@ def difficulty_table(
     the examples alone: the training run, and the training examples behind a score, stay as they
     are.
     """
-    replicates = operator.index(replicates)
-    if replicates < 0:
-        raise ValueError(f"replicates must be at least 0, not {replicates}")
-    given = {str(name): score for name, score in dict(opened(scores, "scores")).items()}
+    found = opened(scores, "scores")
+    found = found if isinstance(found, xr.Dataset) else mapping("scores", found)
+    given = {str(name): score for name, score in found.items()}
+    for name, score in ({"wrong": wrong} | given | {"loss": loss}).items():
+        real_array(name if name in ("wrong", "loss") else f"scores[{name!r}]", score)
     for name, score in (given | {"loss": loss}).items():
         if np.shape(score) != np.shape(wrong) or np.ndim(wrong) != 1:
             raise ValueError(
@@ -244,6 +245,10 @@ def difficulty_table(
     )
 
 
+def _float64(name: str, value: object) -> np.ndarray:
+    return real_array(name, value).astype(np.float64)
+
+
 def _measures(scores: np.ndarray, wrong: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """Return ``(score, measure)``: AUROC and AUPR of wrong examples, Spearman with -loss."""
     from scipy.stats import spearmanr
@@ -280,7 +285,7 @@ def _predicted(
     x: xr.DataArray, rows: str, predicted: Hashable | Any, classes: np.ndarray
 ) -> np.ndarray:
     """Return the position of each row's predicted class among those of the training examples."""
-    _, values, codes = group_codes(x, rows, predicted)
+    _, values, codes = group_codes(x, rows, predicted, what="predicted")
     unknown = values[~np.isin(values, classes)]
     if len(unknown):
         raise SchemaError(

@@ -70,6 +70,17 @@ def _factors(G: Losses, name: str) -> xr.Dataset:
             f"{name}: factors are told apart by coordinates on 'part', which are not here; pass "
             "the Dataset that lk.gradient_factors returned"
         )
+    missing = [key for key in (FACTOR.name, TENSOR, "role", "start", "stop") if key not in G]
+    if missing or not G.sizes[PART]:
+        raise SchemaError(
+            f"{name} lacks {missing or 'parts'}; pass the Dataset that lk.gradient_factors returned"
+        )
+    x = G[FACTOR.name]
+    if not {EXAMPLE, _ELEMENT} <= set(x.dims) or x.dtype.kind not in "fiub":
+        raise SchemaError(
+            f"{name}: variable 'factor' has dims {x.dims} and is {x.dtype}; expected real numbers "
+            f"with {EXAMPLE!r} and {_ELEMENT!r}: select times and examples only"
+        )
     return G
 
 

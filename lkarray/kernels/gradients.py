@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked, one_of, require_real
 from lkarray.errors import SchemaError
 from lkarray.kernels.ghost import factor_kernel, holds_factors
-from lkarray.kernels.gram import gram, one_of
+from lkarray.kernels.gram import check_shared, free_dim, gram
 from lkarray.results import as_array
 from lkarray.schema import (
     AUDIT,
@@ -29,6 +30,7 @@ WEIGHTS = (None, "lr", "lr2")
 INFLUENCE = "influence operator"
 
 
+@checked()
 def lgk(
     G: Losses,
     y: Losses | None = None,
@@ -60,6 +62,7 @@ def lgk(
     return _kernel("lgk", G, y, each=(TIME,), precision=precision, memory=memory)
 
 
+@checked()
 def plgk(
     G: Losses,
     y: Losses | None = None,
@@ -99,6 +102,7 @@ def plgk(
     return _kernel("plgk", G, y, weight=weight, precision=precision, memory=memory)
 
 
+@checked()
 def ips(
     G: Losses,
     y: Losses | None = None,
@@ -128,6 +132,7 @@ def ips(
     )
 
 
+@checked()
 def chord_distance(k: Losses) -> xr.DataArray:
     r"""Return :math:`\sqrt{2 - 2 k}`, the chord between path features (PLGK eq. 16), lazily.
 
@@ -152,6 +157,7 @@ def chord_distance(k: Losses) -> xr.DataArray:
     return _distance((2 - 2 * cosine) ** 0.5, "chord_distance", cosine, units="1")
 
 
+@checked()
 def angle_distance(k: Losses) -> xr.DataArray:
     r"""Return :math:`\arccos k`, the angle between path features (PLGK eq. 16), lazily.
 
@@ -176,6 +182,7 @@ def angle_distance(k: Losses) -> xr.DataArray:
     return _distance(angle, "angle_distance", cosine, units="rad")
 
 
+@checked()
 def temporal_kernel(
     G: Losses,
     *,
@@ -295,6 +302,11 @@ def _kernel(
         return named(out.assign_attrs(normalize=normalize or "none"), name, weight, units=units)
     x = as_gradients(G, need=(EXAMPLE, PARAM))
     other = None if y is None else as_gradients(y, name="y", need=(EXAMPLE, PARAM))
+    path = path_dims(x, each)
+    if other is not None:
+        kept = (*path["over"], *path["each"])
+        free_dim(other, "y", tuple(path["over"]), tuple(path["each"]))
+        check_shared(x, other, kept)
     root = root_weight(x, weight)
     out = gram(
         weighted(x, root),
@@ -302,7 +314,7 @@ def _kernel(
         normalize=normalize,
         precision=precision,
         memory=memory,
-        **path_dims(x, each),
+        **path,
     )
     return named(out, name, weight, units=units)
 
@@ -338,7 +350,9 @@ def _cosine(k: Losses, what: str) -> xr.DataArray:
     if isinstance(k, xr.DataArray | xr.Dataset):
         require_kernel(k, what)
     if not isinstance(k, xr.DataArray) or PARAM in k.dims:
+        as_gradients(k, name="k", need=(EXAMPLE, PARAM))
         k = ips(k)
+    require_real("k", k)
     if k.attrs.get("normalize") != "cosine":
         raise ValueError(
             f"{what} needs a cosine kernel, as lk.ips returns it, and {k.name!r} is not known to "

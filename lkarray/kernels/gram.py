@@ -11,6 +11,7 @@ import xarray as xr
 from zarr.codecs import Crc32cCodec
 
 from lkarray import engine
+from lkarray.checking import checked, one_of
 from lkarray.errors import SchemaError
 from lkarray.results import Result, as_array
 from lkarray.schema import CHAIN, GRADIENT, LOSS, second
@@ -20,6 +21,7 @@ PRECISIONS = ("float32", "auto")
 _NORMALIZERS = (None, "count", "cosine")
 
 
+@checked()
 def gram(
     x: Result,
     y: Result | None = None,
@@ -142,7 +144,10 @@ def free_dim(x: xr.DataArray, name: str, over: tuple[str, ...], each: tuple[str,
         raise SchemaError("over names no dim; name at least one to contract")
     missing = [dim for dim in (*over, *each) if dim not in x.dims]
     if missing:
-        raise SchemaError(f"{name} has dims {x.dims}, which lack {missing}; rename or select")
+        raise SchemaError(
+            f"{name} has dims {x.dims}, which lack {missing} of over={over}"
+            f"{f' and each={each}' * bool(each)}; rename or select"
+        )
     if set(over) & set(each):
         raise SchemaError(f"{sorted(set(over) & set(each))} stand in both over and each")
     free = [str(dim) for dim in x.dims if dim not in over and dim not in each]
@@ -159,19 +164,29 @@ def free_dim(x: xr.DataArray, name: str, over: tuple[str, ...], each: tuple[str,
     return free[0]
 
 
-def check_shared(x: xr.DataArray, y: xr.DataArray, dims: tuple[str, ...]) -> None:
+def check_shared(
+    x: xr.DataArray,
+    y: xr.DataArray,
+    dims: tuple[str, ...],
+    *,
+    names: tuple[str, str] = ("x", "y"),
+) -> None:
     """Raise unless two tensors have the same entries along some dims; name the first difference."""
+    both = " and ".join(names)
     for dim in dims:
+        missing = [name for name, each in zip(names, (x, y), strict=True) if dim not in each.dims]
+        if missing:
+            raise SchemaError(f"{missing[0]} has no dim {dim!r}, which {both} must share")
         if x.sizes[dim] != y.sizes[dim]:
             raise SchemaError(
-                f"x and y have {x.sizes[dim]} and {y.sizes[dim]} entries along {dim!r}; they must "
+                f"{both} have {x.sizes[dim]} and {y.sizes[dim]} entries along {dim!r}; they must "
                 f"be the same {dim}s: select with .sel first"
             )
         if dim in x.indexes and dim in y.indexes and not x.indexes[dim].equals(y.indexes[dim]):
             differ = np.asarray(x.indexes[dim] != y.indexes[dim])
             first = int(np.argmax(differ))
             raise SchemaError(
-                f"x and y differ along {dim!r}, first at position {first}: "
+                f"{both} differ along {dim!r}, first at position {first}: "
                 f"{x.indexes[dim][first]} and {y.indexes[dim][first]}; align them with "
                 "xr.align or .sel first"
             )
@@ -193,6 +208,11 @@ def degrees_of_freedom(x: xr.DataArray, over: tuple[str, ...], center: str | Non
             "take more draws"
         )
     return count - means
+
+
+def nan_for_infinite(x: xr.DataArray) -> xr.DataArray:
+    """Return ``x`` with NaN for infinity, so that what follows is NaN without NumPy's warnings."""
+    return x.where(abs(x) != np.inf)
 
 
 def sample_coords(x: xr.DataArray | xr.Dataset, *dims: str) -> dict[Hashable, xr.Variable]:
@@ -246,9 +266,3 @@ def kernel_coords(
 
 def _names(names: str | Iterable[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise ``ValueError`` unless an option has one of its values."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, not {value!r}")

@@ -12,10 +12,11 @@ from dask.base import tokenize
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
+from lkarray.checking import checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.strips import Strips, apply_step, joined, make_strips, project_step, total
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim, one_of
+from lkarray.kernels.gram import CENTERS, degrees_of_freedom, free_dim
 from lkarray.labels import coded, one_each
 from lkarray.schema import POSTERIOR, RESERVED, Losses, as_losses, second
 from lkarray.waiting import compute
@@ -40,7 +41,7 @@ def kernel_operand(losses: Losses, kernel: str, center: str) -> tuple[xr.DataArr
 
 
 def group_codes(
-    x: xr.DataArray, rows: str, groups: Hashable | Any
+    x: xr.DataArray, rows: str, groups: Hashable | Any, *, what: str = "groups"
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """Return the name of a grouping, its values in order, and each sample's number in them.
 
@@ -57,12 +58,14 @@ def group_codes(
     if isinstance(groups, str):
         if groups not in x.coords or x.coords[groups].dims != (rows,):
             labels = sorted(str(name) for name, c in x.coords.items() if c.dims == (rows,))
-            raise SchemaError(f"{groups!r} is no coordinate of {rows!r}; there are {labels}")
+            raise SchemaError(
+                f"{what}: {groups!r} is no coordinate of {rows!r}; there are {labels}"
+            )
         name, labels_ = groups, np.asarray(x.coords[groups].values)
     else:
         name = str(getattr(groups, "name", None) or "group")
-        labels_ = one_each(groups, x, rows, what="groups")
-    values, codes = coded(labels_, what=repr(name))
+        labels_ = one_each(groups, x, rows, what=what)
+    values, codes = coded(labels_, what=f"{what}: {name!r}")
     return name, values, codes
 
 
@@ -96,6 +99,7 @@ def with_labels(
     return x.assign_coords({name: (rows, values)}), name
 
 
+@checked()
 def group_mean(
     losses: Losses,
     groups: Hashable | Any,
@@ -204,6 +208,7 @@ def _group_finish(
     return finished
 
 
+@checked()
 def linear_operator(
     losses: Losses,
     *,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable
 from typing import Any
 
@@ -10,11 +9,13 @@ import numpy as np
 import xarray as xr
 
 from lkarray import engine
+from lkarray.checking import REPEATS, checked
 from lkarray.engine.histograms import HISTOGRAM_BYTES, Bins, histogram_array
 from lkarray.kernels.groups import group_codes, kernel_operand
 from lkarray.schema import POSTERIOR, Losses, second
 
 
+@checked(bins=REPEATS)
 def histogram(
     losses: Losses,
     groups: Hashable | Any | None = None,
@@ -64,7 +65,6 @@ def histogram(
     -----
     ``n**2 S`` operations, and counts instead of the kernel.
     """
-    bins = operator.index(bins)
     if bounds is None:
         if kernel == "covariance":
             raise ValueError(
@@ -72,8 +72,8 @@ def histogram(
                 "every entry's magnitude"
             )
         bounds = (-1.0, 1.0)
-    if bins < 1 or not bounds[0] < bounds[1]:
-        raise ValueError(f"histograms need a bin and ascending bounds, not {bins} and {bounds}")
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds must ascend, and are {bounds}")
     x, operand, scale = kernel_operand(losses, kernel, center)
     labels = np.zeros(operand.n, int) if groups is None else groups
     name, values, codes = group_codes(x, operand.rows, labels)

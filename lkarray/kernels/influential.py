@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable
 from functools import partial
 from typing import Any
@@ -11,6 +10,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import COUNT, checked
 from lkarray.engine.numbers import top_k
 from lkarray.errors import NonFiniteError
 from lkarray.kernels.audits import as_influence, computed, whole_influence
@@ -27,6 +27,7 @@ _ENTRY = np.dtype([("score", np.float64), ("place", np.int64)])
 _SIGNS = {"helpful": -1, "harmful": 1}
 
 
+@checked(k=COUNT, audit=None)
 def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = None) -> xr.Dataset:
     """Return the training examples that helped and harmed each audited example most.
 
@@ -71,14 +72,11 @@ def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = 
     each rank, class and audited example, so take few ranks of many classes.
     """
     x, source = as_influence(audit)
-    k = operator.index(k)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
     classes, codes = np.zeros(1), np.zeros(x.sizes[source], np.int64)
     if source in x.indexes:
         require_unique(x.indexes[source], f"the index of {source!r}")
     if by is not None:
-        by, classes, codes = group_codes(x, source, by)
+        by, classes, codes = group_codes(x, source, by, what="by")
     k = min(k, int(np.bincount(codes).max()))
     whole = whole_influence(x, source)
     best = _best_entries(whole.data, codes, len(classes), k)
@@ -102,6 +100,7 @@ def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = 
     return computed(x, out.assign_attrs(k=k, by=by or "none", source=source))
 
 
+@checked(audit=None)
 def concentration(audit: Result) -> xr.DataArray:
     r"""Return the share of all influence that the most influential training examples hold.
 

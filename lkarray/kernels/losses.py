@@ -5,12 +5,14 @@ from __future__ import annotations
 import xarray as xr
 
 from lkarray import schema
-from lkarray.kernels.gram import CENTERS, free_dim, gram, one_of
+from lkarray.checking import checked, one_of
+from lkarray.kernels.gram import CENTERS, free_dim, gram
 from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
 from lkarray.kernels.summaries import attributes, loss_variance
 from lkarray.schema import POSTERIOR, STACKED, Losses, as_losses
 
 
+@checked()
 def covariance(
     losses: Losses,
     y: Losses | None = None,
@@ -68,6 +70,7 @@ def covariance(
     return shrunk(out, share, level).assign_attrs(shrinkage=shrinkage)
 
 
+@checked()
 def correlation(
     losses: Losses,
     y: Losses | None = None,
@@ -102,6 +105,7 @@ def correlation(
     )
 
 
+@checked()
 def influence(
     losses: Losses,
     query: Losses,

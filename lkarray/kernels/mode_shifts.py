@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from lkarray.errors import SchemaError
+from lkarray.checking import checked, require_real
+from lkarray.errors import NonFiniteError, SchemaError
 from lkarray.kernels.modes import of_modes
 from lkarray.kernels.ranks import participation_ratio
 from lkarray.labels import in_order
@@ -16,6 +17,7 @@ FACTOR = "factor"
 _OF_MODES = ("singular_value", "alignment", "drive")
 
 
+@checked(modes=None)
 def mode_shifts(
     modes: Result,
     before: Result,
@@ -45,23 +47,26 @@ def mode_shifts(
         ``share``, that of ``contribution`` in its sum. Over ``factor`` (shift, drive, contribution
         and, if given, sensitivity): ``effective_modes``, the participation ratio
         :math:`(\sum_k w_k)^2 / \sum_k w_k^2` of the magnitudes; ``(factor, factor_2)``:
-        ``correlation`` over modes, and ``rank_correlation`` (Spearman).
+        ``correlation`` over modes, and ``rank_correlation`` (Spearman), NaN of what does not
+        vary over modes. ``share`` is NaN where nothing moved.
 
     Raises
     ------
     SchemaError
         Dims, sizes or labels do not fit, or there are fewer than three modes.
+    NonFiniteError
+        A number is infinite.
     """
     modes = as_dataset(modes, "modes")
     of = of_modes(modes, "drive")
-    drive = np.abs(_bare(of, (MODE,)))
+    drive = np.abs(_bare(of, (MODE,), "modes: drive"))
     before = _like(of, as_array(before, "before"), "before", MODE)
     after = _like(of, as_array(after, "after"), "after", MODE)
-    first = _bare(before, (EXAMPLE, MODE))
-    last = _bare(_like(before, after, "after", EXAMPLE), (EXAMPLE, MODE))
+    first = _bare(before, (EXAMPLE, MODE), "before")
+    last = _bare(_like(before, after, "after", EXAMPLE), (EXAMPLE, MODE), "after")
     if first.shape != last.shape or first.shape[1] != len(drive):
         raise SchemaError(
-            f"coefficients have the shapes {first.shape} and {last.shape}, and there are "
+            f"before and after have the shapes {first.shape} and {last.shape}, and there are "
             f"{len(drive)} modes; pass mode_coefficients of the same examples and modes"
         )
     if len(drive) < 3:
@@ -74,7 +79,7 @@ def mode_shifts(
     }
     if sensitivity is not None:
         slopes = _like(of, as_array(sensitivity, "sensitivity"), "sensitivity", MODE)
-        factors["sensitivity"] = _bare(slopes, (EXAMPLE, MODE)).mean(0)
+        factors["sensitivity"] = _bare(slopes, (EXAMPLE, MODE), "sensitivity").mean(0)
         if factors["sensitivity"].shape != drive.shape:
             raise SchemaError(
                 f"sensitivity is of {len(factors['sensitivity'])} modes, and there are "
@@ -89,10 +94,10 @@ def mode_shifts(
         {
             "change": (MODE, moved.mean(0)),
             **{name: (MODE, factors[name]) for name in names if name != "drive"},
-            "share": (MODE, factors["contribution"] / factors["contribution"].sum()),
+            "share": (MODE, _share(factors["contribution"])),
             "effective_modes": (FACTOR, effective),
-            "correlation": (square, np.corrcoef(table)),
-            "rank_correlation": (square, np.corrcoef(_ranks(table))),
+            "correlation": (square, _correlations(table)),
+            "rank_correlation": (square, _correlations(_ranks(table))),
         },
         coords={
             MODE: modes[MODE],
@@ -100,6 +105,16 @@ def mode_shifts(
             **{name: modes[name] for name in _OF_MODES if name in modes},
         },
     )
+
+
+def _share(values: np.ndarray) -> np.ndarray:
+    whole = values.sum()
+    return values / whole if whole > 0 else np.full_like(values, np.nan)
+
+
+def _correlations(table: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN of a constant row, as documented
+        return np.asarray(np.corrcoef(table))
 
 
 def _ranks(table: np.ndarray) -> np.ndarray:
@@ -115,7 +130,11 @@ def _like(lead: xr.DataArray, x: xr.DataArray, name: str, dim: str) -> xr.DataAr
     return in_order(x, dim, lead.indexes.get(dim), lead.sizes[dim], what=name)
 
 
-def _bare(x: xr.DataArray, dims: tuple[str, ...]) -> np.ndarray:
-    if set(x.dims) != set(dims):
-        raise SchemaError(f"{x.name!r} has dims {x.dims}; expected {dims}")
-    return np.asarray(x.transpose(*dims).values, np.float64)
+def _bare(x: xr.DataArray, dims: tuple[str, ...], name: str) -> np.ndarray:
+    if set(x.dims) != set(dims) or not x.size:
+        raise SchemaError(f"{name} has dims {dict(x.sizes)}; expected {dims}, none of them empty")
+    require_real(name, x)
+    values = np.asarray(x.transpose(*dims).values, np.float64)
+    if np.isinf(values).any():
+        raise NonFiniteError(f"{name} holds infinity; take modes and examples without")
+    return values

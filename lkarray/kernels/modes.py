@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from lkarray.errors import SchemaError
+from lkarray.checking import checked, require_real
+from lkarray.errors import NonFiniteError, SchemaError
 from lkarray.kernels.gradients import (
     kernel_or_gradients,
     require_kernel,
@@ -16,7 +16,7 @@ from lkarray.kernels.gradients import (
     temporal_kernel,
     weighted,
 )
-from lkarray.kernels.gram import gram, sample_coords
+from lkarray.kernels.gram import check_shared, gram, nan_for_infinite, sample_coords
 from lkarray.kernels.spectra import svd
 from lkarray.kernels.unfolding import merge
 from lkarray.labels import in_order, squared
@@ -26,6 +26,7 @@ from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, sec
 _ROWS = "lkarray_rows"  # times and examples, merged
 
 
+@checked()
 def modes(G: Losses, k: int, *, memory: int | str | None = None) -> xr.Dataset:
     r"""Return the top modes of the gradients at one time, and their drives, lazily.
 
@@ -83,6 +84,7 @@ def modes(G: Losses, k: int, *, memory: int | str | None = None) -> xr.Dataset:
     )
 
 
+@checked(modes=None)
 def mode_coefficients(
     modes: Result, gradients: Losses, *, memory: int | str | None = None
 ) -> xr.DataArray:
@@ -124,6 +126,7 @@ def mode_coefficients(
     return _projected(split)
 
 
+@checked(modes=None)
 def cancellation_ratio(modes: Result, coefficients: Result) -> xr.DataArray:
     r"""Return how far the pushes of the leading modes add up (PLGK section 6.3), lazily.
 
@@ -162,14 +165,21 @@ def cancellation_ratio(modes: Result, coefficients: Result) -> xr.DataArray:
             index, n = coefficients.indexes.get(dim), coefficients.sizes[dim]
             drive = in_order(drive, dim, index, n, what="drive")
     bare = drive.drop_vars([name for name in drive.coords if name not in drive.dims])
-    push = (coefficients * bare).astype(np.float64)
+    shared = tuple(str(dim) for dim in bare.dims if dim in coefficients.dims)
+    check_shared(drive, coefficients, shared, names=("modes", "coefficients"))
+    bare, own = (
+        nan_for_infinite(x.drop_vars(shared, errors="ignore")) for x in (bare, coefficients)
+    )
+    push = (own * bare).astype(np.float64)
     net = abs(push.cumsum(MODE, skipna=False))
     gross = abs(push).cumsum(MODE, skipna=False)
     ratio = (net / gross.where(gross > 0)).clip(max=1).transpose(..., MODE)
-    out = ratio.drop_attrs(deep=False).rename("cancellation_ratio").assign_attrs(units="1")
-    return out.assign_coords({MODE: coefficients[MODE]})
+    out: xr.DataArray = ratio.drop_attrs(deep=False).rename("cancellation_ratio")
+    kept = sample_coords(coefficients, *map(str, coefficients.dims))
+    return out.assign_attrs(units="1").assign_coords(kept | {MODE: coefficients[MODE]})
 
 
+@checked()
 def parameter_modes(
     G: Losses, k: int, *, weight: str | None = None, memory: int | str | None = None
 ) -> xr.Dataset:
@@ -222,6 +232,7 @@ def parameter_modes(
     )
 
 
+@checked()
 def temporal_modes(
     K_or_G: Losses,
     k: int | None = None,
@@ -260,6 +271,7 @@ def temporal_modes(
     """
     kernel = kernel_or_gradients(K_or_G, "K_or_G")
     if not isinstance(kernel, xr.DataArray) or PARAM in kernel.dims:
+        as_gradients(kernel, name="K_or_G")
         kernel = temporal_kernel(kernel, weight=weight, memory=memory)
     require_kernel(kernel, "temporal_modes")
     if set(kernel.dims) != {TIME, second(TIME)} or len(set(kernel.shape)) != 1:
@@ -268,8 +280,9 @@ def temporal_modes(
             "lk.temporal_kernel(G), or gradients"
         )
     kernel = squared(kernel.transpose(TIME, second(TIME)), "kernel")
+    require_real("K_or_G", kernel)
     times = kernel.sizes[TIME]
-    k = times if k is None else operator.index(k)
+    k = times if k is None else k
     if not 1 <= k <= times:
         raise ValueError(f"k must be between 1 and {times}, the number of times, not {k}")
     value, loading, share = xr.apply_ufunc(
@@ -290,6 +303,8 @@ def temporal_modes(
 
 
 def _eigh(kernel: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if not np.isfinite(kernel).all():
+        raise NonFiniteError("temporal_modes: K_or_G holds NaN or infinity; compute it without")
     value, vector = np.linalg.eigh(kernel.astype(np.float64))
     value, vector = np.maximum(value[::-1], 0), vector[:, ::-1]
     top = np.take_along_axis(vector, np.abs(vector).argmax(0)[None], 0)
@@ -306,6 +321,7 @@ def of_modes(modes: Any, name: str) -> xr.DataArray:
             f"modes must be a Dataset with {name!r} along 'mode', as lk.modes returns it; for "
             "directions without drives, modes.assign(drive=...) adds them"
         )
+    require_real(f"modes: {name}", modes[name])
     return modes[name]
 
 

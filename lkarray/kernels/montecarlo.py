@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import engine
+from lkarray.checking import checked
 from lkarray.engine.jackknife import Blocks, jackknife_array, jackknife_bytes
 from lkarray.kernels.gram import check_shared, free_dim, kernel_coords
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, second
@@ -13,6 +14,7 @@ from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, second
 _ONE_CHAIN = 10  # blocks that a lone chain is cut into
 
 
+@checked()
 def mcse(
     losses: Losses,
     y: Losses | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +10,13 @@ import numpy as np
 import xarray as xr
 
 from lkarray import engine
+from lkarray.checking import checked, one_of
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import (
     CENTERS,
     PRECISIONS,
     degrees_of_freedom,
     free_dim,
-    one_of,
     refuse_repeated,
     sample_coords,
 )
@@ -29,6 +28,7 @@ from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
 Rule = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], np.ndarray]
 
 
+@checked()
 def neighbors(
     losses: Losses,
     k: int = 30,
@@ -95,10 +95,13 @@ def neighbors(
     one_of("center", center, CENTERS)
     one_of("precision", precision, PRECISIONS)
     degrees_of_freedom(x, POSTERIOR, center)
-    k = operator.index(k)
     n = x.sizes[rows]
     if not 1 <= k < n:
         raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
+    if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
+        raise TypeError(
+            f"exclude must be the name of a coordinate or a function, not {type(exclude).__name__}"
+        )
     index = _index(x, rows)
     if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
         x, exclude = with_labels(x, rows, exclude, what="exclude")

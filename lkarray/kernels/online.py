@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import operator
 
 import dask
 import dask.array as da
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import COUNT, NATURAL, POSITIVE, checked
 from lkarray.engine import Operand
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import sample_coords
@@ -88,6 +88,7 @@ class OjaModes:
         return _share(self.squares(batch))
 
 
+@checked(batch_size=COUNT, learning_rate=POSITIVE, seed=NATURAL)
 def online_modes(
     G: Losses, k: int, *, learning_rate: float = 0.1, batch_size: int = 128, seed: int = 0
 ) -> xr.Dataset:
@@ -133,11 +134,8 @@ def online_modes(
     x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
     if x.ndim != 3:
         raise SchemaError(f"online_modes takes (time, example, param), not {x.dims}; select first")
-    k, batch_size = operator.index(k), operator.index(batch_size)
     if not 1 <= k <= x.sizes[PARAM]:
         raise ValueError(f"k must be between 1 and {x.sizes[PARAM]}, the parameters, not {k}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     read = Operand(x, over=(PARAM,), each=(TIME,), rows=EXAMPLE, center=None, cosine=False)
     source = dask.delayed(read, traverse=False)
     state = dask.delayed(OjaModes(k, learning_rate=learning_rate, seed=seed), traverse=False)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.kernels.gradients import INFLUENCE, named, path_dims, root_weight, weighted
-from lkarray.kernels.gram import gram, kernel_coords, sample_coords
+from lkarray.kernels.gram import check_shared, gram, kernel_coords, sample_coords
 from lkarray.kernels.unfolding import merge
 from lkarray.schema import EXAMPLE, OUTPUT, PARAM, TIME, Losses, as_gradients, second
 
 _COLUMNS = "lkarray_columns"  # examples and outputs, merged
 
 
+@checked()
 def lntk(
     loss_G: Losses,
     output_G: Losses,
@@ -43,6 +45,7 @@ def lntk(
     return _operator("lntk", loss_G, output_G, each=(TIME,), precision=precision, memory=memory)
 
 
+@checked()
 def pntk(
     loss_G: Losses,
     output_G: Losses,
@@ -82,10 +85,11 @@ def _operator(
 ) -> xr.DataArray:
     x = as_gradients(loss_G, name="loss_G", need=(EXAMPLE, PARAM))
     y = as_gradients(output_G, name="output_G", need=(EXAMPLE, OUTPUT, PARAM))
+    path = path_dims(x, each)
+    check_shared(x, y, (*path["over"], *path["each"]), names=("loss_G", "output_G"))
     root = root_weight(x, weight)
     times = {TIME: y.coords[TIME]} if TIME in y.indexes else {}
     columns = merge(weighted(y, root).variable, (EXAMPLE, OUTPUT), _COLUMNS)
-    path = path_dims(x, each)
     flat = xr.DataArray(columns, coords=times, name=y.name)
     out = gram(weighted(x, root), flat, precision=precision, memory=memory, **path)
     kept = (*path["each"], EXAMPLE)

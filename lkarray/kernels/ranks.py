@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked, real_array, require_real
+from lkarray.errors import SchemaError
 from lkarray.results import as_array
 from lkarray.schema import MODE
 
 
+@checked()
 def participation_ratio(s: Any) -> Any:
     """Return the effective number of modes, ``(sum w)^2 / sum w^2`` with ``w = s^2``.
 
@@ -29,12 +32,14 @@ def participation_ratio(s: Any) -> Any:
     s = _values(s)
     if isinstance(s, xr.DataArray):
         weight = s.astype(np.float64) ** 2
-        out = weight.sum(MODE) ** 2 / (weight**2).sum(MODE)
-        return out.rename("participation_ratio")
-    weights = np.asarray(s, np.float64) ** 2
-    return weights.sum(-1) ** 2 / (weights**2).sum(-1)
+        square = (weight**2).sum(MODE)
+        return (weight.sum(MODE) ** 2 / square.where(square > 0)).rename("participation_ratio")
+    weights = s.astype(np.float64) ** 2
+    square = (weights**2).sum(-1)
+    return weights.sum(-1) ** 2 / np.where(square > 0, square, np.nan)
 
 
+@checked()
 def energy_rank(s: Any, share: float = 0.9) -> Any:
     """Return how many leading modes hold at least ``share`` of the energy, the sum of ``s^2``.
 
@@ -64,7 +69,21 @@ def energy_rank(s: Any, share: float = 0.9) -> Any:
             dask_gufunc_kwargs={"allow_rechunk": True},
             output_dtypes=[np.int64],
         ).rename("energy_rank")
-    return _energy_rank(np.asarray(s), share)
+    return _energy_rank(s, share)
+
+
+def _values(s: Any) -> xr.DataArray | np.ndarray:
+    """Return singular values along modes, checked."""
+    found: xr.DataArray | np.ndarray = s if isinstance(s, xr.DataArray) else real_array("s", s)
+    if isinstance(found, xr.DataArray):
+        require_real("s", found)
+        if MODE not in found.dims:
+            raise SchemaError(f"s has dims {found.dims}; expected 'mode' among them")
+    elif found.ndim == 0:
+        raise TypeError(f"s must be an array of singular values, not the number {found}")
+    if not found.size:
+        raise SchemaError("s is empty; there are no singular values to count")
+    return found
 
 
 def _values(s: Any) -> Any:

@@ -8,15 +8,23 @@ import numpy as np
 import xarray as xr
 
 from lkarray import engine
+from lkarray.checking import checked, one_of
 from lkarray.engine.running import RUNNING_BYTES, running_array
 from lkarray.errors import SchemaError
 from lkarray.kernels.gradients import root_weight
-from lkarray.kernels.gram import check_shared, free_dim, kernel_coords, one_of, sample_coords
+from lkarray.kernels.gram import (
+    check_shared,
+    free_dim,
+    kernel_coords,
+    nan_for_infinite,
+    sample_coords,
+)
 from lkarray.kernels.spectra import svd
 from lkarray.results import Result, as_array
 from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
 
 
+@checked()
 def feature_overlap(G: Losses, *, reference: int = -1) -> xr.DataArray:
     r"""Return the mean cosine of examples' gradients with those at a reference time, lazily.
 
@@ -39,9 +47,10 @@ def feature_overlap(G: Losses, *, reference: int = -1) -> xr.DataArray:
         0, as in `ips`. One pass over the data, chunk by chunk.
     """
     x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
-    return _overlap(x, reference).rename("feature_overlap")
+    return _overlap(x, reference, "G").rename("feature_overlap")
 
 
+@checked()
 def activation_overlap(activations: Result, *, reference: int = -1) -> xr.DataArray:
     """Return the mean cosine of examples' activations with those at a reference time, lazily.
 
@@ -60,12 +69,12 @@ def activation_overlap(activations: Result, *, reference: int = -1) -> xr.DataAr
         ``activation_overlap(time)``, float64.
     """
     activations = as_array(activations, "activations")
-    return _overlap(activations, reference).rename("activation_overlap")
+    return _overlap(activations, reference, "activations").rename("activation_overlap")
 
 
-def _overlap(x: xr.DataArray, reference: int) -> xr.DataArray:
-    dim = free_dim(x, "the tensor", (TIME, EXAMPLE), ())
-    wide = x.drop_vars(list(x.coords)).astype(np.float64)
+def _overlap(x: xr.DataArray, reference: int, name: str) -> xr.DataArray:
+    dim = free_dim(x, name, (TIME, EXAMPLE), ())
+    wide = nan_for_infinite(x.drop_vars(list(x.coords)).astype(np.float64))
     last = wide.isel({TIME: _position(x, reference)})
     inner = (wide * last).sum(dim, skipna=False)
     norm = (wide**2).sum(dim, skipna=False) ** 0.5
@@ -75,6 +84,7 @@ def _overlap(x: xr.DataArray, reference: int) -> xr.DataArray:
     return out.assign_coords(sample_coords(x, TIME)).assign_attrs(reference=reference, units="1")
 
 
+@checked()
 def subspace_overlap(
     G: Losses, k: int = 10, *, reference: int = -1, memory: int | str | None = None
 ) -> xr.DataArray:
@@ -134,6 +144,7 @@ def _principal(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.minimum(cosines, 1).mean())
 
 
+@checked()
 def influence_over_time(
     train_G: Losses,
     audit_G: Losses,

@@ -10,6 +10,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.kernels.gram import free_dim
 from lkarray.kernels.groups import group_codes
 from lkarray.schema import POSTERIOR, Losses, as_losses
@@ -17,6 +18,7 @@ from lkarray.schema import POSTERIOR, Losses, as_losses
 _VALUES = 2**24  # of losses in memory at a time
 
 
+@checked()
 def residualize(losses: Losses, groups: Hashable | Any = "label") -> xr.DataArray:
     """Return losses without the component that the samples of a group share.
 

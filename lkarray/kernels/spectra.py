@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from math import prod
@@ -14,6 +13,7 @@ import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
+from lkarray.checking import COUNT, POSITIVE, checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.plan import memory_budget
 from lkarray.engine.strips import (
@@ -33,7 +33,6 @@ from lkarray.kernels.gram import (
     as_tensor,
     degrees_of_freedom,
     free_dim,
-    one_of,
     sample_coords,
 )
 from lkarray.kernels.unfolding import merge
@@ -48,6 +47,7 @@ _SEED = 0
 _ROWS = "lkarray_rows"  # of a tensor whose several free dims are stacked
 
 
+@checked(max_passes=COUNT, tolerance=POSITIVE)
 def svd(
     x: Result,
     k: int,
@@ -108,7 +108,7 @@ def svd(
     their error is of the order of float32 rounding of the largest, not of its square. Memory:
     strips, and ``q (k + 10) max_passes`` float64.
     """
-    k, x = operator.index(k), as_tensor(x, "x")
+    x = as_tensor(x, "x")
     over = (over,) if isinstance(over, str) else tuple(over)
     operand, free, scale = _operand(x, over, center, normalize)
     rows = along_rows(operand, memory_budget(memory))
@@ -145,6 +145,7 @@ def svd(
     return _assemble(graph, name, node, strips, (state, turn, k, scale), x, free)
 
 
+@checked()
 def eigh(
     x: Result,
     *,

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
+from lkarray.checking import checked, number, require_real
 from lkarray.errors import SchemaError
 from lkarray.schema import (
     CHAIN,
@@ -27,6 +28,7 @@ _ANY = (*STACKED, TOKEN)
 ERROR = "standard_error"
 
 
+@checked()
 def loss_gain(tree: Losses) -> xr.DataArray:
     """Return the posterior loss gain of each sample (Bayesian-probes eq. 4).
 
@@ -59,13 +61,16 @@ def loss_gain(tree: Losses) -> xr.DataArray:
             "a loss gain needs 'center_loss', the losses at w*, beside 'loss'; pass the tree or "
             "tree['losses'], not the DataArray alone"
         )
-    count, mean, _ = _moments(as_losses(node, extra=_ANY))
+    losses = as_losses(node, name="tree", extra=_ANY)
+    require_real("tree: center_loss", node[schema.CENTER_LOSS.name])
+    count, mean, _ = _moments(losses)
     whole = (mean * count).sum(_BLOCK, skipna=False) / count.sum()
     gain = whole - node[schema.CENTER_LOSS.name].astype(np.float64)
     out = _named(gain, "loss_gain", units="nat")
     return out.assign_coords({ERROR: _error_of_mean(mean)})
 
 
+@checked()
 def loss_variance(tree: Losses) -> xr.DataArray:
     """Return each sample's loss variance, the diagonal of K (loss-kernel section 2.3).
 
@@ -86,12 +91,13 @@ def loss_variance(tree: Losses) -> xr.DataArray:
     ValueError
         There are fewer than two draws.
     """
-    losses = as_losses(tree, extra=_ANY)
+    losses = as_losses(tree, name="tree", extra=_ANY)
     _enough(losses)
     variance = losses.astype(np.float64).var(POSTERIOR, ddof=1, skipna=False)
     return _named(variance, "loss_variance", units="nat^2", center="pooled")
 
 
+@checked()
 def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
     """Return the singular fluctuation, ``(nbeta / 2) mean_i K_ii`` (design section 6).
 
@@ -111,8 +117,8 @@ def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.Data
         Dimensionless, 0-d (or by ``checkpoint`` and ``component``), lazy, with the coordinate
         ``standard_error`` from leaving chains out one at a time (see `loss_gain`).
     """
+    losses = as_losses(tree, name="tree", extra=_ANY)
     scale = _nbeta(tree, nbeta) / 2
-    losses = as_losses(tree, extra=_ANY)
     _enough(losses)
     count, mean, square = _moments(losses)
     counted = _counted(tree, losses)
@@ -128,6 +134,7 @@ def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.Data
     return out.assign_coords({ERROR: error})
 
 
+@checked()
 def llc(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
     """Return the local learning coefficient, ``nbeta * mean_i loss_gain_i``.
 
@@ -152,8 +159,8 @@ def llc(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
         ``standard_error`` from leaving chains out one at a time (see `loss_gain`). Burn-in is
         never stored, so only draws count.
     """
-    scale = _nbeta(tree, nbeta)
     gain = loss_gain(tree)
+    scale = _nbeta(tree, nbeta)
     losses = as_losses(_dataset(tree), extra=_ANY)
     counted = _counted(tree, losses)
     _, mean, _ = _moments(losses)
@@ -257,4 +264,4 @@ def _nbeta(tree: Losses, given: float | None) -> float:
     found = given if given is not None else attributes(tree).get("nbeta")
     if found is None:
         raise ValueError("nbeta is not among the attributes of the losses; pass nbeta=...")
-    return float(found)
+    return number("nbeta", found)

@@ -12,6 +12,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.schema import (
     GRADIENT,
@@ -28,6 +29,7 @@ from lkarray.schema import (
 _CHUNK = 128 << 20  # bytes of a merged chunk, at most
 
 
+@checked()
 def unfold(G: Losses, *, keep: str | Iterable[str]) -> xr.DataArray:
     """Return the gradient tensor as a matrix, lazily (PLGK appendix A.6.3).
 
@@ -118,6 +120,7 @@ def _blocks(x: xr.Variable, dims: tuple[str, ...]) -> dict[Any, int]:
     return {dims[outer]: min(largest[dims[outer]], _CHUNK // cell)} | dict.fromkeys(inner, -1)
 
 
+@checked(G=None)
 def params(G: xr.DataTree | xr.Dataset, pattern: str | Iterable[str]) -> xr.Dataset:
     """Select parameters by the names of their tensors or modules, lazily.
 
@@ -170,7 +173,7 @@ def params(G: xr.DataTree | xr.Dataset, pattern: str | Iterable[str]) -> xr.Data
     ]
     if not chosen:
         raise SchemaError(
-            f"no tensor matches {list(patterns)}; there are {[own[0] for own in names]}"
+            f"pattern: no tensor matches {list(patterns)}; there are {[own[0] for own in names]}"
         )
     chosen.sort(key=lambda at: tuple(every[at]))
     spans = [(int(start), int(stop)) for start, stop in every[chosen]]
@@ -195,6 +198,8 @@ def _dataset(G: xr.DataTree | xr.Dataset) -> xr.Dataset:
             f"G lacks {missing}; params needs the names of the tensors as the coordinate 'tensor', "
             "and start(tensor) and stop(tensor) beside the gradients"
         )
+    if any(G[name].dims != (TENSOR,) for name in (START.name, STOP.name)) or not G.sizes[TENSOR]:
+        raise SchemaError("G: start and stop must be along 'tensor', one for each tensor")
     return G
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
@@ -310,12 +311,14 @@ def check_workers(num_workers: int | None) -> int:
 
 def check_dataset(dataset: object, name: str) -> None:
     """Raise unless ``dataset`` is map-style and not empty."""
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    others = (Mapping, type, str, bytes, xr.Dataset, xr.DataArray, xr.DataTree)
+    indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not indexed or isinstance(dataset, others) or getattr(dataset, "ndim", 1) == 0:
         raise TypeError(
             f"{name} must be a map-style dataset with len() and indexing, "
             f"not {type(dataset).__name__}; wrap tensors in torch.utils.data.TensorDataset"
         )
-    if len(dataset) == 0:
+    if len(cast(Sized, dataset)) == 0:
         raise ValueError(f"{name} is empty; give at least one (input, target)")
 
 

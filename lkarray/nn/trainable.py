@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from lkarray.checking import several, text
 from lkarray.errors import NonFiniteError
 
 _PART = re.compile(r"(?P<name>.+)\[(?P<index>[^\[\]]*:[^\[\]]*)\]")
@@ -67,8 +68,9 @@ def moving_indices(
                 "call requires_grad_(True), or name them with trainable=[...]"
             )
     else:
-        for pattern in [trainable] if isinstance(trainable, str) else trainable:
-            part = _PART.fullmatch(pattern)
+        patterns = [trainable] if isinstance(trainable, str) else several("trainable", trainable)
+        for pattern in patterns:
+            part = _PART.fullmatch(text("trainable", pattern))
             for name in _matches(model, part["name"] if part else pattern):
                 if part is None:
                     found[name] = None

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lkarray import kernels
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.audits import as_influence, whole_influence
 from lkarray.plots.training import mosaic
@@ -26,6 +27,7 @@ _CURVES = 100  # curves drawn one by one
 _NEAREST = 1e-16  # to a correlation of 1, in float64
 
 
+@checked(audit=None)
 def completeness(audit: xr.DataTree | xr.Dataset) -> Figure:
     """Draw MRE and LC by the end of each epoch (PLGK figure 1).
 
@@ -73,6 +75,7 @@ def _towards_one(axes: Axes, gap: np.ndarray) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(name))
 
 
+@checked(audit=None)
 def decision(audit: Result, at: Hashable, image: np.ndarray | None = None) -> Figure:
     """Draw one audited example's input and the influences on it, sorted (PLGK figure 2).
 
@@ -121,6 +124,7 @@ def decision(audit: Result, at: Hashable, image: np.ndarray | None = None) -> Fi
     return figure
 
 
+@checked()
 def influential_images(
     audit_or_table: Result,
     images: Any,
@@ -198,6 +202,7 @@ def _image(images: Any, label: Any) -> np.ndarray:
     return np.asarray(images[label])
 
 
+@checked(audit=None)
 def concentration(audit: Result) -> Figure:
     """Draw which share of all influence the most influential training examples hold.
 
@@ -239,6 +244,7 @@ def concentration(audit: Result) -> Figure:
     return figure
 
 
+@checked(audit=None)
 def layer_epoch(audit: Result) -> Figure:
     """Draw net and gross influence of each layer and epoch (PLGK section 6.3, figure 10).
 

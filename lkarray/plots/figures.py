@@ -13,6 +13,7 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels import loss_gain
 from lkarray.labels import items, require_unique, squared
@@ -24,6 +25,7 @@ _MARK = "#111111"
 _MOST = 2000  # samples of a kernel that a figure can show
 
 
+@checked()
 def neighbor_map(
     points: Result,
     *,
@@ -87,6 +89,7 @@ def neighbor_map(
     return figure
 
 
+@checked()
 def kernel_matrix(kernel: Result, *, by: str) -> Figure:
     """Draw a square kernel with its samples sorted by a label (loss-kernel figure 1B).
 
@@ -133,6 +136,7 @@ def kernel_matrix(kernel: Result, *, by: str) -> Figure:
     return figure
 
 
+@checked()
 def top_correlated(
     neighbors: xr.DataTree | xr.Dataset,
     images: np.ndarray,
@@ -204,6 +208,7 @@ def top_correlated(
     return figure
 
 
+@checked()
 def gain_against_loss(tree: Losses, *, mark: str | None = None) -> Figure:
     """Draw each sample's loss gain against its loss at w* (Bayesian-probes figure 1).
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.labels import as_columns, in_order, one_each
 from lkarray.results import Result, as_array, as_dataset
@@ -23,6 +24,7 @@ _STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (6, 2)), ":")
 _DRAWN = 20_000  # points of a scatter
 
 
+@checked()
 def groups_along(
     panels: Mapping[str, Result],
     *,
@@ -87,6 +89,7 @@ def groups_along(
     return figure
 
 
+@checked()
 def regime(
     metrics: Mapping[str, Result],
     panels: Mapping[str, Result],
@@ -136,6 +139,7 @@ def regime(
     return figure
 
 
+@checked()
 def mode_scatter(
     shifts: xr.DataTree | xr.Dataset,
     *,
@@ -171,6 +175,7 @@ def mode_scatter(
     return figure
 
 
+@checked()
 def influence_against(
     first: np.ndarray, others: Mapping[str, np.ndarray], correlations: Mapping[str, np.ndarray]
 ) -> Figure:
@@ -214,6 +219,7 @@ def influence_against(
     return figure
 
 
+@checked()
 def influence_along_path(gross: Result, totals: Mapping[str, Result]) -> Figure:
     """Draw when influence came, and how much, from an input to its perturbed form (figure 11).
 
@@ -249,6 +255,7 @@ def influence_along_path(gross: Result, totals: Mapping[str, Result]) -> Figure:
     return figure
 
 
+@checked()
 def image_rows(rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str]) -> Figure:
     """Show images in rows: an input, and what became of it (PLGK figures 8 and 20).
 

@@ -11,12 +11,14 @@ from matplotlib import color_sequences, colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
+from lkarray.checking import checked
 from lkarray.labels import items
 from lkarray.results import as_dataset
 
 _LEAST = 30  # pairs behind a point that is drawn
 
 
+@checked()
 def lift_by_depth(lift: xr.DataTree | xr.Dataset, *, least: int = _LEAST) -> Figure:
     """Draw one curve of lift for each query depth (loss-kernel figure 5).
 
@@ -51,6 +53,7 @@ def lift_by_depth(lift: xr.DataTree | xr.Dataset, *, least: int = _LEAST) -> Fig
     return figure
 
 
+@checked()
 def lift_curves(
     lifts: Mapping[str, xr.DataTree | xr.Dataset],
     *,
@@ -101,6 +104,7 @@ def lift_curves(
     return figure
 
 
+@checked()
 def hierarchy_matrices(by_distance: xr.DataTree | xr.Dataset) -> Figure:
     """Draw the mean kernel between labels beside their distances (loss-kernel figure 1B).
 
@@ -134,6 +138,7 @@ def hierarchy_matrices(by_distance: xr.DataTree | xr.Dataset) -> Figure:
     return figure
 
 
+@checked()
 def correlation_against_distance(curves: Mapping[str, xr.DataTree | xr.Dataset]) -> Figure:
     """Draw the mean kernel against distance in the hierarchy (loss-kernel figure 6C).
 
@@ -158,6 +163,7 @@ def correlation_against_distance(curves: Mapping[str, xr.DataTree | xr.Dataset])
     return figure
 
 
+@checked()
 def transitions(
     lifts: Mapping[str, xr.DataTree | xr.Dataset], colours: Sequence[Any] | None = None
 ) -> Figure:

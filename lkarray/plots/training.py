@@ -11,6 +11,7 @@ from matplotlib import color_sequences
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lkarray.checking import checked
 from lkarray.labels import in_order, items, one_each, squared
 from lkarray.results import Result, alone, as_array, as_dataset
 from lkarray.schema import COMPONENT, MODE, TIME
@@ -22,6 +23,7 @@ _COLOURS = color_sequences["petroff10"]
 _LINES = ("-", "--", ":", "-.")
 
 
+@checked()
 def temporal_structure(
     kernel: Result,
     modes: xr.DataTree | xr.Dataset,
@@ -75,6 +77,7 @@ def temporal_structure(
     return figure
 
 
+@checked()
 def over_training(
     curves: Mapping[str, Result], *, ylabel: str, title: str, labels: np.ndarray | None = None
 ) -> Figure:
@@ -99,6 +102,7 @@ def _times(x: xr.DataArray, labels: Any) -> np.ndarray:
     return np.asarray(x[TIME])
 
 
+@checked()
 def similarity_to_target(
     points: Result, similarity: Result, target: int, *, by: str = "label"
 ) -> Figure:
@@ -135,6 +139,7 @@ def similarity_to_target(
     return figure
 
 
+@checked()
 def similarity_against_distance(
     points: Result,
     similarity: Result,
@@ -190,6 +195,7 @@ def _about(
     return points.values, values, classes == classes[target]
 
 
+@checked()
 def axis_extremes(points: Result, images: np.ndarray, *, rows: int = 5) -> Figure:
     """Show the images at both ends of each axis of a map (PLGK figure 7).
 

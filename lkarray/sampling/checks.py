@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lkarray import schema
 from lkarray._version import __version__
+from lkarray.checking import at_least
 from lkarray.errors import FingerprintError
 from lkarray.nn import Batches, FlatModel
 from lkarray.nn.batches import MapDataset, check_dataset
@@ -63,17 +63,6 @@ def check_options(
             raise ValueError(f"observables: {name!r} must be a name that lkarray has no use for")
         if not callable(function):
             raise TypeError(f"observables[{name!r}] must be a function of the model")
-
-
-def at_least(name: str, value: object, least: int) -> int:
-    """Return ``value`` as an int of at least ``least``, or raise and name it."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, not {number}")
-    return number
 
 
 def observed_sets(

@@ -17,6 +17,7 @@ from zarr.storage import MemoryStore
 
 from lkarray import progress as progress_bars
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.errors import DivergedError
 from lkarray.nn.batches import Batches, MapDataset, check_dataset, check_workers
 from lkarray.sampling import checks
@@ -31,6 +32,7 @@ STEP_SIZES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 ACCEPTABLE = 0.6
 
 
+@checked()
 def suggest(
     posterior: LocalPosterior,
     observed: MapDataset,

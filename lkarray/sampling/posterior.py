@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from lkarray.checking import NATURAL
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import LossFunction, per_example_loss
 from lkarray.nn.trainable import moving_names
@@ -79,12 +79,11 @@ class LocalPosterior:
         return other
 
     def _set(self, nbeta: float, gamma: float) -> None:
-        for name, value in {"nbeta": nbeta, "gamma": gamma}.items():
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
+        nbeta = NATURAL.check_float("nbeta", nbeta)
+        gamma = NATURAL.check_float("gamma", gamma)
         if nbeta == 0 and gamma == 0:
             raise ValueError("nbeta and gamma are both 0, which leaves nothing to sample from")
-        self.nbeta, self.gamma = float(nbeta), float(gamma)
+        self.nbeta, self.gamma = nbeta, gamma
 
     def moving(self, trainable: str | Iterable[str]) -> LocalPosterior:
         """Return the same posterior with other parameters moving."""

@@ -18,6 +18,7 @@ from zarr.storage import MemoryStore
 
 from lkarray import schema
 from lkarray import store as stores
+from lkarray.checking import checked
 from lkarray.errors import FingerprintError
 from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.sampling import checks
@@ -89,6 +90,7 @@ def _key(fingerprint: Mapping[str, Any]) -> str:
     return json.dumps([fingerprint.get(name) for name in _SHARED], sort_keys=True, default=str)
 
 
+@checked()
 def observe(
     tree: xr.DataTree,
     new_set: MapDataset | Mapping[str, MapDataset],

@@ -13,6 +13,7 @@ import zarr
 from lkarray import progress as progress_bars
 from lkarray import schema
 from lkarray import store as stores
+from lkarray.checking import checked
 from lkarray.errors import StoreError
 from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.sampling import checks, parts, workers
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lkarray")
 
 
+@checked()
 def sample(
     posterior: LocalPosterior,
     observed: MapDataset | Mapping[str, MapDataset],

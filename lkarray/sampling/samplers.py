@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lkarray.checking import POSITIVE, Limits, check_fields
 from lkarray.nn.losses import identity
 from lkarray.sampling.schedules import SCHEDULES, Schedule
 
@@ -41,9 +42,7 @@ class Sampler(ABC):
     schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.step_size) or self.step_size <= 0:
-            raise ValueError(f"step_size must be a positive number, not {self.step_size!r}")
-        object.__setattr__(self, "step_size", float(self.step_size))
+        check_fields(self, step_size=POSITIVE)
         if self.schedule is not None and not callable(self.schedule):
             raise TypeError(
                 f"schedule must map a step to a factor, not be {type(self.schedule).__name__}"
@@ -182,10 +181,7 @@ class RMSpropSGLD(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), not {self.decay!r}")
-        if not self.damping > 0 or not math.isfinite(self.damping):
-            raise ValueError(f"damping must be a positive number, not {self.damping!r}")
+        check_fields(self, decay=Limits(least=0, below=1), damping=POSITIVE)
 
     @property
     def carries(self) -> tuple[str, ...]:
@@ -266,8 +262,7 @@ class SGHMC(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.friction <= 1:
-            raise ValueError(f"friction must be in (0, 1], not {self.friction!r}")
+        check_fields(self, friction=Limits(above=0, most=1))
 
     @property
     def carries(self) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lkarray.checking import COUNT, POSITIVE, Limits, check_fields
+
 #: Anything that maps a step (from 0) to a factor of the step size.
 Schedule = Callable[[int], float]
 
@@ -26,8 +28,7 @@ class PolynomialDecay:
     power: float = 0.55
 
     def __post_init__(self) -> None:
-        if not (self.scale > 0 and 0 < self.power <= 1):
-            raise ValueError(f"scale must be positive and power in (0, 1], not {self!r}")
+        check_fields(self, scale=POSITIVE, power=Limits(above=0, most=1))
 
     def __call__(self, step: int) -> float:
         """Return the factor of a step."""
@@ -41,8 +42,7 @@ class Warmup:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        check_fields(self, steps=COUNT)
 
     def __call__(self, step: int) -> float:
         """Return the factor of a step."""
@@ -65,8 +65,7 @@ class Cyclical:
     least: float = 1e-3
 
     def __post_init__(self) -> None:
-        if self.period < 1 or not 0 < self.least <= 1:
-            raise ValueError(f"period must be at least 1 and least in (0, 1], not {self!r}")
+        check_fields(self, period=COUNT, least=Limits(above=0, most=1))
 
     def __call__(self, step: int) -> float:
         """Return the factor of a step."""

@@ -17,6 +17,7 @@ import xarray as xr
 import zarr
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.schema import OUTPUT, TIME, VariableSpec
 from lkarray.store.chunks import (
     chunk_keys,
@@ -135,6 +136,7 @@ def gradient_marks(root: zarr.Group) -> dict[str, Any]:
     return dict(found)
 
 
+@checked()
 def discard_gradients(path: StoreLike) -> None:
     """Delete a store's gradient tensors and factors; what was computed from them stays.
 

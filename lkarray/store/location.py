@@ -57,7 +57,7 @@ def as_store(path: StoreLike) -> Store:
     """
     if isinstance(path, Store):
         return objects.adopt(path)
-    text = os.fspath(path).removeprefix("file://")
+    text = _text_of(path).removeprefix("file://")
     if objects.kind_of(text) is not None:
         return objects.open_url(text)
     if "://" in text:
@@ -67,7 +67,21 @@ def as_store(path: StoreLike) -> Store:
             raise MissingPackageError(f"{without_credentials(text)}: {error}") from None
         except ValueError as error:
             raise StoreError(f"{without_credentials(text)}: {error}; correct the URL") from None
-    return LocalStore(Path(text).expanduser().absolute())
+    try:
+        return LocalStore(Path(text).expanduser().absolute())
+    except RuntimeError:
+        raise StoreError(f"path or store {text!r}: there is no such home directory") from None
+
+
+def _text_of(path: object) -> str:
+    """Return a path or URL as text, or say what a store's place may be."""
+    expected = "path or store must be a folder, a URL or a Zarr store"
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise TypeError(f"{expected}, not {type(path).__name__}")
+    if not text.removeprefix("file://") or "\0" in text:
+        raise StoreError(f"{expected}, not {text!r}")
+    return text
 
 
 def local_path(store: Store) -> Path | None:
@@ -144,10 +158,14 @@ def exists(store: Store) -> bool:
     """
     folder = local_path(store)
     if folder is not None:
-        if folder.is_file():
-            raise StoreError(f"{folder} is a file, not a store; choose another path")
-        if not folder.exists():
+        try:
+            there = folder.exists()
+        except OSError as error:  # a name too long, say
+            raise StoreError(f"cannot read {folder}: {error.strerror}") from None
+        if not there:
             return False
+        if not folder.is_dir():
+            raise StoreError(f"{folder} is a file, not a store; choose another path")
         if not (folder / "zarr.json").is_file():
             # What a kill leaves while a store is being made does not count.
             names = sorted(p.name for p in folder.iterdir())

@@ -264,6 +264,8 @@ def open_url(url: str) -> UrlStore:
             f"the URL of {without_credentials(url)} holds credentials or a query, which would end "
             f"up in logs; give access by the environment: {_ACCESS[kind]}"
         )
+    if not bucket:
+        raise StoreError(f"{url} names no bucket; correct the URL")
     return _reopen(url.rstrip("/"), False)
 
 

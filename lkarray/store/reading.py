@@ -16,6 +16,7 @@ from zarr.core.sync import sync
 from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.errors import DamagedError, DivergedError, StoreError
 from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.chunks import damaged, read, read_whole, require_chunks
@@ -46,6 +47,7 @@ _OBSERVABLES = f"{schema.OBSERVABLES}/"
 PARTS = "parts"
 
 
+@checked()
 def open_store(path: StoreLike) -> xr.DataTree:
     """Open a store: every draw that counts, lazily, with its labels.
 

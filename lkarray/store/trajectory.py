@@ -18,6 +18,7 @@ import xarray as xr
 import zarr
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
 from lkarray.store.chunks import chunk_keys, flush_tree, missing, read, read_whole, require_chunks
 from lkarray.store.committed import array_at, array_names, damaged, group_at, read_rows, reading
@@ -215,6 +216,7 @@ def trace_fingerprint(root: zarr.Group) -> dict[str, Any] | None:
     return dict(root.attrs[MARK]).get(ROOT)  # type: ignore[arg-type, return-value]
 
 
+@checked()
 def discard_trace(path: StoreLike) -> None:
     """Delete the recorded states of a training run; gradients and audits of it stay.
 

@@ -15,6 +15,7 @@ from typing import Any
 import zarr
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.errors import DamagedError, StoreError, StoreVersionError
 from lkarray.store.audits import audit_marks
 from lkarray.store.gradients import gradient_marks
@@ -39,6 +40,7 @@ from lkarray.store.verifying_training import audit_problems, gradient_problems, 
 logger = logging.getLogger("lkarray")
 
 
+@checked()
 def verify(path: StoreLike) -> list[Problem]:
     """Check that every chunk that the store's records imply is whole, and the one written there.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable
 from typing import Any
 
@@ -11,6 +10,7 @@ import pandas as pd
 import xarray as xr
 from scipy import sparse
 
+from lkarray.checking import COUNT, NATURAL, SHARE, Limits, checked, real_array, several
 from lkarray.kernels.groups import group_codes, with_labels
 from lkarray.labels import coded
 from lkarray.schema import SAMPLE, second
@@ -22,6 +22,7 @@ _CHANNELS = ("red", "green", "blue")
 
 
 @workers_awaited("computed")
+@checked(blocks=Limits(least=2, most=100_000), level=SHARE, seed=NATURAL)
 def attribute_lift(
     neighbors: xr.Dataset | xr.DataTree,
     attribute: Hashable | Any,
@@ -73,12 +74,9 @@ def attribute_lift(
     One pass over the table. Queries are left out, not candidates, so errors do not include
     which inputs were there to be found.
     """
-    blocks = operator.index(blocks)
-    if blocks < 2:
-        raise ValueError(f"blocks must be at least 2, not {blocks}")
     near: xr.Dataset = as_table(neighbors)
     rows = table_rows(near)
-    name, values, codes = group_codes(near["neighbor"], rows, attribute)
+    name, values, codes = group_codes(near["neighbor"], rows, attribute, what="attribute")
     stated = near.attrs.get("exclude", "none")
     if exclude is None and stated in near.coords:
         exclude = stated
@@ -86,7 +84,7 @@ def attribute_lift(
     apart, excluded = np.arange(n), "none"
     if exclude is not None:
         near, excluded = with_labels(near, rows, exclude, what="exclude")
-        apart = coded(labels_of(near, rows, excluded), what=repr(excluded))[1]
+        apart = coded(labels_of(near, rows, excluded, "exclude"), what=repr(excluded))[1]
     block = np.random.default_rng(seed).integers(0, blocks, apart.max() + 1)[apart]
     table, missing = count_pairs(near, rows, block * count + codes, codes, (blocks * count, count))
     found = table.toarray().reshape(blocks, count, count).astype(float)
@@ -150,6 +148,7 @@ def _pooled(found: np.ndarray, chance: np.ndarray) -> np.ndarray:
     return ratio(np.asarray(np.trace(found)), np.asarray(expected))
 
 
+@checked(k=COUNT)
 def color_groups(images: Any, k: int = 8) -> xr.DataArray:
     """Return the group of each image by its mean colour (loss-kernel D.6).
 
@@ -176,11 +175,13 @@ def color_groups(images: Any, k: int = 8) -> xr.DataArray:
     ValueError
         Images have no three channels, or fewer than ``k`` mean colours differ.
     """
-    k = operator.index(k)
     index = images.index if isinstance(images, pd.Series) else None
     if isinstance(images, xr.DataArray):
         index = images.indexes.get(images.dims[0])
-    mean = np.stack([_mean_color(np.asarray(image), at) for at, image in enumerate(images)])
+    each = [_mean_color(image, at) for at, image in enumerate(several("images", images))]
+    if not each:
+        raise ValueError("images is empty; there are no colours to group")
+    mean = np.stack(each)
     if not 1 <= k <= (distinct := len(np.unique(mean, axis=0))):
         raise ValueError(f"k must be between 1 and {distinct}, the mean colours there are, not {k}")
     centers = [int(_squares(mean, mean.mean(axis=0)).argmax())]
@@ -201,11 +202,15 @@ def color_groups(images: Any, k: int = 8) -> xr.DataArray:
     )
 
 
-def _mean_color(image: np.ndarray, at: int) -> np.ndarray:
+def _mean_color(given: Any, at: int) -> np.ndarray:
+    image = real_array(f"images[{at}]", given)
     if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]):
         raise ValueError(
-            f"image {at} has shape {image.shape}; expected (height, width, 3) or (3, height, width)"
+            f"images: image {at} has shape {image.shape}; expected (height, width, 3) or "
+            "(3, height, width)"
         )
+    if not image.size or not np.isfinite(image).all():
+        raise ValueError(f"images: image {at} is empty, or holds NaN or infinity")
     axes = (0, 1) if image.shape[-1] == 3 else (1, 2)
     found: np.ndarray = image.mean(axis=axes, dtype=np.float64)
     return found

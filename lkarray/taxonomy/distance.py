@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from lkarray.checking import NATURAL, SHARE, Limits, checked, several
 from lkarray.kernels.groups import group_mean, with_labels
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses, second
 from lkarray.taxonomy import graph
 from lkarray.taxonomy.lift import interval, jackknife, ratio, resampled, spread
-from lkarray.taxonomy.taxonomy import Taxonomy
+from lkarray.taxonomy.taxonomy import Taxonomy, require_taxonomy
 from lkarray.waiting import workers_awaited
 
 
+@checked()
 def taxonomy_distance(taxonomy: Taxonomy, labels: Iterable[Hashable] | None = None) -> xr.DataArray:
     """Return the fewest edges between labels by way of a common ancestor (loss-kernel figure 1B).
 
@@ -32,7 +33,8 @@ def taxonomy_distance(taxonomy: Taxonomy, labels: Iterable[Hashable] | None = No
     xarray.DataArray
         ``distance(label, label_2)``, float32 edges; infinite without a common ancestor.
     """
-    chosen = list(taxonomy.labels if labels is None else labels)
+    require_taxonomy(taxonomy)
+    chosen = list(taxonomy.labels if labels is None else several("labels", labels))
     lines = taxonomy.ancestry(taxonomy.positions(chosen))
     names = np.array(chosen, dtype=None if len({*map(type, chosen)}) == 1 else object)
     return xr.DataArray(
@@ -45,6 +47,7 @@ def taxonomy_distance(taxonomy: Taxonomy, labels: Iterable[Hashable] | None = No
 
 
 @workers_awaited("computed")
+@checked(level=SHARE, replicates=Limits(least=0, most=100_000), seed=NATURAL)
 def correlation_by_distance(
     losses: Losses,
     taxonomy: Taxonomy,
@@ -100,7 +103,9 @@ def correlation_by_distance(
     the losses a chain, ``2 n S L`` operations each for L labels; each resampling ranks the pairs
     of labels (0.1 s at 1,000 labels).
     """
-    replicates = operator.index(replicates)
+    require_taxonomy(taxonomy)
+    if within is not None:
+        taxonomy.require(within, "within")
     x = as_losses(losses)
     rows = next(str(dim) for dim in x.dims if dim not in POSTERIOR)
     x, label = with_labels(x, rows, label, what="label")

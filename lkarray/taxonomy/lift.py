@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -12,14 +11,14 @@ import numpy as np
 import xarray as xr
 from scipy import sparse
 
-from lkarray.kernels.gram import one_of
+from lkarray.checking import COUNT, NATURAL, SHARE, Limits, checked, one_of
 from lkarray.kernels.groups import with_labels
 from lkarray.kernels.neighbors import neighbors as find_neighbors
 from lkarray.labels import coded
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses
 from lkarray.taxonomy import graph
 from lkarray.taxonomy.pairs import as_table, count_pairs, labels_of, table_rows
-from lkarray.taxonomy.taxonomy import Taxonomy
+from lkarray.taxonomy.taxonomy import Taxonomy, require_taxonomy
 from lkarray.waiting import workers_awaited
 
 BASES = ("matched", "dataset")
@@ -77,6 +76,7 @@ class Sums:
 
 
 @workers_awaited("computed")
+@checked(level=SHARE, replicates=Limits(least=0, most=100_000), k=COUNT, seed=NATURAL)
 def taxonomic_lift(
     neighbors: xr.DataTree | xr.Dataset | Losses,
     taxonomy: Taxonomy,
@@ -160,13 +160,7 @@ def taxonomic_lift(
     """
     one_of("base", base, BASES)
     one_of("depth", depth, graph.DEPTHS)
-    if not isinstance(taxonomy, Taxonomy):
-        raise TypeError(f"taxonomy must be a Taxonomy, not {type(taxonomy).__name__}")
-    replicates = operator.index(replicates)
-    if replicates < 0 or not 0 < level < 1:
-        raise ValueError(
-            f"replicates must be at least 0 and level between 0 and 1, not {replicates}, {level}"
-        )
+    require_taxonomy(taxonomy)
     neighbors = as_table(neighbors)
     if isinstance(neighbors, xr.Dataset) and "neighbor" in neighbors:
         parts: list[xr.Dataset] = []
@@ -204,7 +198,7 @@ def _searched(
     losses: Losses, label: str, k: int, largest: bool, delete_chains: bool, memory: Any
 ) -> tuple[xr.Dataset, list[xr.Dataset]]:
     """Return the neighbours of other labels, and those without each chain, lazily."""
-    x = as_losses(losses)
+    x = as_losses(losses, name="neighbors")
     rows = next(str(dim) for dim in x.dims if dim not in POSTERIOR)
     found = find_neighbors(x, k, exclude=label, largest=largest, memory=memory)
     values, sizes = np.unique(labels_of(found, rows, label), return_counts=True)

@@ -33,19 +33,26 @@ def table_rows(neighbors: xr.Dataset) -> str:
         It is none.
     """
     if not isinstance(neighbors, xr.Dataset):
-        raise TypeError(f"expected the Dataset of lk.neighbors, not {type(neighbors).__name__}")
+        raise TypeError(
+            f"neighbors must be the Dataset of lk.neighbors, not {type(neighbors).__name__}"
+        )
     if "neighbor" not in neighbors or RANK not in neighbors["neighbor"].dims:
-        raise SchemaError("the Dataset has no neighbor(sample, rank); pass lk.neighbors(...)")
+        raise SchemaError("neighbors has no neighbor(sample, rank); pass lk.neighbors(...)")
+    table = neighbors["neighbor"]
+    if table.ndim != 2 or not table.size:
+        raise SchemaError(
+            f"neighbors: neighbor has dims {dict(table.sizes)}; expected samples and 'rank'"
+        )
     return str(next(dim for dim in neighbors["neighbor"].dims if dim != RANK))
 
 
-def labels_of(neighbors: xr.Dataset, rows: str, label: str) -> np.ndarray:
+def labels_of(neighbors: xr.Dataset, rows: str, label: str, name: str = "label") -> np.ndarray:
     """Return the samples' values of a coordinate."""
     if label not in neighbors.coords or neighbors.coords[label].dims != (rows,):
         there = sorted(str(name) for name in sample_coords(neighbors, rows))
         raise SchemaError(
-            f"{label!r} is not a coordinate of {rows!r}; there are {there}. Give labels with "
-            f"neighbors.assign_coords({label}=({rows!r}, values)), or at sampling with coords="
+            f"{name}: {label!r} is not a coordinate of {rows!r}; there are {there}. Give labels "
+            f"with neighbors.assign_coords({label}=({rows!r}, values)), or at sampling with coords="
         )
     return np.asarray(neighbors.coords[label].values)
 

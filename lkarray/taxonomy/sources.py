@@ -8,12 +8,12 @@ import string
 from collections.abc import Hashable, Iterable, Mapping
 from importlib import resources
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lkarray.checking import path_like
 from lkarray.errors import MissingCorpusError
 from lkarray.store.files import write_text
 
@@ -161,10 +161,16 @@ def parents_of(edges: Iterable[tuple[str, tuple[Any, Any]]], *, prefixes: bool =
     return parents
 
 
-def plain(label: Any) -> Any:
+def plain(label: Any, name: str = "label") -> Any:
     """Return a name as Python's own type, without blanks around it, so that it is found again."""
-    label = label.item() if isinstance(label, np.generic) else label
-    return label.strip(_BLANK) if isinstance(label, str) else label
+    found = label.item() if isinstance(label, np.generic) else label
+    try:
+        hash(found)
+    except TypeError:
+        raise TypeError(
+            f"{name}: a {type(found).__name__} cannot be a node or label; use strings or numbers"
+        ) from None
+    return found.strip(_BLANK) if isinstance(found, str) else found
 
 
 def is_missing(name: Any) -> bool:
@@ -176,23 +182,35 @@ def is_missing(name: Any) -> bool:
 
 def _text(path: Any) -> str:
     """Return the text of a file, without the mark that some programs begin UTF-8 with."""
+    place = path_like("path", path)
+    if place.exists() and not place.is_file():
+        raise ValueError(f"path: {place} is no file; give the file that the taxonomy is in")
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        return place.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"path: {place} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (at byte {error.start}); save it as UTF-8") from None
+        raise ValueError(
+            f"path: {place} is not UTF-8 (at byte {error.start}); save it as UTF-8"
+        ) from None
 
 
 def read_json(path: Any) -> tuple[Parents, Any]:
     """Return parents and labels of a file that `write_json` wrote, or of ``{node: [parents]}``."""
     try:
         stored = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds no object: expected {{node: [parents]}}")
     if stored.get("format") != "lkarray.taxonomy":
         return {n: p if isinstance(p, list) else [p] for n, p in stored.items()}, None
-    return dict(map(tuple, stored["parents"])), dict(map(tuple, stored["labels"]))
+    try:
+        return dict(map(tuple, stored["parents"])), dict(map(tuple, stored["labels"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not what Taxonomy.to_json wrote ({type(error).__name__}: {error})"
+        ) from None
 
 
 def write_json(path: Any, parents: Mapping[Any, Iterable[Any]], labels: Mapping[Any, Any]) -> None:
@@ -205,7 +223,7 @@ def write_json(path: Any, parents: Mapping[Any, Iterable[Any]], labels: Mapping[
         "parents": [[node, list(above)] for node, above in parents.items()],
         "labels": [list(pair) for pair in labels.items()],
     }
-    text, place = json.dumps(stored, ensure_ascii=False), Path(path).resolve()
+    text, place = json.dumps(stored, ensure_ascii=False), path_like("path", path).resolve()
     if place.exists() and not place.is_file():  # a pipe, say
         place.write_text(text, "utf8")
     else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
 from scipy import sparse
 
+from lkarray.checking import integer, mapping, one_of, several, text
 from lkarray.taxonomy import graph, sources
 from lkarray.taxonomy.graph import DEPTHS
 from lkarray.taxonomy.sources import is_missing, plain
@@ -73,7 +74,7 @@ class Taxonomy:
         above = _checked(parents)
         above |= {p: () for found in list(above.values()) for p in found if p not in above}
         if not above:
-            raise ValueError("a taxonomy needs at least one node")
+            raise ValueError("parents or edges are empty: a taxonomy needs at least one node")
         self.nodes = tuple(above)
         position = {node: at for at, node in enumerate(self.nodes)}
         self._parents = tuple(tuple(position[p] for p in found) for found in above.values())
@@ -84,17 +85,18 @@ class Taxonomy:
         inner = {p for found in self._parents for p in found}
         if labels is None:
             labels = [node for at, node in enumerate(self.nodes) if at not in inner]
-        pairs = labels.items() if isinstance(labels, Mapping) else [(node, node) for node in labels]
-        named = {plain(label): plain(node) for label, node in pairs}
-        if len(named) < len(pairs) and isinstance(labels, Mapping):
-            raise ValueError("two labels are the same but for blanks around them; name each once")
-        known = position | {plain(k): position[plain(v)] for k, v in (aliases or {}).items()}
+        named = _named("labels", labels)
+        others = {} if aliases is None else _named("aliases", mapping("aliases", aliases))
+        absent = [node for node in others.values() if node not in position]
+        if absent:
+            raise ValueError(f"{_listed(absent)} named by aliases, but not in the taxonomy")
+        known = position | {alias: position[node] for alias, node in others.items()}
         absent = [node for node in named.values() if node not in known]
         if absent:
             raise ValueError(f"{_listed(absent)} named as labels, but not in the taxonomy")
         self.labels = tuple(named)
         self._index = known | {label: known[node] for label, node in named.items()}
-        self._check_roots(inner, None if roots is None else {plain(root) for root in roots})
+        self._check_roots(inner, None if roots is None else set(plain_all("roots", roots)))
 
     def _check_roots(self, inner: set[int], roots: set[Node] | None) -> None:
         for label in self.labels:
@@ -139,11 +141,7 @@ class Taxonomy:
         MissingCorpusError
             nltk's WordNet corpus is missing; the message says the command that gets it.
         """
-        named = (
-            {plain(label): plain(synset) for label, synset in synsets.items()}
-            if isinstance(synsets, Mapping)
-            else {synset: synset for synset in map(plain, synsets)}
-        )
+        named = {label: text("synsets", name) for label, name in _named("synsets", synsets).items()}
         parents, names, aliases = sources.read_wordnet(named.values())
         labels = {label: names[synset] for label, synset in named.items()}
         return cls(parents, labels, aliases=aliases)
@@ -165,10 +163,11 @@ class Taxonomy:
         ('dog', 'cat')
         """
         rows: list[tuple[str, tuple[Any, Any]]] = []
-        for number, edge in enumerate(edges):
-            if isinstance(edge, str) or len(edge) != 2:
-                raise ValueError(f"edge {number} is {edge!r}; expected (parent, child)")
-            rows.append((f"edge {number}", (edge[0], edge[1])))
+        for number, edge in enumerate(several("edges", edges)):
+            if isinstance(edge, str) or not isinstance(edge, Sized) or len(edge) != 2:
+                raise ValueError(f"edges: edge {number} is {edge!r}; expected (parent, child)")
+            above, below = plain_all("edges", edge)
+            rows.append((f"edge {number}", (above, below)))
         return cls(sources.parents_of(rows, prefixes=True), labels, roots=roots)
 
     @classmethod
@@ -184,7 +183,8 @@ class Taxonomy:
         >>> Taxonomy.from_parents({"dog": "mammal", "bat": ["mammal", "flier"]}).roots
         ('mammal', 'flier')
         """
-        return cls({node: _several(found) for node, found in parents.items()}, labels, roots=roots)
+        found = {node: _several(above) for node, above in mapping("parents", parents).items()}
+        return cls(found, labels, roots=roots)
 
     @classmethod
     def from_networkx(
@@ -195,6 +195,8 @@ class Taxonomy:
         roots: Iterable[Node] | None = None,
     ) -> Self:
         """Return the taxonomy of a networkx ``DiGraph`` whose edges lead from parent to child."""
+        if not hasattr(digraph, "is_directed"):
+            raise TypeError(f"digraph must be a networkx DiGraph, not {type(digraph).__name__}")
         if not digraph.is_directed():
             raise ValueError("a taxonomy needs directed edges, from parent to child: nx.DiGraph")
         parents = {node: list(digraph.predecessors(node)) for node in digraph}
@@ -221,7 +223,7 @@ class Taxonomy:
 
     def subset(self, labels: Iterable[Hashable]) -> Self:
         """Return the same graph, seen from some of its labels or nodes only."""
-        chosen = {plain(label): self.nodes[at] for label, at in self._found(labels)}
+        chosen = {label: self.nodes[at] for label, at in self._found(labels)}
         aliases = {name: self.nodes[at] for name, at in self._index.items()}
         return type(self)(
             {node: self.parents(node) for node in self.nodes}, chosen, aliases=aliases
@@ -237,6 +239,10 @@ class Taxonomy:
     def node(self, label: Hashable) -> Node:
         """Return the node that a label, an alias or a node names."""
         return self.nodes[self._at(label)]
+
+    def require(self, label: Hashable, name: str) -> None:
+        """Raise ``ValueError`` that names an argument, unless its label is in the taxonomy."""
+        self._at(label, name)
 
     def parents(self, label: Hashable) -> tuple[Node, ...]:
         """Return the nodes directly above."""
@@ -263,6 +269,8 @@ class Taxonomy:
 
     def ancestors(self, label: Hashable, at_depth: int | None = None) -> tuple[Node, ...]:
         """Return a node's ancestors and itself, from the root down; or those at one depth."""
+        if at_depth is not None:
+            at_depth = integer("at_depth", at_depth)
         shortest, longest = self.depths("shortest"), self.depths("longest")
         found = graph.upward(self._parents, self._at(label))
         order = sorted(found, key=lambda a: (longest[a], a))
@@ -276,14 +284,14 @@ class Taxonomy:
 
     def lowest_common_ancestors(self, a: Hashable, b: Hashable) -> tuple[Node, ...]:
         """Return the nodes above both that have none such below: several at times, or none."""
-        up = graph.upward(self._parents, self._at(a))
-        common = [node for node in graph.upward(self._parents, self._at(b)) if node in up]
+        up, other = self._upward(a, b)
+        common = [node for node in other if node in up]
         higher = {p for node in common for p in self._parents[node]}
         return tuple(self.nodes[node] for node in common if node not in higher)
 
     def distance(self, a: Hashable, b: Hashable) -> float:
         """Return the fewest edges between two nodes by a common ancestor; infinite without."""
-        up, other = (graph.upward(self._parents, self._at(label)) for label in (a, b))
+        up, other = self._upward(a, b)
         return float(min((up[n] + other[n] for n in up if n in other), default=np.inf))
 
     def order(self) -> tuple[Hashable, ...]:
@@ -307,8 +315,7 @@ class Taxonomy:
 
     def depths(self, depth: str = "shortest") -> np.ndarray:
         """Return every node's depth, in the order of ``nodes``."""
-        if depth not in DEPTHS:
-            raise ValueError(f"depth must be one of {list(DEPTHS)}, not {depth!r}")
+        one_of("depth", depth, DEPTHS)
         if depth not in self._depths:
             self._depths[depth] = graph.depths(self._parents, depth)
             self._depths[depth].flags.writeable = False
@@ -337,19 +344,24 @@ class Taxonomy:
     def _depths(self) -> dict[str, np.ndarray]:
         return {}
 
-    def _found(self, labels: Iterable[Hashable]) -> list[tuple[Hashable, int]]:
-        names = [plain(label) for label in labels]
+    def _found(
+        self, labels: Iterable[Hashable], name: str = "labels"
+    ) -> list[tuple[Hashable, int]]:
+        names = plain_all(name, labels)
         absent = [name for name in dict.fromkeys(names) if name not in self._index]
         if absent:
             raise ValueError(
-                f"{_listed(absent)} not in the taxonomy, whose labels are such as "
+                f"{name}: {_listed(absent)} not in the taxonomy, whose labels are such as "
                 f"{_listed(self.labels[:3])}; rename labels with Taxonomy(..., labels={{label: "
                 "node}), or leave these inputs out"
             )
         return [(name, self._index[name]) for name in names]
 
-    def _at(self, label: Hashable) -> int:
-        return self._found([label])[0][1]
+    def _upward(self, a: Hashable, b: Hashable) -> list[dict[int, int]]:
+        return [graph.upward(self._parents, self._at(x, name)) for x, name in ((a, "a"), (b, "b"))]
+
+    def _at(self, label: Hashable, name: str = "label") -> int:
+        return self._found([label], name)[0][1]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__slots__ and hasattr(self, name):
@@ -377,8 +389,8 @@ def _checked(parents: Mapping[Node, Iterable[Node]]) -> dict[Node, tuple[Node, .
     """Return the parents of each node, names plain, and missing ones left out: of a root."""
     above: dict[Node, tuple[Node, ...]] = {}
     empty = "" in parents  # then it is a name
-    for given, found in parents.items():
-        node, names = plain(given), [plain(p) for p in _several(found)]
+    for given, found in mapping("parents", parents).items():
+        node, names = plain(given, "parents"), plain_all(f"parents[{given!r}]", _several(found))
         kept = tuple(dict.fromkeys(p for p in names if not _absent(p, empty)))
         if _absent(node, empty):
             raise ValueError(
@@ -400,6 +412,29 @@ def _checked(parents: Mapping[Node, Iterable[Node]]) -> dict[Node, tuple[Node, .
 
 def _absent(name: Node, empty: bool) -> bool:
     return is_missing(name) and not (empty and isinstance(name, str))
+
+
+def require_taxonomy(taxonomy: object) -> None:
+    """Raise unless the argument ``taxonomy`` is one."""
+    if not isinstance(taxonomy, Taxonomy):
+        raise TypeError(
+            f"taxonomy must be a Taxonomy, as lk.Taxonomy makes, not {type(taxonomy).__name__}"
+        )
+
+
+def plain_all(name: str, labels: Any) -> tuple[Hashable, ...]:
+    """Return labels as Python's own types, checked."""
+    return tuple(plain(label, name) for label in several(name, labels))
+
+
+def _named(name: str, labels: Any) -> dict[Hashable, Node]:
+    """Return nodes by their labels, of a mapping or of nodes that are their own labels."""
+    if not isinstance(labels, Mapping):
+        return {label: label for label in plain_all(name, labels)}
+    found = {plain(label, name): plain(node, name) for label, node in labels.items()}
+    if len(found) < len(labels):
+        raise ValueError(f"{name}: two are the same but for blanks around them; name each once")
+    return found
 
 
 def _several(found: Any) -> tuple[Node, ...]:

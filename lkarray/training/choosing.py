@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import Subset
 
+from lkarray.checking import array
 from lkarray.nn.batches import Batches, MapDataset
 from lkarray.training.recorder import Recorder
 from lkarray.training.trace import Trace
@@ -46,10 +47,11 @@ def as_examples(
 ) -> tuple[Batches, np.ndarray]:
     """Return examples and their index: a dataset's, or those at indices of the training set."""
     device = trace.flat.device
-    if isinstance(examples, (np.ndarray, list, tuple, range)) and not isinstance(
-        examples[0] if len(examples) else 0, tuple
+    if isinstance(examples, np.ndarray) or (
+        isinstance(examples, list | tuple | range)
+        and not (len(examples) and isinstance(examples[0], tuple))
     ):
-        index = np.asarray(examples)
+        index = array("examples", examples)
         n = trace.train.n
         if index.ndim != 1 or not index.size or index.dtype.kind not in "iu":
             raise ValueError("examples must be a dataset, or a list of indices of the training set")

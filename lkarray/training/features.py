@@ -16,6 +16,7 @@ from torch import Tensor
 from lkarray import progress as bars
 from lkarray import schema
 from lkarray import store as store_
+from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError, NonFiniteError
 from lkarray.nn.batches import MapDataset
@@ -41,6 +42,7 @@ _COPIES = 8
 _COMMIT_SECONDS = 5.0
 
 
+@checked()
 def gradient_features(
     trace: Trace | Recorder,
     examples: MapDataset | Sequence[int] | np.ndarray,
@@ -144,6 +146,7 @@ def gradient_features(
     return _make(maker, layout, fingerprint, store, preconditioned, progress)
 
 
+@checked()
 def gradient_factors(
     trace: Trace | Recorder,
     examples: MapDataset | Sequence[int] | np.ndarray,
@@ -192,6 +195,7 @@ def gradient_factors(
     return _make(maker, layout, _fingerprint(maker, layout), store, False, progress)
 
 
+@checked()
 def gradient_plan(
     trace: Trace | Recorder, params: str | Iterable[str] | None = None
 ) -> GradientPlan:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lkarray.checking import checked
 from lkarray.nn.batches import Batches, MapDataset
 from lkarray.nn.losses import LossFunction, per_example_loss
 from lkarray.store.location import StoreLike
@@ -15,6 +16,7 @@ from lkarray.training.recorder import record
 from lkarray.training.trace import Trace, open_trace
 
 
+@checked()
 def snapshot(
     model: nn.Module,
     train_set: MapDataset,
@@ -52,6 +54,10 @@ def snapshot(
     FingerprintError
         The store holds a trace of another model, other data or another loss.
     """
+    if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
+        raise TypeError(
+            f"model must be a torch.nn.Module with parameters, not {type(model).__name__}"
+        )
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     device = next(model.parameters()).device

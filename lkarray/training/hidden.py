@@ -11,6 +11,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from lkarray import schema
+from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
 from lkarray.nn.batches import MapDataset
@@ -24,6 +25,7 @@ from lkarray.training.trace import Trace
 _ROWS = 512
 
 
+@checked()
 def activations(
     trace: Trace | Recorder,
     examples: MapDataset | Sequence[int] | np.ndarray,
@@ -105,6 +107,7 @@ def _require(needed: int, memory: int | str | None) -> None:
         )
 
 
+@checked(modes=None)
 def mode_sensitivity(
     trace: Trace | Recorder,
     modes: xr.DataTree | xr.Dataset,

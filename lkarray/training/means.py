@@ -9,6 +9,7 @@ import torch
 import xarray as xr
 
 from lkarray import progress as bars
+from lkarray.checking import checked
 from lkarray.errors import NonFiniteError
 from lkarray.nn.batches import MapDataset
 from lkarray.schema import PARAM, TIME
@@ -19,6 +20,7 @@ from lkarray.training.trace import Trace
 _ROWS = 1024
 
 
+@checked()
 def mean_gradient(
     trace: Trace | Recorder,
     times: str | Iterable[int] = "epoch",

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lkarray import progress as bars
 from lkarray import store
+from lkarray.checking import checked
 from lkarray.errors import FingerprintError, LockedError, NonFiniteError, StoreError
 from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.nn.losses import LossFunction
@@ -30,6 +31,7 @@ from lkarray.training.trace import Trace, open_trace
 Indices = Sequence[int] | np.ndarray | Tensor
 
 
+@checked()
 def record(
     model: nn.Module,
     optimizer: Optimizer,
@@ -147,8 +149,12 @@ class Recorder:
         num_workers: int = 0,
     ) -> None:
         for name, value in (("every", every), ("check_every", check_every)):
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be torch's, not {type(optimizer).__name__}")
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler
         self._every, self._check_every, self._path = every, check_every, path
         self._check = StepCheck(model, optimizer, train_set, loss, num_workers)

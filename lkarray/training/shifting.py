@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from lkarray.checking import checked
 from lkarray.errors import SchemaError
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import logits
@@ -22,6 +23,7 @@ from lkarray.training.trace import Trace
 _ROWS = 128
 
 
+@checked(modes=None)
 def shift_modes(
     trace: Trace | Recorder,
     modes: xr.DataTree | xr.Dataset,

@@ -12,6 +12,7 @@ import zarr
 from torch import Tensor, nn
 
 from lkarray import schema, store
+from lkarray.checking import checked
 from lkarray.errors import FingerprintError, StoreError
 from lkarray.nn.batches import Batches, MapDataset
 from lkarray.nn.flat import FlatModel
@@ -26,6 +27,7 @@ from lkarray.training.optimizers import RULES, kind_named
 from lkarray.training.replay import Replay
 
 
+@checked()
 def open_trace(
     path: StoreLike,
     model: nn.Module,

@@ -25,6 +25,8 @@ logger = logging.getLogger("lkarray")
 
 _GROUP = "lkarray.workflows"
 _RECORD = "run.json"
+#: What a record holds, and of which kind.
+_FORM = {"workflow": str, "lkarray": str, "config": dict, "stages": dict}
 
 
 class Workflow(Protocol):
@@ -79,10 +81,32 @@ def run_lock(folder: Path) -> Iterator[None]:
 def read_record(folder: Path) -> dict[str, Any]:
     """Return the record of the run in a folder; empty where there is none that can be read."""
     try:
-        record = json.loads((folder / _RECORD).read_text())
+        return _parsed((folder / _RECORD).read_text(encoding="utf8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Return a record from its JSON; raise ``ValueError`` unless it is of the form written here."""
+    try:
+        record = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(record, dict):
+        raise ValueError("it is no object")
+    for key, kind in _FORM.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"{key!r} is missing, or no {kind.__name__}")
+    for name, entry in record["stages"].items():
+        outputs = entry.get("outputs") if isinstance(entry, dict) else None
+        if not isinstance(outputs, list) or not all(isinstance(path, str) for path in outputs):
+            raise ValueError(f"stage {name!r} has no list of outputs")
+        if not isinstance(entry.get("seconds"), int | float):
+            raise ValueError(f"stage {name!r} has no seconds")
+    inputs = record.get("inputs", {})
+    if not isinstance(inputs, dict) or not set(inputs) <= set(record["config"]):
+        raise ValueError("'inputs' are not among the settings")
+    return record
 
 
 def is_complete(folder: Path) -> bool:
@@ -200,10 +224,13 @@ class Run:
             _refuse_others(self.folder)
             return {**now, "stages": {}}
         try:
-            record: dict[str, Any] = json.loads(path.read_text())
+            record = _parsed(path.read_text(encoding="utf8"))
             before = {**record["config"], **{k: record[k] for k in ("workflow", "lkarray")}}
-        except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{path} cannot be read ({error}); choose another --out") from None
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{path} cannot be read ({error}); nothing was touched. Restore it from a copy, or "
+                "choose another --out"
+            ) from None
         after = {**now["config"], **{k: now[k] for k in ("workflow", "lkarray")}}
         remedy = "choose another --out, or the same settings"
         refuse_changes(before, after, str(self.folder), remedy=remedy)

@@ -176,7 +176,9 @@ def _recorded(facts: Mapping[str, Any], out: Path) -> dict[str, Any] | None:
     """Return what the same request depends on now, if a finished run says its settings."""
     for path in sorted(out.glob("*/run.json")):
         record = read_record(path.parent)
-        if "finished" in record and all(record.get(key) == facts[key] for key in facts):
+        if {"finished", "inputs"} <= set(record) and all(
+            record.get(key) == facts[key] for key in facts
+        ):
             config = record["config"]
             inputs = {name: _input(config[name], out) for name in record["inputs"]}
             return {**facts, "config": config, "inputs": inputs}
