@@ -24,6 +24,7 @@ from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import logits
+from lkarray.nn.modes import with_gradients
 from lkarray.training.choosing import as_examples, as_trace
 from lkarray.training.makers import Maker
 from lkarray.training.projection import Projection
@@ -39,6 +40,7 @@ _COPIES = 3
 _ROWS = 2048
 
 
+@with_gradients
 def trak(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,

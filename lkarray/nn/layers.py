@@ -133,9 +133,7 @@ class Layers:
     def _names(self) -> set[str]:
         return {name for names in self.modules.values() for name in names} - self.left_out
 
-    def _forward(
-        self, inputs: Inputs, target: Target
-    ) -> tuple[Tensor, list[Call], Graph | None]:
+    def _forward(self, inputs: Inputs, target: Target) -> tuple[Tensor, list[Call], Graph | None]:
         calls: list[Call] = []
         x, y = fresh(inputs, target)
         with gradients_on(), self._hooked(calls):

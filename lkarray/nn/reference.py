@@ -19,7 +19,8 @@ from lkarray.nn.modes import gradients_on
 #: One number of each example, ``(batch,)``, from the model's output and the target.
 Scalars = Callable[[Any, Any], Tensor]
 
-_NOTHING_TO_CHECKPOINT = "None of the inputs have requires_grad=True"
+#: What torch says of a reentrant checkpoint whose gradients it loses, and of one that it refuses.
+_NOTHING_TO_CHECKPOINT, _REENTRANT = "None of the inputs have requires_grad=True", "use_reentrant"
 
 
 class Reference:
@@ -42,22 +43,31 @@ class Reference:
     def __init__(self, flat: FlatModel, scalars: Scalars) -> None:
         self.flat, self.scalars = flat, scalars
         self.one_by_one = False
-        self._whole = False  # a reentrant checkpoint, which knows no gradient but that of everything
+        self._whole = (
+            False  # a reentrant checkpoint, which knows no gradient but that of everything
+        )
 
     def alone(self, inputs: Any, target: Any) -> tuple[Tensor, Tensor]:
         """Return the number of one example, and its gradient ``(param,)``: the definition."""
-        x, y = single(inputs), single(target)
-        with gradients_on(), _told():
+        numbers, slope = self._summed(single(inputs), single(target))
+        return numbers.squeeze(0), slope
+
+    def total(self, inputs: Inputs, target: Target) -> Tensor:
+        """Return the gradient of the sum of a batch's numbers, ``(param,)``, by autograd."""
+        return self._summed(inputs, target)[1]
+
+    def _summed(self, inputs: Any, target: Any) -> tuple[Tensor, Tensor]:
+        with gradients_on(), checkpoints_named():
             if not self._whole:
-                numbers = self.numbers(x, y)
+                numbers = self.numbers(inputs, target)
                 try:
-                    return numbers.detach().squeeze(0), self.flat.slope(numbers.sum())
+                    return numbers.detach(), self.flat.slope(numbers.sum())
                 except RuntimeError as error:
-                    if "use_reentrant" not in str(error):
+                    if _REENTRANT not in str(error):
                         raise
                     self._whole = True
-            numbers = self.numbers(x, y)
-            return numbers.detach().squeeze(0), self.flat.whole_slope(numbers.sum())
+            numbers = self.numbers(inputs, target)
+            return numbers.detach(), self.flat.whole_slope(numbers.sum())
 
     def numbers(self, inputs: Inputs, target: Target) -> Tensor:
         """Return the numbers of a batch, which the model gets a copy of."""
@@ -100,18 +110,18 @@ def _batching() -> Iterator[None]:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Refuse a reentrant checkpoint that would lose gradients."""
+def checkpoints_named() -> Iterator[None]:
+    """Refuse reentrant checkpoints by name, where they lose gradients or cannot give them."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", _NOTHING_TO_CHECKPOINT)
         try:
             yield
-        except UserWarning as warning:
-            if _NOTHING_TO_CHECKPOINT not in str(warning):
+        except (UserWarning, RuntimeError) as error:
+            if _NOTHING_TO_CHECKPOINT not in str(error) and _REENTRANT not in str(error):
                 raise
             raise ValueError(
-                "the model has a torch.utils.checkpoint with use_reentrant=True whose inputs need no "
-                "gradient, so that torch loses the gradients of what is inside; set "
+                "the model has a torch.utils.checkpoint with use_reentrant=True, which torch gives no "
+                "such gradient through (or loses it, where the inputs need none); set "
                 "use_reentrant=False there, which changes no number"
             ) from None
 

@@ -19,8 +19,9 @@ from lkarray import store as store_
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError, NonFiniteError
 from lkarray.nn.batches import MapDataset
-from lkarray.nn.gradients import GradientPlan
+from lkarray.nn.features import GradientPlan
 from lkarray.nn.losses import identity
+from lkarray.nn.modes import with_gradients
 from lkarray.schema import EXAMPLE, TENSOR
 from lkarray.store.gradients import TensorLayout, TensorWriter, gradient_group, open_gradients
 from lkarray.training.choosing import as_steps, as_trace
@@ -35,6 +36,7 @@ _COPIES = 8
 _COMMIT_SECONDS = 5.0
 
 
+@with_gradients
 def gradient_features(
     trace: Trace | Recorder,
     examples: MapDataset | Sequence[int] | np.ndarray,
@@ -135,6 +137,7 @@ def gradient_features(
     return _make(maker, layout, fingerprint, store, preconditioned, progress)
 
 
+@with_gradients
 def gradient_factors(
     trace: Trace | Recorder,
     examples: MapDataset | Sequence[int] | np.ndarray,
@@ -182,6 +185,7 @@ def gradient_factors(
     return _make(maker, layout, _fingerprint(maker, layout), store, False, progress)
 
 
+@with_gradients
 def gradient_plan(
     trace: Trace | Recorder, params: str | Iterable[str] | None = None
 ) -> GradientPlan:

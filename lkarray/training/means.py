@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 import xarray as xr
 
 from lkarray import progress as bars
 from lkarray.errors import NonFiniteError
 from lkarray.nn.batches import MapDataset
+from lkarray.nn.modes import with_gradients
+from lkarray.nn.reference import Reference
 from lkarray.schema import PARAM, TIME
 from lkarray.training.choosing import as_examples, as_steps, as_trace
 from lkarray.training.recorder import Recorder
@@ -19,6 +20,7 @@ from lkarray.training.trace import Trace
 _ROWS = 1024
 
 
+@with_gradients
 def mean_gradient(
     trace: Trace | Recorder,
     times: str | Iterable[int] = "epoch",
@@ -65,6 +67,7 @@ def mean_gradient(
     source = as_trace(trace)
     steps = as_steps(source, times)
     data = source.train if examples is None else as_examples(source, examples)[0]
+    reference = Reference(source.flat, source.loss)
     out = np.zeros((len(steps), source.flat.theta.shape[1]))
     with bars.bar(
         "mean gradients", total=len(steps) * data.n, unit="example", show=progress
@@ -74,10 +77,8 @@ def mean_gradient(
             for start in range(0, data.n, _ROWS):
                 rows = np.arange(start, min(start + _ROWS, data.n))
                 inputs, target = data.take(rows)
-                with torch.enable_grad():
-                    losses = source.loss(source.flat(inputs), target)
-                    slopes = torch.autograd.grad(losses.sum(), source.flat.leaves)
-                out[t] += torch.cat([slope.flatten() for slope in slopes]).double().cpu().numpy()
+                slope = reference.total(inputs, target)
+                out[t] += slope.double().cpu().numpy()
                 bar.update(len(rows))
             if not np.isfinite(out[t]).all():
                 raise NonFiniteError(f"the mean gradient before step {step} is not finite")

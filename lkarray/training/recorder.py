@@ -17,6 +17,7 @@ from lkarray import store
 from lkarray.errors import FingerprintError, NonFiniteError
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import LossFunction
+from lkarray.nn.modes import gradients_on, with_gradients
 from lkarray.store import trajectory
 from lkarray.store.location import StoreLike, create_root, exists
 from lkarray.store.writing_trace import Row, TraceWriter
@@ -29,6 +30,7 @@ from lkarray.training.trace import Trace, open_trace
 Indices = Sequence[int] | np.ndarray | Tensor
 
 
+@with_gradients
 def record(
     model: nn.Module,
     optimizer: Optimizer,
@@ -60,7 +62,7 @@ def record(
     model
         Any module of float32 or float64 parameters on one device.
     optimizer
-        ``SGD``, ``Adam``, ``AdamW``, ``NAdam``, ``RMSprop`` or ``Adagrad`` of ``torch.optim``; for
+        Frozen parameters of it (``requires_grad`` false) are left out of the trace. ``SGD``, ``Adam``, ``AdamW``, ``NAdam``, ``RMSprop`` or ``Adagrad`` of ``torch.optim``; for
         another, add to ``lkarray.training.RULES``.
     train_set
         Map-style dataset of ``(input, target)``: the items that are trained on, as they are
@@ -139,6 +141,8 @@ class Recorder:
         self._check = StepCheck(model, optimizer, train_set, loss)
         self._capture = Capture(self._check.parameters, optimizer)
         self._train_set, self._loss = train_set, loss
+        of_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._held = {n: p for n, p in model.named_parameters() if id(p) in of_optimizer}
         self.steps = 0
         self._open = False
         self._stack = ExitStack()
@@ -179,6 +183,12 @@ class Recorder:
             self._writer.commit(self._state())
             self._writer.wait()
             store.finish(self._root)
+        if error[:1] in ((), (None,)) and self.steps == self._writer.committed == 0:
+            raise ValueError(
+                "nothing was recorded: the loop never reached trace.step(indices). Is it empty (a "
+                "DataLoader with drop_last of fewer examples than a batch, an iterator used up), or "
+                "is the training step outside of the with block?"
+            )
 
     def _prepare(self) -> tuple[Any, trajectory.TraceLayout]:
         """Make the trace, or check that the one there is of this run."""
@@ -272,8 +282,9 @@ class Recorder:
             raise ValueError("open the recorder first: with lk.record(...) as trace:")
         if self._inside:
             raise ValueError("steps cannot be nested: leave one before the next begins")
-        batch = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+        batch = _as_indices(indices, self.steps)
         n = self._check.train.n
+        self._refuse_thawed()
         if batch.ndim != 1 or batch.size == 0 or batch.dtype.kind not in "iu":
             raise ValueError(
                 f"step {self.steps}: indices must be a list of integers, one per example of the "
@@ -296,6 +307,16 @@ class Recorder:
             self._writer.commit(self._state())
         return batch.astype(np.int64)
 
+    def _refuse_thawed(self) -> None:
+        """Raise where parameters were frozen or freed since the run began: it would be another."""
+        parameters = {name for name, p in self._held.items() if p.requires_grad}
+        changed = sorted(parameters ^ set(self._capture.names))
+        if changed:
+            raise ValueError(
+                f"step {self.steps}: requires_grad of {changed} was changed since the recording began; "
+                "freeze and free parameters before, and record each stage into a store of its own"
+            )
+
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._inside:
             raise ValueError("optimizer.step() was called outside trace.step(...)")
@@ -305,6 +326,14 @@ class Recorder:
             )
         if any(a is not None for a in (*args[1:], *kwargs.values())):  # the first is itself
             raise ValueError("optimizer.step(closure) cannot be recorded; call backward before it")
+        stale = [
+            name for name, p in self._held.items() if not p.requires_grad and p.grad is not None
+        ]
+        if stale:
+            raise ValueError(
+                f"{stale} are frozen but have a gradient from before, with which the optimizer would "
+                "move them; set their .grad to None"
+            )
         self._applied = self._capture.applied()
         self._broken = True
 
@@ -403,6 +432,19 @@ class Recorder:
     def _restore(self) -> None:
         state = trajectory.last_state(self._root)
         load_schedule(str(state.pop("extra")[0]), self._optimizer, self._scheduler)
-        self._capture.load(state)
+        with gradients_on():
+            self._capture.load(state)
         self._after = self._capture.theta()
         self.steps = self._writer.committed
+
+
+def _as_indices(indices: Any, step: int) -> np.ndarray:
+    """Return a batch's indices as an array; refuse what was meant as the batch itself."""
+    several = isinstance(indices, (tuple, list)) and any(np.ndim(part) for part in indices)
+    if several or isinstance(indices, dict) or indices is None:
+        raise ValueError(
+            f"step {step}: pass indices of the batch's examples in train_set, one integer for each, "
+            f"and not the batch itself ({type(indices).__name__}); let the loader give indices, for "
+            "example with a data set that returns (index, input, target)"
+        )
+    return np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
