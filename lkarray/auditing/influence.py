@@ -173,7 +173,7 @@ def mean_hessian(problem: Problem, progress: bool = False) -> Tensor:
 def _row_by_row(
     total: Callable[[Tensor, Inputs, Target], Tensor], theta: Tensor, inputs: Inputs, target: Target
 ) -> Tensor:
-    """Return the Hessian of a number, a backward pass a row, for what ``torch.func`` cannot have."""
+    """Return the Hessian of a number, a backward pass a row: where ``torch.func`` cannot."""
     theta = theta.clone().requires_grad_()
     with checkpoints_named(), torch.enable_grad():
         (slope,) = torch.autograd.grad(

@@ -19,8 +19,8 @@ from lkarray.auditing.quadrature import Stencil, stencil, stretches
 from lkarray.auditing.realised import Realised
 from lkarray.auditing.targets import Audited
 from lkarray.errors import FingerprintError
-from lkarray.nn.flat import FlatModel
 from lkarray.nn.features import Features
+from lkarray.nn.flat import FlatModel
 from lkarray.nn.gradients import ExampleGradients
 from lkarray.nn.reference import Reference
 from lkarray.schema import EXAMPLE, PARAM, TIME

@@ -51,8 +51,8 @@ def _deepcopy(model: Module, memo: dict[int, Any]) -> Module:
         raise ValueError(
             f"the model cannot be copied: its {name!r} is of a kind that copy.deepcopy refuses "
             f"({type(error).__name__}: {error}). Take it out of the module before (set it to None, "
-            "clear or detach what is kept), make the module anew and load its state_dict(), or give "
-            "the attribute's class a __deepcopy__"
+            "clear or detach what is kept), make the module anew and load its state_dict(), or "
+            "give the attribute's class a __deepcopy__"
         ) from error
 
 

@@ -2,8 +2,8 @@
 
 A layer's factors are taken row by row, so that each example must have rows of its own, in order.
 Operations that move rows by the values of their inputs (indexing, routing, sorting), or that add up
-over the batch, could break that for one batch and not for another. A graph without them, of the same
-operations as the graph of other batches, keeps the order that was tried.
+over the batch, could break that for one batch and not for another. A graph without them, of the
+same operations as the graph of other batches, keeps the order that was tried.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Call:
         """
         n = len(weights)
         if self.b is None or other is None or not self.b.numel():
-            return self.b is other is None or other is not None and not other.numel()
+            return self.b is other is None or (other is not None and not other.numel())
         if not self.fits(n):
             return False
         rule = _rule(self.module)
@@ -78,8 +78,8 @@ class Layers:
 
     That a layer's factors give its gradient holds where each example has rows of its own in it, in
     order, and nothing but calls of the layer read its tensors. Models are free to break that for
-    some inputs only, so it is looked at in each batch: every reading of a tensor must be a call of a
-    layer, and the graph must be one that moves no rows (see `graph_of`), of the same operations as
+    some inputs only, so it is looked at in each batch: every reading of a tensor must be a call of
+    a layer, and the graph must be one that moves no rows (see `graph_of`), of the same operations as
     that of other batches of such inputs. Where it is not, a second backward pass, with a weight for
     each example, shows whose the rows are.
 

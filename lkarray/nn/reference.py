@@ -1,4 +1,4 @@
-"""Per-example gradients that ask nothing of the layers: one example at a time, or ``torch.func``."""
+"""Per-example gradients that ask nothing of the layers: one at a time, or by ``torch.func``."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def checkpoints_named() -> Iterator[None]:
             if _NOTHING_TO_CHECKPOINT not in str(error) and _REENTRANT not in str(error):
                 raise
             raise ValueError(
-                "the model has a torch.utils.checkpoint with use_reentrant=True, which torch gives no "
-                "such gradient through (or loses it, where the inputs need none); set "
+                "the model has a torch.utils.checkpoint with use_reentrant=True, which torch gives "
+                "no such gradient through (or loses it, where the inputs need none); set "
                 "use_reentrant=False there, which changes no number"
             ) from None
 

@@ -82,7 +82,7 @@ def moving_indices(
 
 
 def require_module(model: object) -> None:
-    """Raise ``TypeError`` unless it is a module; say what to do with what is often given for one."""
+    """Raise ``TypeError`` unless it is a module; say what to do with what is given for it."""
     if isinstance(model, nn.Module):
         return
     remedy = ""

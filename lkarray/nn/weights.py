@@ -70,8 +70,8 @@ def _misfit(model: nn.Module, state: Mapping[str, Any], name: str, error: Except
     inside = [str(key) for key, value in state.items() if isinstance(value, Mapping)]
     if inside and not set(keys) & set(known):
         return (
-            f"{name} is no state dict: it holds {keys[:5]}; give what is under {inside[0]!r}, if that "
-            "is the model's state_dict()"
+            f"{name} is no state dict: it holds {keys[:5]}; give what is under {inside[0]!r}, if "
+            "that is the model's state_dict()"
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()][:_TOLD]
     return (

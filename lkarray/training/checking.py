@@ -197,8 +197,8 @@ def _moving(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     found = {name: p for name, p in model.named_parameters() if id(p) in wanted and p.requires_grad}
     if not found:
         raise ValueError(
-            f"none of the optimizer's {len(held)} parameters requires a gradient, so that nothing is "
-            "trained; call requires_grad_(True) on those to train"
+            f"none of the optimizer's {len(held)} parameters requires a gradient, so that nothing "
+            "is trained; call requires_grad_(True) on those to train"
         )
     return found
 

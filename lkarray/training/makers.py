@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lkarray import schema
 from lkarray.nn.batches import Inputs, Target, fresh
-from lkarray.nn.flat import FlatModel
 from lkarray.nn.features import Features, GradientPlan
+from lkarray.nn.flat import FlatModel
 from lkarray.nn.gradients import ExampleGradients
 from lkarray.nn.losses import logits
 from lkarray.schema import PART, TENSOR

@@ -62,8 +62,9 @@ def record(
     model
         Any module of float32 or float64 parameters on one device.
     optimizer
-        Frozen parameters of it (``requires_grad`` false) are left out of the trace. ``SGD``, ``Adam``, ``AdamW``, ``NAdam``, ``RMSprop`` or ``Adagrad`` of ``torch.optim``; for
-        another, add to ``lkarray.training.RULES``.
+        ``SGD``, ``Adam``, ``AdamW``, ``NAdam``, ``RMSprop`` or ``Adagrad`` of ``torch.optim``; for
+        another, add to ``lkarray.training.RULES``. Frozen parameters that it holds
+        (``requires_grad`` false) are left out of the trace.
     train_set
         Map-style dataset of ``(input, target)``: the items that are trained on, as they are
         trained on.
@@ -186,8 +187,8 @@ class Recorder:
         if error[:1] in ((), (None,)) and self.steps == self._writer.committed == 0:
             raise ValueError(
                 "nothing was recorded: the loop never reached trace.step(indices). Is it empty (a "
-                "DataLoader with drop_last of fewer examples than a batch, an iterator used up), or "
-                "is the training step outside of the with block?"
+                "DataLoader with drop_last of fewer examples than a batch, an iterator used up), "
+                "or is the training step outside of the with block?"
             )
 
     def _prepare(self) -> tuple[Any, trajectory.TraceLayout]:
@@ -313,8 +314,8 @@ class Recorder:
         changed = sorted(parameters ^ set(self._capture.names))
         if changed:
             raise ValueError(
-                f"step {self.steps}: requires_grad of {changed} was changed since the recording began; "
-                "freeze and free parameters before, and record each stage into a store of its own"
+                f"step {self.steps}: requires_grad of {changed} was changed since the recording "
+                "began; freeze and free parameters before, and record each stage into a store of its own"
             )
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -331,8 +332,8 @@ class Recorder:
         ]
         if stale:
             raise ValueError(
-                f"{stale} are frozen but have a gradient from before, with which the optimizer would "
-                "move them; set their .grad to None"
+                f"{stale} are frozen but have a gradient from before, with which the optimizer "
+                "would move them; set their .grad to None"
             )
         self._applied = self._capture.applied()
         self._broken = True
@@ -443,8 +444,8 @@ def _as_indices(indices: Any, step: int) -> np.ndarray:
     several = isinstance(indices, (tuple, list)) and any(np.ndim(part) for part in indices)
     if several or isinstance(indices, dict) or indices is None:
         raise ValueError(
-            f"step {step}: pass indices of the batch's examples in train_set, one integer for each, "
-            f"and not the batch itself ({type(indices).__name__}); let the loader give indices, for "
-            "example with a data set that returns (index, input, target)"
+            f"step {step}: pass indices of the batch's examples in train_set, one integer for "
+            f"each, and not the batch itself ({type(indices).__name__}); let the loader give indices, "
+            "for example with a data set that returns (index, input, target)"
         )
     return np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)

@@ -1,4 +1,4 @@
-"""Per-example gradients of models that use their layers otherwise for some inputs than for others."""
+"""Per-example gradients of models that use their layers otherwise for some inputs."""
 
 import pytest
 import torch
