@@ -139,7 +139,7 @@ def rule_of(module: nn.Module) -> Rule | None:
     return RULES.get(type(module))
 
 
-def fits(module: nn.Module, a: Tensor, b: Tensor, n: int) -> bool:
+def fits(module: Any, a: Tensor, b: Tensor, n: int) -> bool:
     """Say whether a layer's input and output can be those of ``n`` examples, side by side."""
     kind = type(module)
     if kind in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm):

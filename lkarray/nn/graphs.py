@@ -63,7 +63,7 @@ def graph_of(numbers: Tensor) -> Graph:
     reads: Counter[int] = Counter()
     clear, hidden = True, False
     nodes: set[Node] = set()
-    left = [numbers.grad_fn]
+    left: list[Node] = [numbers.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in nodes:
@@ -72,7 +72,7 @@ def graph_of(numbers: Tensor) -> Graph:
         name = type(node).__name__
         if name == _ACCUMULATE:
             continue
-        edges = node.next_functions
+        edges: tuple[tuple[Node, int], ...] = node.next_functions
         places = []
         for child, place in edges:
             if type(child).__name__ == _ACCUMULATE:

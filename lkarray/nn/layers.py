@@ -79,9 +79,9 @@ class Layers:
     That a layer's factors give its gradient holds where each example has rows of its own in it, in
     order, and nothing but calls of the layer read its tensors. Models are free to break that for
     some inputs only, so it is looked at in each batch: every reading of a tensor must be a call of
-    a layer, and the graph must be one that moves no rows (see `graph_of`), of the same operations as
-    that of other batches of such inputs. Where it is not, a second backward pass, with a weight for
-    each example, shows whose the rows are.
+    a layer, and the graph must be one that moves no rows (see `graph_of`), of the same operations
+    as that of other batches of such inputs. Where it is not, a second backward pass, a weight for
+    each example in it, shows whose the rows are.
 
     Attributes
     ----------

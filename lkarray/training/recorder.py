@@ -21,6 +21,7 @@ from lkarray.nn.modes import gradients_on, with_gradients
 from lkarray.store import trajectory
 from lkarray.store.location import StoreLike, create_root, exists
 from lkarray.store.writing_trace import Row, TraceWriter
+from lkarray.training import guards
 from lkarray.training.capture import Capture, clipping
 from lkarray.training.checking import StepCheck
 from lkarray.training.identity import fingerprint
@@ -142,8 +143,7 @@ class Recorder:
         self._check = StepCheck(model, optimizer, train_set, loss)
         self._capture = Capture(self._check.parameters, optimizer)
         self._train_set, self._loss = train_set, loss
-        of_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._held = {n: p for n, p in model.named_parameters() if id(p) in of_optimizer}
+        self._held = guards.held(model, optimizer)
         self.steps = 0
         self._open = False
         self._stack = ExitStack()
@@ -184,12 +184,8 @@ class Recorder:
             self._writer.commit(self._state())
             self._writer.wait()
             store.finish(self._root)
-        if error[:1] in ((), (None,)) and self.steps == self._writer.committed == 0:
-            raise ValueError(
-                "nothing was recorded: the loop never reached trace.step(indices). Is it empty (a "
-                "DataLoader with drop_last of fewer examples than a batch, an iterator used up), "
-                "or is the training step outside of the with block?"
-            )
+        if not any(error) and self.steps == self._writer.committed == 0:
+            raise ValueError(guards.NOTHING)
 
     def _prepare(self) -> tuple[Any, trajectory.TraceLayout]:
         """Make the trace, or check that the one there is of this run."""
@@ -283,9 +279,9 @@ class Recorder:
             raise ValueError("open the recorder first: with lk.record(...) as trace:")
         if self._inside:
             raise ValueError("steps cannot be nested: leave one before the next begins")
-        batch = _as_indices(indices, self.steps)
+        batch = guards.as_indices(indices, self.steps)
         n = self._check.train.n
-        self._refuse_thawed()
+        guards.refuse_thawed(self._held, self._capture.names, self.steps)
         if batch.ndim != 1 or batch.size == 0 or batch.dtype.kind not in "iu":
             raise ValueError(
                 f"step {self.steps}: indices must be a list of integers, one per example of the "
@@ -308,16 +304,6 @@ class Recorder:
             self._writer.commit(self._state())
         return batch.astype(np.int64)
 
-    def _refuse_thawed(self) -> None:
-        """Raise where parameters were frozen or freed since the run began: it would be another."""
-        parameters = {name for name, p in self._held.items() if p.requires_grad}
-        changed = sorted(parameters ^ set(self._capture.names))
-        if changed:
-            raise ValueError(
-                f"step {self.steps}: requires_grad of {changed} was changed since the recording "
-                "began; freeze and free parameters before, and record each stage into a store of its own"
-            )
-
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._inside:
             raise ValueError("optimizer.step() was called outside trace.step(...)")
@@ -327,14 +313,7 @@ class Recorder:
             )
         if any(a is not None for a in (*args[1:], *kwargs.values())):  # the first is itself
             raise ValueError("optimizer.step(closure) cannot be recorded; call backward before it")
-        stale = [
-            name for name, p in self._held.items() if not p.requires_grad and p.grad is not None
-        ]
-        if stale:
-            raise ValueError(
-                f"{stale} are frozen but have a gradient from before, with which the optimizer "
-                "would move them; set their .grad to None"
-            )
+        guards.refuse_stale(self._held)
         self._applied = self._capture.applied()
         self._broken = True
 
@@ -437,15 +416,3 @@ class Recorder:
             self._capture.load(state)
         self._after = self._capture.theta()
         self.steps = self._writer.committed
-
-
-def _as_indices(indices: Any, step: int) -> np.ndarray:
-    """Return a batch's indices as an array; refuse what was meant as the batch itself."""
-    several = isinstance(indices, (tuple, list)) and any(np.ndim(part) for part in indices)
-    if several or isinstance(indices, dict) or indices is None:
-        raise ValueError(
-            f"step {step}: pass indices of the batch's examples in train_set, one integer for "
-            f"each, and not the batch itself ({type(indices).__name__}); let the loader give indices, "
-            "for example with a data set that returns (index, input, target)"
-        )
-    return np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
