@@ -147,16 +147,18 @@ def mean_hessian(problem: Problem, progress: bool = False) -> Tensor:
 
     at_once = jacrev(grad(total), chunk_size=_BACKWARD)
 
+    transformed = True
+
     def rows_of(theta: Tensor, inputs: Inputs, target: Target) -> Tensor:
         nonlocal transformed
         if transformed:
             try:
-                return at_once(theta, *fresh(inputs, target)).detach()
+                found: Tensor = at_once(theta, *fresh(inputs, target))
+                return found.detach()
             except Exception:  # torch.func has many ways to refuse a model
                 transformed = False
         return _row_by_row(total, theta, *fresh(inputs, target))
 
-    transformed = True
     theta = flat.theta[0].detach()
     out = theta.new_zeros((len(theta), len(theta)), dtype=torch.float64)
     with (
