@@ -29,7 +29,9 @@ from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.kernels.gradients import INFLUENCE
 from lkarray.nn.batches import MapDataset
-from lkarray.nn.gradients import Features
+from lkarray.nn.features import Features
+from lkarray.nn.gradients import NotFactoredError
+from lkarray.nn.modes import with_gradients
 from lkarray.store import trajectory
 from lkarray.training.choosing import as_trace, select
 from lkarray.training.recorder import Recorder
@@ -39,6 +41,7 @@ _NAME = "tracin"
 
 
 @checked()
+@with_gradients
 def tracin(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,
@@ -130,6 +133,7 @@ def tracin(
 
 
 @checked()
+@with_gradients
 def tracin_in_run(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,
@@ -188,6 +192,7 @@ def tracin_in_run(
 
 
 @checked()
+@with_gradients
 def gradient_similarity(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,
@@ -274,9 +279,16 @@ class _Products:
         refuse_large(self._shape, self._dtype.itemsize, budget)
         self._panels = list(_slices(problem.data.n, rows_of_a_panel(problem, budget)))
 
-    @torch.no_grad()
     def total(self, steps: list[int], weights: list[np.ndarray], progress: bool) -> np.ndarray:
         """Return ``(example, audit[, output])``; ``weights`` are of each state, by tensor."""
+        while True:
+            try:
+                return self._total(steps, weights, progress)
+            except NotFactoredError as error:  # a batch that uses a layer otherwise than the first
+                self._problem.materialise(error.names)
+
+    @torch.no_grad()
+    def _total(self, steps: list[int], weights: list[np.ndarray], progress: bool) -> np.ndarray:
         problem = self._problem
         out = np.zeros(self._shape, self._dtype)
         count = len(steps) * len(self._panels)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lkarray.nn.gradients import ExampleGradients, Features
+from lkarray.nn.features import Features
+from lkarray.nn.gradients import ExampleGradients
 
 #: Gradients at the nodes of a stretch, each with its weight.
 Nodes = Sequence[tuple[float, Features]]

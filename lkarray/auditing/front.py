@@ -15,11 +15,13 @@ from lkarray import progress as bars
 from lkarray import store as store_
 from lkarray.auditing.budget import states_bytes
 from lkarray.auditing.describing import fingerprint, layout_of, metrics
-from lkarray.auditing.panel import Panel
+from lkarray.auditing.panel import Panel, Writer
 from lkarray.auditing.problem import SEEN, Problem, Request
 from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.nn.batches import MapDataset
+from lkarray.nn.gradients import NotFactoredError
+from lkarray.nn.modes import with_gradients
 from lkarray.store import audits
 from lkarray.training.choosing import as_trace
 from lkarray.training.recorder import Recorder
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 
 @checked()
+@with_gradients
 def audit(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,
@@ -211,7 +214,7 @@ def run_audit(
 
 def run_panel(
     problem: Problem,
-    writer: audits.PanelWriter,
+    writer: Writer,
     budget: int,
     tick: Callable[[int], None],
     skip: Callable[[int], None],
@@ -220,4 +223,9 @@ def run_panel(
     panel = Panel(problem, writer, states_bytes(budget))
     done = len(problem.stretches) - panel.left
     skip(min(done * problem.request.stride, problem.stop - problem.start))
-    panel.run(tick)
+    while True:
+        try:
+            return panel.run(tick)
+        except NotFactoredError as error:  # a batch that uses a layer otherwise than the first
+            problem.materialise(error.names)
+            panel = Panel(problem, writer, states_bytes(budget), afresh=True)

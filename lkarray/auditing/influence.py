@@ -18,7 +18,9 @@ from lkarray.auditing.scores import Params, as_params, as_state, audit_labels, l
 from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
-from lkarray.nn.batches import Inputs, MapDataset, Target
+from lkarray.nn.batches import Inputs, MapDataset, Target, fresh
+from lkarray.nn.modes import with_gradients
+from lkarray.nn.reference import checkpoints_named
 from lkarray.training.choosing import as_trace
 from lkarray.training.recorder import Recorder
 from lkarray.training.trace import Trace
@@ -30,6 +32,7 @@ _MATRICES = 4
 
 
 @checked()
+@with_gradients
 def influence_functions(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,
@@ -144,7 +147,20 @@ def mean_hessian(problem: Problem, progress: bool = False) -> Tensor:
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
         return trace.loss(functional_call(flat.module, values, args, kwargs), target).sum()
 
-    rows_of = jacrev(grad(total), chunk_size=_BACKWARD)
+    at_once = jacrev(grad(total), chunk_size=_BACKWARD)
+
+    transformed = True
+
+    def rows_of(theta: Tensor, inputs: Inputs, target: Target) -> Tensor:
+        nonlocal transformed
+        if transformed:
+            try:
+                found: Tensor = at_once(theta, *fresh(inputs, target))
+                return found.detach()
+            except Exception:  # torch.func has many ways to refuse a model
+                transformed = False
+        return _row_by_row(total, theta, *fresh(inputs, target))
+
     theta = flat.theta[0].detach()
     out = theta.new_zeros((len(theta), len(theta)), dtype=torch.float64)
     with (
@@ -153,9 +169,27 @@ def mean_hessian(problem: Problem, progress: bool = False) -> Tensor:
     ):
         for start in range(0, trace.train.n, _ROWS):
             block = np.arange(start, min(start + _ROWS, trace.train.n))
-            out += rows_of(theta, *trace.train.take(block)).detach()
+            out += rows_of(theta, *trace.train.take(block))
             bar.update(len(block))
     return (out + out.T).div_(2 * trace.train.n)
+
+
+def _row_by_row(
+    total: Callable[[Tensor, Inputs, Target], Tensor], theta: Tensor, inputs: Inputs, target: Target
+) -> Tensor:
+    """Return the Hessian of a number, a backward pass a row: where ``torch.func`` cannot."""
+    theta = theta.clone().requires_grad_()
+    with checkpoints_named(), torch.enable_grad():
+        (slope,) = torch.autograd.grad(
+            total(theta, inputs, target), theta, create_graph=True, materialize_grads=True
+        )
+        if not slope.requires_grad:
+            return torch.zeros_like(theta).expand(len(theta), -1)
+        rows = [
+            torch.autograd.grad(one, theta, retain_graph=True, materialize_grads=True)[0]
+            for one in slope
+        ]
+    return torch.stack(rows)
 
 
 def _refuse_large(problem: Problem, max_params: int, budget: int) -> None:

@@ -25,6 +25,7 @@ from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import logits
+from lkarray.nn.modes import with_gradients
 from lkarray.training.choosing import as_examples, as_trace
 from lkarray.training.makers import Maker
 from lkarray.training.projection import Projection
@@ -41,6 +42,7 @@ _ROWS = 2048
 
 
 @checked()
+@with_gradients
 def trak(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,

@@ -14,7 +14,7 @@ from lkarray.auditing.adjoint import Adjoint, Credit, Scratch, Step, inherited, 
 from lkarray.auditing.problem import ACTED, Problem, join
 from lkarray.auditing.realised import Update, buffer_before
 from lkarray.auditing.states import States
-from lkarray.nn.gradients import Features
+from lkarray.nn.features import Features
 
 #: Audited examples that go through the model at once.
 BATCH = 256
@@ -54,9 +54,13 @@ class Panel:
         Of the panel: knows its examples, and what an earlier pass left.
     memory
         Bytes for the states of the run.
+    afresh
+        Begin anew, whatever an earlier pass left.
     """
 
-    def __init__(self, problem: Problem, writer: Writer, memory: int) -> None:
+    def __init__(
+        self, problem: Problem, writer: Writer, memory: int, *, afresh: bool = False
+    ) -> None:
         self._problem, self._writer = problem, writer
         self._n = writer.rows.stop - writer.rows.start
         self._rows = self._n * problem.outputs
@@ -80,7 +84,8 @@ class Panel:
             "values": np.zeros((len(edges), self._rows)),
         }
         self.left = len(problem.stretches)
-        self._resume()
+        if not afresh:
+            self._resume()
 
     def _begin(self) -> Adjoint:
         blocks, rows = self._problem.blocks, self._rows
@@ -366,6 +371,7 @@ class Panel:
 
     def _state(self) -> dict[str, np.ndarray]:
         out = {f"sum-{name}": array for name, array in self._sums.items()}
+        out["tensors"] = self._carried
         for key, adjoint in self._adjoints.items():
             out[f"adjoint{key}"] = np.asarray(adjoint.scales)
             for i, q in enumerate(adjoint.state):
@@ -378,7 +384,10 @@ class Panel:
         found = self._writer.resume()
         if found is None:
             return
-        self.left, state = found
+        left, state = found
+        if not np.array_equal(state.get("tensors", self._carried), self._carried):
+            return  # carried in another order, as other tensors had factors: begin anew
+        self.left = left
         for name in self._sums:
             self._sums[name] = state[f"sum-{name}"]
         windows = range(len(self._problem.windows))
@@ -393,3 +402,8 @@ class Panel:
                 self._open(window)
                 held = torch.from_numpy(state[f"credit{window}"])
                 self._credits[window].influence.copy_(held)
+
+    @property
+    def _carried(self) -> np.ndarray:
+        """The tensors whose states are carried, in their order."""
+        return np.asarray([tensor for block in self._problem.blocks for tensor in block.tensors])

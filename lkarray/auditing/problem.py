@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,8 +19,10 @@ from lkarray.auditing.realised import Realised
 from lkarray.auditing.targets import Audited
 from lkarray.checking import array
 from lkarray.errors import FingerprintError
+from lkarray.nn.features import Features
 from lkarray.nn.flat import FlatModel
-from lkarray.nn.gradients import ExampleGradients, Features
+from lkarray.nn.gradients import ExampleGradients
+from lkarray.nn.reference import Reference
 from lkarray.schema import EXAMPLE, PARAM, TIME
 from lkarray.store import trajectory
 from lkarray.training.checking import literal
@@ -138,8 +140,14 @@ class Problem:
             for site in engine.plan.sites
             if site.form == "materialised"
         }
+        self.materialise(whole)
+
+    def materialise(self, names: Iterable[str]) -> None:
+        """Take the gradients by some tensors whole, also where factors are cheaper."""
+        trace, chosen = self.trace, self.tensors
+        wanted = list(names)
         for engine in (*self.engines, self.training):
-            engine.materialise(whole)
+            engine.materialise(wanted)
         starts = [int(trace.starts[i]) for i in chosen]
         self.blocks = []
         # A tensor in several groups of parameters (overlap=True) is multiplied in each.
@@ -263,19 +271,18 @@ class Problem:
 
     def refuse_other_gradients(self, steps: Sequence[int]) -> None:
         """Raise for the first of some steps whose batch gradient is not the recorded one."""
-        flat = FlatModel(self.trace.flat.module)
+        moving = [literal(name) for name in self.trace.names]
+        flat = FlatModel(self.trace.flat.module, trainable=moving)
+        reference = Reference(flat, self.trace.loss)
         names = dict(flat.module.named_parameters())
         for step, theta in self.trace.states(steps):
             for name, a, b in zip(
                 self.trace.names, self.trace.starts, self.trace.stops, strict=True
             ):
                 names[name].data.copy_(torch.from_numpy(theta[a:b]).view(names[name].shape))
-            inputs, target = self.trace.train.take(self.trace.batch(step))
-            with torch.enable_grad():
-                mean = self.trace.loss(flat(inputs), target).mean()
-            moving = [names[name] for name in self.trace.names]
-            slopes = torch.autograd.grad(mean, moving, materialize_grads=True)
-            square = sum(float(slope.square().sum()) for slope in slopes)
+            batch = self.trace.batch(step)
+            mean = reference.total(*self.trace.train.take(batch)) / len(batch)
+            square = float(mean.square().sum())
             if not self.check_norm(step, square):
                 raise FingerprintError(
                     f"{self.trace.where}: the gradient of step {step} has the norm "

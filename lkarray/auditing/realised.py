@@ -54,8 +54,10 @@ class Realised:
         self._fields = {name: i for i, name in enumerate(trajectory.FIELDS)}
         divides = RULES[kind_named(trace.mark["optimizer"])].divides
         self._divides = "" if plain else divides
-        self._values = trace.coefficients
         self._group_of: list[int] = trace.mark["group_of"]
+        self._values = trace.coefficients.copy()
+        frozen = sorted(set(range(self._values.shape[1])) - set(self._group_of))
+        self._values[:, frozen] = 0  # groups of frozen parameters alone have no numbers
 
     @property
     def divided(self) -> bool:

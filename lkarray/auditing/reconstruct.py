@@ -10,13 +10,14 @@ import xarray as xr
 from torch import Tensor
 
 from lkarray import progress as bars
-from lkarray.auditing.budget import states_bytes
 from lkarray.auditing.describing import errors, layout_of
-from lkarray.auditing.panel import BATCH, Panel
+from lkarray.auditing.front import run_panel
+from lkarray.auditing.panel import BATCH
 from lkarray.auditing.problem import Problem, Request
 from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.nn.batches import MapDataset
+from lkarray.nn.modes import with_gradients
 from lkarray.schema import AUDIT, EPOCH
 from lkarray.training.choosing import as_trace
 from lkarray.training.recorder import Recorder
@@ -24,6 +25,7 @@ from lkarray.training.trace import Trace
 
 
 @checked()
+@with_gradients
 def reconstruction(
     trace: Trace | Recorder,
     audit_set: MapDataset | Sequence[int] | np.ndarray,
@@ -69,7 +71,7 @@ def reconstruction(
     ) as bar:  # fmt: skip
         for rows in layout.panels:
             kept = _Kept(rows)
-            Panel(problem, kept, states_bytes(budget)).run(bar.update)
+            run_panel(problem, kept, budget, bar.update, bar.update)
             parts.append(kept.sums)
     specs = {
         name: spec for name, spec in layout.specs().items() if name not in ("residual", "total")

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lkarray.nn.batches import Inputs, Target, batch_size
+from lkarray.nn.batches import Inputs, Target, batch_size, fresh
 from lkarray.nn.flat import FlatModel
-from lkarray.nn.gradients import Scalars
+from lkarray.nn.graphs import graph_of
 from lkarray.nn.losses import identity, logits
+from lkarray.nn.reference import Scalars
 
 if TYPE_CHECKING:
     from lkarray.training.trace import Trace
@@ -80,7 +81,7 @@ class Audited:
                 f"label), the number of an output, or a function, not {target!r}"
             )
         with torch.no_grad():
-            found = logits(flat(probe[0]))
+            found = logits(flat(fresh(*probe)[0]))
         if found.ndim != 2:
             raise ValueError(
                 f"target={target!r} needs outputs (batch, output), and the model gives "
@@ -131,7 +132,8 @@ def _check(number: Scalars, flat: FlatModel, probe: tuple[Inputs, Target], name:
     """Raise unless a target gives one number of each example, which the parameters move."""
     batch = batch_size(probe)
     with torch.enable_grad():
-        found = number(flat(probe[0]), probe[1])
+        inputs, wanted = fresh(*probe)
+        found = number(flat(inputs), wanted)
     if not isinstance(found, Tensor):
         raise TypeError(f"target {name!r} returned {type(found).__name__}, not a tensor")
     if found.ndim != 1 or len(found) != batch:
@@ -139,12 +141,16 @@ def _check(number: Scalars, flat: FlatModel, probe: tuple[Inputs, Target], name:
             f"target {name!r} returned shape {tuple(found.shape)} for a batch of {batch}; it must "
             f"give one number per example, ({batch},): take no mean or sum over the batch"
         )
-    slopes: tuple[Tensor | None, ...] = ()
-    if found.requires_grad:
-        slopes = torch.autograd.grad(found.sum(), flat.leaves, allow_unused=True)
-    if all(slope is None for slope in slopes):
+    if not found.requires_grad or not _depends(found, flat):
         raise ValueError(
             f"target {name!r} does not depend on the parameters that are audited, so training "
             "cannot have moved it; look for a detach(), a no_grad() or an argmax in it, or for "
             "params= that come after the module"
         )
+
+
+def _depends(numbers: Tensor, flat: FlatModel) -> bool:
+    """Say whether numbers depend on a moving parameter: whether their graph leads to one."""
+    graph = graph_of(numbers)
+    reads = any(graph.reads[id(leaf)] for leaf in flat.leaves)
+    return reads or graph.hidden  # inside a reentrant checkpoint, nothing is seen

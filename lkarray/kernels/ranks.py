@@ -74,6 +74,8 @@ def energy_rank(s: Any, share: float = 0.9) -> Any:
 
 def _values(s: Any) -> xr.DataArray | np.ndarray:
     """Return singular values along modes, checked."""
+    if isinstance(s, xr.Dataset | xr.DataTree):
+        s = as_array(s, "s", prefer=("singular_value",))
     found: xr.DataArray | np.ndarray = s if isinstance(s, xr.DataArray) else real_array("s", s)
     if isinstance(found, xr.DataArray):
         require_real("s", found)
@@ -84,13 +86,6 @@ def _values(s: Any) -> xr.DataArray | np.ndarray:
     if not found.size:
         raise SchemaError("s is empty; there are no singular values to count")
     return found
-
-
-def _values(s: Any) -> Any:
-    """Return the singular values of modes, given as their Dataset or node; an array as it is."""
-    if isinstance(s, xr.Dataset | xr.DataTree):
-        return as_array(s, "s", prefer=("singular_value",))
-    return s
 
 
 def _energy_rank(s: np.ndarray, share: float) -> np.ndarray:

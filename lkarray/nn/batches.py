@@ -97,7 +97,7 @@ class Batches:
             )
         self.item_bytes = max(sum(part.nbytes for part in first.values()), 1)
         self._held: Columns | None = None
-        self._views: list[tuple[Inputs, Target]] | None = None
+        self._views: list[Columns] | None = None
         if _plain(dataset) or self.item_bytes * self.n <= CACHE_BYTES:
             self._held = self._read_all(dataset, list(first))
         self.identity = self._hash()
@@ -256,16 +256,20 @@ class Batches:
         return as_batch(columns)
 
     def slices(self, rows: int) -> Iterator[tuple[Inputs, Target]]:
-        """Iterate over all items in order, ``rows`` at a time."""
+        """Iterate over all items in order, ``rows`` at a time.
+
+        Each is a copy: a model may change its input in place, and what is held may be the user's.
+        """
         if self._held is None:
             for start in range(0, self.n, rows):
                 yield self.take(np.arange(start, min(start + rows, self.n)))
             return
-        if self._views is None or batch_size(self._views[0]) != min(rows, self.n):
+        if self._views is None or len(next(iter(self._views[0].values()))) != min(rows, self.n):
             parts = {key: part.split(rows) for key, part in self._held.items()}
             count = -(-self.n // rows)
-            self._views = [as_batch({k: p[i] for k, p in parts.items()}) for i in range(count)]
-        yield from self._views
+            self._views = [{k: p[i] for k, p in parts.items()} for i in range(count)]
+        for view in self._views:
+            yield as_batch({key: part.clone() for key, part in view.items()})
 
 
 class _Held:
@@ -323,13 +327,28 @@ def check_dataset(dataset: object, name: str) -> None:
 
 
 def as_batch(columns: Columns) -> tuple[Inputs, Target]:
-    """Return what a model is called with, and the target of its loss."""
+    """Return what a model is called with, and the target of its loss.
+
+    Where an item is its own target, that is a copy: the model may change its input in place.
+    """
     if _INPUT in columns:
         inputs = columns[_INPUT]
-        return inputs, columns.get(_TARGET, inputs)
+        return inputs, columns[_TARGET] if _TARGET in columns else inputs.clone()
     if LABELS in columns:
         return {key: part for key, part in columns.items() if key != LABELS}, columns[LABELS]
-    return columns, columns
+    return columns, {key: part.clone() for key, part in columns.items()}
+
+
+def fresh(inputs: Any, target: Any) -> tuple[Any, Any]:
+    """Return copies of a batch, for a model or a loss that changes what it is given in place.
+
+    They are of the present mode: tensors made in inference mode can have no part in a gradient.
+    """
+    return _copied(inputs), _copied(target)
+
+
+def _copied(values: Any) -> Any:
+    return {k: v.clone() for k, v in values.items()} if isinstance(values, dict) else values.clone()
 
 
 def batch_size(batch: tuple[Inputs, Target]) -> int:

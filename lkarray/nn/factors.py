@@ -131,12 +131,21 @@ RULES: dict[type[nn.Module], Rule] = {
 def rule_of(module: nn.Module) -> Rule | None:
     """Return how a layer's factors are made, ``None`` if only ``torch.func`` knows."""
     if isinstance(module, nn.Embedding) and (
-        module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+        module.max_norm is not None or module.scale_grad_by_freq
     ):
         return None
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
         return None  # statistics of the batch couple its examples
     return RULES.get(type(module))
+
+
+def fits(module: Any, a: Tensor, b: Tensor, n: int) -> bool:
+    """Say whether a layer's input and output can be those of ``n`` examples, side by side."""
+    kind = type(module)
+    if kind in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm):
+        width = b.shape[-1] if kind in (nn.Linear, nn.Embedding) else module.weight.numel()
+        return b.numel() % (n * width) == 0 and a.numel() % n == 0
+    return len(a) == len(b) == n
 
 
 def add_weight(f: Factors, out: Tensor, *, fresh: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from lkarray.nn.copying import copy_module
 from lkarray.nn.losses import PerExampleLoss
+from lkarray.nn.modes import gradients_on
 from lkarray.nn.trainable import moving_parts
 
 #: Weights of these are sampled in a float32 copy.
@@ -54,7 +55,8 @@ class FlatModel:
     TypeError
         ``model`` is no module.
     ValueError
-        No parameter moves, a pattern matches none, or their dtypes or devices differ.
+        No parameter moves, a pattern matches none, or their dtypes or devices differ; or the
+        module holds something that cannot be copied.
     NonFiniteError
         A weight is NaN or infinite.
     """
@@ -68,7 +70,17 @@ class FlatModel:
         width: int = 1,
     ) -> None:
         masks = moving_parts(model, trainable)
-        self.module = copy.deepcopy(model).eval()
+        with gradients_on():  # tensors made in inference mode would never have a gradient
+            self._copy(model, masks, device, width)
+
+    def _copy(
+        self,
+        model: nn.Module,
+        masks: dict[str, Tensor | None],
+        device: torch.device | str | None,
+        width: int,
+    ) -> None:
+        self.module = copy_module(model).eval()
         if any(p.dtype in _NARROW for p in self.module.parameters()):
             self.module.float()
         config: Any = getattr(self.module, "config", None)
@@ -83,7 +95,7 @@ class FlatModel:
         self._moving = [parameters[name] for name in masks]
         first = self._moving[0]
         self.sizes = tuple(p.numel() for p in self._moving)
-        self.theta = first.new_empty((width, sum(self.sizes)))
+        self.theta = first.detach().new_empty((width, sum(self.sizes)))
         self.grad = torch.zeros_like(self.theta)
         self.mask = _join_masks(list(masks.values()), self._moving)
         for row in self.theta:
@@ -139,6 +151,25 @@ class FlatModel:
         pairs = zip(vectors.split(self.sizes, dim=1), self.leaves, strict=True)
         return [part.reshape(leaf.shape) for part, leaf in pairs]
 
+    def slope(self, number: Tensor) -> Tensor:
+        """Return the gradient of one number by the parameters, ``(param,)``, dense.
+
+        Zero by those that the number does not depend on.
+        """
+        if not number.requires_grad:
+            return torch.zeros_like(self.theta[0])
+        parts = torch.autograd.grad(number, self.leaves, materialize_grads=True)
+        return torch.cat([dense(part).reshape(-1) for part in parts])
+
+    def whole_slope(self, number: Tensor) -> Tensor:
+        """Return the same by a whole backward pass, which a reentrant checkpoint asks for."""
+        self.grad.zero_()
+        if number.requires_grad:
+            number.backward()
+        found = self.grad[0].clone()
+        self.grad.zero_()
+        return found
+
     def __call__(self, inputs: Tensor | dict[str, Tensor]) -> object:
         """Run the module, with the parameters of the row that is bound."""
         return self.module(**inputs) if isinstance(inputs, dict) else self.module(inputs)
@@ -183,6 +214,11 @@ def _join_masks(masks: list[Tensor | None], moving: list[nn.Parameter]) -> Tenso
         for mask, p in zip(masks, moving, strict=True)
     ]
     return torch.cat(parts).to(moving[0].device)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return a gradient as a plain tensor: that of ``nn.Embedding(sparse=True)`` is none."""
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def hash_weights(model: nn.Module) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -56,8 +57,7 @@ def moving_indices(
     model: nn.Module, trainable: str | Iterable[str] | None
 ) -> dict[str, list[str] | None]:
     """Return, in the model's order, what moves of each parameter: indices, or ``None`` for all."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    require_module(model)
     parameters = dict(model.named_parameters())
     found: dict[str, list[str] | None] = {}
     if trainable is None:
@@ -81,6 +81,26 @@ def moving_indices(
             raise ValueError(f"trainable names no parameter; choose from {sorted(parameters)}")
     _check(model, [parameters[name] for name in found])
     return found
+
+
+def require_module(model: object) -> None:
+    """Raise ``TypeError`` unless it is a module; say what to do with what is given for it."""
+    if isinstance(model, nn.Module):
+        return
+    remedy = ""
+    if isinstance(model, Mapping):
+        remedy = (
+            ": a state dict holds no code. Make the module, model.load_state_dict(...), and give"
+        )
+    elif isinstance(model, (str, os.PathLike)):
+        remedy = (
+            f" ({str(model)!r}): make the module and "
+            "model.load_state_dict(torch.load(path, weights_only=True)), and give"
+        )
+    raise TypeError(
+        f"model must be a torch.nn.Module, not {type(model).__name__}"
+        + (f"{remedy} the module" if remedy else "")
+    )
 
 
 def _spelled(indices: dict[str, list[str] | None]) -> list[str]:
@@ -135,6 +155,12 @@ def _check(model: nn.Module, moving: list[nn.Parameter]) -> None:
         )
     if not wide <= set(_FLOATS):
         raise ValueError(f"parameters are {wide.pop()}; sampling needs real floats: use .float()")
+    made = [name for name, p in model.named_parameters() if p.is_inference()]
+    if made:
+        raise ValueError(
+            f"the model's weights ({made[0]!r} first) were made under torch.inference_mode(), and "
+            "such tensors can never have a gradient; make or load the model outside of it"
+        )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise NonFiniteError(

@@ -19,6 +19,7 @@ from lkarray.nn import Batches, FlatModel
 from lkarray.nn.batches import MapDataset, check_dataset
 from lkarray.nn.flat import hash_weights
 from lkarray.nn.losses import identity
+from lkarray.nn.modes import gradients_on
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.samplers import Sampler
 from lkarray.sampling.target import Target
@@ -260,7 +261,7 @@ def numerics(threads: int) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     try:
         with (
-            torch.enable_grad(),
+            gradients_on(),
             cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True),
         ):
             yield

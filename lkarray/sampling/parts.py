@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import xarray as xr
+from torch import nn
 from zarr.abc.store import Store
 
 from lkarray import schema
 from lkarray import store as stores
 from lkarray.nn.trainable import moving_names
+from lkarray.nn.weights import with_weights
 from lkarray.sampling.job import Job
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.store.location import StoreLike, exists, inner_store
@@ -85,10 +86,11 @@ def _checkpoints(
     out: Posteriors = {}
     for label, weights in checkpoints.items():
         _check_label("checkpoints", label)
-        if not isinstance(weights, Mapping) and not hasattr(weights, "state_dict"):
-            path = Path(weights)
-            if not path.is_file():
-                raise ValueError(f"checkpoints[{label!r}]: there is no file {path}")
+        if not isinstance(weights, nn.Module):
+            try:  # here, before any work; read again when its turn comes, so that one is held
+                with_weights(posterior.model, weights)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"checkpoints[{label!r}]: {error}") from None
         out[label] = lambda weights=weights: posterior.at(weights)  # type: ignore[misc]
     return out
 

@@ -6,13 +6,15 @@ import copy
 import os
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from lkarray.checking import NATURAL
 from lkarray.nn.batches import MapDataset
+from lkarray.nn.copying import refuse_uncopyable
 from lkarray.nn.losses import LossFunction, per_example_loss
+from lkarray.nn.modes import gradients_on
 from lkarray.nn.trainable import moving_names
+from lkarray.nn.weights import with_weights
 
 
 class LocalPosterior:
@@ -51,8 +53,8 @@ class LocalPosterior:
     TypeError
         ``model`` is no module, or ``loss`` neither a name nor a callable.
     ValueError
-        ``nbeta`` or ``gamma`` is negative, both are zero, the loss is unknown, or no
-        parameter moves.
+        ``nbeta`` or ``gamma`` is negative, both are zero, the loss is unknown, no parameter
+        moves, or the module holds something that cannot be copied.
     NonFiniteError
         A weight is NaN or infinite.
     """
@@ -68,6 +70,7 @@ class LocalPosterior:
     ) -> None:
         self._set(nbeta, gamma)
         self.trainable = moving_names(model, trainable)
+        refuse_uncopyable(model)
         self.model = model
         self.train_set = train_set
         self.loss = per_example_loss(loss)
@@ -103,19 +106,12 @@ class LocalPosterior:
         Raises
         ------
         ValueError
-            The state dict does not fit the model.
+            The file is none that holds a state dict, or that does not fit the model.
         """
         if isinstance(weights, nn.Module):
             return self._with(weights, self.trainable)
-        if isinstance(weights, (str, os.PathLike)):
-            weights = torch.load(weights, weights_only=True, map_location="cpu")
-        assert isinstance(weights, Mapping)
-        model = copy.deepcopy(self.model)
-        try:
-            model.load_state_dict(weights)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"the weights do not fit {type(model).__name__}: {error}") from None
-        return self._with(model, self.trainable)
+        with gradients_on():
+            return self._with(with_weights(self.model, weights), self.trainable)
 
     def _with(self, model: nn.Module, trainable: str | Iterable[str]) -> LocalPosterior:
         other = copy.copy(self)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lkarray.nn.flat import dense
 from lkarray.store.trajectory import FIELDS
 from lkarray.training.optimizers import carried, rule_of
 
@@ -59,20 +60,34 @@ class Capture:
         """Copy the gradient that a backward pass left in one parameter."""
         gradient = self.parameters[index].grad
         if gradient is not None:
-            self._raws[index].copy_(gradient)
+            self._raws[index].copy_(dense(gradient.detach()))
 
     def applied(self) -> Tensor:
-        """Return the gradients that the optimizer will apply, as one vector."""
-        missing = [
-            name for name, p in zip(self.names, self.parameters, strict=True) if p.grad is None
-        ]
+        """Return the gradients that the optimizer will apply, as one vector.
+
+        The optimizer passes over a parameter without a gradient: to a rule without memory and
+        decay that is a gradient of zero.
+        """
+        named = zip(self.names, self.parameters, self.group_of, strict=True)
+        missing = [n for n, p, g in named if p.grad is None and not self._forgets(g)]
         if missing:
             raise ValueError(
                 f"{missing} had no gradient at optimizer.step(), so the optimizer passed over them "
-                "and their momentum; leave parameters that the loss does not reach out of the "
-                "optimizer"
+                "and their momentum; freeze parameters that the loss does not reach "
+                "(requires_grad_(False)) or leave them out of the optimizer, and where only some "
+                "batches reach them, set .grad to zeros in the others"
             )
-        return torch.cat([p.grad.reshape(-1) for p in self.parameters])  # type: ignore[union-attr]
+        parts = [
+            p.new_zeros(p.numel()) if p.grad is None else dense(p.grad.detach()).reshape(-1)
+            for p in self.parameters
+        ]
+        return torch.cat(parts).detach()
+
+    def _forgets(self, g: int) -> bool:
+        """Say whether a gradient of zero would leave the parameters of a group as they are."""
+        group = self.optimizer.param_groups[g]
+        memory = self.rule.vectors(group) or self.rule.scalars
+        return not memory and not float(group.get("weight_decay", 0))
 
     def buffered(self) -> list[bool]:
         """Say which parameters have a momentum buffer now."""

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lkarray.nn.batches import Batches, MapDataset
+from lkarray.nn.batches import Batches, MapDataset, fresh
 from lkarray.nn.flat import FlatModel
 from lkarray.nn.gradients import ExampleGradients
 from lkarray.nn.losses import LossFunction, per_example_loss
+from lkarray.nn.trainable import require_module
 from lkarray.training.capture import Capture
 
 #: How far a gradient or an update may be off, relative to its size: rounding, by other kernels.
@@ -39,8 +40,7 @@ class StepCheck:
         loss: str | LossFunction,
         num_workers: int = 0,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        require_module(model)
         self.parameters = _moving(model, optimizer)
         first = next(iter(self.parameters.values()))
         if first.dtype not in _TOLERANCE:
@@ -58,7 +58,8 @@ class StepCheck:
         self._drops = [n for n, m in model.named_modules() if isinstance(m, _DROPOUTS) and m.p > 0]
         probe = self.train.take(np.arange(2) % self.train.n)
         with torch.no_grad():
-            self.loss.check(self.flat(probe[0]), probe[1], 2)
+            inputs, target = fresh(*probe)
+            self.loss.check(self.flat(inputs), target, 2)
         ExampleGradients(self.flat, self.loss, probe)  # refuses examples that are not independent
 
     def refuse_train_mode(self, model: nn.Module, step: int) -> None:
@@ -181,7 +182,10 @@ class StepCheck:
 
 
 def _moving(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """Return the optimizer's parameters in the model's order."""
+    """Return the parameters that the optimizer moves, in the model's order.
+
+    Frozen ones, which it passes over, are left out.
+    """
     if any(group.get("maximize") for group in optimizer.param_groups):
         raise ValueError("maximize=True cannot be recorded; minimize the negative of the loss")
     names = {id(p): name for name, p in model.named_parameters()}
@@ -193,7 +197,13 @@ def _moving(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
             "from model.parameters()"
         )
     wanted = {id(p) for p in held}
-    return {name: p for name, p in model.named_parameters() if id(p) in wanted}
+    found = {name: p for name, p in model.named_parameters() if id(p) in wanted and p.requires_grad}
+    if not found:
+        raise ValueError(
+            f"none of the optimizer's {len(held)} parameters requires a gradient, so that nothing "
+            "is trained; call requires_grad_(True) on those to train"
+        )
+    return found
 
 
 def literal(name: str) -> str:

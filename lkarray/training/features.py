@@ -20,8 +20,9 @@ from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError, NonFiniteError
 from lkarray.nn.batches import MapDataset
-from lkarray.nn.gradients import GradientPlan
+from lkarray.nn.features import GradientPlan
 from lkarray.nn.losses import identity
+from lkarray.nn.modes import with_gradients
 from lkarray.schema import EXAMPLE, TENSOR
 from lkarray.store.gradients import (
     TensorLayout,
@@ -43,6 +44,7 @@ _COMMIT_SECONDS = 5.0
 
 
 @checked()
+@with_gradients
 def gradient_features(
     trace: Trace | Recorder,
     examples: MapDataset | Sequence[int] | np.ndarray,
@@ -147,6 +149,7 @@ def gradient_features(
 
 
 @checked()
+@with_gradients
 def gradient_factors(
     trace: Trace | Recorder,
     examples: MapDataset | Sequence[int] | np.ndarray,
@@ -196,6 +199,7 @@ def gradient_factors(
 
 
 @checked()
+@with_gradients
 def gradient_plan(
     trace: Trace | Recorder, params: str | Iterable[str] | None = None
 ) -> GradientPlan:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 from torch import nn
 
 from lkarray.checking import checked
 from lkarray.nn.batches import Batches, MapDataset
+from lkarray.nn.copying import copy_module
 from lkarray.nn.losses import LossFunction, per_example_loss
+from lkarray.nn.modes import with_gradients
+from lkarray.nn.trainable import moving_indices
 from lkarray.store.location import StoreLike
 from lkarray.training.recorder import record
 from lkarray.training.trace import Trace, open_trace
 
 
 @checked()
+@with_gradients
 def snapshot(
     model: nn.Module,
     train_set: MapDataset,
@@ -34,7 +36,8 @@ def snapshot(
     Parameters
     ----------
     model
-        Any module of float32 or float64 parameters; its copy is used.
+        Any module of float32 or float64 parameters; its copy is used. Frozen parameters
+        (``requires_grad`` false) are left out: the trace is of the others.
     train_set
         Examples to ask about: what it was trained on, or others.
     loss
@@ -50,7 +53,10 @@ def snapshot(
     Raises
     ------
     ValueError
-        Examples of a batch influence each other: BatchNorm or dropout in train mode.
+        Examples of a batch influence each other (BatchNorm or dropout in train mode); all
+        parameters are frozen; or the module holds something that cannot be copied.
+    TypeError
+        ``model`` is no module.
     FingerprintError
         The store holds a trace of another model, other data or another loss.
     """
@@ -58,17 +64,21 @@ def snapshot(
         raise TypeError(
             f"model must be a torch.nn.Module with parameters, not {type(model).__name__}"
         )
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    device = next(model.parameters()).device
+    moving = moving_indices(model, None)
+    given, model = model, copy_module(model)
+    parameters = dict(model.named_parameters())
+    moved = [parameters[name] for name in moving]
+    optimizer = torch.optim.SGD(moved, lr=0.0)
+    device = moved[0].device
     data = Batches(train_set, name="train_set", device=device)
     per_example = per_example_loss(loss).per_example
     with record(model, optimizer, train_set, loss=loss, store=store) as trace:
         for batch in trace.remaining([np.arange(min(2, data.n))]):
             with trace.step(batch):
-                optimizer.zero_grad()
+                for p in moved:  # also of what these examples do not reach
+                    p.grad = torch.zeros_like(p)
                 inputs, target = data.take(np.asarray(batch))
                 output = model(**inputs) if isinstance(inputs, dict) else model(inputs)
                 per_example(output, target).mean().backward()
                 optimizer.step()
-    return open_trace(store, model, train_set, loss=None if isinstance(loss, str) else loss)
+    return open_trace(store, given, train_set, loss=None if isinstance(loss, str) else loss)

@@ -14,7 +14,9 @@ from lkarray import schema
 from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
-from lkarray.nn.batches import MapDataset
+from lkarray.nn.batches import MapDataset, fresh
+from lkarray.nn.modes import with_gradients
+from lkarray.nn.reference import checkpoints_named
 from lkarray.results import as_dataset
 from lkarray.schema import EXAMPLE, MODE, TIME
 from lkarray.training.choosing import as_examples, as_steps, as_trace
@@ -26,6 +28,7 @@ _ROWS = 512
 
 
 @checked()
+@with_gradients
 def activations(
     trace: Trace | Recorder,
     examples: MapDataset | Sequence[int] | np.ndarray,
@@ -108,6 +111,7 @@ def _require(needed: int, memory: int | str | None) -> None:
 
 
 @checked(modes=None)
+@with_gradients
 def mode_sensitivity(
     trace: Trace | Recorder,
     modes: xr.DataTree | xr.Dataset,
@@ -164,12 +168,17 @@ def mode_sensitivity(
         inputs, target = data.take(rows)
         inputs = float_inputs(inputs, "mode_sensitivity").clone().requires_grad_()
         kept = np.empty((len(rows), len(vectors), inputs[0].numel()), np.float32) if whole else None
-        with torch.enable_grad():
-            losses = source.loss(flat(inputs), target)
-            slopes = torch.autograd.grad(losses.sum(), flat.leaves, create_graph=True)
+        with torch.enable_grad(), checkpoints_named():
+            given, wanted = fresh(inputs, target)
+            losses = source.loss(flat(given), wanted)
+            slopes = torch.autograd.grad(
+                losses.sum(), flat.leaves, create_graph=True, materialize_grads=True
+            )
             gradient = torch.cat([slope.flatten() for slope in slopes])
             for k, vector in enumerate(vectors):
-                (by_input,) = torch.autograd.grad(gradient @ vector, inputs, retain_graph=True)
+                (by_input,) = torch.autograd.grad(
+                    gradient @ vector, inputs, retain_graph=True, materialize_grads=True
+                )
                 found[rows, k] = by_input.flatten(1).norm(dim=1).cpu().numpy()
                 if kept is not None:
                     kept[:, k] = by_input.flatten(1).cpu().numpy()

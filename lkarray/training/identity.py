@@ -33,7 +33,7 @@ def fingerprint(model: nn.Module, check: StepCheck, capture: Capture, every: int
         "loss": check.loss.name,
         "optimizer": type(capture.optimizer).__name__,
         "groups": groups,
-        "buffer": capture.rule.buffer(capture.optimizer.param_groups[0]),
+        "buffer": capture.rule.buffer(capture.optimizer.param_groups[min(capture.group_of)]),
         "group_of": capture.group_of,
         "every": every,
         "device": capture.raw.device.type,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lkarray import schema
-from lkarray.nn.batches import Inputs, Target
+from lkarray.nn.batches import Inputs, Target, fresh
+from lkarray.nn.features import Features, GradientPlan
 from lkarray.nn.flat import FlatModel
-from lkarray.nn.gradients import ExampleGradients, Features, GradientPlan
+from lkarray.nn.gradients import ExampleGradients
 from lkarray.nn.losses import logits
 from lkarray.schema import PART, TENSOR
 from lkarray.training.checking import literal
@@ -144,7 +145,7 @@ def _numbers(
     if of == "loss":
         return None, [trace.loss]
     with torch.no_grad():
-        found = logits(flat(probe[0]))
+        found = logits(flat(fresh(*probe)[0]))
     if found.ndim != 2:
         raise ValueError(
             f"of='output' needs outputs (batch, output), and the model gives {tuple(found.shape)}; "

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 import xarray as xr
 
 from lkarray import progress as bars
 from lkarray.checking import checked
 from lkarray.errors import NonFiniteError
 from lkarray.nn.batches import MapDataset
+from lkarray.nn.modes import with_gradients
+from lkarray.nn.reference import Reference
 from lkarray.schema import PARAM, TIME
 from lkarray.training.choosing import as_examples, as_steps, as_trace
 from lkarray.training.recorder import Recorder
@@ -21,6 +22,7 @@ _ROWS = 1024
 
 
 @checked()
+@with_gradients
 def mean_gradient(
     trace: Trace | Recorder,
     times: str | Iterable[int] = "epoch",
@@ -67,6 +69,7 @@ def mean_gradient(
     source = as_trace(trace)
     steps = as_steps(source, times)
     data = source.train if examples is None else as_examples(source, examples)[0]
+    reference = Reference(source.flat, source.loss)
     out = np.zeros((len(steps), source.flat.theta.shape[1]))
     with bars.bar(
         "mean gradients", total=len(steps) * data.n, unit="example", show=progress
@@ -76,10 +79,8 @@ def mean_gradient(
             for start in range(0, data.n, _ROWS):
                 rows = np.arange(start, min(start + _ROWS, data.n))
                 inputs, target = data.take(rows)
-                with torch.enable_grad():
-                    losses = source.loss(source.flat(inputs), target)
-                    slopes = torch.autograd.grad(losses.sum(), source.flat.leaves)
-                out[t] += torch.cat([slope.flatten() for slope in slopes]).double().cpu().numpy()
+                slope = reference.total(inputs, target)
+                out[t] += slope.double().cpu().numpy()
                 bar.update(len(rows))
             if not np.isfinite(out[t]).all():
                 raise NonFiniteError(f"the mean gradient before step {step} is not finite")

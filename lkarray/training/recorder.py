@@ -19,9 +19,11 @@ from lkarray.checking import checked
 from lkarray.errors import FingerprintError, LockedError, NonFiniteError, StoreError
 from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.nn.losses import LossFunction
+from lkarray.nn.modes import gradients_on, with_gradients
 from lkarray.store import trajectory
 from lkarray.store.location import StoreLike, create_root, exists, open_root
 from lkarray.store.writing_trace import Row, TraceWriter
+from lkarray.training import guards
 from lkarray.training.capture import Capture, clipping
 from lkarray.training.checking import StepCheck
 from lkarray.training.identity import fingerprint
@@ -32,6 +34,7 @@ Indices = Sequence[int] | np.ndarray | Tensor
 
 
 @checked()
+@with_gradients
 def record(
     model: nn.Module,
     optimizer: Optimizer,
@@ -66,7 +69,8 @@ def record(
         Any module of float32 or float64 parameters on one device.
     optimizer
         ``SGD``, ``Adam``, ``AdamW``, ``NAdam``, ``RMSprop`` or ``Adagrad`` of ``torch.optim``; for
-        another, add to ``lkarray.training.RULES``.
+        another, add to ``lkarray.training.RULES``. Frozen parameters that it holds
+        (``requires_grad`` false) are left out of the trace.
     train_set
         Map-style dataset of ``(input, target)``: the items that are trained on, as they are
         trained on.
@@ -160,6 +164,7 @@ class Recorder:
         self._check = StepCheck(model, optimizer, train_set, loss, num_workers)
         self._capture = Capture(self._check.parameters, optimizer)
         self._train_set, self._loss = train_set, loss
+        self._held = guards.held(model, optimizer)
         self.steps = 0
         self._open = False
         self._stack = ExitStack()
@@ -208,6 +213,8 @@ class Recorder:
             self._writer.commit(self._state())
             self._writer.wait()
             store.finish(self._root)
+        if not any(error) and self.steps == self._writer.committed == 0:
+            raise ValueError(guards.NOTHING)
 
     def _prepare(self) -> tuple[Any, trajectory.TraceLayout]:
         """Make the trace, or check that the one there is of this run."""
@@ -303,8 +310,9 @@ class Recorder:
             raise ValueError("open the recorder first: with lk.record(...) as trace:")
         if self._inside:
             raise ValueError("steps cannot be nested: leave one before the next begins")
-        batch = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+        batch = guards.as_indices(indices, self.steps)
         n = self._check.train.n
+        guards.refuse_thawed(self._held, self._capture.names, self.steps)
         if batch.ndim != 1 or batch.size == 0 or batch.dtype.kind not in "iu":
             raise ValueError(
                 f"step {self.steps}: indices must be a list of integers, one per example of the "
@@ -336,6 +344,7 @@ class Recorder:
             )
         if any(a is not None for a in (*args[1:], *kwargs.values())):  # the first is itself
             raise ValueError("optimizer.step(closure) cannot be recorded; call backward before it")
+        guards.refuse_stale(self._held)
         self._applied = self._capture.applied()
         self._broken = True
 
@@ -436,6 +445,7 @@ class Recorder:
     def _restore(self) -> None:
         state = trajectory.last_state(self._root)
         load_schedule(str(state.pop("extra")[0]), self._optimizer, self._scheduler)
-        self._capture.load(state)
+        with gradients_on():
+            self._capture.load(state)
         self._after = self._capture.theta()
         self.steps = self._writer.committed

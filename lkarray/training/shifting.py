@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lkarray.checking import checked
 from lkarray.errors import SchemaError
-from lkarray.nn.batches import MapDataset
+from lkarray.nn.batches import MapDataset, fresh
 from lkarray.nn.losses import logits
+from lkarray.nn.modes import with_gradients
+from lkarray.nn.reference import checkpoints_named
 from lkarray.results import as_dataset
 from lkarray.schema import MODE, PARAM
 from lkarray.training.choosing import as_examples, as_trace
@@ -24,6 +26,7 @@ _ROWS = 128
 
 
 @checked(modes=None)
+@with_gradients
 def shift_modes(
     trace: Trace | Recorder,
     modes: xr.DataTree | xr.Dataset,
@@ -126,7 +129,7 @@ def shift_modes(
         wanted = own
         if labels == "predicted":
             with torch.no_grad():
-                wanted = logits(source.flat(x0)).argmax(1)
+                wanted = logits(source.flat(x0.clone())).argmax(1)
         target = coefficients(source, vectors, x0, wanted).detach() - shift * signs
         unwanted = None if known is None else known[torch.from_numpy(rows)].to(x0)
 
@@ -143,7 +146,8 @@ def shift_modes(
                 )
                 total = total + ortho * cosine.square().sum()
             if loss:
-                total = total + loss * source.loss(source.flat(x), own).sum()
+                given, classes = fresh(x, own)
+                total = total + loss * source.loss(source.flat(given), classes).sum()
             return total
 
         found = _descend(objective, x0, radius, norm, steps, size, bounds)
@@ -205,10 +209,13 @@ def coefficients(trace: Trace, vectors: Tensor, inputs: Tensor, target: Any) -> 
     :math:`v_k` is linear in the weights: its slopes are the coefficients.
     """
     flat = trace.flat
-    with torch.enable_grad():
-        losses = trace.loss(flat(inputs), target)
+    with torch.enable_grad(), checkpoints_named():
+        given, wanted = fresh(inputs, target)  # in the graph, so that a model may change them
+        losses = trace.loss(flat(given), wanted)
         weights = torch.ones_like(losses).requires_grad_()
-        slopes = torch.autograd.grad((weights * losses).sum(), flat.leaves, create_graph=True)
+        slopes = torch.autograd.grad(
+            (weights * losses).sum(), flat.leaves, create_graph=True, materialize_grads=True
+        )
         along = vectors @ torch.cat([slope.flatten() for slope in slopes])
         rows = [torch.autograd.grad(one, weights, create_graph=True)[0] for one in along]
     return torch.stack(rows, 1)

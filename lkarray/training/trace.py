@@ -17,6 +17,8 @@ from lkarray.errors import FingerprintError, StoreError
 from lkarray.nn.batches import Batches, MapDataset
 from lkarray.nn.flat import FlatModel
 from lkarray.nn.losses import NAMED, LossFunction, PerExampleLoss, per_example_loss
+from lkarray.nn.modes import with_gradients
+from lkarray.nn.trainable import require_module
 from lkarray.store import trajectory
 from lkarray.store.chunks import read_whole
 from lkarray.store.committed import array_at, read_rows
@@ -28,6 +30,7 @@ from lkarray.training.replay import Replay
 
 
 @checked()
+@with_gradients
 def open_trace(
     path: StoreLike,
     model: nn.Module,
@@ -42,7 +45,7 @@ def open_trace(
     path
         Path, URL or Zarr store.
     model
-        The module that was trained, with any weights.
+        The module that was trained, with any weights; frozen ones as they were.
     train_set
         The data it was trained on.
     loss
@@ -55,6 +58,8 @@ def open_trace(
 
     Raises
     ------
+    TypeError
+        ``model`` is no module: a state dict, say, or a file.
     StoreError
         There is no trace, or it has no committed step.
     FingerprintError
@@ -84,6 +89,7 @@ class Trace:
     def __init__(
         self, path: StoreLike, model: nn.Module, train_set: MapDataset, loss: LossFunction | None
     ) -> None:
+        require_module(model)
         self.root = open_root(path)
         mark = trajectory.trace_fingerprint(self.root)
         if mark is None:
@@ -162,8 +168,9 @@ class Trace:
 
     @property
     def learning_rates(self) -> np.ndarray:
-        """Learning rate of each step, ``(step,)``, of the optimizer's first group."""
-        return np.asarray(self.coefficients[:, 0, trajectory.FIELDS.index("learning_rate")])
+        """Learning rate of each step, ``(step,)``, of the optimizer's first group that trains."""
+        first = min(self.mark["group_of"])  # groups before it are of frozen parameters alone
+        return np.asarray(self.coefficients[:, first, trajectory.FIELDS.index("learning_rate")])
 
     def options(self, step: int) -> list[dict[str, Any]]:
         """Return the options of each of the optimizer's groups that may change with the steps."""

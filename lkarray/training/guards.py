@@ -1,0 +1,55 @@
+"""What a recorder refuses of a loop before a step counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+#: Of a recording that ends without a step.
+NOTHING = (
+    "nothing was recorded: the loop never reached trace.step(indices). Is it empty (a DataLoader "
+    "with drop_last of fewer examples than a batch, an iterator used up), or is the training step "
+    "outside of the with block?"
+)
+
+
+def as_indices(indices: Any, step: int) -> np.ndarray:
+    """Return a batch's indices as an array; refuse what was meant as the batch itself."""
+    several = isinstance(indices, (tuple, list)) and any(np.ndim(part) for part in indices)
+    if several or isinstance(indices, dict) or indices is None:
+        raise ValueError(
+            f"step {step}: pass indices of the batch's examples in train_set, one integer for "
+            f"each, and not the batch itself ({type(indices).__name__}); let the loader give "
+            "indices, for example with a data set that returns (index, input, target)"
+        )
+    return np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+
+
+def held(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """Return the model's parameters that an optimizer holds, frozen ones among them."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in model.named_parameters() if id(p) in known}
+
+
+def refuse_thawed(held: Mapping[str, nn.Parameter], names: Iterable[str], step: int) -> None:
+    """Raise where other parameters are frozen than at the beginning, when ``names`` were not."""
+    changed = sorted({name for name, p in held.items() if p.requires_grad} ^ set(names))
+    if changed:
+        raise ValueError(
+            f"step {step}: requires_grad of {changed} was changed since the recording began; "
+            "freeze and free parameters before, and record each stage into a store of its own"
+        )
+
+
+def refuse_stale(held: Mapping[str, nn.Parameter]) -> None:
+    """Raise where the optimizer would move frozen parameters with a gradient from before."""
+    stale = [name for name, p in held.items() if not p.requires_grad and p.grad is not None]
+    if stale:
+        raise ValueError(
+            f"{stale} are frozen but have a gradient from before, with which the optimizer would "
+            "move them; set their .grad to None"
+        )
