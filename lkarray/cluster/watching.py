@@ -28,7 +28,7 @@ PERIOD, WORD, SILENCE = 1.0, 2.0, 5.0
 PATIENCE = 25.0
 
 #: Seconds without a worker until a wait ends, where lost ones are replaced at once.
-LONG_PATIENCE = 180.0
+LONG_PATIENCE = 300.0
 
 #: Seconds in which all workers are paused, for want of memory, and none has a task in hand.
 PAUSED = 60.0

@@ -133,3 +133,26 @@ def test_sampling__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
             assert lk.verify(store) == []
             kills += len(killed)
     assert kills >= ROUNDS // 2
+
+
+@pytest.mark.timeout(300)
+def test_ssh__a_host_whose_processes_are_killed_gets_new_ones(ssh_options):
+    with lk.cluster.connect("ssh://127.0.0.1", threads=1, dashboard=None, **ssh_options) as client:
+        (pid,) = client.run(os.getpid).values()
+        for process in (psutil.Process(pid).parent(), psutil.Process(pid)):  # its nanny first
+            process.kill()
+        assert client.submit(sum, [1, 2]).result() == 3
+        assert list(client.run(os.getpid).values()) != [pid]
+
+
+@pytest.mark.timeout(300)
+def test_ssh__a_scheduler_that_is_killed_is_said(ssh_options, tmp_path, rng):
+    lazy = lk.correlation(random_losses(rng).chunk(sample=5), memory="1 MiB")
+    with lk.cluster.connect(
+        "ssh://127.0.0.1", threads=1, dashboard=None, timeout=20, **ssh_options
+    ) as client:
+        scheduler = psutil.Process(client.run_on_scheduler(os.getpid))
+        client.register_worker_callbacks(lambda: exec(SLOW_TILES.replace("0.01", "2"), {}))
+        threading.Timer(1.0, scheduler.kill).start()
+        with pytest.raises(errors.ClusterError, match="scheduler was lost while .* run again to"):
+            lk.save(lazy, tmp_path / "k.zarr")

@@ -9,6 +9,7 @@ import time
 import dask.array as da
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from distributed import Client, LocalCluster, Nanny, SpecCluster
 from distributed.core import Status
@@ -16,6 +17,7 @@ from distributed.core import Status
 import lkarray as lk
 from lkarray import errors
 from lkarray.cluster import replacing, watching
+from tests.auditing.brute import audited, recorded
 from tests.conftest import numpy_correlation, random_losses
 from tests.faults.test_workers import sample
 
@@ -167,6 +169,18 @@ def test_own_client__a_wait_without_workers_ends_in_words(wait, foreign, losses,
         client.wait_for_workers(1, timeout=60)
         WAITS[wait](losses, tmp_path / "k.zarr", client)
     assert not [t for t in threading.enumerate() if t.name == "lkarray-watch"]
+
+
+def test_audit__without_workers_ends_in_words(foreign, tmp_path):
+    trace = recorded(lambda p: torch.optim.SGD(p, 1e-2), store=tmp_path / "t")
+    with Client(foreign) as client:
+        leave_alone(foreign)
+        with pytest.raises(errors.ClusterError, match="run again to continue"):
+            lk.audit(trace, audited(), store=tmp_path / "t", client=client)
+        foreign.scale(1)
+        client.wait_for_workers(1, timeout=60)
+        found = lk.audit(trace, audited(), store=tmp_path / "t", client=client)
+    np.testing.assert_allclose(found["influence"], lk.audit(trace, audited())["influence"])
 
 
 def test_address__a_plain_compute_ends_in_words(foreign):
