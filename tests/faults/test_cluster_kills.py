@@ -92,7 +92,7 @@ def no_orphans():
     assert left == []
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)  # up to thirty workers are started, each in 2 s to a minute
 def test_dense_correlation__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
     losses = random_losses(rng, chains=4, draws=60, samples=1200)
     source = tmp_path / "losses.zarr"
@@ -117,7 +117,7 @@ def test_dense_correlation__ten_rounds_of_killed_workers(tmp_path, rng, no_orpha
     assert kills >= ROUNDS // 2
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)  # up to thirty workers are started, each in 2 s to a minute
 def test_sampling__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
     options = {"draws": 40, "chains": 3}
     whole = sample(tmp_path / "whole", None, **options)
