@@ -114,7 +114,6 @@ def _local(plan: Plan) -> Any:
         "security": plan.security,
         "host": "127.0.0.1",
         "death_timeout": _STARTING,
-        "name": "LocalCluster",
     }
     env = ONE_THREAD | plan.options.get("env", {})
     return _Local(**(settings | plan.options | {"env": env}))
