@@ -125,7 +125,7 @@ def impatient(monkeypatch):
 def foreign(impatient):
     """A cluster of the user's own, with one worker in this process, that is taken away."""
     with LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0"
     ) as cluster:
         yield cluster
 
