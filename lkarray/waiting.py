@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lkarray.errors import ClusterError, StoreError
+from lkarray.errors import ClusterError, LkarrayError, StoreError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -108,8 +108,8 @@ def workers_awaited(
         ) from None
     except WorkersLostError as error:
         raise ClusterError(f"{error.what}. {safe}: run again to continue") from None
-    except (FutureCancelledError, FuturesCancelledError) as error:
-        if not connection_lost(client, error):
+    except (FutureCancelledError, FuturesCancelledError, OSError) as error:
+        if isinstance(error, LkarrayError) or not connection_lost(client, error):
             raise
         raise ClusterError(
             f"the connection to the scheduler was lost while workers {doing}; see that it runs, "

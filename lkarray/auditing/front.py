@@ -154,6 +154,9 @@ def audit(
         The budget does not hold one audited example.
     StoreError
         The disk lacks the space for the result; the message has its size.
+    ClusterError
+        No worker of the client is left and none came, or its scheduler is gone: the panels finished
+        are safe, and the same call goes on.
 
     Notes
     -----

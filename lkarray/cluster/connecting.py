@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from distributed import Client, Security
+from distributed.core import Status
 
 from lkarray.checking import COUNT, POSITIVE, checked
 from lkarray.cluster.opening import LOOPBACK, OPENERS, Plan, tls_settings
@@ -16,8 +19,11 @@ from lkarray.cluster.versions import refuse_mismatch
 from lkarray.cluster.watching import end_watch, watch_for_good
 from lkarray.engine.plan import memory_budget
 
+logger = logging.getLogger("lkarray")
+
 _ADDRESSES = ("tcp", "tls", "ws", "wss", "ucx", "inproc")
 #: Kinds of targets that start all their workers at once, so that all are waited for.
+_PART = 10.0  # seconds in which a part of what was opened has closed
 _WHOLE = ("local", "cuda", "address")
 
 
@@ -36,7 +42,19 @@ class _Owner(Client):
         finally:
             opened, self._opened = self._opened, None
             if opened is not None:
-                opened.close()
+                _close(opened)
+
+
+def _close(cluster: Any) -> None:
+    """Close a cluster, and what is left of one whose scheduler is gone."""
+    try:
+        cluster.close()
+    except (OSError, RuntimeError) as error:
+        logger.warning("what was opened did not close as it should: %s", error)
+        for part in (*getattr(cluster, "workers", {}).values(), cluster.scheduler):
+            with suppress(Exception):
+                cluster.sync(part.close, callback_timeout=_PART)
+        cluster.status = Status.closed
 
 
 @checked(workers=COUNT, threads=COUNT, timeout=POSITIVE)
@@ -107,6 +125,13 @@ def connect(
 
     Notes
     -----
+    While the client is open its workers are watched, and whatever keeps tasks waiting is said by
+    the logger ``"lkarray"``. Of a cluster that was opened here, workers that are gone for good are
+    started anew: processes of ``"local"``, ``"cuda"`` and ``ssh``, jobs of ``slurm`` that ended
+    (those that are queued are waited for); Kubernetes restarts its own pods. Where nothing can be
+    started, as of an address, what waits ends with a `ClusterError` within half a minute; so it
+    does after five minutes of attempts in vain.
+
     Workers have one BLAS thread for each of their own threads, whatever opened them (an address:
     see `check`). Schedulers and workers of ``"local"`` listen on the loopback interface.
 

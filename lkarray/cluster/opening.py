@@ -27,7 +27,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 _MOST_PROCESSES = 8  # of "local": more threads in a process share more of its panel cache
 _LEAST_BYTES = 2 * 2**30  # of a worker of "local"; torch alone takes a quarter of that
 _MACHINE_SHARE = 0.9  # of the machine's memory that workers of "local" have together
-_STARTING = 120.0  # seconds in which a worker of "local" has started, or is ended
+_STARTING = 240.0  # seconds in which a worker of "local" has started, or is ended
 _EXTRAS = {"dask_jobqueue": "slurm", "dask_kubernetes.operator": "kubernetes", "dask_cuda": "cuda"}
 
 
@@ -114,7 +114,6 @@ def _local(plan: Plan) -> Any:
         "security": plan.security,
         "host": "127.0.0.1",
         "death_timeout": _STARTING,
-        "name": "LocalCluster",
     }
     env = ONE_THREAD | plan.options.get("env", {})
     return _Local(**(settings | plan.options | {"env": env}))

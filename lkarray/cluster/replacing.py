@@ -22,8 +22,8 @@ from distributed.core import Status
 logger = logging.getLogger("lkarray")
 
 #: Seconds that a worker without a process may take until it counts as gone for good: a nanny
-#: starts another within one.
-SETTLE = 5.0
+#: starts another within one, on a quiet machine.
+SETTLE = 10.0
 
 #: Seconds that a job whose workers have gone may take to bring one back.
 AWAY = 30.0
@@ -121,10 +121,12 @@ class Keeper:
             )  # fmt: skip
         self._attempts += 1
         self._next = now + min(2.0**self._attempts, _MOST_PAUSE)
-        for name in gone:
-            worker = cluster.workers.pop(name, None)
-            with suppress(Exception):
-                await asyncio.wait_for(worker.close(), _CLOSING)
+        closing = [
+            asyncio.wait_for(worker.close(), _CLOSING)
+            for name in gone
+            if (worker := cluster.workers.pop(name, None)) is not None
+        ]
+        await asyncio.gather(*closing, return_exceptions=True)
         try:
             with dask.config.set(self._settings):
                 await cluster._correct_state()  # brings the workers to what is asked for

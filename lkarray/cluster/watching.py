@@ -28,11 +28,12 @@ PERIOD, WORD, SILENCE = 1.0, 2.0, 5.0
 PATIENCE = 25.0
 
 #: Seconds without a worker until a wait ends, where lost ones are replaced at once.
-LONG_PATIENCE = 180.0
+LONG_PATIENCE = 300.0
 
 #: Seconds in which all workers are paused, for want of memory, and none has a task in hand.
 PAUSED = 60.0
 
+_SECONDS = "SECONDS"  # in a text: how long it lasted
 _REMIND = 60.0  # seconds between words of the same wait
 _SOME = 100  # workers of whom a look asks details
 _ANSWER = 0.5  # seconds that a look waits for the scheduler; a late answer counts at the next
@@ -60,6 +61,16 @@ class _Wait:
     resource: str | None = None
     for_worker: bool = False
     error: WorkersLostError | None = None
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    """Why nothing works on what waits, and for how long to bear that."""
+
+    what: str
+    patience: float
+    outlook: str
+    end: str
 
 
 class Watch:
@@ -116,8 +127,9 @@ class Watch:
         self._well()
 
     def _well(self) -> None:
-        self._since: float | None = None  # when the trouble began
-        self._trouble, self._told, self._told_at = "", "", 0.0
+        self._trouble: _Trouble | None = None
+        self._since = 0.0  # when it began
+        self._told, self._told_at = "", 0.0
 
     def _run(self, stop: threading.Event) -> None:
         while not stop.wait(PERIOD):
@@ -147,47 +159,50 @@ class Watch:
                 self._say(now, f"the scheduler of {self._name} does not answer; it is busy or gone")
             return
         self._answered = now
-        trouble, patience = self._trouble_of(client, info)
-        if trouble != self._trouble:
+        trouble = self._trouble_of(client, info)
+        if (trouble and trouble.what) != (self._trouble and self._trouble.what):
             told = self._told
             self._well()
             self._trouble, self._since = trouble, now
             if told:
                 self._say(now, "" if trouble else f"workers of {self._name} are there again")
-        if not trouble or self._since is None:
+        if trouble is None:
             return
         lasted = now - self._since
         hopeless = self._keeper is not None and self._keeper.hopeless and lasted > WORD
-        if hopeless or lasted > patience:
-            self._end(client, trouble, lasted)
+        if hopeless or lasted > trouble.patience:
+            self._end(
+                client, f"{trouble.what}, {trouble.end.replace(_SECONDS, str(round(lasted)))}"
+            )
         elif lasted >= WORD:
             who = f"{waiting} task{'s' * (waiting > 1)}" if waiting else "a call"
-            waits = f"{who} wait{'s' * (waiting <= 1)} for one"
-            self._say(now, f"{trouble}, and {waits}; {self._outlook(patience)}")
+            waits = f"{who} wait{'s' * (waiting <= 1)}"
+            self._say(now, f"{trouble.what}, and {waits}; {trouble.outlook}")
 
-    def _trouble_of(self, client: Client, info: dict[str, Any]) -> tuple[str, float]:
-        """Return what keeps tasks waiting, if anything does, and how long to be patient with it."""
+    def _trouble_of(self, client: Client, info: dict[str, Any]) -> _Trouble | None:
+        """Return what keeps tasks waiting, if anything does."""
         workers = list(info["workers"].values())
         needs = {wait.resource for wait in self._waits} - {None}
         useful = [w for w in workers if not needs or needs & set(w.get("resources") or {})]
         if useful:
             self._seen = True
             whole = len(workers) == info.get("n_workers", len(workers))
-            if whole and all(w.get("status") == "paused" and _idle(w) for w in useful):
-                return f"all workers of {self._name} are paused for want of memory", PAUSED
-            return "", 0.0
-        what = f" with a {', '.join(map(str, needs))}" if needs and workers else ""
-        trouble = f"no worker{what} of {self._name} is {'left' if self._seen else 'there'}"
+            if not whole or not all(w.get("status") == "paused" and _idle(w) for w in useful):
+                return None
+            return _Trouble(
+                f"all workers of {self._name} are paused for want of memory", PAUSED,
+                _ends_within(PAUSED), f"for {_SECONDS} s; give them more memory, or restart them",
+            )  # fmt: skip
+        with_ = f" with a {', '.join(map(str, needs))}" if needs and workers else ""
+        what = f"no worker{with_} of {self._name} is {'left' if self._seen else 'there'}"
+        end = f"and none came within {_SECONDS} s"
         if self._keeper is not None:
-            return trouble, self._keeper.patience or LONG_PATIENCE
-        return trouble, float("inf") if expects_more(client.cluster) else PATIENCE
-
-    def _outlook(self, patience: float) -> str:
-        if self._keeper is not None:
-            return "those that are gone for good are started anew"
-        if patience == float("inf"):
-            return "waiting for the queue, or for more to be started"
-        return f"this ends in an error unless that changes within {patience:g} s"
+            patience = self._keeper.patience or LONG_PATIENCE
+            outlook = "those that are gone for good are started anew"
+            return _Trouble(what, patience, outlook, end + self._keeper.why())
+        if expects_more(client.cluster):
+            return _Trouble(what, float("inf"), "they are queued, or scaled on demand", end)
+        return _Trouble(what, PATIENCE, _ends_within(PATIENCE), end)
 
     def _ask(self, client: Client) -> dict[str, Any] | None:
         """Return what the scheduler says of itself and its workers; ``None`` before it answers."""
@@ -217,10 +232,9 @@ class Watch:
                 with suppress(Exception):
                     wait.bar.set_postfix_str(what)
 
-    def _end(self, client: Client, trouble: str, lasted: float) -> None:
+    def _end(self, client: Client, what: str) -> None:
         """End every wait of the client, with an error."""
-        why = "" if self._keeper is None else self._keeper.why()
-        error = WorkersLostError(f"{trouble}, and none came within {lasted:.0f} s{why}")
+        error = WorkersLostError(what)
         logger.warning("%s", error)
         for wait in list(self._waits):
             if wait.for_worker:
@@ -287,6 +301,10 @@ def connection_lost(client: Client, error: BaseException) -> bool:
 
 def _pending(client: Client) -> int:
     return sum(state.status in ("pending", "lost") for state in list(client.futures.values()))
+
+
+def _ends_within(seconds: float) -> str:
+    return f"this ends in an error unless that changes within {seconds:g} s"
 
 
 def _idle(worker: dict[str, Any]) -> bool:

@@ -150,6 +150,9 @@ def sample(
         Another process is writing to the store.
     DivergedError
         Every chain turned non-finite.
+    ClusterError
+        No worker of the client is left and none came, or its scheduler is gone: the draws committed
+        are safe, and the same call goes on.
 
     Notes
     -----

@@ -92,7 +92,7 @@ def no_orphans():
     assert left == []
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)  # up to thirty workers are started, each in 2 s to a minute
 def test_dense_correlation__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
     losses = random_losses(rng, chains=4, draws=60, samples=1200)
     source = tmp_path / "losses.zarr"
@@ -117,7 +117,7 @@ def test_dense_correlation__ten_rounds_of_killed_workers(tmp_path, rng, no_orpha
     assert kills >= ROUNDS // 2
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)  # up to thirty workers are started, each in 2 s to a minute
 def test_sampling__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
     options = {"draws": 40, "chains": 3}
     whole = sample(tmp_path / "whole", None, **options)
@@ -133,3 +133,26 @@ def test_sampling__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
             assert lk.verify(store) == []
             kills += len(killed)
     assert kills >= ROUNDS // 2
+
+
+@pytest.mark.timeout(300)
+def test_ssh__a_host_whose_processes_are_killed_gets_new_ones(ssh_options):
+    with lk.cluster.connect("ssh://127.0.0.1", threads=1, dashboard=None, **ssh_options) as client:
+        (pid,) = client.run(os.getpid).values()
+        for process in (psutil.Process(pid).parent(), psutil.Process(pid)):  # its nanny first
+            process.kill()
+        assert client.submit(sum, [1, 2]).result() == 3
+        assert list(client.run(os.getpid).values()) != [pid]
+
+
+@pytest.mark.timeout(300)
+def test_ssh__a_scheduler_that_is_killed_is_said(ssh_options, tmp_path, rng):
+    lazy = lk.correlation(random_losses(rng).chunk(sample=5), memory="1 MiB")
+    with lk.cluster.connect(
+        "ssh://127.0.0.1", threads=1, dashboard=None, timeout=20, **ssh_options
+    ) as client:
+        scheduler = psutil.Process(client.run_on_scheduler(os.getpid))
+        client.register_worker_callbacks(lambda: exec(SLOW_TILES.replace("0.01", "2"), {}))
+        threading.Timer(1.0, scheduler.kill).start()
+        with pytest.raises(errors.ClusterError, match="scheduler was lost while .* run again to"):
+            lk.save(lazy, tmp_path / "k.zarr")
