@@ -16,13 +16,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from pydantic import Field, model_validator
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import plots, workflow
 from lkarray_workflows.attacks import attack, make_pairs, require_foolbox
 from lkarray_workflows.images import CLASSES
 from lkarray_workflows.recorded import (
@@ -36,6 +29,13 @@ from lkarray_workflows.recorded import (
     require_enough,
     train,
 )
+from matplotlib.figure import Figure
+from pydantic import Field, model_validator
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import plots, workflow
 
 NETWORKS = ("standard", "attacked")
 SHARES = (0.9, 0.95, 0.99)

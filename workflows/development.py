@@ -14,14 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
-from pydantic import Field
-from torch import nn
-
-import lkarray as lk
-from lkarray import progress, workflow
-from lkarray.errors import SettingsError
-from lkarray.taxonomy import sources
 from lkarray_workflows.common import (
     Numbers,
     Sampling,
@@ -36,6 +28,14 @@ from lkarray_workflows.common import (
 )
 from lkarray_workflows.fashion import SYNSETS
 from lkarray_workflows.images import FOLDER, NAMES, data_set, require_files, take_images
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import nn
+
+import lkarray as lk
+from lkarray import progress, workflow
+from lkarray.errors import SettingsError
+from lkarray.taxonomy import sources
 
 
 class Config(Sampling):

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows.images import FOLDER, Split, read_images, require_files
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
@@ -24,7 +25,6 @@ from torch.utils.data import TensorDataset
 import lkarray as lk
 from lkarray import plots, progress, store, workflow
 from lkarray.taxonomy import sources
-from lkarray_workflows.images import FOLDER, Split, read_images, require_files
 
 #: WordNet's synset of each class.
 SYNSETS: dict[Hashable, str] = {

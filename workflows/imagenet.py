@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torchvision
+from lkarray_workflows import wnids
+from lkarray_workflows.common import Sampling, draw_losses, halves_agree
 from PIL import Image
 from pydantic import Field
 from torch import nn
@@ -24,8 +26,6 @@ from torch.utils.data import Dataset
 
 import lkarray as lk
 from lkarray import errors, progress, workflow
-from lkarray_workflows import wnids
-from lkarray_workflows.common import Sampling, draw_losses, halves_agree
 
 PARTS = ("train", "val")
 

@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows import wnids
+from lkarray_workflows.common import Sampling, curve_with_errors, draw_losses, halves_agree
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -26,8 +28,6 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import errors, plots, workflow
-from lkarray_workflows import wnids
-from lkarray_workflows.common import Sampling, curve_with_errors, draw_losses, halves_agree
 
 #: Kernels that are sampled: what each is, and which parameters move (``None``: all).
 KERNELS: dict[str, tuple[str, Any]] = {
