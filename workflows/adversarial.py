@@ -16,11 +16,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 import xarray as xr
-from pydantic import Field, model_validator
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import store, workflow
 from lkarray_workflows.adversarial_modes import SENSITIVE, by_modes, cure, over_time
 from lkarray_workflows.adversarial_report import report
 from lkarray_workflows.attacks import KINDS, Attack, Pairs, make_pairs, require_foolbox
@@ -33,6 +28,11 @@ from lkarray_workflows.recorded import (
     require_enough,
     train,
 )
+from pydantic import Field, model_validator
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import store, workflow
 
 
 class Config(Training):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows.attacks import ATTACKS, KINDS, Pairs, attack, lengths, noise_like
+from lkarray_workflows.recorded import last_hidden, logits_of, losses_of
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import store
-from lkarray_workflows.attacks import ATTACKS, KINDS, Pairs, attack, lengths, noise_like
-from lkarray_workflows.recorded import last_hidden, logits_of, losses_of
 
 if TYPE_CHECKING:
     from lkarray_workflows.adversarial import Config, Paths

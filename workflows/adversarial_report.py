@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows.attacks import KINDS, Pairs
+from lkarray_workflows.images import CLASSES
 
 import lkarray as lk
 from lkarray import plots, workflow
-from lkarray_workflows.attacks import KINDS, Pairs
-from lkarray_workflows.images import CLASSES
 
 if TYPE_CHECKING:
     from lkarray_workflows.adversarial import Config, Paths

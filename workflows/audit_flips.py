@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from lkarray_workflows.images import FOLDER, NAMES, data_set, require_files, take_images
+from lkarray_workflows.recorded import build, fit, plan
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -24,8 +26,6 @@ from torch.nn import functional as F
 import lkarray as lk
 from lkarray import workflow
 from lkarray.training import Trace
-from lkarray_workflows.images import FOLDER, NAMES, data_set, require_files, take_images
-from lkarray_workflows.recorded import build, fit, plan
 
 SCORES = (
     "self-influence", "harmful influence", "net influence",

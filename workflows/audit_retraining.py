@@ -17,16 +17,16 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from lkarray_workflows import retraining
+from lkarray_workflows.images import FOLDER, data_set, require_files
+from lkarray_workflows.recorded import build, fit, plan
+from lkarray_workflows.retraining import SETS, influence, order, take, without, without_of_each
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
 
 import lkarray as lk
 from lkarray import workflow
-from lkarray_workflows import retraining
-from lkarray_workflows.images import FOLDER, data_set, require_files
-from lkarray_workflows.recorded import build, fit, plan
-from lkarray_workflows.retraining import SETS, influence, order, take, without, without_of_each
 
 BALANCED = "least influential of each class"
 ARMS = ("nothing", "random", "most helpful", "least influential", BALANCED, "most harmful")

@@ -16,13 +16,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
-from pydantic import Field
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import plots, progress, workflow
 from lkarray_workflows.common import (
     Sampling,
     accuracy,
@@ -35,6 +28,13 @@ from lkarray_workflows.common import (
     without_chain,
 )
 from lkarray_workflows.images import FOLDER, NAMES, require_files, take_images
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import plots, progress, workflow
 
 KINDS = ("clean", "relabelled")
 

@@ -16,13 +16,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
-from pydantic import Field
-from torch import nn
-
-import lkarray as lk
-from lkarray import plots, progress, store, workflow
-from lkarray.taxonomy import sources
 from lkarray_workflows.common import (
     Numbers,
     Sampling,
@@ -39,6 +32,13 @@ from lkarray_workflows.common import (
 )
 from lkarray_workflows.fashion import SYNSETS
 from lkarray_workflows.images import FOLDER, data_set, require_files, take_images
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import nn
+
+import lkarray as lk
+from lkarray import plots, progress, store, workflow
+from lkarray.taxonomy import sources
 
 
 class Config(Sampling):

@@ -17,10 +17,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from pydantic import Field
-
-import lkarray as lk
-from lkarray import plots, store, workflow
 from lkarray_workflows.images import CLASSES, NAMES
 from lkarray_workflows.recorded import (
     TEST,
@@ -33,6 +29,10 @@ from lkarray_workflows.recorded import (
     losses_of,
     train,
 )
+from pydantic import Field
+
+import lkarray as lk
+from lkarray import plots, store, workflow
 
 #: Scores of table 1, and the paper's numbers, of MNIST.
 PAPER = {

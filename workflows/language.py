@@ -16,6 +16,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows.common import (
+    Block,
+    Sampling,
+    draw_losses,
+    halves_agree,
+    keep_model,
+    load_model,
+)
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -25,14 +33,6 @@ from torch.utils.data import TensorDataset
 import lkarray as lk
 from lkarray import plots, progress, store, workflow
 from lkarray.taxonomy import sources
-from lkarray_workflows.common import (
-    Block,
-    Sampling,
-    draw_losses,
-    halves_agree,
-    keep_model,
-    load_model,
-)
 
 #: Shared by a token and its neighbours: a coordinate, and what to call it.
 SHARED = {

@@ -23,10 +23,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import xarray as xr
-from pydantic import Field, model_validator
-
-import lkarray as lk
-from lkarray import plots, store, workflow
 from lkarray_workflows.images import CLASSES, NAMES
 from lkarray_workflows.recorded import (
     TEST,
@@ -41,6 +37,10 @@ from lkarray_workflows.recorded import (
     require_enough,
     train,
 )
+from pydantic import Field, model_validator
+
+import lkarray as lk
+from lkarray import plots, store, workflow
 
 #: Rules and strides of the table, beside the audit's own.
 RULES: dict[str, dict[str, Any]] = {

@@ -14,11 +14,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
-from pydantic import Field
-
-import lkarray as lk
-from lkarray import plots, store, workflow
-from lkarray.errors import SettingsError
 from lkarray_workflows.images import CLASSES
 from lkarray_workflows.recorded import (
     Trained,
@@ -29,6 +24,11 @@ from lkarray_workflows.recorded import (
     logits_of,
     train,
 )
+from pydantic import Field
+
+import lkarray as lk
+from lkarray import plots, store, workflow
+from lkarray.errors import SettingsError
 
 OVERLAPS = ("feature_overlap", "subspace_overlap", "activation_overlap")
 

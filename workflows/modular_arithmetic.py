@@ -14,14 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
-from pydantic import Field
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import plots, progress, store, workflow
-from lkarray.errors import SettingsError
 from lkarray_workflows.common import (
     Block,
     Sampling,
@@ -34,6 +26,14 @@ from lkarray_workflows.common import (
     load_model,
     without_chain,
 )
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import plots, progress, store, workflow
+from lkarray.errors import SettingsError
 
 TASKS = ("addition", "division")
 _COLOURS = {"addition": "#3f90da", "division": "#ffa90e", "between": "#717581"}

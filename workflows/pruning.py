@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field, field_validator
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import squareform
-
-import lkarray as lk
-from lkarray import workflow
 from lkarray_workflows import retraining
 from lkarray_workflows.common import Numbers
 from lkarray_workflows.images import CLASSES, data_set
 from lkarray_workflows.pruning_report import FIGURES, NOTHING, compare, draw, judge
 from lkarray_workflows.recorded import TEST, Trained, Training, build, check, discard, plan, train
 from lkarray_workflows.retraining import SETS, order, without, without_of_each
+from pydantic import Field, field_validator
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
+
+import lkarray as lk
+from lkarray import workflow
 
 #: What is removed, each once; `FIGURES` shares some.
 ARMS = tuple(dict.fromkeys(arm for arms in FIGURES.values() for arm in arms))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lkarray_workflows.images import FOLDER, Dataset, data_set, require_files, take_images
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +21,6 @@ import lkarray as lk
 from lkarray import progress, workflow
 from lkarray.errors import SettingsError
 from lkarray.training import Trace
-from lkarray_workflows.images import FOLDER, Dataset, data_set, require_files, take_images
 
 
 class Training(workflow.Config):

@@ -13,6 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from lkarray_workflows import adversarial, ips_map, lenet_audit, lenet_training
+from lkarray_workflows.attacks import require_foolbox
+from lkarray_workflows.images import CLASSES, Dataset
+from lkarray_workflows.recorded import SHARED, Training, check
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from pydantic import Field
@@ -20,10 +24,6 @@ from pydantic import Field
 import lkarray as lk
 from lkarray import workflow
 from lkarray.errors import SettingsError
-from lkarray_workflows import adversarial, ips_map, lenet_audit, lenet_training
-from lkarray_workflows.attacks import require_foolbox
-from lkarray_workflows.images import CLASSES, Dataset
-from lkarray_workflows.recorded import SHARED, Training, check
 
 
 class Config(Training):

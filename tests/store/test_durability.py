@@ -24,7 +24,7 @@ class Disk:
         self.root, self.is_mark, self.marks = root, is_mark, []
         self.files: dict[str, tuple] = {}
         self.folders: dict[str, dict[str, int]] = {}
-        fsync, replace, exchange = os.fsync, os.replace, derived._exchange
+        fsync, replace = os.fsync, os.replace
 
         def flush(handle):
             fsync(handle)

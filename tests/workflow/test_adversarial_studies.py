@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from scipy.io import savemat
-
-import lkarray as lk
 from lkarray_workflows import adversarial, adversarial_modes, adversarial_training, svhn
 from lkarray_workflows.adversarial_report import claims, pooled
 from lkarray_workflows.attacks import KINDS
+from scipy.io import savemat
+
+import lkarray as lk
 from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
 
 SMALL = [

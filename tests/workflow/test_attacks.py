@@ -5,11 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from lkarray_workflows import attacks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
-
-from lkarray_workflows import attacks
 
 
 @pytest.fixture

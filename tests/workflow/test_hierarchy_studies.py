@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from lkarray_workflows import fashion, glosses
 from matplotlib.image import imread
 
 import lkarray as lk
 from lkarray import errors
-from lkarray_workflows import fashion, glosses
 from tests.taxonomy.test_taxonomy import wordnet  # noqa: F401
 
 

@@ -7,10 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
-
-import lkarray as lk
-from lkarray import errors
 from lkarray_workflows import (
     development,
     digits_probe,
@@ -21,6 +17,10 @@ from lkarray_workflows import (
     mislabeled_images,
     modular_arithmetic,
 )
+from PIL import Image
+
+import lkarray as lk
+from lkarray import errors
 from tests.taxonomy.test_taxonomy import wordnet  # noqa: F401
 from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
 

@@ -5,9 +5,9 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from lkarray_workflows import audit_retraining, pruning, pruning_report, retraining
 
 import lkarray as lk
-from lkarray_workflows import audit_retraining, pruning, pruning_report, retraining
 from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
 
 N, CLASSES = 60, 4

@@ -7,10 +7,6 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
-from lkarray import errors, plots
-from lkarray.cli import main
-from lkarray.plots.training import mosaic
 from lkarray_workflows import (
     adversarial,
     adversarial_training,
@@ -34,6 +30,10 @@ from lkarray_workflows import (
     retraining,
     svhn,
 )
+
+from lkarray import errors, plots
+from lkarray.cli import main
+from lkarray.plots.training import mosaic
 
 
 def finished(folder, config, *, states=True):

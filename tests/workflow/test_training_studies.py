@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from lkarray_workflows import audit_flips, audit_retraining, ips_map, lenet_audit, lenet_training
 
 import lkarray as lk
-from lkarray_workflows import audit_flips, audit_retraining, ips_map, lenet_audit, lenet_training
 from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
 
 SMALL = ["batches=8", "batch_size=64", "epochs=4", "learning_rate=6e-4"]
