@@ -13,7 +13,6 @@ import math
 import numbers
 import operator
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -223,14 +222,6 @@ def path_like(name: str, value: object) -> Path:
     if not isinstance(found, str) or not found or "\0" in found:
         raise ValueError(f"{name} must be the path of a file or folder, not {found!r}")
     return Path(found)
-
-
-def group_name(name: object) -> str:
-    """Return the argument ``name``, checked: it becomes a part of a group's name in a store."""
-    found = text("name", name)
-    if not re.fullmatch(r"[^/\0\s]+", found):
-        raise ValueError(f"name must be without spaces and slashes, not {found!r}")
-    return found
 
 
 def mapping(name: str, value: object) -> Mapping[Any, Any]:

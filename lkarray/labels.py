@@ -219,21 +219,6 @@ def is_missing(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def require_storable(ds: xr.Dataset) -> None:
-    """Raise ``SchemaError`` where text is missing: a store would have it as empty text."""
-    for name, variable in ds.variables.items():
-        if variable.dtype.kind in "OT":
-            missing = is_missing(np.asarray(variable.values))
-            if missing.any():
-                where = [int(at) for at in np.argwhere(missing)[0]]
-                raise SchemaError(
-                    f"{name!r} is missing for {int(missing.sum())} of {missing.size}, first at "
-                    f"position {where[0] if len(where) == 1 else where}, and a store would write "
-                    "empty text for it; give these a label of their own, or drop the coordinate: "
-                    f".drop_vars({name!r})"
-                )
-
-
 def _own_index(values: Any) -> pd.Index | None:
     """Return the index that values carry, if they carry one."""
     if isinstance(values, pd.Series):

@@ -367,13 +367,11 @@ def named_kernel(losses, missing):
 @pytest.mark.parametrize("missing", [None, np.nan])
 def test_save__refuses_labels_that_are_missing(things, tmp_path, missing):
     kernel = named_kernel(things["bare"], missing)
-    with pytest.raises(
-        errors.SchemaError, match="'path' is missing for 8 of 24, first at position 1"
-    ):
+    with pytest.raises(errors.SchemaError, match="'path' holds (None|nan) at position 1"):
         lk.save(kernel, tmp_path / "k.zarr")
     assert not (tmp_path / "k.zarr").exists()
     saved = lk.save(kernel.drop_vars(["path", "path_2"]), tmp_path / "k.zarr")
-    with pytest.raises(errors.SchemaError, match="'path' is missing for 8 of 24"):
+    with pytest.raises(errors.SchemaError, match="'path' holds (None|nan)"):
         lk.store.put(tmp_path / "k.zarr", "other", kernel.compute())
     np.testing.assert_allclose(saved, kernel, atol=1e-6)
     full = kernel.assign_coords(

@@ -98,10 +98,6 @@ def neighbors(
     n = x.sizes[rows]
     if not 1 <= k < n:
         raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
-    if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
-        raise TypeError(
-            f"exclude must be the name of a coordinate or a function, not {type(exclude).__name__}"
-        )
     index = _index(x, rows)
     if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
         x, exclude = with_labels(x, rows, exclude, what="exclude")

@@ -10,7 +10,6 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
@@ -315,9 +314,11 @@ def check_workers(num_workers: int | None) -> int:
 
 def check_dataset(dataset: object, name: str) -> None:
     """Raise unless ``dataset`` is map-style and not empty."""
-    others = (Mapping, type, str, bytes, xr.Dataset, xr.DataArray, xr.DataTree)
+    labelled = type(dataset).__module__.startswith("xarray")  # which nn knows nothing of
+    others = (Mapping, type, str, bytes)
     indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not indexed or isinstance(dataset, others) or getattr(dataset, "ndim", 1) == 0:
+    refused = labelled or isinstance(dataset, others) or getattr(dataset, "ndim", 1) == 0
+    if not indexed or refused:
         raise TypeError(
             f"{name} must be a map-style dataset with len() and indexing, "
             f"not {type(dataset).__name__}; wrap tensors in torch.utils.data.TensorDataset"

@@ -12,7 +12,8 @@ from scipy import sparse
 from lkarray.checking import integer, mapping, one_of, several, text
 from lkarray.taxonomy import graph, sources
 from lkarray.taxonomy.graph import DEPTHS
-from lkarray.taxonomy.sources import is_missing, plain
+from lkarray.taxonomy.names import checked_parents, named_nodes, plain_all, several_or_one
+from lkarray.taxonomy.sources import plain
 
 Node = Hashable
 
@@ -71,7 +72,7 @@ class Taxonomy:
         aliases: Mapping[Hashable, Node] | None = None,
         roots: Iterable[Node] | None = None,
     ) -> None:
-        above = _checked(parents)
+        above = checked_parents(parents)
         above |= {p: () for found in list(above.values()) for p in found if p not in above}
         if not above:
             raise ValueError("parents or edges are empty: a taxonomy needs at least one node")
@@ -85,8 +86,8 @@ class Taxonomy:
         inner = {p for found in self._parents for p in found}
         if labels is None:
             labels = [node for at, node in enumerate(self.nodes) if at not in inner]
-        named = _named("labels", labels)
-        others = {} if aliases is None else _named("aliases", mapping("aliases", aliases))
+        named = named_nodes("labels", labels)
+        others = {} if aliases is None else named_nodes("aliases", mapping("aliases", aliases))
         absent = [node for node in others.values() if node not in position]
         if absent:
             raise ValueError(f"{_listed(absent)} named by aliases, but not in the taxonomy")
@@ -141,7 +142,9 @@ class Taxonomy:
         MissingCorpusError
             nltk's WordNet corpus is missing; the message says the command that gets it.
         """
-        named = {label: text("synsets", name) for label, name in _named("synsets", synsets).items()}
+        named = {
+            label: text("synsets", name) for label, name in named_nodes("synsets", synsets).items()
+        }
         parents, names, aliases = sources.read_wordnet(named.values())
         labels = {label: names[synset] for label, synset in named.items()}
         return cls(parents, labels, aliases=aliases)
@@ -183,7 +186,7 @@ class Taxonomy:
         >>> Taxonomy.from_parents({"dog": "mammal", "bat": ["mammal", "flier"]}).roots
         ('mammal', 'flier')
         """
-        found = {node: _several(above) for node, above in mapping("parents", parents).items()}
+        found = {node: several_or_one(above) for node, above in mapping("parents", parents).items()}
         return cls(found, labels, roots=roots)
 
     @classmethod
@@ -385,62 +388,12 @@ class Taxonomy:
         return (type(self).__name__, self.nodes, self._parents, self.labels)
 
 
-def _checked(parents: Mapping[Node, Iterable[Node]]) -> dict[Node, tuple[Node, ...]]:
-    """Return the parents of each node, names plain, and missing ones left out: of a root."""
-    above: dict[Node, tuple[Node, ...]] = {}
-    empty = "" in parents  # then it is a name
-    for given, found in mapping("parents", parents).items():
-        node, names = plain(given, "parents"), plain_all(f"parents[{given!r}]", _several(found))
-        kept = tuple(dict.fromkeys(p for p in names if not _absent(p, empty)))
-        if _absent(node, empty):
-            raise ValueError(
-                f"a node has no name, and the parents {names}; name it, or leave it out"
-            )
-        if node in above:
-            raise ValueError(
-                f"{node!r} is there twice, but for blanks around it, with the parents "
-                f"{above[node]} and {kept}; name it once, with all its parents"
-            )
-        if kept and any(_absent(p, empty) for p in names):
-            raise ValueError(
-                f"{node!r} has a parent, {kept[0]!r}, and one that is missing; leave that out, or "
-                "name no parent, for a root"
-            )
-        above[node] = kept
-    return above
-
-
-def _absent(name: Node, empty: bool) -> bool:
-    return is_missing(name) and not (empty and isinstance(name, str))
-
-
 def require_taxonomy(taxonomy: object) -> None:
     """Raise unless the argument ``taxonomy`` is one."""
     if not isinstance(taxonomy, Taxonomy):
         raise TypeError(
             f"taxonomy must be a Taxonomy, as lk.Taxonomy makes, not {type(taxonomy).__name__}"
         )
-
-
-def plain_all(name: str, labels: Any) -> tuple[Hashable, ...]:
-    """Return labels as Python's own types, checked."""
-    return tuple(plain(label, name) for label in several(name, labels))
-
-
-def _named(name: str, labels: Any) -> dict[Hashable, Node]:
-    """Return nodes by their labels, of a mapping or of nodes that are their own labels."""
-    if not isinstance(labels, Mapping):
-        return {label: label for label in plain_all(name, labels)}
-    found = {plain(label, name): plain(node, name) for label, node in labels.items()}
-    if len(found) < len(labels):
-        raise ValueError(f"{name}: two are the same but for blanks around them; name each once")
-    return found
-
-
-def _several(found: Any) -> tuple[Node, ...]:
-    if isinstance(found, str) or not isinstance(found, Iterable):
-        return (found,)
-    return tuple(found)
 
 
 def _listed(names: Iterable[Hashable], most: int = 10) -> str:

@@ -124,7 +124,7 @@ def test_taxonomy__contradictions_are_refused():
         Taxonomy({"b": ["a"], "b ": ["c"]})
     with pytest.raises(ValueError, match="a node has no name"):
         Taxonomy({np.nan: ["a"]})
-    with pytest.raises(ValueError, match="two labels are the same"):
+    with pytest.raises(ValueError, match="labels: two are the same"):
         Taxonomy({"b": ["a"]}, {"x": "b", "x ": "b"})
 
 
