@@ -27,7 +27,8 @@ Inputs = Tensor | dict[str, Tensor]
 Target = Tensor | dict[str, Tensor]
 Columns = dict[str, Tensor]
 
-_INPUT, _TARGET, LABELS = "input", "target", "labels"
+#: Names of the parts of a pair: no keyword of a model, so that no key of a dict is taken for one.
+_INPUT, _TARGET, LABELS = " input", " target", "labels"
 
 
 class MapDataset(Protocol):
