@@ -247,7 +247,8 @@ def _finite(
 def _padding(center: zarr.Array, samples: slice) -> np.ndarray | bool:
     """Return which losses of tokens are padding: those that are NaN at w* too."""
     try:
-        return np.isnan(np.asarray(center[samples]))
+        out: np.ndarray = np.isnan(np.asarray(center[samples]))
+        return out
     except Exception:  # damaged, which is told of the array itself
         return False
 
