@@ -74,9 +74,9 @@ def held() -> Iterator[Signals]:
         try:
             yield signals
         finally:
-            for number, handler in signals._handlers.items():
-                if signal.getsignal(number) == signals._handle:  # a handler may set others
-                    signal.signal(number, handler)
+            for which, handler in signals._handlers.items():
+                if signal.getsignal(which) == signals._handle:  # a handler may set others
+                    signal.signal(which, handler)
         signals.deliver()
     except _Terminated:
         signal.raise_signal(signal.SIGTERM)

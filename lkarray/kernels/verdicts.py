@@ -172,8 +172,8 @@ def _of_one(report: xr.Dataset, run: Run, turned: np.ndarray) -> Iterator[str]:
     if ess < _KERNEL_ESS:
         more = _KERNEL_ESS / max(ess, 1)
         yield (
-            f"entries of R carry an error of {'at least' if apart else 'about'} "
-            f"{1 / np.sqrt(ess):.2g} (effective sample size "
+            f"entries of R carry an error of about {1 / np.sqrt(ess):.2g}"
+            f"{' or more' if apart else ''} (effective sample size "
             f"{_worth(ess, total, apart=apart)}): take about {more:.1f} times as "
             f"many draws or chains for 0.1, for example draws={ceil(run.draws * more)}"
         )

@@ -27,7 +27,8 @@ Inputs = Tensor | dict[str, Tensor]
 Target = Tensor | dict[str, Tensor]
 Columns = dict[str, Tensor]
 
-_INPUT, _TARGET, LABELS = "input", "target", "labels"
+#: Names of the parts of a pair: no keyword of a model, so that no key of a dict is taken for one.
+_INPUT, _TARGET, LABELS = " input", " target", "labels"
 
 
 class MapDataset(Protocol):
@@ -111,7 +112,8 @@ class Batches:
         """Return some items as batches of their own; those held are not read again."""
         found: Any
         if self._held is None:
-            found = Subset(self, rows.tolist())
+            whole: Any = self  # a map-style dataset, if not torch's own class
+            found = Subset(whole, rows.tolist())
         else:
             at = torch.from_numpy(rows).to(self.device)
             found = _Held({key: part.index_select(0, at) for key, part in self._held.items()})
@@ -195,8 +197,9 @@ class Batches:
         if workers < 1 or multiprocessing.current_process().daemon:  # which can have no children
             yield from (self._item(i) for i in wanted)
             return
-        loader = DataLoader(
-            _Items(self._item), sampler=wanted, batch_size=None, collate_fn=_same,
+        items: Any = _Items(self._item)
+        loader: Any = DataLoader(
+            items, sampler=wanted, batch_size=None, collate_fn=_same,
             num_workers=workers,
         )  # fmt: skip
         for item in loader:
@@ -295,7 +298,7 @@ class _Items:
         return self.read(index)
 
 
-def _same(item: Columns) -> Columns:
+def _same(item: Any) -> Any:
     return item
 
 

@@ -99,7 +99,7 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
     if counted is None:
         return _mean_rest(losses)
     if losses.ndim == 1:
-        return losses.masked_fill(~counted, torch.nan)
+        return torch.where(counted, losses, torch.nan)
     # Losses of positions that are left out are zero.
     return losses.flatten(1).sum(1) / counted.flatten(1).sum(1)
 

@@ -291,14 +291,16 @@ def _measured(target: Target, work: Callable[[int], object], whole: int) -> floa
     Work that takes long is measured on a part, in proportion. On CUDA it is done whole, so that
     memory that does not suffice shows here.
     """
-    one = min(_timed(target, partial(work, 1)) for _ in range(2))  # the first pays for first calls
+    one = _timed(target, partial(work, 1))
+    if one < 2 * _PART_SECONDS:  # the first pays for first calls
+        one = min(one, _timed(target, partial(work, 1)))
     part = max(1, min(whole, int(_PART_SECONDS / max(one, 1e-9))))
     if target.flat.device.type == "cuda":
         part = whole
     # The least of several is what the work takes; the rest is what else the machine does.
-    least, spent = one if part == 1 else math.inf, 0.0
+    least, spent = (one, one) if part == 1 else (math.inf, 0.0)
     for _ in range(1 + _REPEATS):
-        if spent > 2 * _PART_SECONDS:
+        if spent >= 2 * _PART_SECONDS:
             break
         found = _timed(target, partial(work, part))
         least, spent = min(least, found), spent + found

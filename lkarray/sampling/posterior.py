@@ -38,7 +38,12 @@ class LocalPosterior:
         ``"cross_entropy"``, ``"mse"``, ``"next_token"`` (of each token: ``loss(chain, draw,
         sample, token)``), ``"next_token_mean"`` (its mean over each sequence), or a callable
         ``(model_output, target) -> (batch,)``. Outputs with ``logits``, as Hugging Face's, need
-        no adapter.
+        no adapter. Steps descend the mean over examples of each one's mean loss. What does not
+        count is left out of that: targets of -100 (of positions too), and tokens under an
+        attention mask of 0. The loss of such a token is NaN, which ``loss.mean("token")`` leaves
+        out; for kernels of tokens, ``loss.stack(position=("sample", "token"))
+        .reset_index("position").dropna("position")``, lazy but for one look at what is NaN. An
+        example of which nothing counts has no loss, and is refused with its index.
     nbeta
         n times the inverse temperature beta of the papers: multiplies the *mean* loss.
     gamma

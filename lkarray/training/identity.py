@@ -11,6 +11,7 @@ from torch import nn
 from lkarray._version import __version__
 from lkarray.nn.flat import hash_weights
 from lkarray.nn.losses import identity
+from lkarray.store.trajectory import TraceLayout
 
 if TYPE_CHECKING:
     from lkarray.training.capture import Capture
@@ -18,6 +19,22 @@ if TYPE_CHECKING:
 
 #: Options of an optimizer that change from step to step, and are stored with each.
 _MOVING = {"params", "lr", "initial_lr", "betas", "momentum", "weight_decay"}
+
+
+def layout_of(capture: Capture, groups: int, every: int) -> TraceLayout:
+    """Return what a trace has of each step, of an optimizer of ``groups`` parameter groups."""
+    return TraceLayout(
+        [
+            (name, name.rpartition(".")[0], place.start, place.stop)
+            for name, place in zip(capture.names, capture.places, strict=True)
+        ],
+        str(capture.raw.dtype).removeprefix("torch."),
+        groups,
+        every,
+        capture.rule.denominator is not None,
+        capture.vectors,
+        capture.scalars,
+    )
 
 
 def fingerprint(model: nn.Module, check: StepCheck, capture: Capture, every: int) -> dict[str, Any]:

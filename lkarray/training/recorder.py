@@ -26,7 +26,7 @@ from lkarray.store.writing_trace import Row, TraceWriter
 from lkarray.training import guards
 from lkarray.training.capture import Capture, clipping
 from lkarray.training.checking import StepCheck
-from lkarray.training.identity import fingerprint
+from lkarray.training.identity import fingerprint, layout_of
 from lkarray.training.schedule import load_schedule, schedule_state
 from lkarray.training.trace import Trace, open_trace
 
@@ -218,21 +218,8 @@ class Recorder:
 
     def _prepare(self) -> tuple[Any, trajectory.TraceLayout]:
         """Make the trace, or check that the one there is of this run."""
-        capture = self._capture
-        modules = {name: name.rpartition(".")[0] for name in capture.names}
-        layout = trajectory.TraceLayout(
-            [
-                (n, modules[n], p.start, p.stop)
-                for n, p in zip(capture.names, capture.places, strict=True)
-            ],
-            str(capture.raw.dtype).removeprefix("torch."),
-            len(self._optimizer.param_groups),
-            self._every,
-            capture.rule.denominator is not None,
-            capture.vectors,
-            capture.scalars,
-        )
-        now = fingerprint(self._model, self._check, capture, self._every)
+        layout = layout_of(self._capture, len(self._optimizer.param_groups), self._every)
+        now = fingerprint(self._model, self._check, self._capture, self._every)
         target = store.as_store(self._path)
         if exists(target):
             root = create_root(target) if self._refused is None else open_root(target)

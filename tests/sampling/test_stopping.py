@@ -104,7 +104,7 @@ def test_sample__an_interrupt_anywhere_in_a_step_loses_nothing(
     Interrupted.at = at
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt) as stopped:
         lk.sample(posterior, data, store=tmp_path / "s", **options)
-    kept = lk.open(tmp_path / "s").sizes["draw"]
+    kept = lk.open(tmp_path / "s")["losses/loss"].sizes["draw"]
     assert kept > 10
     assert f"{kept} of chain 0" in caplog.text
     assert "The same call continues" in stopped.value.__notes__[0]
@@ -128,7 +128,7 @@ def test_sample__an_error_of_the_model_keeps_what_was_drawn(tmp_path, monkeypatc
     Interrupted.at = 61
     with pytest.raises(RuntimeError, match="a bad item"):
         lk.sample(posterior, data, store=tmp_path / "s", **OPTIONS)
-    assert lk.open(tmp_path / "s").sizes["draw"] > 10
+    assert lk.open(tmp_path / "s")["losses/loss"].sizes["draw"] > 10
 
 
 @pytest.mark.parametrize("what", ["", "losses"])
