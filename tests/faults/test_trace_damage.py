@@ -139,7 +139,8 @@ def test_audit__of_a_run_that_misses_a_chunk_is_refused(lost, tmp_path, monkeypa
 
     with pytest.raises(errors.DamagedError, match=f"{lost} .*missing"):
         audit()
-    assert not (tmp_path / "a").exists() or "audit" not in lk.open(tmp_path / "a")
+    if (tmp_path / "a").exists():  # begun, since all that comes first could be read
+        assert audits.panels_left(create_root(tmp_path / "a"), "audit") == [0]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_open__of_missing_labels_is_refused_and_lazy_chunks_when_they_are_read(t
     for group, work in made_of.items():
         work(tmp_path / group, None)
     cases = {
-        "gradients": ("learning_rate/c/0", "example/c/0", "label/c/0", "done/c/0/0"),
+        "gradients": ("learning_rate/c/0", "time/c/0", "label/c/0", "done/c/0/0"),
         "audit": ("who/c/0", "residual/c/1", "record/c/0/0", "epoch/c/0"),
     }
     for group, keys in cases.items():
@@ -212,7 +213,7 @@ def test_verify__sees_chunks_in_each_others_places(a, b, monkeypatch):
     with Attack("swap", a, b).done_to(files):
         found = lk.verify(store)
         assert found
-        assert any(a.split("/c/")[0] in p.path for p in found), found
+        assert any(p.path.startswith(a.split("/")[0]) for p in found), found
     assert lk.verify(store) == []
 
 
