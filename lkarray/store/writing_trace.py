@@ -131,9 +131,8 @@ class TraceWriter:
             for path in self._kept_paths:
                 array = array_at(root, f"{ROOT}/{path}")
                 for row in kept_rows(self._layout.every, start, self.steps):
-                    self._block.kept.setdefault(path, []).extend(
-                        state_digests(array, read(array, row))
-                    )
+                    found = state_digests(array, read(array, row))
+                    self._block.kept.setdefault(path, []).extend(found)
 
     @property
     def _kept_paths(self) -> list[str]:
