@@ -13,6 +13,7 @@ import lkarray as lk
 from lkarray import errors
 from lkarray.store import audits, gradients, trajectory
 from lkarray.store.location import create_root
+from lkarray.training import repair_trace
 from tests.auditing.brute import audited, recorded
 from tests.faults import test_commit_kills as made
 from tests.faults.damage import Attack, Files, attacks, contents, noticed
@@ -283,3 +284,36 @@ def test_batches__that_widen_are_no_damage(monkeypatch):
     assert lk.verify(store) == []
     assert gradients.gradient_marks(create_root(store)) == {}
     assert audits.audit_marks(create_root(store)) == {}
+
+
+# --- states taken again -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("every", "attack"),
+    [
+        (1, Attack("delete", "trajectory/parameters/c/1/0")),
+        (1, Attack("flip", "trajectory/denominator/c/1/0", bit=99)),
+        (3, Attack("delete", "trajectory/parameters/c/1/0")),
+        (3, Attack("truncate", "trajectory/optimizer/exp_avg/c/2/0")),
+        (3, Attack("swap", "trajectory/parameters/c/1/0", "trajectory/parameters/c/2/0")),
+    ],
+)
+def test_repair_trace__takes_lost_states_again_to_the_bit(every, attack, tmp_path, monkeypatch):
+    path = tmp_path / "t"
+    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", 5 if every == 1 else 100)
+    recorded(OPTIMIZERS["adam"], store=path, steps=8, every=every)
+    files = Files(path)
+    before = dict(files)
+    with attack.done_to(files):
+        hurt = dict(files)
+        trace = lk.open_trace(path, network(), examples(), loss=cross_entropy)
+        with monkeypatch.context() as other:  # a device that gives other bits
+            other.setattr(trace, "clip", 1.5 * trace.clip)
+            assert repair_trace(trace) == []
+        assert dict(files) == hurt
+        trace = lk.open_trace(path, network(), examples(), loss=cross_entropy)
+        assert repair_trace(trace)
+        assert lk.verify(path) == []
+        differ = [key for key in before if key != "zarr.json" and files[key] != before[key]]
+        assert differ == []
