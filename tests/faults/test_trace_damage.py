@@ -177,6 +177,33 @@ def test_open__of_missing_labels_is_refused_and_lazy_chunks_when_they_are_read(t
             opened.compute()
 
 
+@pytest.mark.parametrize(
+    ("key", "attack", "kind"),
+    [
+        ("trajectory/record/c/0", "delete", "missing"),
+        ("trajectory/record/c/0", "flip", "corrupt"),
+        ("trajectory/module/zarr.json", "delete", "missing"),
+        ("trajectory/digest/c/0/0/0", "empty", "mismatch"),
+        ("gradients/done/c/0/0", "delete", "missing"),
+        ("gradients/digest/c/1/0/0", "truncate", "truncated"),
+        ("gradients/zarr.json", "empty", "corrupt"),
+        ("audit/record/c/1/0", "delete", "missing"),
+        ("audit/record/c/1/0", "truncate", "truncated"),
+        ("audit/who/zarr.json", "truncate", "corrupt"),
+    ],
+)
+def test_verify__names_the_file(key, attack, kind, monkeypatch):
+    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", made.BLOCK)
+    store = made.Log()
+    made.train(store, 1)
+    made.differentiate(store, None)
+    made.judge(store, False)
+    with Attack(attack, key).done_to(Files(store)):
+        found = lk.verify(store)
+        assert kind in {p.kind for p in found}, found
+        assert any(p.path == key or key in p.detail for p in found) or "digest" in key, found
+
+
 def test_text_labels__have_a_checksum(tmp_path):
     made.judge(tmp_path / "t", False)
     path = tmp_path / "t/audit/who/c/0"
