@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import zarr
@@ -47,7 +48,7 @@ def _steady(
         unread: list[Problem] = []
         before = _told(path, record, unread)
         found = []
-        _told(path, lambda into=found: _gather(look, into), found)
+        _told(path, partial(_gather, look, found), found)
         if not found or unread:  # what is wrong with the record is told by the look, if it can
             return found or unread
         if _told(path, record, unread) == before:
