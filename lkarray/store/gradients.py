@@ -313,8 +313,9 @@ def _require_committed(root: zarr.Group, group: str) -> None:
     require_seals(root, group)
     keys = [key for array, at in committed_shards(root, group) for key in chunk_keys(array, at)]
     sums = digests_of(root, group)
-    times = np.flatnonzero(read_done(root, group).any(1)).tolist() if sums is not None else ()
-    keys += [key for time in times for key in chunk_keys(sums, (time,))]
+    if sums is not None:
+        times = np.flatnonzero(read_done(root, group).any(1)).tolist()
+        keys += [key for time in times for key in chunk_keys(sums, (time,))]
     lost = missing(root.store, keys)
     if lost:
         raise damaged(root.store, f"{lost[0]} was committed, but is missing or empty")

@@ -25,8 +25,9 @@ from lkarray.store.committed import array_at, chunk_problems, damaged
 from lkarray.store.layout import create_array
 from lkarray.store.problems import Problem
 
+# Dims of its own, since plain readers open the group as one Dataset.
 DIGEST = VariableSpec(
-    "digest", ("block", "slot", "field"), "uint32", "", "checksums of a block, by commit"
+    "digest", ("block", "block_slot", "block_field"), "uint32", "", "checksums, by commit"
 )
 STEPS, PIECES = "steps", "pieces"
 _LAST, _TEXT, _KEPT = "last/", "last/extra", "kept"

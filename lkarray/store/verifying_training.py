@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import zarr
 
 from lkarray.errors import DamagedError
 from lkarray.store import audits, gradients, trajectory
-from lkarray.store.chunks import chunk_keys, read, stored_digests
+from lkarray.store.chunks import chunk_key, chunk_keys, read, stored_digests
 from lkarray.store.committed import array_at, array_names, chunk_problems, group_at
 from lkarray.store.location import is_sealed
 from lkarray.store.problems import Problem
@@ -44,22 +45,33 @@ def _steady(
     """Return what a look finds; one during which a writer committed is taken again."""
     found: list[Problem] = []
     for _ in range(_TRIES):
-        before, found = None, []
-        try:
-            before = record()
-            for problem in look():
-                found.append(problem)
-            if not found or record() == before:
-                break
-        except DamagedError as error:
-            found.append(Problem("corrupt", path, str(error)))
-            if before is None:
-                break
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # zarr names no common base for what damage makes it raise
-            found.append(Problem("corrupt", path, f"cannot be read ({error or repr(error)})"))
+        unread: list[Problem] = []
+        before = _told(path, record, unread)
+        found = []
+        _told(path, partial(_gather, look, found), found)
+        if not found or unread:  # what is wrong with the record is told by the look, if it can
+            return found or unread
+        if _told(path, record, unread) == before:
+            break
     return found
+
+
+def _told(path: str, what: Callable[[], object], problems: list[Problem]) -> object:
+    """Return what a call gives; what damage makes it raise is told as a problem."""
+    try:
+        return what()
+    except DamagedError as error:
+        problems.append(Problem("corrupt", path, str(error)))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # zarr names no common base
+        problems.append(Problem("corrupt", path, f"cannot be read ({error or repr(error)})"))
+    return None
+
+
+def _gather(look: Callable[[], Iterator[Problem]], into: list[Problem]) -> None:
+    for problem in look():  # one by one, so that those before an error stay
+        into.append(problem)
 
 
 def _sealed(root: zarr.Group, path: str) -> list[Problem]:
@@ -157,7 +169,7 @@ def _audit(root: zarr.Group, group: str) -> Iterator[Problem]:
         return
     record = array_at(root, f"{group}/{audits.RECORD.name}")
     if audits.has_checksums(record):
-        faults = list(chunk_problems(record, ()))
+        faults = list(chunk_problems(record, ())) or _of_others(record)
         yield from faults
         if faults:
             return
@@ -174,6 +186,16 @@ def _audit(root: zarr.Group, group: str) -> Iterator[Problem]:
             detail = f"chunks of panel {panel} are not those that were committed"
             yield Problem("mismatch", array.path, detail)
     yield from _passes(root, group)
+
+
+def _of_others(record: zarr.Array) -> list[Problem]:
+    """Return the records of an audit that are of other panels than they should be."""
+    panels = read(record, (slice(None), audits.FIELDS.index("panel"))).tolist()
+    return [
+        Problem("mismatch", chunk_key(record, (at, 0)), f"is the record of panel {panel}")
+        for at, panel in enumerate(panels)
+        if panel != at
+    ]
 
 
 def _passes(root: zarr.Group, group: str) -> Iterator[Problem]:

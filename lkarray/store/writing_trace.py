@@ -12,7 +12,7 @@ import numpy as np
 import zarr
 
 from lkarray.schema import VariableSpec
-from lkarray.store.chunks import chunk_keys, flush, missing
+from lkarray.store.chunks import chunk_keys, flush, missing, read
 from lkarray.store.committed import array_at, damaged, group_at, require_seals
 from lkarray.store.layout import create_array, stored_at
 from lkarray.store.location import writing
@@ -131,7 +131,8 @@ class TraceWriter:
             for path in self._kept_paths:
                 array = array_at(root, f"{ROOT}/{path}")
                 for row in kept_rows(self._layout.every, start, self.steps):
-                    self._block.kept.setdefault(path, []).extend(state_digests(array, array[row]))
+                    found = state_digests(array, read(array, row))
+                    self._block.kept.setdefault(path, []).extend(found)
 
     @property
     def _kept_paths(self) -> list[str]:

@@ -7,6 +7,7 @@ from lkarray.training.means import mean_gradient
 from lkarray.training.optimizers import RULES, Coefficients, Rule
 from lkarray.training.projection import Projection
 from lkarray.training.recorder import Recorder, record
+from lkarray.training.repairing import repair_trace
 from lkarray.training.shifting import shift_modes
 from lkarray.training.trace import Trace, open_trace
 
@@ -25,6 +26,7 @@ __all__ = [
     "mode_sensitivity",
     "open_trace",
     "record",
+    "repair_trace",
     "shift_modes",
     "snapshot",
 ]

@@ -29,6 +29,8 @@ class Replay:
         The run.
     kept
         Which kept state to start from.
+    compare
+        Raise where a kept state that is reached is not the one stored.
 
     Attributes
     ----------
@@ -36,8 +38,8 @@ class Replay:
         The step that ``parameters`` come before.
     """
 
-    def __init__(self, trace: Trace, kept: int) -> None:
-        self._trace = trace
+    def __init__(self, trace: Trace, kept: int, *, compare: bool = True) -> None:
+        self._trace, self._compares = trace, compare
         self.step = kept * trace.every
         module = trace.flat.module
         parameters = dict(module.named_parameters())
@@ -61,6 +63,10 @@ class Replay:
             self._take()
         return self._capture.theta().cpu().numpy()
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the parameters and what the optimizer carries, as `record` keeps them."""
+        return self._capture.state() | {"parameters": self._capture.theta().cpu().numpy()}
+
     def denominator(self) -> np.ndarray | None:
         """Return what the step just taken divided by."""
         found = self._capture.denominator()
@@ -83,7 +89,7 @@ class Replay:
             group.update(options)
         self._optimizer.step()
         self.step += 1
-        if self.step % trace.every == 0 and self.step < trace.steps:
+        if self._compares and self.step % trace.every == 0 and self.step < trace.steps:
             self._compare()
 
     def _compare(self) -> None:

@@ -47,8 +47,8 @@ class Files(MutableMapping[str, bytes]):
 
     def __iter__(self) -> Iterator[str]:
         if isinstance(self.store, Path):
-            found = (p for p in self.store.rglob("*") if p.is_file())
-            return iter(sorted(str(p.relative_to(self.store)) for p in found))
+            found = (p.relative_to(self.store) for p in self.store.rglob("*") if p.is_file())
+            return iter(sorted(str(p) for p in found if not p.name.startswith(".lkarray")))
         return iter(sorted(self._held()))
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ def attacks(files: Files, *, bits: int = 3, seed: int = 0) -> list[Attack]:
     out: list[Attack] = []
     sizes: dict[int, list[str]] = {}
     for key in files:
-        if key == "zarr.json" or key.startswith("."):
+        if key == "zarr.json":
             continue
         size = len(files[key])
         out += [Attack(kind, key) for kind in ("truncate", "empty", "delete")]
