@@ -31,15 +31,9 @@ from lkarray.store.chunks import (
     require_chunks,
 )
 from lkarray.store.digests import Digests, Latest
-from lkarray.store.layout import (
-    carried,
-    group_at,
-    recorded,
-    run_groups,
-    stored,
-    stored_fingerprint,
-)
+from lkarray.store.layout import carried, recorded, run_groups, stored, stored_fingerprint
 from lkarray.store.location import is_sealed, writing
+from lkarray.store.nodes import group_at
 from lkarray.store.seals import broken_seals, seal_of
 
 #: A chain commits when a block fills, or after this long and this many times the last cost.

@@ -110,7 +110,7 @@ class Digests:
 
     def write_latest(self, slot: int, row: Latest) -> str:
         """Write what belongs to a commit; return the key."""
-        numbers = [row.chain, row.draws, row.step]
+        numbers = np.array([row.chain, row.draws, row.step])
         parts = [numbers, *row.state.values(), *row.block.values()]
         self.latest[row.chain, slot] = np.concatenate(parts).astype(np.uint32)
         return self.latest_key(row.chain, slot)

@@ -13,14 +13,13 @@ import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
-from zarr.core.array_spec import ArrayConfigParams
 from zarr.core.sync import sync
 from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
 from lkarray.errors import StoreError
 from lkarray.schema import VariableSpec
-from lkarray.store.chunks import chunk_keys, damaged, flush, missing
+from lkarray.store.chunks import chunk_keys, flush, missing
 from lkarray.store.location import (
     MARK,
     StoreLike,
@@ -33,14 +32,12 @@ from lkarray.store.location import (
     update_mark,
     writing,
 )
+from lkarray.store.nodes import WRITE_ALL, group_at, stored_at
 from lkarray.store.objects import UrlStore
 from lkarray.store.seals import seal
 
 #: Bit flips pass raw and zstd chunks unseen, and zstd halves the speed of reading.
 CODECS = (Crc32cCodec(),)
-
-#: A chunk of nothing but zeros is written too, so that a missing one is always a fault.
-_WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
 
 #: Bytes that one chain buffers before it must write a block; and the draws of a block beyond
 #: which it is not worth more than a few bytes, so that memory stays flat in draws.
@@ -122,7 +119,7 @@ def create_array(
         compressors=CODECS,
         dimension_names=spec.dims,
         attributes=spec.attrs() | dict(attrs or {}),
-        config=_WRITE_ALL,
+        config=WRITE_ALL,
     )
 
 
@@ -231,7 +228,7 @@ def create_coord(group: zarr.Group, name: str, values: np.ndarray, dim: str) -> 
         dtype=str if values.dtype.kind == "T" else values.dtype,
         compressors=CODECS,
         dimension_names=(dim,),
-        config=_WRITE_ALL,
+        config=WRITE_ALL,
     )
     array[:] = values
 
@@ -348,47 +345,6 @@ def finish(root: zarr.Group) -> None:
 def stored(root: zarr.Group, group: str, spec: VariableSpec) -> zarr.Array:
     """Return the stored array of ``spec``, which writes chunks of nothing but zeros too."""
     return stored_at(root, f"{group}/{spec.name}")
-
-
-def stored_at(root: zarr.Group, path: str) -> zarr.Array:
-    """Return the array at a path, likewise.
-
-    Raises
-    ------
-    DamagedError
-        Its metadata are missing, or cannot be read.
-    """
-    array = node_at(root, path)
-    if not isinstance(array, zarr.Array):
-        raise damaged(root.store, f"{path}/zarr.json is that of a group, not of an array")
-    whole: zarr.Array = array.with_config(_WRITE_ALL)
-    return whole
-
-
-def node_at(root: zarr.Group, path: str) -> zarr.Array | zarr.Group:
-    """Return what is stored at a path.
-
-    Raises
-    ------
-    DamagedError
-        Its metadata are missing, or cannot be read.
-    """
-    try:
-        return root[path]  # type: ignore[return-value]
-    except (KeyError, FileNotFoundError):
-        raise damaged(root.store, f"{path}/zarr.json is missing") from None
-    except OSError:
-        raise
-    except Exception as error:  # zarr names no common base for broken metadata
-        raise damaged(root.store, f"{path}/zarr.json cannot be read ({error})") from None
-
-
-def group_at(root: zarr.Group, path: str) -> zarr.Group:
-    """Return the group at a path; raises as `node_at`."""
-    group = node_at(root, path)
-    if not isinstance(group, zarr.Group):
-        raise damaged(root.store, f"{path}/zarr.json is that of an array, not of a group")
-    return group
 
 
 def require_space(store: Store, needed: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import zarr
@@ -18,8 +19,9 @@ from lkarray import schema
 from lkarray.errors import DamagedError, StoreError, StoreVersionError
 from lkarray.store.audits import audit_marks, committed_panels
 from lkarray.store.gradients import committed_shards, gradient_marks
-from lkarray.store.layout import node_at, part_store, parts_of, stored_fingerprint
+from lkarray.store.layout import part_store, parts_of, stored_fingerprint
 from lkarray.store.location import StoreLike, as_store, describe, is_sealed, open_root
+from lkarray.store.nodes import node_at
 from lkarray.store.problems import Problem
 from lkarray.store.reading import DERIVED, derived_groups, folders
 from lkarray.store.seals import seal_of, stored_metadata
@@ -30,6 +32,7 @@ from lkarray.store.verifying_pieces import (
     group_problems,
     guarded,
     misplaced,
+    unreadable,
     without_metadata,
 )
 from lkarray.store.verifying_runs import consolidated_problems, run_problems
@@ -60,31 +63,34 @@ def verify(path: StoreLike) -> list[Problem]:
     StoreError, StoreVersionError
         There is no store that could be verified.
     """
+    problems, notes = check(path)
+    for note in notes:
+        logger.warning(note)
+    return problems
+
+
+def check(path: StoreLike) -> tuple[list[Problem], list[str]]:
+    """Return what `verify` does, and what it logs."""
     try:
         root = open_root(path)
     except DamagedError as error:
-        return [Problem("corrupt", "zarr.json", str(error))]
+        return [Problem("corrupt", "zarr.json", str(error))], []
     except StoreVersionError:
         raise
     except StoreError as error:
         if not _was_ours(path):
             raise
-        return [Problem("corrupt", "zarr.json", f"of what must have been a store: {error}")]
-    if unsealed(root):
-        logger.warning("%s: %s", describe(root.store), UNSEALED)
-    return list(dict.fromkeys(_root_problems(root)))
+        what = f"of what must have been a store: {error}"
+        return [Problem("corrupt", "zarr.json", what)], []
+    notes = [] if is_sealed(root) else [f"{describe(root.store)}: {_UNSEALED}"]
+    found = {(p.kind, p.path, p.detail if p.kind == "mismatch" else ""): p for p in _all(root)}
+    return list(found.values()), notes
 
 
-#: What is said of a store of lkarray 0.1.0.
-UNSEALED = (
+_UNSEALED = (
     "it was written by lkarray 0.1.0, which kept checksums of chunks only: text labels have none, "
     "and chunks in each other's places or edited metadata may go unseen"
 )
-
-
-def unsealed(root: zarr.Group) -> bool:
-    """Say whether a store, or one of the runs in it, has no seals."""
-    return not is_sealed(root)
 
 
 def _was_ours(path: StoreLike) -> bool:
@@ -97,9 +103,9 @@ def _was_ours(path: StoreLike) -> bool:
         return False
 
 
-def _root_problems(root: zarr.Group) -> Iterator[Problem]:
-    yield from guarded("zarr.json", lambda: _top(root))
-    yield from guarded(DERIVED, lambda: _derived(root))
+def _all(root: zarr.Group) -> Iterator[Problem]:
+    yield from guarded("zarr.json", partial(_top, root))
+    yield from guarded(DERIVED, partial(_derived, root))
     parts = parts_of(root)
     if parts is not None:
         yield from _parts(root, parts)
@@ -108,7 +114,7 @@ def _root_problems(root: zarr.Group) -> Iterator[Problem]:
     sampled = stored_fingerprint(root) is not None
     if sampled:
         yield from run_problems(root)
-        yield from guarded("zarr.json", lambda: consolidated_problems(root))
+        yield from guarded("zarr.json", partial(consolidated_problems, root))
         return
     made = trace_fingerprint(root) or gradient_marks(root) or audit_marks(root)
     if not made and not derived_groups(root):
@@ -156,11 +162,11 @@ def _parts(root: zarr.Group, parts: dict[str, Any]) -> Iterator[Problem]:
 def _training(root: zarr.Group) -> Iterator[Problem]:
     """Check the committed steps of a training run, and the finished shards of its tensors."""
     if trace_fingerprint(root) is not None:
-        yield from _trained(root, ROOT, lambda: committed_chunks(root))
+        yield from _trained(root, ROOT, partial(committed_chunks, root))
     for group in gradient_marks(root):
-        yield from _trained(root, group, lambda group=group: committed_shards(root, group))
+        yield from _trained(root, group, partial(committed_shards, root, group))
     for group in audit_marks(root):
-        yield from _trained(root, group, lambda group=group: committed_panels(root, group))
+        yield from _trained(root, group, partial(committed_panels, root, group))
 
 
 def _trained(
@@ -168,7 +174,7 @@ def _trained(
     group: str,
     expected: Callable[[], Iterable[tuple[zarr.Array, tuple[int, ...]]]],
 ) -> Iterator[Problem]:
-    yield from guarded(f"{group}/zarr.json", lambda: group_problems(root, group, sealed=False))
+    yield from guarded(f"{group}/zarr.json", partial(group_problems, root, group, sealed=False))
 
     def chunks() -> Iterator[Problem]:
         for array, leading in expected():
@@ -180,7 +186,7 @@ def _trained(
 def _derived(root: zarr.Group) -> Iterator[Problem]:
     """Check the results that the store keeps, whatever it holds besides."""
     for group in derived_groups(root):
-        yield from guarded(group, lambda group=group: _result(root, group))
+        yield from guarded(group, partial(_result, root, group))
 
 
 def _result(root: zarr.Group, group: str) -> Iterator[Problem]:
@@ -196,7 +202,7 @@ def _result(root: zarr.Group, group: str) -> Iterator[Problem]:
             array = node_at(root, path)
         except DamagedError as error:
             if not any(problem.path == f"{path}/zarr.json" for problem in sealed):
-                yield Problem("corrupt", f"{path}/zarr.json", str(error))
+                yield unreadable(path, error)
             continue
         if isinstance(array, zarr.Array):
             found = (p for p in chunk_problems(array, ()) if not _left_out(array, p))
