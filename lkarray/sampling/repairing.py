@@ -233,7 +233,7 @@ def _replay(
 
 def _job(fingerprint: Mapping[str, Any], given: _Given) -> Job:
     """Return the run that a store was made by, of what was given and what is remembered."""
-    known = remembered(fingerprint)
+    known = remembered(fingerprint, observed=True) or remembered(fingerprint)
     posterior = given.posterior or (known.posterior if known else None)
     if posterior is None:
         raise ValueError(

@@ -240,7 +240,7 @@ def run_job(
             stores.refuse_changes(now, known.fingerprint, where, remedy=remedy)
         todo = _unfinished(root, chains, job.schedule.draws)
         if todo:
-            stores.require_sound(root)
+            stores.require_sound(root, todo)
             stores.grow(root, chains=chains, draws=job.schedule.draws)
             width = known.fingerprint["chains_per_device"]
             groups = [

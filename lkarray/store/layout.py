@@ -48,8 +48,8 @@ _STATE_CHUNK = 1 << 22
 #: Attributes of each group of losses that the run's fingerprint has too.
 SETTINGS = ("loss", "nbeta", "gamma", "sampler", "burn_in", "thin", "batch_size", "seed")
 
-#: Numbers before the checksums of `schema.LATEST`: chain, draws and steps.
-HEAD = 3
+#: Numbers before the checksums of `schema.LATEST`, and of `schema.BLOCKS`.
+HEAD, BLOCK_HEAD = 4, 2
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,11 @@ def _create_commit(
     written = [stored_at(root, path) for path in paths]
     vectors = [stored_at(root, f"{schema.STATE}/{name}") for name in state]
     width, blocks = pieces(written), -(-draws // written[0].chunks[1])
-    row = HEAD + pieces(vectors) + width
-    fields = {"first": ["chain", "draws", "step"]}
+    row, whole = HEAD + pieces(vectors) + width, BLOCK_HEAD + width
+    fields = {"first": ["chain", "slot", "draws", "step"]}
     create_array(commit, schema.LATEST, (chains, 2, row), (1, 1, row), attrs=fields)
-    create_array(commit, schema.BLOCKS, (chains, blocks, width), (1, 1, width))
+    fields = {"first": ["chain", "block"]}
+    create_array(commit, schema.BLOCKS, (chains, blocks, whole), (1, 1, whole), attrs=fields)
     record[...] = 0
     flush(root.store, chunk_keys(record))
 

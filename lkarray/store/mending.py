@@ -136,7 +136,7 @@ def mend_records(root: zarr.Group, problems: Iterable[Problem]) -> None:
                 row = run.known.read_latest(chain, slot)
             except DamagedError:
                 continue
-            if row is not None and row.chain == chain:
+            if row is not None:
                 rows.append(Record(row.draws, row.step, slot))
         rows.sort(key=lambda record: -record.step)
         sound = (record for record in rows if not list(run.counted(chain, record)))
@@ -240,7 +240,7 @@ class ChainMender:
             self._compare(array, at, found[path], expected, place, rows[:stop], count, full)
         self._block = None if full else found
         if self._known is not None and full and lost:
-            row = np.concatenate(list(found.values()))
+            row = np.concatenate([np.array(at), *found.values()]).astype(np.uint32)
             self._held.append((self._known.blocks, self._known.block_key(*at), at, row))
 
     def _stored(self, at: tuple[int, int], full: bool) -> tuple[dict[str, np.ndarray] | None, bool]:
@@ -272,7 +272,7 @@ class ChainMender:
             self._compare(array, at, found[name], expected, at, values, None, True)
         if self._known is not None and self._latest_key() in self._damaged:
             block = self._block if self._block is not None else self._known.no_block()
-            numbers = np.array([self._chain, self._until.draws, self._until.step])
+            numbers = np.array([*at, self._until.draws, self._until.step])
             row = np.concatenate([numbers, *found.values(), *block.values()]).astype(np.uint32)
             self._held.append((self._known.latest, self._latest_key(), at, row))
 

@@ -225,12 +225,11 @@ class CountedRun:
             return faults[0]
         found = known.read_latest(chain, record.slot)
         if found is None:
-            return Problem("missing", key, "the chunk was committed, but is not there")
-        if (found.chain, found.draws, found.step) != (chain, record.draws, record.step):
+            return Problem("mismatch", key, "it is that of another chain or slot")
+        if (found.draws, found.step) != (record.draws, record.step):
             detail = (
                 f"the record of chain {chain} counts {record.draws} draws and {record.step} steps, "
-                f"the checksums beside it are of {found.draws} draws and {found.step} steps of "
-                f"chain {found.chain}"
+                f"the checksums beside it are of {found.draws} draws and {found.step} steps"
             )
             return Problem("mismatch", chunk_key(self.arrays[_RECORD], (chain, 0)), detail)
         return found
@@ -245,6 +244,9 @@ class CountedRun:
             faults = list(chunk_problems(self.known.blocks, (chain, block)))
             yield from faults
             expected = None if faults else self.known.read_block(chain, block)
+            if expected is None and not faults:
+                key = self.known.block_key(chain, block)
+                yield Problem("mismatch", key, "it is that of another chain or block")
         elif latest is not None:
             expected = latest.block
         for path, array in self.recorded.items():

