@@ -147,10 +147,12 @@ def info(path: str) -> None:
 @click.argument("path")
 def verify(path: str) -> None:
     """Check every committed chunk of the store at PATH; exit with 1 if any is not whole."""
-    from lkarray.store import verify as check
     from lkarray.store.objects import without_credentials
+    from lkarray.store.verifying import check
 
-    problems = check(path)
+    problems, notes = check(path)
+    for note in notes:
+        click.echo(without_credentials(note))
     for problem in problems:
         click.echo(str(problem))
     if problems:

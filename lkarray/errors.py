@@ -32,7 +32,15 @@ class StoreVersionError(StoreError):
 
 
 class DamagedError(StoreError):
-    """What a store holds is damaged: metadata or a chunk is missing, unreadable, or was changed."""
+    """What a store holds is damaged: metadata or a chunk is missing, unreadable, or was changed.
+
+    Attributes
+    ----------
+    what
+        The fault alone, without the store and the remedy; ``None`` where it is not told apart.
+    """
+
+    what: str | None = None
 
 
 class FingerprintError(StoreError, ValueError):

@@ -3,7 +3,7 @@
 from lkarray.sampling import schedules
 from lkarray.sampling.pilots import suggest
 from lkarray.sampling.posterior import LocalPosterior
-from lkarray.sampling.repair import repair
+from lkarray.sampling.repairing import repair
 from lkarray.sampling.replay import observe
 from lkarray.sampling.run import sample
 from lkarray.sampling.samplers import SGHMC, SGLD, RMSpropSGLD

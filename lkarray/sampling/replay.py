@@ -58,7 +58,8 @@ _COMPARED = (schema.MINIBATCH_LOSS, schema.GRADIENT_NORM, schema.DISTANCE)
 _TOLERANCE = 1e-3
 
 _remembered: dict[str, Job] = {}
-_REMEMBERED = 16
+_REMEMBERED = 32  # two of each run
+_OBSERVED = ("observed_data", "observables")
 
 
 @contextmanager
@@ -73,21 +74,25 @@ def forgetting() -> Iterator[None]:
 
 
 def remember(fingerprint: Mapping[str, Any], job: Job) -> None:
-    """Keep the posterior and sampler of a run of this process, for `observe`."""
-    key = _key(fingerprint)
-    _remembered.pop(key, None)
-    _remembered[key] = job
+    """Keep the posterior and sampler of a run of this process, for `observe` and `repair`."""
+    for key in (_key(fingerprint), _key(fingerprint, _OBSERVED)):
+        _remembered.pop(key, None)
+        _remembered[key] = job
     while len(_remembered) > _REMEMBERED:
         del _remembered[next(iter(_remembered))]
 
 
-def remembered(fingerprint: Mapping[str, Any]) -> Job | None:
-    """Return the job of this process that such a run was made by, if there was one."""
-    return _remembered.get(_key(fingerprint))
+def remembered(fingerprint: Mapping[str, Any], *, observed: bool = False) -> Job | None:
+    """Return the job of this process that such a run was made by, if there was one.
+
+    With ``observed``, one that observed the same too.
+    """
+    return _remembered.get(_key(fingerprint, _OBSERVED if observed else ()))
 
 
-def _key(fingerprint: Mapping[str, Any]) -> str:
-    return json.dumps([fingerprint.get(name) for name in _SHARED], sort_keys=True, default=str)
+def _key(fingerprint: Mapping[str, Any], more: tuple[str, ...] = ()) -> str:
+    names = (*_SHARED, *more)
+    return json.dumps([fingerprint.get(name) for name in names], sort_keys=True, default=str)
 
 
 @checked()

@@ -284,7 +284,7 @@ def _fill(
     todo = _todo(place, known, chains, draws)
     if not todo:
         return
-    stores.require_sound(root)
+    stores.require_sound(root, todo)
     stores.grow(root, chains=chains, draws=draws)
     width = known.fingerprint["chains_per_device"]
     groups = [

@@ -188,10 +188,12 @@ def require_chunks(array: zarr.Array, leading: tuple[int, ...] = ()) -> None:
 
 def damaged(store: Store, what: str) -> DamagedError:
     """Return the error that says what of a store is damaged, and what to do."""
-    return DamagedError(
+    error = DamagedError(
         f"{describe(store)} is damaged: {what}. Nothing was touched: restore it from a copy; "
         "lk.verify lists all faults, and lk.repair takes again what it can"
     )
+    error.what = what
+    return error
 
 
 def read_whole(array: zarr.Array) -> np.ndarray:

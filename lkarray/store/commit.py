@@ -30,11 +30,21 @@ from lkarray.store.chunks import (
     flush,
     missing,
     read,
+    read_whole,
     require_chunks,
 )
 from lkarray.store.digests import Digests, Latest
-from lkarray.store.layout import carried, group_at, recorded, run_groups, stored, stored_fingerprint
+from lkarray.store.layout import (
+    carried,
+    group_at,
+    loss_groups,
+    recorded,
+    run_groups,
+    stored,
+    stored_fingerprint,
+)
 from lkarray.store.location import is_sealed, local_path, writing
+from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import broken_seals, seal_of
 
 #: A chain commits when a block fills, or after this long and this many times the last cost.
@@ -68,10 +78,11 @@ def read_record(root: zarr.Group, chain: int) -> Record:
     return Record(draws, step, slot)
 
 
-def require_sound(root: zarr.Group) -> None:
+def require_sound(root: zarr.Group, chains: Iterable[int] = ()) -> None:
     """Raise unless a run can be continued: what is sealed is as it was, what counts is there.
 
-    Contents are not read, but for those of labels; `verify` reads all.
+    Of the ``chains`` that go on, what they go on from is read and compared too: the state and
+    the open block. Of all else only labels and losses at w* are read; `verify` reads everything.
 
     Raises
     ------
@@ -84,9 +95,15 @@ def require_sound(root: zarr.Group) -> None:
             raise damaged(root.store, f"{path}/zarr.json has lost its seal")
         for problem in broken_seals(group):
             raise damaged(root.store, f"{problem.path}: {problem.detail}")
+        if path in loss_groups(root):
+            for name in set(group.array_keys()) - {schema.LOSS.name}:
+                read_whole(stored_at(root, f"{path}/{name}"))
     arrays, known = recorded(root), Digests.of(root)
     for chain in range(stored(root, schema.LOSSES, schema.LOSS).shape[0]):
-        require_committed(root, chain, read_record(root, chain), arrays, known)
+        if chain in chains:
+            ChainRegion(root, chain).state()
+        else:
+            require_committed(root, chain, read_record(root, chain), arrays, known)
 
 
 def require_committed(
@@ -120,13 +137,13 @@ def require_committed(
         return None
     latest = known.read_latest(chain, record.slot)
     if latest is None:
-        raise damaged(root.store, f"{known.latest_key(chain, record.slot)} is missing")
-    if (latest.chain, latest.draws, latest.step) != (chain, record.draws, record.step):
+        key = known.latest_key(chain, record.slot)
+        raise damaged(root.store, f"{key} is missing, or another's is in its place")
+    if (latest.draws, latest.step) != (record.draws, record.step):
         raise damaged(
             root.store,
             f"{name} counts {record.draws} draws and {record.step} steps, but the checksums "
-            f"beside it are of {latest.draws} draws and {latest.step} steps of chain "
-            f"{latest.chain}",
+            f"beside it are of {latest.draws} draws and {latest.step} steps",
         )
     return latest
 
@@ -142,7 +159,7 @@ class ChainRegion:
         Index of the chain.
     executor
         Runs the writing beside the sampling. At most one commit is under way, so memory is
-        bounded by two blocks however many draws there are.
+        bounded by two blocks however many draws there are. A region without one only reads.
 
     Attributes
     ----------
@@ -152,7 +169,7 @@ class ChainRegion:
         What is committed, as of the resume.
     """
 
-    def __init__(self, root: zarr.Group, chain: int, executor: Executor) -> None:
+    def __init__(self, root: zarr.Group, chain: int, executor: Executor | None = None) -> None:
         self._root, self._chain, self._executor = root, chain, executor
         self._arrays = recorded(root)
         self._vectors = carried(root)
@@ -263,6 +280,7 @@ class ChainRegion:
         StoreError
             This or an earlier commit could not be written.
         """
+        assert self._executor is not None, "a region that only reads"
         self.wait()
         full = self.room() == 0
         rows = self._rows if full else {path: row.copy() for path, row in self._rows.items()}
@@ -321,8 +339,8 @@ class ChainRegion:
             if record.draws == start + self._depth:
                 keys.append(to.write_block(chain, block, found))
         carried = to.of_state(chain, record.slot, state)
-        row = Latest(chain, record.draws, record.step, carried, found)
-        return [*keys, to.write_latest(record.slot, row)]
+        row = Latest(chain, record.slot, record.draws, record.step, carried, found)
+        return [*keys, to.write_latest(row)]
 
 
 @contextmanager

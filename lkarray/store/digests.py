@@ -21,7 +21,7 @@ import zarr
 
 from lkarray import schema
 from lkarray.store.chunks import digests, missing, read
-from lkarray.store.layout import HEAD, carried, pieces, recorded, stored_at
+from lkarray.store.layout import BLOCK_HEAD, HEAD, carried, pieces, recorded, stored_at
 from lkarray.store.location import is_sealed
 
 
@@ -30,7 +30,7 @@ class Latest(NamedTuple):
 
     Attributes
     ----------
-    chain, draws, step
+    chain, slot, draws, step
         Of the commit.
     state
         Checksums of the chunks of each vector carried.
@@ -40,6 +40,7 @@ class Latest(NamedTuple):
     """
 
     chain: int
+    slot: int
     draws: int
     step: int
     state: dict[str, np.ndarray]
@@ -73,20 +74,29 @@ class Digests:
         return cls(root) if is_sealed(root) else None
 
     def read_latest(self, chain: int, slot: int) -> Latest | None:
-        """Return what a chain left with the commit to a slot, ``None`` if it is missing."""
+        """Return what a chain left with the commit to a slot, ``None`` if it is missing.
+
+        Or if that of another chain or slot is in its place.
+        """
         if missing(self.latest.store, [self.latest_key(chain, slot)]):
             return None
         row = read(self.latest, (chain, slot))
-        head = [int(number) for number in row[:HEAD]]
         ends = HEAD + pieces(self.vectors.values())
-        state = _split(row[HEAD:ends], self.vectors)
-        return Latest(head[0], head[1], head[2], state, _split(row[ends:], self.arrays))
+        state, block = _split(row[HEAD:ends], self.vectors), _split(row[ends:], self.arrays)
+        found = Latest(*map(int, row[:HEAD]), state, block)  # type: ignore[call-arg, arg-type]
+        return found if (found.chain, found.slot) == (chain, slot) else None
 
     def read_block(self, chain: int, block: int) -> dict[str, np.ndarray] | None:
-        """Return the checksums of the chunks of a full block, ``None`` if they are missing."""
+        """Return the checksums of the chunks of a full block, ``None`` if they are missing.
+
+        Or if those of another block are in their place.
+        """
         if missing(self.blocks.store, [self.block_key(chain, block)]):
             return None
-        return _split(read(self.blocks, (chain, block)), self.arrays)
+        row = read(self.blocks, (chain, block))
+        if row[:BLOCK_HEAD].tolist() != [chain, block]:
+            return None
+        return _split(row[BLOCK_HEAD:], self.arrays)
 
     def latest_key(self, chain: int, slot: int) -> str:
         """Return the key of the chunk that `read_latest` reads."""
@@ -108,16 +118,17 @@ class Digests:
         """Return the checksums that chunks of these vectors have, by name."""
         return {n: digests(array, (chain, slot), state[n]) for n, array in self.vectors.items()}
 
-    def write_latest(self, slot: int, row: Latest) -> str:
+    def write_latest(self, row: Latest) -> str:
         """Write what belongs to a commit; return the key."""
-        numbers = [row.chain, row.draws, row.step]
+        numbers = np.array([row.chain, row.slot, row.draws, row.step])
         parts = [numbers, *row.state.values(), *row.block.values()]
-        self.latest[row.chain, slot] = np.concatenate(parts).astype(np.uint32)
-        return self.latest_key(row.chain, slot)
+        self.latest[row.chain, row.slot] = np.concatenate(parts).astype(np.uint32)
+        return self.latest_key(row.chain, row.slot)
 
     def write_block(self, chain: int, block: int, found: Mapping[str, np.ndarray]) -> str:
         """Write the checksums of a full block; return the key."""
-        self.blocks[chain, block] = np.concatenate(list(found.values()))
+        row = np.concatenate([np.array([chain, block]), *found.values()])
+        self.blocks[chain, block] = row.astype(np.uint32)
         return self.block_key(chain, block)
 
     def no_block(self) -> dict[str, np.ndarray]:

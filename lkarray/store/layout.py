@@ -13,14 +13,13 @@ import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
-from zarr.core.array_spec import ArrayConfigParams
 from zarr.core.sync import sync
 from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
 from lkarray.errors import GroupError, StoreError
 from lkarray.schema import VariableSpec
-from lkarray.store.chunks import chunk_keys, damaged, flush, flush_tree, missing
+from lkarray.store.chunks import chunk_keys, flush, flush_tree, missing
 from lkarray.store.location import (
     MARK,
     StoreLike,
@@ -34,14 +33,12 @@ from lkarray.store.location import (
     writing,
 )
 from lkarray.store.names import SAVED
+from lkarray.store.nodes import WRITE_ALL, group_at, stored_at
 from lkarray.store.objects import UrlStore
 from lkarray.store.seals import seal
 
 #: Bit flips pass raw and zstd chunks unseen, and zstd halves the speed of reading.
 CODECS = (Crc32cCodec(),)
-
-#: A chunk of nothing but zeros is written too, so that a missing one is always a fault.
-_WRITE_ALL: ArrayConfigParams = {"write_empty_chunks": True}
 
 #: Bytes that one chain buffers before it must write a block; and the draws of a block beyond
 #: which it is not worth more than a few bytes, so that memory stays flat in draws.
@@ -52,8 +49,8 @@ _STATE_CHUNK = 1 << 22
 #: Attributes of each group of losses that the run's fingerprint has too.
 SETTINGS = ("loss", "nbeta", "gamma", "sampler", "burn_in", "thin", "batch_size", "seed")
 
-#: Numbers before the checksums of `schema.LATEST`: chain, draws and steps.
-HEAD = 3
+#: Numbers before the checksums of `schema.LATEST`, and of `schema.BLOCKS`.
+HEAD, BLOCK_HEAD = 4, 2
 
 
 @dataclass(frozen=True)
@@ -123,7 +120,7 @@ def create_array(
         compressors=CODECS,
         dimension_names=spec.dims,
         attributes=spec.attrs() | dict(attrs or {}),
-        config=_WRITE_ALL,
+        config=WRITE_ALL,
     )
 
 
@@ -196,10 +193,11 @@ def _create_commit(
     written = [stored_at(root, path) for path in paths]
     vectors = [stored_at(root, f"{schema.STATE}/{name}") for name in state]
     width, blocks = pieces(written), -(-draws // written[0].chunks[1])
-    row = HEAD + pieces(vectors) + width
-    fields = {"first": ["chain", "draws", "step"]}
+    row, whole = HEAD + pieces(vectors) + width, BLOCK_HEAD + width
+    fields = {"first": ["chain", "slot", "draws", "step"]}
     create_array(commit, schema.LATEST, (chains, 2, row), (1, 1, row), attrs=fields)
-    create_array(commit, schema.BLOCKS, (chains, blocks, width), (1, 1, width))
+    fields = {"first": ["chain", "block"]}
+    create_array(commit, schema.BLOCKS, (chains, blocks, whole), (1, 1, whole), attrs=fields)
     record[...] = 0
     flush(root.store, chunk_keys(record))
 
@@ -234,7 +232,7 @@ def create_coord(group: zarr.Group, name: str, values: np.ndarray, dim: str) -> 
         dtype=str if values.dtype.kind == "T" else values.dtype,
         compressors=CODECS,
         dimension_names=(dim,),
-        config=_WRITE_ALL,
+        config=WRITE_ALL,
     )
     array[:] = values
 
@@ -364,47 +362,6 @@ def finish(root: zarr.Group) -> None:
 def stored(root: zarr.Group, group: str, spec: VariableSpec) -> zarr.Array:
     """Return the stored array of ``spec``, which writes chunks of nothing but zeros too."""
     return stored_at(root, f"{group}/{spec.name}")
-
-
-def stored_at(root: zarr.Group, path: str) -> zarr.Array:
-    """Return the array at a path, likewise.
-
-    Raises
-    ------
-    DamagedError
-        Its metadata are missing, or cannot be read.
-    """
-    array = node_at(root, path)
-    if not isinstance(array, zarr.Array):
-        raise damaged(root.store, f"{path}/zarr.json is that of a group, not of an array")
-    whole: zarr.Array = array.with_config(_WRITE_ALL)
-    return whole
-
-
-def node_at(root: zarr.Group, path: str) -> zarr.Array | zarr.Group:
-    """Return what is stored at a path.
-
-    Raises
-    ------
-    DamagedError
-        Its metadata are missing, or cannot be read.
-    """
-    try:
-        return root[path]  # type: ignore[return-value]
-    except (KeyError, FileNotFoundError):
-        raise damaged(root.store, f"{path}/zarr.json is missing") from None
-    except OSError:
-        raise
-    except Exception as error:  # zarr names no common base for broken metadata
-        raise damaged(root.store, f"{path}/zarr.json cannot be read ({error})") from None
-
-
-def group_at(root: zarr.Group, path: str) -> zarr.Group:
-    """Return the group at a path; raises as `node_at`."""
-    group = node_at(root, path)
-    if not isinstance(group, zarr.Group):
-        raise damaged(root.store, f"{path}/zarr.json is that of an array, not of a group")
-    return group
 
 
 def require_space(store: Store, needed: int) -> None:

@@ -22,7 +22,8 @@ from lkarray.store.checksums import crc, json_digest
 from lkarray.store.chunks import chunk_keys, digests, flush, read, stored_digests
 from lkarray.store.commit import Record
 from lkarray.store.digests import Digests
-from lkarray.store.layout import carried, group_at, loss_groups, recorded, stored, stored_at
+from lkarray.store.layout import carried, loss_groups, recorded, stored
+from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.problems import Problem
 from lkarray.store.reading import changed_settings
 from lkarray.store.seals import GROWS, SEAL, digest_of, seal_of, stored_metadata
@@ -120,7 +121,7 @@ def mend_whole(array: zarr.Array, values: np.ndarray, known: int | None) -> bool
 
 
 def mend_records(root: zarr.Group, problems: Iterable[Problem]) -> None:
-    """Write lost records again, from the checksums beside them, where all that they count is."""
+    """Write lost records again, from the checksums that lie beside them."""
     run = counted_run(root)
     if run is None or run.known is None:
         return
@@ -135,13 +136,14 @@ def mend_records(root: zarr.Group, problems: Iterable[Problem]) -> None:
                 row = run.known.read_latest(chain, slot)
             except DamagedError:
                 continue
-            if row is not None and row.chain == chain:
+            if row is not None:
                 rows.append(Record(row.draws, row.step, slot))
-        for record in sorted(rows, key=lambda record: -record.step):
-            if not list(run.counted(chain, record)):
-                array[chain] = record
-                flush(root.store, chunk_keys(array, (chain,)))
-                break
+        rows.sort(key=lambda record: -record.step)
+        sound = (record for record in rows if not list(run.counted(chain, record)))
+        # Where neither is whole, a replay to the later one mends what is not.
+        if record := next(sound, rows[0] if rows else None):
+            array[chain] = record
+            flush(root.store, chunk_keys(array, (chain,)))
 
 
 class ChainMender:
@@ -238,7 +240,7 @@ class ChainMender:
             self._compare(array, at, found[path], expected, place, rows[:stop], count, full)
         self._block = None if full else found
         if self._known is not None and full and lost:
-            row = np.concatenate(list(found.values()))
+            row = np.concatenate([np.array(at), *found.values()]).astype(np.uint32)
             self._held.append((self._known.blocks, self._known.block_key(*at), at, row))
 
     def _stored(self, at: tuple[int, int], full: bool) -> tuple[dict[str, np.ndarray] | None, bool]:
@@ -270,7 +272,7 @@ class ChainMender:
             self._compare(array, at, found[name], expected, at, values, None, True)
         if self._known is not None and self._latest_key() in self._damaged:
             block = self._block if self._block is not None else self._known.no_block()
-            numbers = [self._chain, self._until.draws, self._until.step]
+            numbers = np.array([*at, self._until.draws, self._until.step])
             row = np.concatenate([numbers, *found.values(), *block.values()]).astype(np.uint32)
             self._held.append((self._known.latest, self._latest_key(), at, row))
 

@@ -17,7 +17,7 @@ from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
 from lkarray.checking import checked
-from lkarray.errors import DamagedError, DivergedError, StoreError
+from lkarray.errors import DamagedError, DivergedError, LkarrayError, StoreError
 from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.chunks import damaged, read, read_whole, require_chunks
 from lkarray.store.commit import Record, read_record
@@ -25,17 +25,17 @@ from lkarray.store.exact import restored
 from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import (
     SETTINGS,
-    group_at,
     loss_groups,
     part_store,
     parts_of,
     recorded_paths,
+    run_groups,
     stored,
-    stored_at,
     stored_fingerprint,
 )
 from lkarray.store.location import StoreLike, describe, is_sealed, open_root
 from lkarray.store.names import DERIVED, HIDDEN
+from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.results import results
 from lkarray.store.seals import SEAL, broken_seals, seal_of
 from lkarray.store.trajectory import open_trajectory, read_steps, trace_fingerprint
@@ -107,7 +107,7 @@ def open_rectangle(
         return tree
     shown, depth, hidden = _rectangle(root, chains)
     depth = min(depth, draws) if draws is not None else depth
-    sampled = _open_sampled(root)
+    sampled = _sampled(root)
     stats = sampled[schema.SAMPLE_STATS]
     whole = {dim: np.arange(stats.sizes[dim]) for dim in schema.POSTERIOR}
     select: dict[str, Any] = {schema.CHAIN: shown, schema.DRAW: slice(depth)}
@@ -131,9 +131,23 @@ def _hide(tree: xr.DataTree, store: Any, hidden: list[str]) -> None:
         tree.attrs["hidden"] = [*tree.attrs.get("hidden", []), *hidden]
 
 
+def _sampled(root: zarr.Group) -> dict[str, xr.Dataset]:
+    """Return the groups that chains record; what cannot be put together is damaged."""
+    try:
+        return _open_sampled(root)
+    except (LkarrayError, OSError):
+        raise
+    except Exception as error:  # xarray and zarr raise many of arrays that do not fit together
+        raise damaged(root.store, f"its groups cannot be opened ({error})") from error
+
+
 def _open_sampled(root: zarr.Group) -> dict[str, xr.Dataset]:
     """Return the groups that chains record, as long as the store's arrays are, checked."""
     where = describe(root.store)
+    for group in (schema.SAMPLE_STATS, schema.OBSERVABLES, schema.COMMIT):
+        if group in run_groups(root):
+            for problem in broken_seals(group_at(root, group), contents=False):
+                raise damaged(root.store, f"{problem.path}: {problem.detail}")
     stats = _open_stats(root, stored(root, schema.LOSSES, schema.LOSS).shape)
     schema.validate(stats, schema.STATS, where=f"{where}/{schema.SAMPLE_STATS}")
     sampled = {}
@@ -308,7 +322,7 @@ def _open_result(root: zarr.Group, path: str) -> xr.Dataset:
     for name in folders(root.store, path):
         if name not in ds.variables:
             raise damaged(root.store, f"{path}/{name}/zarr.json is missing")
-    for name in ds.coords:
+    for name in map(str, ds.coords):
         require_chunks(stored_at(root, f"{path}/{name}"))
         ds[name].load(scheduler="synchronous")  # in this thread: see _open_losses
     ds = ds[sorted(map(str, ds.data_vars))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import zarr
@@ -21,6 +22,7 @@ from lkarray.store.audits import audit_marks
 from lkarray.store.gradients import gradient_marks
 from lkarray.store.layout import node_at, part_store, parts_of, stored_fingerprint
 from lkarray.store.location import StoreLike, as_store, describe, is_sealed, open_root
+from lkarray.store.nodes import node_at
 from lkarray.store.problems import Problem
 from lkarray.store.reading import DERIVED, folders
 from lkarray.store.results import below_diagonal, results, saved_elsewhere
@@ -32,6 +34,7 @@ from lkarray.store.verifying_pieces import (
     group_problems,
     guarded,
     misplaced,
+    unreadable,
     without_metadata,
 )
 from lkarray.store.verifying_runs import consolidated_problems, run_problems
@@ -64,31 +67,34 @@ def verify(path: StoreLike) -> list[Problem]:
     StoreError, StoreVersionError
         There is no store that could be verified.
     """
+    problems, notes = check(path)
+    for note in notes:
+        logger.warning(note)
+    return problems
+
+
+def check(path: StoreLike) -> tuple[list[Problem], list[str]]:
+    """Return what `verify` does, and what it logs."""
     try:
         root = open_root(path)
     except DamagedError as error:
-        return [Problem("corrupt", "zarr.json", str(error))]
+        return [Problem("corrupt", "zarr.json", str(error))], []
     except StoreVersionError:
         raise
     except StoreError as error:
         if not _was_ours(path):
             raise
-        return [Problem("corrupt", "zarr.json", f"of what must have been a store: {error}")]
-    if unsealed(root):
-        logger.warning("%s: %s", describe(root.store), UNSEALED)
-    return list(dict.fromkeys(_root_problems(root)))
+        what = f"of what must have been a store: {error}"
+        return [Problem("corrupt", "zarr.json", what)], []
+    notes = [] if is_sealed(root) else [f"{describe(root.store)}: {_UNSEALED}"]
+    found = {(p.kind, p.path, p.detail if p.kind == "mismatch" else ""): p for p in _all(root)}
+    return list(found.values()), notes
 
 
-#: What is said of a store of lkarray 0.1.0.
-UNSEALED = (
+_UNSEALED = (
     "it was written by lkarray 0.1.0, which kept checksums of chunks only: text labels have none, "
     "and chunks in each other's places or edited metadata may go unseen"
 )
-
-
-def unsealed(root: zarr.Group) -> bool:
-    """Say whether a store, or one of the runs in it, has no seals."""
-    return not is_sealed(root)
 
 
 def _was_ours(path: StoreLike) -> bool:
@@ -101,9 +107,9 @@ def _was_ours(path: StoreLike) -> bool:
         return False
 
 
-def _root_problems(root: zarr.Group) -> Iterator[Problem]:
-    yield from guarded("zarr.json", lambda: _top(root))
-    yield from guarded(DERIVED, lambda: _derived(root))
+def _all(root: zarr.Group) -> Iterator[Problem]:
+    yield from guarded("zarr.json", partial(_top, root))
+    yield from guarded(DERIVED, partial(_derived, root))
     parts = parts_of(root)
     if parts is not None:
         yield from _parts(root, parts)
@@ -112,7 +118,7 @@ def _root_problems(root: zarr.Group) -> Iterator[Problem]:
     sampled = stored_fingerprint(root) is not None
     if sampled:
         yield from run_problems(root)
-        yield from guarded("zarr.json", lambda: consolidated_problems(root))
+        yield from guarded("zarr.json", partial(consolidated_problems, root))
         return
     made = trace_fingerprint(root) or gradient_marks(root) or audit_marks(root)
     if not made and not results(root) and not saved_elsewhere(root):
@@ -173,7 +179,7 @@ def _derived(root: zarr.Group) -> Iterator[Problem]:
         if problem is not None and problem.kind in ("unfinished", "corrupt"):
             yield problem
         else:  # chunks that are gone are named one by one
-            yield from guarded(path, lambda path=path: _result(root, path))
+            yield from guarded(path, partial(_result, root, path))
 
 
 def _result(root: zarr.Group, group: str) -> Iterator[Problem]:
@@ -189,7 +195,7 @@ def _result(root: zarr.Group, group: str) -> Iterator[Problem]:
             array = node_at(root, path)
         except DamagedError as error:
             if not any(problem.path == f"{path}/zarr.json" for problem in sealed):
-                yield Problem("corrupt", f"{path}/zarr.json", str(error))
+                yield unreadable(path, error)
             continue
         if isinstance(array, zarr.Array):
             found = (p for p in chunk_problems(array, ()) if not _left_out(array, p))

@@ -13,7 +13,7 @@ from zarr.core.sync import sync
 from lkarray.errors import DamagedError
 from lkarray.store.checksums import crc
 from lkarray.store.chunks import chunk_keys, chunk_size
-from lkarray.store.layout import node_at
+from lkarray.store.nodes import node_at
 from lkarray.store.problems import Problem
 from lkarray.store.seals import broken_seals, seal_of, stored_metadata
 
@@ -85,8 +85,7 @@ def group_problems(root: zarr.Group, path: str, *, sealed: bool) -> Iterator[Pro
         node = node_at(root, path)
         unknown = sorted(set(stored_metadata(node)) - METADATA)
     except DamagedError as error:
-        kind = "missing" if str(error).find(f"{key} is missing") >= 0 else "corrupt"
-        yield Problem(kind, key, str(error))
+        yield unreadable(path, error)
         return
     if not isinstance(node, zarr.Group):
         yield Problem("mismatch", key, "expected a group, found an array")
@@ -96,6 +95,12 @@ def group_problems(root: zarr.Group, path: str, *, sealed: bool) -> Iterator[Pro
     if sealed and seal_of(node) is None:
         yield Problem("missing", key, "its seal is gone")
     yield from broken_seals(node)
+
+
+def unreadable(path: str, error: DamagedError) -> Problem:
+    """Return what is wrong with metadata that cannot be read."""
+    key, what = f"{path}/zarr.json", error.what or str(error)
+    return Problem("missing" if what == f"{key} is missing" else "corrupt", key, what)
 
 
 def misplaced(sealed: Iterable[Problem], faults: Iterable[Problem]) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import zarr
@@ -19,13 +20,12 @@ from lkarray.store.fingerprints import hash_labels
 from lkarray.store.layout import (
     carried_paths,
     loss_groups,
-    node_at,
     recorded_paths,
     run_groups,
-    stored_at,
     stored_fingerprint,
 )
 from lkarray.store.location import is_sealed
+from lkarray.store.nodes import node_at, stored_at
 from lkarray.store.problems import Problem
 from lkarray.store.reading import changed_settings, folders
 from lkarray.store.seals import seal_of, stored_metadata
@@ -35,6 +35,7 @@ from lkarray.store.verifying_pieces import (
     group_problems,
     guarded,
     misplaced,
+    unreadable,
 )
 
 _RECORD = f"{schema.COMMIT}/{schema.RECORD.name}"
@@ -48,7 +49,7 @@ def run_problems(root: zarr.Group) -> Iterator[Problem]:
     arrays: dict[str, zarr.Array] = {}
     broken: set[str] = set()
     for path in run_groups(root):
-        found = list(guarded(f"{path}/zarr.json", lambda path=path: _group(root, path)))
+        found = list(guarded(f"{path}/zarr.json", partial(_group, root, path)))
         yield from found
         broken |= {problem.path for problem in found}
     expected = _expected(root)
@@ -57,14 +58,13 @@ def run_problems(root: zarr.Group) -> Iterator[Problem]:
             array = node_at(root, path)
         except DamagedError as error:
             if f"{path}/zarr.json" not in broken:
-                kind = "missing" if "is missing" in str(error) else "corrupt"
-                yield Problem(kind, f"{path}/zarr.json", str(error))
+                yield unreadable(path, error)
             continue
         if not isinstance(array, zarr.Array):
             yield Problem("mismatch", path, "expected an array, found a group")
         elif f"{path}/zarr.json" not in broken:
             arrays[path] = array
-    yield from guarded(schema.LOSSES, lambda: _shapes(arrays, expected))
+    yield from guarded(schema.LOSSES, partial(_shapes, arrays, expected))
     yield from _chains(root, arrays)
 
 
@@ -93,8 +93,7 @@ def _group(root: zarr.Group, path: str) -> Iterator[Problem]:
         try:
             array = node_at(root, at)
         except DamagedError as error:
-            kind = "missing" if "is missing" in str(error) else "corrupt"
-            yield Problem(kind, f"{at}/zarr.json", str(error))
+            yield unreadable(at, error)
             continue
         if isinstance(array, zarr.Array):
             bad = list(chunk_problems(array, ()))
@@ -140,9 +139,9 @@ def _chains(root: zarr.Group, arrays: dict[str, zarr.Array]) -> Iterator[Problem
     if run is None:
         return
     chains = next(iter(run.recorded.values())).shape[0]
-    yield from guarded(_RECORD, lambda: _beyond(arrays[_RECORD], chains))
+    yield from guarded(_RECORD, partial(_beyond, arrays[_RECORD], chains))
     for chain in range(chains):
-        yield from guarded(f"{_RECORD} of chain {chain}", lambda chain=chain: run.chain(chain))
+        yield from guarded(f"{_RECORD} of chain {chain}", partial(run.chain, chain))
 
 
 def counted_run(root: zarr.Group, arrays: dict[str, zarr.Array] | None = None) -> CountedRun | None:
@@ -173,7 +172,7 @@ def _beyond(record: zarr.Array, chains: int) -> Iterator[Problem]:
     """Find records of chains that the arrays have no room for, as an edited shape leaves them."""
     for name in folders(record.store, f"{record.path}/c"):
         chain = int(name)
-        if chain >= record.shape[0] or (chain >= chains and int(record[chain, 0])):
+        if chain >= record.shape[0] or (chain >= chains and int(read(record, (chain, 0)))):
             key = f"{record.path}/c/{name}/0"
             yield Problem("mismatch", key, f"chain {chain} of {chains} has a record")
 
@@ -226,12 +225,11 @@ class CountedRun:
             return faults[0]
         found = known.read_latest(chain, record.slot)
         if found is None:
-            return Problem("missing", key, "the chunk was committed, but is not there")
-        if (found.chain, found.draws, found.step) != (chain, record.draws, record.step):
+            return Problem("mismatch", key, "it is that of another chain or slot")
+        if (found.draws, found.step) != (record.draws, record.step):
             detail = (
                 f"the record of chain {chain} counts {record.draws} draws and {record.step} steps, "
-                f"the checksums beside it are of {found.draws} draws and {found.step} steps of "
-                f"chain {found.chain}"
+                f"the checksums beside it are of {found.draws} draws and {found.step} steps"
             )
             return Problem("mismatch", chunk_key(self.arrays[_RECORD], (chain, 0)), detail)
         return found
@@ -246,6 +244,9 @@ class CountedRun:
             faults = list(chunk_problems(self.known.blocks, (chain, block)))
             yield from faults
             expected = None if faults else self.known.read_block(chain, block)
+            if expected is None and not faults:
+                key = self.known.block_key(chain, block)
+                yield Problem("mismatch", key, "it is that of another chain or block")
         elif latest is not None:
             expected = latest.block
         for path, array in self.recorded.items():

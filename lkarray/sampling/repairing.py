@@ -25,7 +25,7 @@ from lkarray.sampling.samplers import Sampler, sampler_from
 from lkarray.sampling.target import Observable, Target
 from lkarray.store.audits import audit_marks
 from lkarray.store.gradients import gradient_marks
-from lkarray.store.layout import carried_paths, group_at, loss_groups, recorded_paths, stored_at
+from lkarray.store.layout import carried_paths, loss_groups, recorded_paths
 from lkarray.store.location import StoreLike
 from lkarray.store.mending import (
     ChainMender,
@@ -35,6 +35,7 @@ from lkarray.store.mending import (
     mend_records,
     mend_whole,
 )
+from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.problems import Problem
 from lkarray.store.seals import seal_of
 from lkarray.store.trajectory import ROOT
@@ -116,7 +117,8 @@ def _repair(place: Any, given: _Given) -> list[Repair]:
     if parts is not None:
         return _parts(root, parts, before, given)
     with stores.writer_lock(place):
-        reasons = _mend(root, given)
+        reasons, found = _mend(root, given)
+    before += found  # seen only once what hid it was mended
     after = {problem.path: problem for problem in stores.verify(place)}
     return _told(root, before, after, reasons)
 
@@ -146,8 +148,8 @@ def _parts(
     return found
 
 
-def _mend(root: zarr.Group, given: _Given) -> dict[str, str]:
-    """Mend what can be; return why the rest could not, by the beginning of its path."""
+def _mend(root: zarr.Group, given: _Given) -> tuple[dict[str, str], list[Problem]]:
+    """Mend what can be; return why the rest could not, by path, and the faults seen meanwhile."""
     problems = stores.verify(root.store)
     if stores.stored_fingerprint(root) is not None:
         mend_metadata(root, problems)
@@ -172,7 +174,7 @@ def _mend(root: zarr.Group, given: _Given) -> dict[str, str]:
         root.update_attributes({})
     if not any(p.path.endswith("/zarr.json") for p in stores.verify(root.store)):
         stores.finish(root)
-    return reasons
+    return reasons, problems
 
 
 def _damaged_chains(root: zarr.Group, problems: Iterable[Problem]) -> dict[int, set[str]]:
@@ -204,7 +206,7 @@ def _replay(
         stores.describe(root.store),
         remedy="pass the posterior, observed sets and observables that it was made with",
     )
-    reasons = {}
+    reasons: dict[str, str] = {}
     with checks.numerics(fingerprint["threads"]):
         reasons |= _mend_centers(root, target, centers)
         if not reasons:
@@ -231,7 +233,7 @@ def _replay(
 
 def _job(fingerprint: Mapping[str, Any], given: _Given) -> Job:
     """Return the run that a store was made by, of what was given and what is remembered."""
-    known = remembered(fingerprint)
+    known = remembered(fingerprint, observed=True) or remembered(fingerprint)
     posterior = given.posterior or (known.posterior if known else None)
     if posterior is None:
         raise ValueError(
@@ -319,11 +321,11 @@ def _told(
 ) -> list[Repair]:
     """Return what became of each fault."""
     found = []
-    for problem in dict.fromkeys([*before, *after.values()]):
+    for problem in {p.path: p for p in [*before, *after.values()]}.values():
         left = after.get(problem.path)
         if left is None:
             found.append(Repair(problem.path, True, f"{problem.detail}; made again"))
-        elif problem is left or problem == left:
+        else:
             why = next((why for at, why in reasons.items() if problem.path.startswith(at)), None)
             found.append(
                 Repair(problem.path, False, f"{problem.detail}; {why or _remedy(root, problem)}")
@@ -337,8 +339,8 @@ def _remedy(root: zarr.Group, problem: Problem) -> str:
         return "a result is not made again here: compute it again"
     if group == ROOT or group in gradient_marks(root) or group in audit_marks(root):
         return "what was recorded of a training run cannot be taken again here: record it again"
-    if group == schema.LOSSES or group.startswith(f"{schema.LOSSES}_"):
-        sampled = (schema.LOSS.name, schema.CENTER_LOSS.name)
-        if not name.endswith("zarr.json") and name.split("/")[0] not in sampled:
-            return "labels cannot be made again: restore the file from a copy of the store"
+    of_losses = group == schema.LOSSES or group.startswith(f"{schema.LOSSES}_")
+    chains = (schema.LOSS.name, schema.CENTER_LOSS.name)
+    if of_losses and not name.endswith("zarr.json") and name.split("/")[0] not in chains:
+        return "labels cannot be made again: restore the file from a copy of the store"
     return "it cannot be made again: restore the file from a copy of the store"
