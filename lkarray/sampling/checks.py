@@ -16,7 +16,7 @@ from lkarray._version import __version__
 from lkarray.checking import at_least
 from lkarray.errors import FingerprintError
 from lkarray.nn import Batches, FlatModel
-from lkarray.nn.batches import MapDataset, check_dataset
+from lkarray.nn.batches import MapDataset, check_dataset, fresh
 from lkarray.nn.flat import hash_weights
 from lkarray.nn.losses import identity
 from lkarray.nn.modes import gradients_on
@@ -119,13 +119,13 @@ def check_loss(
     inputs, target = data.take(np.arange(min(2, data.n)))
     with torch.set_grad_enabled(gradient):
         try:
-            output = flat(inputs)
+            output = flat(fresh(inputs, target)[0])
         except Exception as error:
             shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else sorted(inputs)
             raise ValueError(
                 f"the model failed on the first items of {name}, inputs of shape {shape}: {error}"
             ) from error
-        loss.check(output, target, min(2, data.n))
+        loss.check(output, fresh(inputs, target)[1], min(2, data.n))
         if gradient and not loss.per_example(output, target).requires_grad:
             raise ValueError(
                 f"loss {loss.name!r} has no gradient with respect to what is trainable, "

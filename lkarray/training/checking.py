@@ -11,6 +11,7 @@ from lkarray.nn.batches import Batches, MapDataset, fresh
 from lkarray.nn.flat import FlatModel
 from lkarray.nn.gradients import ExampleGradients
 from lkarray.nn.losses import LossFunction, per_example_loss
+from lkarray.nn.reference import checkpoints_named
 from lkarray.nn.trainable import require_module
 from lkarray.training.capture import Capture
 
@@ -57,7 +58,7 @@ class StepCheck:
         self._norms = [n for n, m in model.named_modules() if isinstance(m, _BATCH_NORMS)]
         self._drops = [n for n, m in model.named_modules() if isinstance(m, _DROPOUTS) and m.p > 0]
         probe = self.train.take(np.arange(2) % self.train.n)
-        with torch.no_grad():
+        with checkpoints_named(), torch.enable_grad():
             inputs, target = fresh(*probe)
             self.loss.check(self.flat(inputs), target, 2)
         ExampleGradients(self.flat, self.loss, probe)  # refuses examples that are not independent

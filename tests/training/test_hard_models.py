@@ -165,7 +165,7 @@ def test_reentrant_checkpoints__that_lose_gradients_are_named(tmp_path):
         lk.snapshot(Lost(), data, store=tmp_path / "t")
 
 
-# --- models and losses that change what they are given ---------------------------------------------
+# --- models and losses that change what they are given ---------------
 
 
 class Changing(nn.Module):
@@ -285,7 +285,7 @@ def test_sequences__that_are_their_own_target_and_are_changed(tmp_path):
     np.testing.assert_allclose(tree["losses"]["center_loss"], expected, atol=1e-6)
 
 
-# --- frozen parameters -----------------------------------------------------------------------------
+# --- frozen parameters ---------------
 
 
 class Adapted(nn.Module):
@@ -326,7 +326,7 @@ def test_record__leaves_frozen_parameters_out_and_resumes(kind, tmp_path):
 
     def groups(model):
         return [{"params": model.base.parameters(), "lr": 5.0},
-                {"params": [p for n, p in model.named_parameters() if "base" not in n]}]  # fmt: skip
+                {"params": [p for p in model.parameters() if p.requires_grad]}]  # fmt: skip
 
     model, data = adapted()
     train(model, data, kind(groups(model), 1e-2), tmp_path / "a", batches)
@@ -398,7 +398,7 @@ def test_record__parameters_that_some_batches_do_not_reach(tmp_path):
         train(model, data, torch.optim.Adam(model.parameters()), tmp_path / "b", batches)
 
 
-# --- modules that deepcopy refuses -------------------------------------------------------------------
+# --- modules that deepcopy refuses ---------------
 
 
 class Keeps(nn.Module):
@@ -479,7 +479,7 @@ def test_copies__name_what_cannot_be_copied(tmp_path):
             call()
 
 
-# --- callers' modes -----------------------------------------------------------------------------------
+# --- callers' modes ---------------
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -526,7 +526,7 @@ def test_weights__that_are_inference_tensors_are_named(tmp_path):
             call()
 
 
-# --- messages ------------------------------------------------------------------------------------------
+# --- messages ---------------
 
 
 def test_record__a_loop_that_never_steps(tmp_path):
