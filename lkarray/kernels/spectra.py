@@ -19,12 +19,10 @@ from lkarray.engine.plan import memory_budget
 from lkarray.engine.strips import (
     Strips,
     along_rows,
-    apply_step,
     gram_step,
     joined,
     joined_chunks,
     make_strips,
-    project_step,
     total,
 )
 from lkarray.errors import SchemaError
@@ -35,6 +33,7 @@ from lkarray.kernels.gram import (
     free_dim,
     sample_coords,
 )
+from lkarray.kernels.krylov import Krylov, decompose, iterate, project
 from lkarray.kernels.unfolding import merge
 from lkarray.results import Result
 from lkarray.schema import MODE
@@ -43,7 +42,6 @@ _EXTRA = 10  # vectors beyond those asked for (Halko, Martinsson and Tropp 2011)
 _EXACT_OPERATIONS = 1e11  # of the short side's Gram, up to which it is decomposed at once
 _EXACT = 1000  # a short side up to which its Gram is made in float64
 _DECOMPOSE = 5  # matrices that a dense decomposition holds: its own, vectors, work space
-_SEED = 0
 _ROWS = "lkarray_rows"  # of a tensor whose several free dims are stacked
 
 
@@ -138,10 +136,10 @@ def svd(
     if exact:
         gram = total(graph, f"{name}-gram", node, strips, gram_step, short <= _EXACT)
         state: Any = f"{name}-state"
-        graph[state] = (_decompose, gram, width)
+        graph[state] = (decompose, gram, width)
         turn = 1
     else:
-        state, turn = _iterate(graph, name, node, strips, (k, width, tolerance, max_passes))
+        state, turn = iterate(graph, name, node, strips, (k, width, tolerance, max_passes))
     return _assemble(graph, name, node, strips, (state, turn, k, scale), x, free)
 
 
@@ -184,7 +182,7 @@ def eigh(
     node, state = f"{name}-strips", f"{name}-state"
     graph: dict[Any, Any] = {node: strips}
     gram = total(graph, f"{name}-gram", node, strips, gram_step, short <= _EXACT)
-    graph[state] = (_decompose, gram, short)
+    graph[state] = (decompose, gram, short)
     out = _assemble(graph, name, node, strips, (state, 1, short, scale), x, free)
     values = (out["singular_value"] ** 2).rename("eigenvalue")
     vectors = out["u"].rename("eigenvector")
@@ -228,86 +226,6 @@ def _operand(
     return operand, free, degrees**-0.5 if normalize == "count" else 1.0
 
 
-@dataclass
-class _State:
-    """The Krylov iteration: its basis, the operator in it, and the best vectors so far."""
-
-    basis: np.ndarray  # (short, vectors), orthonormal
-    operator: np.ndarray  # of the vectors that were multiplied
-    ritz: np.ndarray
-    residual: np.ndarray
-    passes: int
-    done: bool
-
-
-def _start(short: int, width: int) -> _State:
-    generator = np.random.Generator(np.random.Philox(_SEED))
-    first = np.linalg.qr(generator.standard_normal((short, width)))[0]
-    return _State(first, np.zeros((0, 0)), first, np.full(width, np.inf), 0, False)
-
-
-def _iterate(
-    graph: dict[Any, Any],
-    name: str,
-    node: str,
-    strips: Strips,
-    options: tuple[int, int, float, int],
-) -> tuple[Any, int]:
-    """Add the passes; return the key of the last state and the number of passes."""
-    k, width, tolerance, passes = options
-    state = f"{name}-state-0"
-    graph[state] = (_start, strips.short, width)
-    for p in range(passes):
-        image = total(graph, f"{name}-pass-{p}", node, strips, _krylov_step, state, turn=p)
-        last, state = state, f"{name}-state-{p + 1}"
-        graph[state] = (_advance, last, image, k, width, tolerance)
-    return state, passes
-
-
-def _krylov_step(blocks: tuple[np.ndarray, ...], span: slice, state: _State) -> np.ndarray | None:
-    if state.done:
-        return None
-    return apply_step(blocks, span, state.basis[:, len(state.operator) :])
-
-
-def _advance(
-    state: _State, image: np.ndarray | None, k: int, width: int, tolerance: float
-) -> _State:
-    """Extend the Krylov space by the image of its last block, and find its best vectors."""
-    if image is None:
-        return state
-    basis, known = state.basis, len(state.operator)
-    size = basis.shape[1]
-    inner = basis.T @ image
-    operator_ = np.zeros((size, size))
-    operator_[:known, :known] = state.operator
-    operator_[:, known:] = inner
-    operator_[known:, :] = inner.T
-    operator_[known:, known:] = (inner[known:] + inner[known:].T) / 2
-    rest = image - basis @ inner
-    rest -= basis @ (basis.T @ rest)
-    block, factor = np.linalg.qr(rest)
-    value, vector = np.linalg.eigh(operator_)
-    value, vector = value[::-1], vector[:, ::-1]
-    norms = np.linalg.norm(factor @ vector[known:, :k], axis=0)
-    residual = norms / np.maximum(value[:k], np.finfo(np.float64).tiny)
-    room = min(width, len(basis) - size)
-    done = bool((residual <= tolerance).all()) or room == 0
-    grown = basis if done else np.hstack((basis, block[:, :room]))
-    ritz = basis @ vector[:, :width]
-    return _State(grown, operator_, ritz, residual, state.passes + 1, done)
-
-
-def _decompose(gram: np.ndarray, width: int) -> _State:
-    """Return the leading eigenvectors of the short side's whole Gram."""
-    vector = np.linalg.eigh(gram)[1][:, ::-1][:, :width]
-    return _State(vector, gram, vector, np.zeros(width), 1, True)
-
-
-def _project(blocks: tuple[np.ndarray, ...], span: slice, state: _State) -> np.ndarray:
-    return project_step(blocks, span, state.ritz)
-
-
 def _assemble(
     graph: dict[Any, Any],
     name: str,
@@ -319,7 +237,7 @@ def _assemble(
 ) -> xr.Dataset:
     """Project onto the vectors of the short side, and decompose the projection."""
     state, turn, k, scale = how
-    keys = joined(graph, f"{name}-project", node, strips, _project, state, turn=turn)
+    keys = joined(graph, f"{name}-project", node, strips, project, state, turn=turn)
     squares = []
     for g, key in enumerate(keys):
         squares.append((f"{name}-squares", g))
@@ -380,7 +298,7 @@ class _Small:
     short: np.ndarray
 
 
-def _small(squares: list[np.ndarray], state: _State, k: int) -> _Small:
+def _small(squares: list[np.ndarray], state: Krylov, k: int) -> _Small:
     gram = squares[0]
     for part in squares[1:]:
         gram = gram + part
@@ -420,9 +338,9 @@ def _values(small: _Small, scale: float) -> np.ndarray:
     return values
 
 
-def _residual(state: _State, k: int) -> np.ndarray:
+def _residual(state: Krylov, k: int) -> np.ndarray:
     return state.residual[:k]
 
 
-def _passes(state: _State) -> np.ndarray:
+def _passes(state: Krylov) -> np.ndarray:
     return np.asarray(state.passes + 1)

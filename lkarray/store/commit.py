@@ -36,7 +36,6 @@ from lkarray.store.chunks import (
 from lkarray.store.digests import Digests, Latest
 from lkarray.store.layout import (
     carried,
-    group_at,
     loss_groups,
     recorded,
     run_groups,

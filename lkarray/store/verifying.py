@@ -20,7 +20,7 @@ from lkarray.checking import checked
 from lkarray.errors import DamagedError, StoreError, StoreVersionError
 from lkarray.store.audits import audit_marks
 from lkarray.store.gradients import gradient_marks
-from lkarray.store.layout import node_at, part_store, parts_of, stored_fingerprint
+from lkarray.store.layout import part_store, parts_of, stored_fingerprint
 from lkarray.store.location import StoreLike, as_store, describe, is_sealed, open_root
 from lkarray.store.nodes import node_at
 from lkarray.store.problems import Problem

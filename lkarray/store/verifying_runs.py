@@ -316,7 +316,8 @@ def _padding(center: zarr.Array | None, samples: slice) -> np.ndarray | bool:
     if center is None:
         return False
     try:
-        return np.isnan(read(center, samples))
+        padding: np.ndarray = np.isnan(read(center, samples))
+        return padding
     except DamagedError:  # of a chunk that is named by itself
         return False
 

@@ -29,6 +29,20 @@ def as_indices(indices: Any, step: int) -> np.ndarray:
     return np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
 
 
+def refuse_positions(batch: np.ndarray, n: int, step: int) -> None:
+    """Raise unless a batch is positions in a training set of ``n`` examples."""
+    if batch.ndim != 1 or batch.size == 0 or batch.dtype.kind not in "iu":
+        raise ValueError(
+            f"step {step}: pass indices: a list of integers, one per example of the batch, not "
+            f"{batch.dtype} of shape {batch.shape}"
+        )
+    if batch.min() < 0 or batch.max() >= n:
+        raise ValueError(
+            f"step {step}: indices go from {batch.min()} to {batch.max()}, but the training set "
+            f"has {n} examples"
+        )
+
+
 def held(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """Return the model's parameters that an optimizer holds, frozen ones among them."""
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -300,16 +300,7 @@ class Recorder:
         batch = guards.as_indices(indices, self.steps)
         n = self._check.train.n
         guards.refuse_thawed(self._held, self._capture.names, self.steps)
-        if batch.ndim != 1 or batch.size == 0 or batch.dtype.kind not in "iu":
-            raise ValueError(
-                f"step {self.steps}: indices must be a list of integers, one per example of the "
-                f"batch, not {batch.dtype} of shape {batch.shape}"
-            )
-        if batch.min() < 0 or batch.max() >= n:
-            raise ValueError(
-                f"step {self.steps}: indices go from {batch.min()} to {batch.max()}, but the "
-                f"training set has {n} examples"
-            )
+        guards.refuse_positions(batch, n, self.steps)
         self._check.refuse_train_mode(self._model, self.steps)
         now = self._capture.theta()
         assert self._after is not None
