@@ -333,11 +333,15 @@ def _open_result(root: zarr.Group, path: str) -> xr.Dataset:
 def folders(store: Store, path: str) -> list[str]:
     """Return the names of the folders at a path of a store, whether they have metadata or not."""
 
-    async def look() -> list[str]:
-        names = [name async for name in store.list_dir(path)]
-        return [name for name in names if not await store.exists(f"{path}/{name}".lstrip("/"))]
+    async def is_folder(name: str) -> bool:
+        inside = f"{path}/{name}".lstrip("/")
+        return await store.exists(f"{inside}/zarr.json") or not await store.is_empty(inside)
 
-    return sorted(name for name in sync(look()) if not name.startswith(HIDDEN))
+    async def look() -> list[str]:
+        names = [name async for name in store.list_dir(path) if not name.startswith(HIDDEN)]
+        return [name for name in names if name != "zarr.json" and await is_folder(name)]
+
+    return sorted(sync(look()))
 
 
 def derived_groups(root: zarr.Group) -> list[str]:

@@ -693,7 +693,8 @@ def test_commit__is_one_put_of_each_chunk_and_the_record_comes_last(server, buck
     sample(f"{bucket}/run", chains=1)
     puts = [line.partition("/run/")[2] for line in server.requests()[seen:] if line[:3] == "PUT"]
     chunks = [key for key in puts if "/c/" in key and "sample/" not in key and "label" not in key]
-    commit = chunks[1:]  # the losses at w* come first
+    commit = chunks[2:]  # the losses at w* and the chain's zero record come first
     assert commit[-1] == "commit/record/c/0/0"
     assert commit[-2] == "state/parameters/c/0/1/0"
-    assert len(commit) == len(set(commit)) == 1 + 6 + 1 + 1  # losses, statistics, state, record
+    # Losses, statistics, their checksums, state, record.
+    assert len(commit) == len(set(commit)) == 1 + 6 + 1 + 1 + 1
