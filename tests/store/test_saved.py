@@ -449,7 +449,7 @@ def test_labels__that_are_no_text_are_refused_by_name(tmp_path, labels):
     [{"scale_factor": 2.0}, {"_FillValue": 1.0}, {"missing_value": 3.0}, {"dtype": "bool"},
      {"units": "days since 2000-01-01"}, {"add_offset": 1.0}, {"f": object()}, {3: "x"},
      {"f": b"bytes"}],
-    ids=str,
+    ids=lambda attrs: str(next(iter(attrs))),
 )  # fmt: skip
 def test_attributes__that_would_change_values_are_refused_by_name(tmp_path, attrs):
     made = kernel().assign_attrs(attrs)
