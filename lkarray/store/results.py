@@ -87,7 +87,10 @@ def _whole(group: zarr.Group) -> Problem | None:
     saved, old = SAVED in group.attrs, seal_of(group) is None
     if not saved and old:
         return None  # of another writer, or of lkarray 0.1.0's `put`, which moved it when whole
-    lost = lost_chunks(group)
+    try:
+        lost = lost_chunks(group)
+    except Exception as error:  # zarr names no common base for broken metadata
+        return Problem("corrupt", group.path, f"metadata in it cannot be read ({error})")
     if lost and old:
         detail = f"{len(lost)} of its chunks are not stored, {lost[0]} first; lk.save goes on"
         return Problem("unfinished", group.path, detail)

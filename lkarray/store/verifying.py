@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import zarr
+from zarr.core.sync import sync
 
 from lkarray import schema
 from lkarray.checking import checked
@@ -22,6 +23,7 @@ from lkarray.store.audits import audit_marks
 from lkarray.store.gradients import gradient_marks
 from lkarray.store.layout import part_store, parts_of, stored_fingerprint
 from lkarray.store.location import StoreLike, as_store, describe, is_sealed, open_root
+from lkarray.store.names import own_group
 from lkarray.store.nodes import node_at
 from lkarray.store.problems import Problem
 from lkarray.store.reading import DERIVED, folders
@@ -134,9 +136,17 @@ def _top(root: zarr.Group) -> Iterator[Problem]:
         yield Problem("mismatch", "zarr.json", "the seal of what lkarray keeps there is gone")
     for name in folders(root.store, ""):
         if without_metadata(root.store, name):
-            yield Problem("missing", f"{name}/zarr.json", "the folder has content, but no metadata")
+            if own_group(name) or _holds_nodes(root, name):
+                detail = "the folder has content, but no metadata"
+                yield Problem("missing", f"{name}/zarr.json", detail)
         elif name == DERIVED:
             yield from group_problems(root, name, sealed=False)
+
+
+def _holds_nodes(root: zarr.Group, path: str) -> bool:
+    """Say whether groups or arrays lie directly in a folder."""
+    inner = folders(root.store, path)
+    return any(sync(root.store.exists(f"{path}/{name}/zarr.json")) for name in inner)
 
 
 def _has_seals(root: zarr.Group) -> bool:
@@ -176,9 +186,11 @@ def _training(root: zarr.Group) -> Iterator[Problem]:
 def _derived(root: zarr.Group) -> Iterator[Problem]:
     """Check the results that the store keeps, whatever it holds besides."""
     for path, problem in [*results(root), *saved_elsewhere(root)]:
-        if problem is not None and problem.kind in ("unfinished", "corrupt"):
+        if problem is not None and (
+            problem.kind == "unfinished" or problem.path == f"{path}/zarr.json"
+        ):
             yield problem
-        else:  # chunks that are gone are named one by one
+        else:  # chunks that are gone, and arrays that cannot be opened, are named one by one
             yield from guarded(path, partial(_result, root, path))
 
 
