@@ -112,13 +112,14 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
         shape = (len(layout.panels), len(FIELDS))
         fields = {"fields": list(FIELDS)}
         record = create_array(group, RECORD, shape, (1, len(FIELDS)), fill=-1, attrs=fields)
-        # Written, so that a missing one is a fault.
-        record[:] = [[-1, 0, panel, *(0,) * (len(FIELDS) - 3)] for panel in range(shape[0])]
         create_coord(group, EPOCH, layout.epochs, EPOCH)
         for name, (dim, values) in layout.coords.items():
             create_coord(group, name, values, dim)
         seal(group, filling=[*RESULTS, RECORD.name])
         flush_tree(root.store, layout.group)
+        # Written, so that a missing one is a fault.
+        record[:] = [[-1, 0, panel, *(0,) * (len(FIELDS) - 3)] for panel in range(shape[0])]
+        flush(root.store, chunk_keys(record))
         marks = audit_marks(root) | {layout.group: dict(fingerprint)}
         update_mark(root, audits=marks)
     return root

@@ -326,7 +326,7 @@ def _open_result(root: zarr.Group, path: str) -> xr.Dataset:
         require_chunks(stored_at(root, f"{path}/{name}"))
         ds[name].load(scheduler="synchronous")  # in this thread: see _open_losses
     ds = ds[sorted(map(str, ds.data_vars))]
-    ds.attrs = {key: value for key, value in node.attrs.items() if key != SEAL}
+    ds.attrs = {key: value for key, value in ds.attrs.items() if key != SEAL}
     return ds
 
 

@@ -93,7 +93,7 @@ def test_save__refuses_names_that_are_no_names(tmp_path):
         lk.save(kernel(**{"a/b": ("sample", np.arange(16))}), tmp_path / "k.zarr")
     with pytest.raises(errors.SchemaError, match="name of its labels"):
         lk.save(kernel(k=("sample", np.arange(16))), tmp_path / "k.zarr")
-    with pytest.raises(TypeError, match="group must be text"):
+    with pytest.raises(TypeError, match="group must be a string"):
         lk.save(kernel(), tmp_path / "k.zarr", 3)
     assert not (tmp_path / "k.zarr").exists()
 
@@ -184,8 +184,8 @@ def test_save__killed_at_any_write_is_unfinished_and_goes_on(tmp_path, monkeypat
         stored = {tuple(map(int, p.parts[-2:])) for p in path.glob("derived/k/k/c/*/*")}
         if (path / "derived/k/zarr.json").exists():
             assert [p.kind for p in lk.verify(path)] == ["unfinished"]
-            with pytest.raises(errors.StoreError, match="derived/k is left out"):
-                lk.open(path)
+            (said,) = lk.open(path).attrs["hidden"]
+            assert "derived/k is left out" in said
         computed: list = []
         np.testing.assert_array_equal(lk.save(kernel(computed=computed), path), undisturbed)
         # Of what was stored, only the first and the last are computed, to be compared.
@@ -252,8 +252,8 @@ def test_open__judges_a_kernel_of_0_1_0_by_its_chunks(tmp_path):
     assert lk.verify(path) == []
     (path / "derived/k/k/c/1/0").unlink()
     assert [p.kind for p in lk.verify(path)] == ["unfinished"]
-    with pytest.raises(errors.StoreError, match="chunks are not stored"):
-        lk.open(path)
+    (said,) = lk.open(path).attrs["hidden"]
+    assert "chunks are not stored" in said
     computed: list = []
     np.testing.assert_array_equal(lk.save(kernel(computed=computed), path), VALUES)
     assert sorted(computed) == [(0, 0), (1, 0), (1, 1)]
