@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lkarray.errors import NonFiniteError
 
 #: Of a recording that ends without a step.
 NOTHING = (
@@ -40,6 +44,24 @@ def refuse_positions(batch: np.ndarray, n: int, step: int) -> None:
         raise ValueError(
             f"step {step}: indices go from {batch.min()} to {batch.max()}, but the training set "
             f"has {n} examples"
+        )
+
+
+def refuse_moved(now: Tensor, after: Tensor, step: int) -> None:
+    """Raise where parameters are not those that the last step left."""
+    if not torch.equal(now, after):
+        raise ValueError(
+            f"parameters changed between step {step - 1} and step {step}, outside "
+            "trace.step(...); put every update of the model inside a step"
+        )
+
+
+def refuse_non_finite(norm: float, after: Tensor, step: int) -> None:
+    """Raise where a step's gradient, of this norm, or the parameters after it are not finite."""
+    if not math.isfinite(norm) or not bool(torch.isfinite(after).all()):
+        raise NonFiniteError(
+            f"the gradient or the parameters turned non-finite in step {step}; lower the "
+            "learning rate or clip the gradient. The steps before are kept"
         )
 
 

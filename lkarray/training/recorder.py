@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lkarray import progress as bars
 from lkarray import store
 from lkarray.checking import checked
-from lkarray.errors import FingerprintError, LockedError, NonFiniteError, StoreError
+from lkarray.errors import FingerprintError, LockedError, StoreError
 from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.nn.losses import LossFunction
 from lkarray.nn.modes import gradients_on, with_gradients
@@ -302,13 +302,8 @@ class Recorder:
         guards.refuse_thawed(self._held, self._capture.names, self.steps)
         guards.refuse_positions(batch, n, self.steps)
         self._check.refuse_train_mode(self._model, self.steps)
-        now = self._capture.theta()
         assert self._after is not None
-        if not torch.equal(now, self._after):
-            raise ValueError(
-                f"parameters changed between step {self.steps - 1} and step {self.steps}, outside "
-                "trace.step(...); put every update of the model inside a step"
-            )
+        guards.refuse_moved(self._capture.theta(), self._after, self.steps)
         if self._writer.due() and self.steps >= self._writer.committed:
             self._writer.commit(self._state())
         return batch.astype(np.int64)
@@ -338,11 +333,7 @@ class Recorder:
             raise ValueError(f"optimizer.step() was not called in step {at}")
         after = capture.theta()
         norm = float(torch.linalg.vector_norm(capture.raw))
-        if not np.isfinite(norm) or not bool(torch.isfinite(after).all()):
-            raise NonFiniteError(
-                f"the gradient or the parameters turned non-finite in step {at}; lower the "
-                "learning rate or clip the gradient. The steps before are kept"
-            )
+        guards.refuse_non_finite(norm, after, at)
         factors, bound, diagonal = clipping(capture.raw, applied, capture.places)
         if diagonal is not None and np.isinf(bound) and self._every > 1:
             raise ValueError(
