@@ -59,7 +59,7 @@ def test_to_arviz__takes_observables_components_and_nodes(sample, tmp_path):
 
 def test_to_arviz__refuses_what_is_no_run(store):
     tree = lk.open(store)
-    with pytest.raises(TypeError, match="lk.open"):
+    with pytest.raises(TypeError, match="tree must be an xarray.DataTree"):
         to_arviz(tree["losses"].to_dataset())
     with pytest.raises(errors.SchemaError, match="losses"):
         to_arviz(tree["sample_stats"])

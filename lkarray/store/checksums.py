@@ -14,6 +14,11 @@ def crc(content: bytes | bytearray | memoryview | np.ndarray) -> int:
     return int(google_crc32c.value(content))
 
 
+def extend_crc(before: int, content: np.ndarray) -> int:
+    """Return the CRC-32C of some bytes after others, whose own is ``before``."""
+    return int(google_crc32c.extend(before, content))
+
+
 def json_digest(value: Any) -> int:
     """Return a checksum of a value as JSON, whatever the order of keys and the spaces."""
     return crc(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())

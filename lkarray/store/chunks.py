@@ -21,12 +21,13 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from lkarray.errors import DamagedError
-from lkarray.store.checksums import crc
+from lkarray.store.checksums import crc, extend_crc
 from lkarray.store.files import fsync_all
 from lkarray.store.location import describe, local_path
 
 _CRC_BYTES = 4
 _AT_ONCE = 64  # requests under way
+_FILLED = 1 << 16  # elements of the fill value at once
 _FEW = 8  # keys that are asked for one by one rather than listed
 
 
@@ -94,12 +95,23 @@ def digests(array: zarr.Array, leading: tuple[int, ...], values: np.ndarray) -> 
         at = (*(0,) * fixed, *rest)
         place = tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, whole, strict=True))
         piece = values[place]
-        if piece.shape != whole or piece.dtype != little:
-            padded = np.full(whole, array.fill_value, little)
-            padded[tuple(map(slice, piece.shape))] = piece
-            piece = padded
-        found.append(crc(np.ascontiguousarray(piece).reshape(-1).view(np.uint8)))
+        found.append(_padded_crc(piece, whole, array.fill_value, little))
     return np.array(found, np.uint32)
+
+
+def _padded_crc(piece: np.ndarray, whole: tuple[int, ...], fill: object, dtype: np.dtype) -> int:
+    """Return the CRC-32C of a chunk that begins with ``piece`` and goes on with the fill value."""
+    if piece.dtype != dtype or piece.shape[1:] != whole[1:]:
+        padded = np.full(whole, fill, dtype)
+        padded[tuple(map(slice, piece.shape))] = piece
+        piece = padded
+    found = crc(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+    # Blocks are large, and what is lacking of an open one is most of it: no copy is made of it.
+    lacking = prod(whole) - piece.size
+    filled = np.full(min(lacking, _FILLED), fill, dtype).view(np.uint8)
+    for start in range(0, lacking, _FILLED):
+        found = extend_crc(found, filled[: (lacking - start) * dtype.itemsize])
+    return found
 
 
 def stored_digests(array: zarr.Array, keys: Sequence[str]) -> list[bytes | None]:

@@ -60,10 +60,6 @@ def snapshot(
     FingerprintError
         The store holds a trace of another model, other data or another loss.
     """
-    if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
-        raise TypeError(
-            f"model must be a torch.nn.Module with parameters, not {type(model).__name__}"
-        )
     moving = moving_indices(model, None)
     given, model = model, copy_module(model)
     parameters = dict(model.named_parameters())

@@ -20,6 +20,7 @@ from lkarray.errors import FingerprintError, LockedError, StoreError
 from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.nn.losses import LossFunction
 from lkarray.nn.modes import gradients_on, with_gradients
+from lkarray.nn.trainable import require_module
 from lkarray.store import trajectory
 from lkarray.store.location import StoreLike, create_root, exists, open_root
 from lkarray.store.writing_trace import Row, TraceWriter
@@ -155,8 +156,7 @@ class Recorder:
         for name, value in (("every", every), ("check_every", check_every)):
             if value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        require_module(model)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be torch's, not {type(optimizer).__name__}")
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler

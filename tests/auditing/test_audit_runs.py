@@ -234,7 +234,7 @@ def test_audit__panels_follow_the_budget():
         ),
         ({"rule": "rk4"}, "rule must be one of"),
         ({"supersample": 0}, "supersample must be a positive integer"),
-        ({"stride": 1.5}, "stride must be a positive integer"),
+        ({"stride": 1.5}, "stride must be an integer"),
         ({"steps": (3, 3)}, r"must be \(first, one beyond the last\) within 0 to 12"),
         ({"examples": [1, 1]}, "distinct indices from 0 to 49"),
         ({"params": "conv*"}, "matches none of"),

@@ -223,8 +223,11 @@ def test_gradient_similarity__of_an_example_with_itself(trace):
 
 
 def test_gradient_similarity__refuses_a_state_that_there_is_none_of(trace):
-    for at in (13, -14, 1.0, True):
+    for at in (13, -14):
         with pytest.raises(ValueError, match="0 to 12"):
+            gradient_similarity(trace, audited(), at=at)
+    for at in (1.0, True):
+        with pytest.raises(TypeError, match="at must be an integer"):
             gradient_similarity(trace, audited(), at=at)
 
 

@@ -112,15 +112,15 @@ def test_local_shape__fits_cores_and_memory(asked, machine, found):
         ("http://host:80", {}, "is not one of"),
         ("tcp://host", {}, "names no port; a scheduler's own is tcp://host:8786"),
         ("ssh://", {}, "ssh:// needs hosts"),
-        ("local", {"workers": 0}, "workers is a positive number, not 0"),
-        ("local", {"threads": 1.5}, "threads is a positive number"),
+        ("local", {"workers": 0}, "workers must be at least 1, not 0"),
+        ("local", {"threads": 1.5}, "threads must be an integer"),
         ("local", {"memory": "much"}, "memory 'much' is not a number of bytes"),
         ("local", {"dashboard": "8787"}, "dashboard is host:port"),
         ("local", {"tls": "/nowhere"}, r"has no \['ca.pem', 'cert.pem', 'key.pem'\]"),
     ],
 )
 def test_connect__refuses_before_it_opens_anything(target, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         lk.cluster.connect(target, **options)
 
 

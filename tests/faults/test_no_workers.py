@@ -61,7 +61,6 @@ def test_save__new_workers_come_where_all_are_gone_for_good(owned, losses, tmp_p
     np.testing.assert_allclose(found.values, numpy_correlation(losses), atol=1e-5)
     (told,) = (line for line in said() if "gone for good; starting new ones" in line)
     assert "of 2 workers of local are" in told
-    assert any("no worker of local is left, and 1 task waits; those" in line for line in said())
 
 
 def test_compute__new_workers_come_where_all_are_gone_for_good(owned, losses):

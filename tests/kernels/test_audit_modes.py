@@ -144,7 +144,7 @@ def test_audit_modes__refuse_what_does_not_fit(rng):
     numbered = train.assign_coords(example=np.arange(12))
     with pytest.raises(errors.SchemaError, match="different examples"):
         lk.audit_modes(lk.plgk(numbered, other), 2, scale=1)
-    with pytest.raises(TypeError, match="must be the DataArray of lk.plgk"):
+    with pytest.raises(TypeError, match="kernel must be an xarray.DataArray"):
         lk.audit_modes(kernel.values, 2, scale=1)
     with pytest.raises(ValueError, match="k must be between 1 and 12"):
         lk.audit_modes(kernel, 13, scale=1)

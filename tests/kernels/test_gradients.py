@@ -364,7 +364,7 @@ def test_pntk__is_the_same_for_every_chunking(rng, chunks, memory):
 def test_pntk__refuses_what_does_not_fit(G, outputs):
     with pytest.raises(errors.SchemaError, match="output_G.* lack \\['output'\\]"):
         pntk(G, G)
-    with pytest.raises(errors.SchemaError, match="x and y differ along 'time'"):
+    with pytest.raises(errors.SchemaError, match="loss_G and output_G differ along 'time'"):
         pntk(G, outputs.assign_coords(time=np.arange(5)))
     with pytest.raises(errors.SchemaError, match="5 and 4 entries along 'time'"):
         pntk(G, outputs.isel(time=slice(4)))

@@ -131,7 +131,7 @@ def test_histogram__refuses_unclear_requests(rng):
     losses = random_losses(rng)
     with pytest.raises(ValueError, match="loss_variance"):
         lk.histogram(losses, kernel="covariance")
-    with pytest.raises(ValueError, match="ascending"):
+    with pytest.raises(ValueError, match="ascend"):
         lk.histogram(losses, bounds=(1, -1))
     with pytest.raises(errors.SchemaError, match="no coordinate"):
         lk.histogram(losses, "colour")

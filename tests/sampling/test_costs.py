@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,6 +17,7 @@ def load(name: str):
     return module
 
 
+@pytest.mark.slow  # of a clock, which a busy machine makes wrong
 def test_step__costs_under_100_microseconds_beyond_the_model():
     """The least of a few tries: what else the machine does is not the sampler's cost."""
     for _ in range(4):

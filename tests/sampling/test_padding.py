@@ -15,6 +15,7 @@ import lkarray as lk
 from lkarray import errors
 from lkarray.nn import batches, losses
 from lkarray.store import open_root
+from lkarray.store.seals import SEAL
 
 OPTIONS = {
     "sampler": lk.SGLD(1e-3),
@@ -129,6 +130,17 @@ def test_verify__a_token_that_is_nan_and_no_padding_is_a_fault(tmp_path):
     assert "non-finite losses at chain 1, draw 5" in str(problem)
 
 
+def unseal(root):
+    """Take seals and checksums of commits from a store, as those versions had none."""
+    mark = {key: value for key, value in root.attrs["lkarray"].items() if key != "seal"}
+    root.update_attributes({"lkarray": mark})
+    for _, group in root.groups():
+        kept = {key: value for key, value in group.attrs.items() if key != SEAL}
+        group.attrs.put(kept)
+    for name in ("latest", "blocks"):
+        del root[f"commit/{name}"]
+
+
 def test_sample__a_store_that_counted_padding_opens_and_is_not_mixed(tmp_path):
     """As the versions before wrote: padding is a token of loss 0."""
     data = sequences(RAGGED)
@@ -136,7 +148,7 @@ def test_sample__a_store_that_counted_padding_opens_and_is_not_mixed(tmp_path):
     root = open_root(tmp_path / "s", mode="r+")
     for name in ("loss", "center_loss"):
         root[f"losses/{name}"][...] = np.nan_to_num(root[f"losses/{name}"][...])
-    assert lk.verify(tmp_path / "s") == []
+    unseal(root)
     assert np.isfinite(lk.open(tmp_path / "s")["losses/loss"]).all()
     with pytest.raises(errors.FingerprintError, match="stored padding as tokens of loss 0"):
         run(data, store=tmp_path / "s", draws=20)

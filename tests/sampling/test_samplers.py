@@ -144,8 +144,8 @@ def test_samplers__are_rebuilt_from_their_settings(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lk.SGHMC(1e-3, friction=0.0), "friction must be in"),
-        (lambda: lk.RMSpropSGLD(1e-3, decay=1.0), "decay must be in"),
+        (lambda: lk.SGHMC(1e-3, friction=0.0), "friction must be"),
+        (lambda: lk.RMSpropSGLD(1e-3, decay=1.0), "decay must be"),
         (lambda: lk.RMSpropSGLD(1e-3, damping=0.0), "damping must be a positive number"),
         (lambda: lk.RMSpropSGLD(-1.0), "step_size must be a positive number"),
         (lambda: lk.SGLD(1e-3, schedule=0.5), "schedule must map a step"),

@@ -250,7 +250,7 @@ def test_features__stay_lazy(trace, tmp_path):
         ({"examples": [1, 1]}, "distinct indices"),
         ({"project": 0}, "projection: size must be a positive integer"),
         ({"dtype": "float16"}, "dtype must be"),
-        ({"coords": {"label": [1, 2]}}, r"shape \(2,\), but there are 3 examples"),
+        ({"coords": {"label": [1, 2]}}, r"shape \(2,\); expected \(3,\)"),
         ({"times": [22], "preconditioned": True}, "and steps, not the final parameters"),
         ({"memory": "1 KiB"}, "the gradient of one example takes"),
     ],
