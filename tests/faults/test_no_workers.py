@@ -157,6 +157,7 @@ WAITS = {
 
 @pytest.mark.parametrize("wait", WAITS)
 def test_own_client__a_wait_without_workers_ends_in_words(wait, foreign, losses, tmp_path, said):
+    before = {t for t in threading.enumerate() if t.name == "lkarray-watch"}  # of other tests
     with Client(foreign) as client:
         leave_alone(foreign)
         began = time.monotonic()
@@ -168,7 +169,8 @@ def test_own_client__a_wait_without_workers_ends_in_words(wait, foreign, losses,
         foreign.scale(1)
         client.wait_for_workers(1, timeout=60)
         WAITS[wait](losses, tmp_path / "k.zarr", client)
-    assert not [t for t in threading.enumerate() if t.name == "lkarray-watch"]
+    after = {t for t in threading.enumerate() if t.name == "lkarray-watch"}
+    assert not after - before
 
 
 def test_audit__without_workers_ends_in_words(foreign, tmp_path):

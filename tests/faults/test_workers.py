@@ -152,7 +152,14 @@ def test_workers__one_gpu_a_task_where_workers_have_them(tmp_path, monkeypatch):
             return submit(function, *args, **options)
 
         monkeypatch.setattr(connected, "submit", recording)
-        tree = sample(tmp_path / "s", connected, draws=10, device="cpu", sampler=lk.SGLD(1e-3))
+        tree = sample(
+            tmp_path / "s",
+            connected,
+            draws=10,
+            device="cpu",
+            sampler=lk.SGLD(1e-3),
+            chains_per_device=1,
+        )
     assert tree["losses"].sizes["chain"] == CHAINS
     assert asked.count(("_run", {"GPU": 1})) == CHAINS
     assert ("_prepare", {"GPU": 1}) in asked

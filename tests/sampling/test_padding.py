@@ -134,7 +134,8 @@ def unseal(root):
     """Take seals and checksums of commits from a store, as those versions had none."""
     mark = {key: value for key, value in root.attrs["lkarray"].items() if key != "seal"}
     root.update_attributes({"lkarray": mark})
-    for _, group in root.groups():
+    for name in ("losses", "sample_stats", "state", "commit"):
+        group = root[name]
         kept = {key: value for key, value in group.attrs.items() if key != SEAL}
         group.attrs.put(kept)
     for name in ("latest", "blocks"):
