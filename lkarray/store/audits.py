@@ -27,6 +27,7 @@ from lkarray.store.checksums import crc, json_digest
 from lkarray.store.chunks import (
     chunk_key,
     chunk_keys,
+    damaged,
     flush,
     flush_tree,
     missing,
@@ -35,7 +36,7 @@ from lkarray.store.chunks import (
     require_chunks,
     stored_digests,
 )
-from lkarray.store.committed import array_at, array_names, damaged, group_at, reading, require_seals
+from lkarray.store.committed import array_names, reading, require_seals
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import CODECS, create_array, create_coord, require_space
 from lkarray.store.location import (
@@ -50,6 +51,7 @@ from lkarray.store.location import (
     writing,
 )
 from lkarray.store.names import check_name, make_group
+from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import add_to_seal, described, seal
 from lkarray.store.trace_digests import chain
 from lkarray.store.variables import variables
@@ -155,7 +157,7 @@ def stored_rows(path: Any, group: str) -> int | None:
     root = create_root(as_store(path))
     if group not in audit_marks(root):
         return None
-    return _panel_rows(array_at(root, f"{group}/{INFLUENCE.name}"))
+    return _panel_rows(stored_at(root, f"{group}/{INFLUENCE.name}"))
 
 
 def _panel_rows(influence: zarr.Array) -> int:
@@ -171,7 +173,7 @@ def read_records(root: zarr.Group, group: str) -> np.ndarray:
     DamagedError
         One is missing, cannot be read, or is of another panel.
     """
-    array = array_at(root, f"{group}/{RECORD.name}")
+    array = stored_at(root, f"{group}/{RECORD.name}")
     if not has_checksums(array):  # of lkarray 0.1.0, where a panel that was not begun had none
         return read(array, ...)
     found = read_whole(array)
@@ -196,8 +198,8 @@ class PanelWriter:
     def __init__(self, root: zarr.Group, layout: AuditLayout, panel: int) -> None:
         self._root, self._layout, self.panel = root, layout, panel
         self.rows = layout.panels[panel]
-        self._record = array_at(root, f"{layout.group}/{RECORD.name}")
-        self._influence = array_at(root, f"{layout.group}/{INFLUENCE.name}")
+        self._record = stored_at(root, f"{layout.group}/{RECORD.name}")
+        self._influence = stored_at(root, f"{layout.group}/{INFLUENCE.name}")
         first, _, *rest = self._influence.cdata_shape
         self._written = np.zeros((first, *rest), np.uint32)
         self._keys: list[str] = []
@@ -279,7 +281,7 @@ class PanelWriter:
         found = {INFLUENCE.name: chain(self._written.reshape(-1))}
         with writing(self._root.store, safe="What was committed before is kept"):
             for name, spec in self._layout.specs().items():
-                array = array_at(self._root, f"{self._layout.group}/{name}")
+                array = stored_at(self._root, f"{self._layout.group}/{name}")
                 place = tuple(self.rows if dim == AUDIT else slice(None) for dim in spec.dims)
                 array[place] = sums[name]
                 keys = panel_keys(array, self.panel)
@@ -313,7 +315,7 @@ def read_pass(root: zarr.Group, path: str) -> dict[str, np.ndarray]:
         Something of it is missing or cannot be read.
     """
     names = array_names(group_at(root, path))
-    return {name: read_whole(array_at(root, f"{path}/{name}")) for name in names}
+    return {name: read_whole(stored_at(root, f"{path}/{name}")) for name in names}
 
 
 def pass_digest(left: int, panel: int, state: Mapping[str, np.ndarray]) -> int:
@@ -365,7 +367,7 @@ def open_audit(root: zarr.Group, group: str) -> xr.Dataset:
     """
     record = read_records(root, group)
     panels = np.flatnonzero(record[:, 0] == 0).tolist()
-    rows = _panel_rows(array_at(root, f"{group}/{INFLUENCE.name}"))
+    rows = _panel_rows(stored_at(root, f"{group}/{INFLUENCE.name}"))
 
     def read_results(array: zarr.Array) -> np.ndarray:
         if array.basename not in RESULTS:
@@ -392,7 +394,7 @@ def committed_panels(root: zarr.Group, group: str) -> Iterator[tuple[zarr.Array,
     What a panel has of an array is at `panel_leading`.
     """
     record = read_records(root, group)
-    arrays = [array_at(root, f"{group}/{name}") for name in RESULTS]
+    arrays = [stored_at(root, f"{group}/{name}") for name in RESULTS]
     checked = record.shape[1] == len(FIELDS)
     for panel in np.flatnonzero(record[:, 0] == 0).tolist():
         for array in arrays:

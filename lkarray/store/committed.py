@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
-from math import prod
 from typing import Any
 
 import dask.array as da
@@ -14,22 +13,18 @@ import numpy as np
 import zarr
 from dask.base import tokenize
 from zarr.abc.store import Store
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 
 from lkarray.errors import DamagedError
-from lkarray.store.chunks import chunk_key, chunk_keys, missing, raw, read, require_chunks
-from lkarray.store.layout import stored_at
-from lkarray.store.location import describe, local_path
-from lkarray.store.problems import Problem
+from lkarray.store.chunks import (
+    chunk_key,
+    damaged,
+    missing,
+    read,
+    require_chunks,
+)
+from lkarray.store.location import local_path
+from lkarray.store.nodes import group_at
 from lkarray.store.seals import broken_seals, seal_of
-
-_REMEDY = "Nothing was touched: restore it from a copy; lk.verify lists all faults"
-
-
-def damaged(store: Store, what: str) -> DamagedError:
-    """Return the error of a store of which ``what`` is not as it was written."""
-    return DamagedError(f"{describe(store)} is damaged: {what}. {_REMEDY}")
 
 
 @contextmanager
@@ -44,26 +39,6 @@ def reading(store: Store, path: str) -> Iterator[None]:
         if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
             raise
         raise damaged(store, f"{path} cannot be read ({error or repr(error)})") from error
-
-
-def array_at(root: zarr.Group, path: str) -> zarr.Array:
-    """Return the array at a path that must be there.
-
-    Raises
-    ------
-    DamagedError
-        It is not, or its metadata cannot be read.
-    """
-    with reading(root.store, f"{path}/zarr.json"):
-        return stored_at(root, path)
-
-
-def group_at(root: zarr.Group, path: str) -> zarr.Group:
-    """Return the group at a path that must be there, likewise."""
-    with reading(root.store, f"{path}/zarr.json"):
-        found = root[path]
-        assert isinstance(found, zarr.Group)
-        return found
 
 
 def array_names(group: zarr.Group) -> list[str]:
@@ -137,26 +112,3 @@ class _Committed:
             for k, n, c in zip(whole, self.shape, self._array.chunks, strict=True)
         )
         return product(*sides)
-
-
-def chunk_problems(
-    array: zarr.Array, leading: tuple[int, ...], *, pieces: int | None = None
-) -> Iterator[Problem]:
-    """Check the chunks whose first indices are ``leading``: there, of full length, sound.
-
-    ``pieces`` is how many of them there are, where not all that the shape has room for.
-    """
-    plain = raw(array)
-    expected = prod(array.chunks) * array.dtype.itemsize + 4 * len(array.compressors)
-    indices = ((*leading, *rest) for rest in np.ndindex(array.cdata_shape[len(leading) :]))
-    for key, at in list(zip(chunk_keys(array, leading), indices, strict=True))[:pieces]:
-        buffer = sync(array.store.get(key, default_buffer_prototype()))
-        if buffer is None:
-            yield Problem("missing", key, "the chunk was committed, but is not there")
-        elif len(buffer) == 0 or (plain and len(buffer) != expected):
-            yield Problem("truncated", key, f"{len(buffer)} of {expected if plain else '?'} bytes")
-        else:
-            try:
-                array.blocks[at]
-            except Exception as error:  # every codec raises its own
-                yield Problem("corrupt", key, str(error).splitlines()[0] if str(error) else "?")

@@ -21,6 +21,7 @@ from lkarray.checking import checked
 from lkarray.schema import OUTPUT, TIME, VariableSpec
 from lkarray.store.chunks import (
     chunk_keys,
+    damaged,
     digests,
     flush,
     flush_tree,
@@ -28,7 +29,7 @@ from lkarray.store.chunks import (
     read,
     require_chunks,
 )
-from lkarray.store.committed import array_at, damaged, group_at, reading, require_seals
+from lkarray.store.committed import reading, require_seals
 from lkarray.store.discarding import discard
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.layout import (
@@ -48,6 +49,7 @@ from lkarray.store.location import (
     writing,
 )
 from lkarray.store.names import check_name, make_group
+from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import described, seal
 from lkarray.store.variables import variables
 
@@ -178,7 +180,7 @@ def whole_gradients(
     if root is None or before is None:
         return None
     _refuse(root, group, before, fingerprint)
-    return root if np.asarray(array_at(root, f"{group}/{DONE.name}")[:]).all() else None
+    return root if np.asarray(stored_at(root, f"{group}/{DONE.name}")[:]).all() else None
 
 
 def _refuse(
@@ -208,10 +210,10 @@ class TensorWriter:
         else:
             _refuse(self.root, layout.group, before, fingerprint)
             _require_committed(self.root, layout.group)
-        self.array = array_at(self.root, f"{layout.group}/{layout.variable.name}")
+        self.array = stored_at(self.root, f"{layout.group}/{layout.variable.name}")
         # Shards are those it was begun with, whatever the budget is now.
         self.layout = replace(layout, rows=int(self.array.attrs["rows"]))  # type: ignore[arg-type]
-        self._done = array_at(self.root, f"{layout.group}/{DONE.name}")
+        self._done = stored_at(self.root, f"{layout.group}/{DONE.name}")
         self._digests = digests_of(self.root, layout.group)
         self.done = read_done(self.root, layout.group)
         self._rows: dict[int, np.ndarray] = {}  # of the checksums, that the next commit writes
@@ -294,7 +296,7 @@ def read_done(root: zarr.Group, group: str) -> np.ndarray:
     DamagedError
         The record of it is missing or cannot be read.
     """
-    array = array_at(root, f"{group}/{DONE.name}")
+    array = stored_at(root, f"{group}/{DONE.name}")
     # lkarray 0.1.0 wrote it with the first shards only, and zeros is what a missing one reads as.
     if digests_of(root, group) is not None:
         require_chunks(array)
@@ -305,7 +307,7 @@ def digests_of(root: zarr.Group, group: str) -> zarr.Array | None:
     """Return the checksums of a tensor's chunks; lkarray 0.1.0 stored none."""
     path = f"{group}/{DIGEST.name}"
     with reading(root.store, path):
-        return array_at(root, path) if path in root else None
+        return stored_at(root, path) if path in root else None
 
 
 def _require_committed(root: zarr.Group, group: str) -> None:
@@ -342,7 +344,7 @@ def open_gradients(root: zarr.Group, group: str) -> xr.Dataset:
 
 def committed_shards(root: zarr.Group, group: str) -> Iterator[tuple[zarr.Array, tuple[int, ...]]]:
     """Yield a stored tensor with the first indices of the chunks that must be there."""
-    array = array_at(root, f"{group}/{tensor_name(root, group)}")
+    array = stored_at(root, f"{group}/{tensor_name(root, group)}")
     with reading(root.store, f"{array.path}/zarr.json"):
         rows = int(array.attrs["rows"])  # type: ignore[arg-type]
     for t, shard in np.argwhere(read_done(root, group)).tolist():

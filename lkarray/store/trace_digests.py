@@ -20,10 +20,11 @@ import zarr
 from lkarray.errors import DamagedError
 from lkarray.schema import TRAJECTORY, VariableSpec
 from lkarray.store.checksums import crc
-from lkarray.store.chunks import chunk_keys, digests, missing, read, stored_digests
-from lkarray.store.committed import array_at, chunk_problems, damaged
+from lkarray.store.chunks import chunk_keys, damaged, digests, missing, read, stored_digests
 from lkarray.store.layout import create_array
+from lkarray.store.nodes import stored_at
 from lkarray.store.problems import Problem
+from lkarray.store.verifying_pieces import chunk_problems
 
 # Dims of its own, since plain readers open the group as one Dataset.
 DIGEST = VariableSpec(
@@ -47,7 +48,7 @@ def create_digests(group: zarr.Group, paths: Sequence[str]) -> None:
 def digests_of(root: zarr.Group) -> zarr.Array | None:
     """Return the array of checksums; lkarray 0.1.0 stored none."""
     path = f"{TRAJECTORY}/{DIGEST.name}"
-    return array_at(root, path) if path in root else None
+    return stored_at(root, path) if path in root else None
 
 
 def fields_of(array: zarr.Array) -> list[str]:
@@ -110,7 +111,7 @@ def committed_row(root: zarr.Group, array: zarr.Array, number: int, steps: int) 
 def block_pieces(root: zarr.Group, number: int, steps: int) -> int:
     """Return how many chunks next to each other the batches of a block take."""
     array = digests_of(root)
-    batches = array_at(root, f"{TRAJECTORY}/{_BATCH}")
+    batches = stored_at(root, f"{TRAJECTORY}/{_BATCH}")
     if array is None or batches.cdata_shape[1] == 1:
         return 1
     return int(committed_row(root, array, number, steps)[PIECES])
@@ -137,7 +138,7 @@ def block_problems(root: zarr.Group, number: int, rows: slice, kept: range) -> I
     for path in fields_of(array)[2:]:
         if path.startswith(_LAST) or not row[path]:
             continue
-        of = array_at(root, f"{TRAJECTORY}/{path}")
+        of = stored_at(root, f"{TRAJECTORY}/{path}")
         if (of.metadata.dimension_names or ("",))[0] == _KEPT:  # type: ignore[union-attr]
             yield from _kept(of, kept, row[path])
         else:
@@ -195,7 +196,7 @@ def state_problems(root: zarr.Group, steps: int, block: int, slot: int) -> Itera
     for path in fields_of(array)[2:]:
         if not path.startswith(_LAST):
             continue
-        of = array_at(root, f"{TRAJECTORY}/{path}")
+        of = stored_at(root, f"{TRAJECTORY}/{path}")
         faults, values = _read(of, (slot,), slot)
         yield from faults
         if values is None:

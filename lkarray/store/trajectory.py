@@ -20,8 +20,16 @@ import zarr
 from lkarray import schema
 from lkarray.checking import checked
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
-from lkarray.store.chunks import chunk_keys, flush_tree, missing, read, read_whole, require_chunks
-from lkarray.store.committed import array_at, array_names, damaged, group_at, read_rows, reading
+from lkarray.store.chunks import (
+    chunk_keys,
+    damaged,
+    flush_tree,
+    missing,
+    read,
+    read_whole,
+    require_chunks,
+)
+from lkarray.store.committed import array_names, read_rows, reading
 from lkarray.store.discarding import discard
 from lkarray.store.layout import CODECS, create_array, create_coord, require_space
 from lkarray.store.location import (
@@ -33,6 +41,7 @@ from lkarray.store.location import (
     writing,
 )
 from lkarray.store.names import make_group
+from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import seal
 from lkarray.store.trace_digests import (
     DIGEST,
@@ -246,15 +255,15 @@ def read_steps(root: zarr.Group) -> tuple[int, int]:
     DamagedError
         The record is missing, or cannot be one.
     """
-    array = array_at(root, f"{ROOT}/record")
+    array = stored_at(root, f"{ROOT}/record")
     if missing(root.store, chunk_keys(array)):
         # lkarray 0.1.0 wrote the first record after the first state, which went to slot 1.
-        states = array_at(root, f"{LAST}/{PARAMETERS.name}")
+        states = stored_at(root, f"{LAST}/{PARAMETERS.name}")
         if digests_of(root) is None and missing(root.store, chunk_keys(states, (0,))):
             return 0, 0
         raise damaged(root.store, f"{chunk_keys(array)[0]} was committed, but is missing or empty")
     steps, slot = read(array, ...).tolist()
-    length = array_at(root, f"{ROOT}/{COEFFICIENTS.name}").shape[0]
+    length = stored_at(root, f"{ROOT}/{COEFFICIENTS.name}").shape[0]
     if not 0 <= steps <= length or slot not in (0, 1):
         raise damaged(root.store, f"{array.path} says {steps} steps and slot {slot}")
     return int(steps), int(slot)
@@ -262,7 +271,7 @@ def read_steps(root: zarr.Group) -> tuple[int, int]:
 
 def every_and_block(root: zarr.Group) -> tuple[int, int]:
     """Return the steps from one stored state to the next, and those of a block."""
-    array = array_at(root, f"{ROOT}/{PARAMETERS.name}")
+    array = stored_at(root, f"{ROOT}/{PARAMETERS.name}")
     with reading(root.store, f"{array.path}/zarr.json"):
         every, block = (int(array.attrs[key]) for key in ("every", "block"))  # type: ignore[arg-type]
         assert min(every, block) > 0
@@ -297,7 +306,7 @@ def kept_state(root: zarr.Group, row: int) -> dict[str, np.ndarray]:
 
 def kept_parameters(root: zarr.Group, row: int) -> np.ndarray:
     """Return the parameters of the ``row``-th kept step."""
-    return np.asarray(read_rows(array_at(root, f"{ROOT}/{PARAMETERS.name}"), row, row + 1)[0])
+    return np.asarray(read_rows(stored_at(root, f"{ROOT}/{PARAMETERS.name}"), row, row + 1)[0])
 
 
 def step_rows(root: zarr.Group, name: str, start: int, stop: int) -> np.ndarray:
@@ -308,7 +317,7 @@ def step_rows(root: zarr.Group, name: str, start: int, stop: int) -> np.ndarray:
     DamagedError
         A chunk of it is missing or cannot be read.
     """
-    array = array_at(root, f"{ROOT}/{name}")
+    array = stored_at(root, f"{ROOT}/{name}")
     steps, _ = read_steps(root)
     for number in range(start // array.chunks[0], -(-stop // array.chunks[0])):
         _require(root, array, number, steps)
@@ -389,12 +398,12 @@ def committed_chunks(
     names |= {PARAMETERS.name, DENOMINATOR.name} if every == 1 else set()
     for name in sorted(names):
         if name in group:
-            array = array_at(root, f"{ROOT}/{name}")
+            array = stored_at(root, f"{ROOT}/{name}")
             for number in range(-(-steps // block)):
                 batch = name == BATCH.name
                 stop = min((number + 1) * block, steps)
                 yield array, (number,), block_pieces(root, number, stop) if batch else None
-    parameters = array_at(root, f"{ROOT}/{PARAMETERS.name}")
+    parameters = stored_at(root, f"{ROOT}/{PARAMETERS.name}")
     for kept in range(-(-steps // every) if every > 1 else 1):
         if every > 1:
             yield parameters, (kept,), None
@@ -403,4 +412,4 @@ def committed_chunks(
 
 
 def _arrays(root: zarr.Group, path: str) -> list[zarr.Array]:
-    return [array_at(root, f"{path}/{name}") for name in array_names(group_at(root, path))]
+    return [stored_at(root, f"{path}/{name}") for name in array_names(group_at(root, path))]

@@ -10,7 +10,8 @@ import xarray as xr
 import zarr
 
 from lkarray.store.chunks import read_whole
-from lkarray.store.committed import array_at, array_names, group_at, lazily, reading
+from lkarray.store.committed import array_names, lazily, reading
+from lkarray.store.nodes import group_at, stored_at
 
 
 def variables(
@@ -37,7 +38,7 @@ def variables(
     for name in array_names(group_at(root, path)):
         if name in skip:
             continue
-        array = array_at(root, f"{path}/{name}")
+        array = stored_at(root, f"{path}/{name}")
         with reading(root.store, f"{path}/{name}"):
             if name in sparse:
                 data = da.from_zarr(array)

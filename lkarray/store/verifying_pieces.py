@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 import zarr
@@ -24,10 +25,18 @@ METADATA = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
 
 
 def chunk_problems(
-    array: zarr.Array, leading: tuple[int, ...], *, optional: bool = False
+    array: zarr.Array,
+    leading: tuple[int, ...],
+    *,
+    optional: bool = False,
+    pieces: int | None = None,
 ) -> Iterator[Problem]:
-    """Check the chunks whose first indices are ``leading``: there, of full length, sound."""
-    for key, at in zip(chunk_keys(array, leading), _indices(array, leading), strict=True):
+    """Check the chunks whose first indices are ``leading``: there, of full length, sound.
+
+    ``pieces`` is how many of them there are, where not all that the shape has room for.
+    """
+    places = zip(chunk_keys(array, leading), _indices(array, leading), strict=True)
+    for key, at in islice(places, pieces):
         found = check_chunk(array, key, at)
         if isinstance(found, Problem) and not (optional and found.kind == "missing"):
             yield found

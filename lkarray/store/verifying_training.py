@@ -11,11 +11,13 @@ import zarr
 from lkarray.errors import DamagedError
 from lkarray.store import audits, gradients, trajectory
 from lkarray.store.chunks import chunk_key, chunk_keys, read, stored_digests
-from lkarray.store.committed import array_at, array_names, chunk_problems, group_at
+from lkarray.store.committed import array_names
 from lkarray.store.location import is_sealed
+from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.problems import Problem
 from lkarray.store.seals import broken_seals, seal_of
 from lkarray.store.trace_digests import block_problems, chain, digests_of, state_problems
+from lkarray.store.verifying_pieces import chunk_problems
 
 _TRIES = 3  # of looking at what a writer goes on replacing
 
@@ -85,7 +87,7 @@ def _sealed(root: zarr.Group, path: str) -> list[Problem]:
     broken = {problem.path for problem in found}
     for name, entry in known["arrays"].items():
         if "content" in entry and f"{path}/{name}/zarr.json" not in broken:
-            found += chunk_problems(array_at(root, f"{path}/{name}"), ())
+            found += chunk_problems(stored_at(root, f"{path}/{name}"), ())
     return found
 
 
@@ -100,10 +102,10 @@ def _trace(root: zarr.Group) -> Iterator[Problem]:
     yield from faults
     if _unreadable(faults):
         return
-    record = array_at(root, f"{trajectory.ROOT}/record")
+    record = stored_at(root, f"{trajectory.ROOT}/record")
     if digests_of(root) is None:
         for name in (*trajectory.DESCRIBED, trajectory.TENSOR):
-            yield from chunk_problems(array_at(root, f"{trajectory.ROOT}/{name}"), ())
+            yield from chunk_problems(stored_at(root, f"{trajectory.ROOT}/{name}"), ())
         for array, at, pieces in trajectory.committed_chunks(root):
             yield from chunk_problems(array, at, pieces=pieces)
         return
@@ -133,9 +135,9 @@ def _tensor(root: zarr.Group, group: str) -> Iterator[Problem]:
     if sums is None:
         for label in array_names(group_at(root, group)):
             if label not in (name, gradients.DONE.name):
-                yield from chunk_problems(array_at(root, f"{group}/{label}"), ())
+                yield from chunk_problems(stored_at(root, f"{group}/{label}"), ())
     else:
-        faults = list(chunk_problems(array_at(root, f"{group}/{gradients.DONE.name}"), ()))
+        faults = list(chunk_problems(stored_at(root, f"{group}/{gradients.DONE.name}"), ()))
         yield from faults
         if faults:
             return
@@ -167,7 +169,7 @@ def _audit(root: zarr.Group, group: str) -> Iterator[Problem]:
     yield from faults
     if _unreadable(faults):
         return
-    record = array_at(root, f"{group}/{audits.RECORD.name}")
+    record = stored_at(root, f"{group}/{audits.RECORD.name}")
     if audits.has_checksums(record):
         faults = list(chunk_problems(record, ())) or _of_others(record)
         yield from faults
@@ -176,7 +178,7 @@ def _audit(root: zarr.Group, group: str) -> Iterator[Problem]:
     else:
         for label in array_names(group_at(root, group)):
             if label not in (*audits.RESULTS, audits.RECORD.name):
-                yield from chunk_problems(array_at(root, f"{group}/{label}"), ())
+                yield from chunk_problems(stored_at(root, f"{group}/{label}"), ())
     for array, panel, checksum in audits.committed_panels(root, group):
         faults = [f for at in audits.panel_leading(array, panel) for f in chunk_problems(array, at)]
         yield from faults

@@ -12,10 +12,11 @@ import numpy as np
 import zarr
 
 from lkarray.schema import VariableSpec
-from lkarray.store.chunks import chunk_keys, flush, missing, read
-from lkarray.store.committed import array_at, damaged, group_at, require_seals
-from lkarray.store.layout import create_array, stored_at
+from lkarray.store.chunks import chunk_keys, damaged, flush, missing, read
+from lkarray.store.committed import require_seals
+from lkarray.store.layout import create_array
 from lkarray.store.location import writing
+from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import add_to_seal, seal_of
 from lkarray.store.trace_digests import (
     PIECES,
@@ -109,7 +110,7 @@ class TraceWriter:
         specs = [COEFFICIENTS, CLIP, BATCH, CLIP_VALUE, LOSS, NORM]
         if layout.every == 1:
             specs += [PARAMETERS] + [DENOMINATOR] * layout.denominators
-        self._arrays = {s.name: array_at(root, f"{ROOT}/{s.name}") for s in specs}
+        self._arrays = {s.name: stored_at(root, f"{ROOT}/{s.name}") for s in specs}
         self._digests = digests_of(root)
         self._pending: Future[float] | None = None
         self._last_commit, self._cost = time.monotonic(), 0.0
@@ -129,7 +130,7 @@ class TraceWriter:
             self._diagonal()[:kept] = step_rows(root, DIAGONAL.name, start, self.steps)
         if self._digests is not None:
             for path in self._kept_paths:
-                array = array_at(root, f"{ROOT}/{path}")
+                array = stored_at(root, f"{ROOT}/{path}")
                 for row in kept_rows(self._layout.every, start, self.steps):
                     found = state_digests(array, read(array, row))
                     self._block.kept.setdefault(path, []).extend(found)
@@ -267,11 +268,11 @@ class TraceWriter:
         for name, values in block.rows.items():
             row[name] = rows_digest(self._arrays[name], number, values, pieces)
         if block.diagonal is not None:
-            array = array_at(root, f"{ROOT}/{DIAGONAL.name}")
+            array = stored_at(root, f"{ROOT}/{DIAGONAL.name}")
             row[DIAGONAL.name] = rows_digest(array, number, block.diagonal, pieces)
         row |= {path: chain(found) for path, found in block.kept.items()}
         for name, values in state.items():
-            array = array_at(root, f"{LAST}/{name}")
+            array = stored_at(root, f"{LAST}/{name}")
             text = values.dtype.kind == "T"
             found = text_digest(array, slot) if text else chain(state_digests(array, values))
             row[f"last/{name}"] = found

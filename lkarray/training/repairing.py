@@ -12,8 +12,8 @@ from zarr.core.sync import sync
 from lkarray import store as stores
 from lkarray.store import trajectory
 from lkarray.store.chunks import chunk_keys, flush
-from lkarray.store.committed import array_at
 from lkarray.store.location import address, create_root, writing
+from lkarray.store.nodes import stored_at
 from lkarray.store.trace_digests import block_problems, digests_of
 from lkarray.training.replay import Replay
 from lkarray.training.trace import Trace
@@ -80,7 +80,7 @@ def _repair(root: zarr.Group, trace: Trace, number: int, rows: slice) -> list[st
     before: dict[str, Buffer | None] = {}
     with writing(root.store, safe="What was whole is untouched"):
         for path in sorted(lost & set(taken)):
-            array = array_at(root, f"{trajectory.ROOT}/{path}")
+            array = stored_at(root, f"{trajectory.ROOT}/{path}")
             for start, values in taken[path].items():
                 keys = chunk_keys(array, (start // array.chunks[0],))
                 before |= {key: _content(root, key) for key in keys}

@@ -21,8 +21,9 @@ from lkarray.nn.modes import with_gradients
 from lkarray.nn.trainable import require_module
 from lkarray.store import trajectory
 from lkarray.store.chunks import read_whole
-from lkarray.store.committed import array_at, read_rows
+from lkarray.store.committed import read_rows
 from lkarray.store.location import StoreLike, open_root
+from lkarray.store.nodes import stored_at
 from lkarray.training.checking import literal
 from lkarray.training.identity import code
 from lkarray.training.optimizers import RULES, kind_named
@@ -151,7 +152,7 @@ class Trace:
     # --- what was recorded --------------------------------------------------------------------
 
     def _array(self, name: str) -> zarr.Array:
-        return array_at(self.root, f"{schema.TRAJECTORY}/{name}")
+        return stored_at(self.root, f"{schema.TRAJECTORY}/{name}")
 
     def _row(self, name: str) -> np.ndarray:
         return trajectory.step_rows(self.root, name, 0, self.steps)

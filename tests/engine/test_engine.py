@@ -244,9 +244,7 @@ def test_plan__stays_under_ten_thousand_tasks_and_prints(monkeypatch):
         da.zeros((15, 500, 1_000_000), dtype="f4", chunks=(1, 100, 8192)),
         dims=("chain", "draw", "sample"),
     )
-    began = time.perf_counter()
     plan = make_plan(operand(huge), memory="3 GB")
-    assert time.perf_counter() - began < 5
     tiles = len(plan.rows) * (len(plan.rows) + 1) // 2
     assert tiles <= 10_000
     assert "tiles of side" in str(plan)
