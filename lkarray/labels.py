@@ -177,12 +177,12 @@ def positions(
     return at
 
 
-def require_unique(index: pd.Index, what: str) -> None:
-    """Raise ``SchemaError`` where an index has a value twice, and name one."""
-    if not index.is_unique:
+def require_unique(index: pd.Index | None, what: str) -> None:
+    """Raise ``SchemaError`` where an index has a value twice, and name one; without one, do not."""
+    if index is not None and not index.is_unique:
         value = index[index.duplicated()].tolist()[0]
         raise SchemaError(
-            f"{what} has values twice, {value!r} for one, so that labels cannot be told apart; "
+            f"{what} has values twice, {value!r} for one, so that it names no entry; "
             "make them distinct, for example with .assign_coords(sample=np.arange(n))"
         )
 

@@ -16,6 +16,7 @@ from lkarray.errors import SchemaError
 from lkarray.kernels.gram import sample_coords
 from lkarray.results import Result, as_array, opened
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, WINDOW
+from lkarray.waiting import computed
 
 INFLUENCE = "influence"
 Computed = TypeVar("Computed", xr.DataArray, xr.Dataset)
@@ -220,17 +221,17 @@ def whole_influence(x: xr.DataArray, source: str) -> xr.DataArray:
     return whole.transpose(..., source)
 
 
-def computed(x: xr.DataArray, out: Computed) -> Computed:
+def small_computed(x: xr.DataArray, out: Computed) -> Computed:
     """Return a table of an audit computed; as it is where it is large and the audit on Dask."""
     parts = out.data_vars.values() if isinstance(out, xr.Dataset) else [out]
     large = sum(part.size for part in parts) > _SMALL
-    return out if large and x.chunks is not None else out.compute()
+    return out if large and x.chunks is not None else computed(out)
 
 
 def _sum_of(name: str, x: xr.DataArray, source: str, out: xr.DataArray) -> xr.DataArray:
     kept = [str(dim) for dim in x.dims if dim != source]
     out = out.rename(name).drop_attrs().assign_coords(sample_coords(x, *kept))
-    return computed(x, out.assign_attrs(units=x.attrs.get("units", "nat")))
+    return small_computed(x, out.assign_attrs(units=x.attrs.get("units", "nat")))
 
 
 # --- numbers ----------------------------------------------------------------------------------

@@ -225,17 +225,6 @@ def sample_coords(x: xr.DataArray | xr.Dataset, *dims: str) -> dict[Hashable, xr
     return found
 
 
-def refuse_repeated(x: xr.DataArray | xr.Dataset, dim: str) -> None:
-    """Raise unless the index of a dim, by which its entries are named, has no value twice."""
-    index = x.indexes.get(dim)
-    if index is not None and not index.is_unique:
-        first = index[index.duplicated()][0]
-        raise SchemaError(
-            f"the index of {dim!r} has values twice ({first}, for one), so it names no entry; make "
-            f"them distinct: x.assign_coords({dim}=np.arange({len(index)}))"
-        )
-
-
 def kernel_coords(
     x: xr.DataArray, y: xr.DataArray, each: tuple[str, ...], rows: str, columns: str
 ) -> dict[Hashable, xr.Variable]:

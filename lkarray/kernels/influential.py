@@ -13,8 +13,8 @@ import xarray as xr
 from lkarray.checking import COUNT, checked
 from lkarray.engine.numbers import top_k
 from lkarray.errors import NonFiniteError
-from lkarray.kernels.audits import as_influence, computed, whole_influence
-from lkarray.kernels.gram import refuse_repeated, sample_coords
+from lkarray.kernels.audits import as_influence, small_computed, whole_influence
+from lkarray.kernels.gram import sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.labels import require_unique
 from lkarray.results import Result
@@ -82,7 +82,7 @@ def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = 
     best = _best_entries(whole.data, codes, len(classes), k)
     rest = [str(dim) for dim in whole.dims if dim != source]
     split = "lkarray_class" if by is None else by
-    refuse_repeated(x, source)
+    require_unique(x.indexes.get(source), f"the index of {source!r}")
     labels = np.asarray(x.indexes[source]) if source in x.indexes else np.arange(len(codes))
     found: dict[str, xr.DataArray] = {}
     for end, (name, sign) in enumerate(_SIGNS.items()):
@@ -97,7 +97,7 @@ def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = 
         out[name].attrs["long_name"] = f"{source} that {verb} what is audited"
         out[f"{name}_influence"].attrs = {"units": x.attrs.get("units", "nat")}
     out = out.assign_coords(sample_coords(x, *rest) | {RANK: np.arange(k)})
-    return computed(x, out.assign_attrs(k=k, by=by or "none", source=source))
+    return small_computed(x, out.assign_attrs(k=k, by=by or "none", source=source))
 
 
 @checked(audit=None)
@@ -148,7 +148,7 @@ def concentration(audit: Result) -> xr.DataArray:
     out = xr.DataArray(data, dims=(*dims, "examples"), name="share").transpose("examples", ...)
     attrs = {"units": "1", "long_name": f"share of all influence, by number of {source}s"}
     out = out.assign_coords(sample_coords(x, *dims) | {"examples": counts}).assign_attrs(attrs)
-    return computed(x, out)
+    return small_computed(x, out)
 
 
 def _best_entries(data: da.Array, codes: np.ndarray, classes: int, k: int) -> da.Array:

@@ -17,11 +17,10 @@ from lkarray.kernels.gram import (
     PRECISIONS,
     degrees_of_freedom,
     free_dim,
-    refuse_repeated,
     sample_coords,
 )
 from lkarray.kernels.groups import with_labels
-from lkarray.labels import coded
+from lkarray.labels import coded, require_unique
 from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
 
 #: Says which pairs not to count, from the coordinates of both sides (arrays that broadcast).
@@ -137,7 +136,7 @@ def _index(x: xr.DataArray, rows: str) -> np.ndarray | None:
     """Return the samples' integer labels, by which neighbours are named; -1 means none."""
     if rows not in x.indexes:
         return None
-    refuse_repeated(x, rows)
+    require_unique(x.indexes.get(rows), f"the index of {rows!r}")
     index = np.asarray(x.indexes[rows])
     if index.dtype.kind not in "iu" or index.min() < 0:
         raise SchemaError(

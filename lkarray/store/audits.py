@@ -37,16 +37,13 @@ from lkarray.store.chunks import (
     stored_digests,
 )
 from lkarray.store.committed import array_names, reading, require_seals
-from lkarray.store.fingerprints import refuse_changes
+from lkarray.store.fingerprints import group_made_with, refuse_other_group
 from lkarray.store.layout import CODECS, create_array, create_coord, require_space
 from lkarray.store.location import (
     MARK,
     as_store,
     create_root,
-    describe,
-    exists,
     local_path,
-    open_root,
     update_mark,
     writing,
 )
@@ -86,7 +83,7 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
     root = create_root(as_store(path))
     before = audit_marks(root).get(layout.group)
     if before is not None:
-        _refuse(root, layout.group, before, fingerprint)
+        refuse_other_group(root, layout.group, before, fingerprint)
         _require_committed(root, layout.group)
         return root
     item = np.dtype(layout.dtype).itemsize
@@ -135,21 +132,11 @@ def whole_audit(path: Any, group: str, fingerprint: Mapping[str, Any]) -> zarr.G
     FingerprintError
         The group holds another audit.
     """
-    store = as_store(path)
-    root = open_root(store) if exists(store) else None
-    before = None if root is None else audit_marks(root).get(group)
-    if root is None or before is None:
+    root = group_made_with(path, group, fingerprint, audit_marks)
+    if root is None:
         return None
-    _refuse(root, group, before, fingerprint)
     described = "closure" in root[group].attrs  # the last thing that is written
     return root if described and not panels_left(root, group) else None
-
-
-def _refuse(
-    root: zarr.Group, group: str, before: Mapping[str, Any], now: Mapping[str, Any]
-) -> None:
-    where = f"{describe(root.store)}, group {group!r},"
-    refuse_changes(before, now, where, remedy="give it a name= of its own")
 
 
 def stored_rows(path: Any, group: str) -> int | None:

@@ -147,6 +147,14 @@ def require_committed(
     return latest
 
 
+def empty_rows(arrays: Mapping[str, zarr.Array], depth: int) -> dict[str, np.ndarray]:
+    """Return room for the draws of a block, by path: of fill values."""
+    return {
+        path: np.full((depth, *array.shape[2:]), array.fill_value, array.dtype)
+        for path, array in arrays.items()
+    }
+
+
 class ChainRegion:
     """The part of a store that one chain owns: buffered, committed, resumed.
 
@@ -185,11 +193,7 @@ class ChainRegion:
         self._refill()
 
     def _open_block(self, start: int) -> None:
-        self._start = start
-        self._rows = {
-            path: np.full((self._depth, *array.shape[2:]), array.fill_value, array.dtype)
-            for path, array in self._arrays.items()
-        }
+        self._start, self._rows = start, empty_rows(self._arrays, self._depth)
 
     def _refill(self) -> None:
         kept = slice(self._start, self.draws)

@@ -31,7 +31,7 @@ from lkarray.store.chunks import (
 )
 from lkarray.store.committed import reading, require_seals
 from lkarray.store.discarding import discard
-from lkarray.store.fingerprints import refuse_changes
+from lkarray.store.fingerprints import group_made_with, refuse_other_group
 from lkarray.store.layout import (
     create_array,
     create_coord,
@@ -42,9 +42,6 @@ from lkarray.store.location import (
     StoreLike,
     as_store,
     create_root,
-    describe,
-    exists,
-    open_root,
     update_mark,
     writing,
 )
@@ -174,20 +171,10 @@ def whole_gradients(
     FingerprintError
         The group holds another tensor.
     """
-    store = as_store(path)
-    root = open_root(store) if exists(store) else None
-    before = None if root is None else gradient_marks(root).get(group)
-    if root is None or before is None:
+    root = group_made_with(path, group, fingerprint, gradient_marks)
+    if root is None:
         return None
-    _refuse(root, group, before, fingerprint)
     return root if np.asarray(stored_at(root, f"{group}/{DONE.name}")[:]).all() else None
-
-
-def _refuse(
-    root: zarr.Group, group: str, before: Mapping[str, Any], now: Mapping[str, Any]
-) -> None:
-    where = f"{describe(root.store)}, group {group!r},"
-    refuse_changes(before, now, where, remedy="give it a name= of its own")
 
 
 class TensorWriter:
@@ -208,7 +195,7 @@ class TensorWriter:
         if before is None:
             self._create(dict(fingerprint))
         else:
-            _refuse(self.root, layout.group, before, fingerprint)
+            refuse_other_group(self.root, layout.group, before, fingerprint)
             _require_committed(self.root, layout.group)
         self.array = stored_at(self.root, f"{layout.group}/{layout.variable.name}")
         # Shards are those it was begun with, whatever the budget is now.

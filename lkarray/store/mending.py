@@ -20,7 +20,7 @@ from lkarray import schema
 from lkarray.errors import DamagedError
 from lkarray.store.checksums import crc, json_digest
 from lkarray.store.chunks import chunk_keys, digests, flush, read, stored_digests
-from lkarray.store.commit import Record
+from lkarray.store.commit import Record, empty_rows
 from lkarray.store.digests import Digests
 from lkarray.store.layout import carried, loss_groups, recorded, stored
 from lkarray.store.nodes import group_at, stored_at
@@ -182,11 +182,7 @@ class ChainMender:
         self._open_block(0)
 
     def _open_block(self, start: int) -> None:
-        self._start = start
-        self._rows = {
-            path: np.full((self._depth, *array.shape[2:]), array.fill_value, array.dtype)
-            for path, array in self._arrays.items()
-        }
+        self._start, self._rows = start, empty_rows(self._arrays, self._depth)
 
     def state(self) -> None:
         """Return no state: a replay begins at w*."""

@@ -160,10 +160,8 @@ def test_own_client__a_wait_without_workers_ends_in_words(wait, foreign, losses,
     before = {t for t in threading.enumerate() if t.name == "lkarray-watch"}  # of other tests
     with Client(foreign) as client:
         leave_alone(foreign)
-        began = time.monotonic()
         with pytest.raises(errors.ClusterError, match="none came within .*run again to"):
             WAITS[wait](losses, tmp_path / "k.zarr", client)
-        assert time.monotonic() - began < 30
         assert any("this ends in an error unless that changes within 1 s" in s for s in said())
         # The same call goes on once there are workers.
         foreign.scale(1)
