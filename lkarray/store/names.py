@@ -118,6 +118,17 @@ def names_in(store: Store, path: str) -> list[str]:
     return sorted(name for name in found if name and not name.endswith(".partial"))
 
 
+def folders(store: Store, path: str) -> list[str]:
+    """Return the names of the folders at a path, whether they have metadata or not; none hidden."""
+
+    async def is_folder(name: str) -> bool:
+        inside = f"{path}/{name}".lstrip("/")
+        return await store.exists(f"{inside}/zarr.json") or not await store.is_empty(inside)
+
+    names = [n for n in names_in(store, path) if not n.startswith(HIDDEN) and n != "zarr.json"]
+    return [name for name in names if sync(is_folder(name))]
+
+
 def make_group(
     root: zarr.Group,
     name: str,

@@ -11,8 +11,6 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 import zarr
-from zarr.abc.store import Store
-from zarr.core.sync import sync
 from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
@@ -34,7 +32,7 @@ from lkarray.store.layout import (
     stored_fingerprint,
 )
 from lkarray.store.location import StoreLike, describe, is_sealed, open_root
-from lkarray.store.names import DERIVED, HIDDEN
+from lkarray.store.names import DERIVED, folders
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.results import results
 from lkarray.store.seals import SEAL, broken_seals, seal_of
@@ -328,20 +326,6 @@ def _open_result(root: zarr.Group, path: str) -> xr.Dataset:
     ds = ds[sorted(map(str, ds.data_vars))]
     ds.attrs = {key: value for key, value in ds.attrs.items() if key != SEAL}
     return ds
-
-
-def folders(store: Store, path: str) -> list[str]:
-    """Return the names of the folders at a path of a store, whether they have metadata or not."""
-
-    async def is_folder(name: str) -> bool:
-        inside = f"{path}/{name}".lstrip("/")
-        return await store.exists(f"{inside}/zarr.json") or not await store.is_empty(inside)
-
-    async def look() -> list[str]:
-        names = [name async for name in store.list_dir(path) if not name.startswith(HIDDEN)]
-        return [name for name in names if name != "zarr.json" and await is_folder(name)]
-
-    return sorted(sync(look()))
 
 
 def derived_groups(root: zarr.Group) -> list[str]:

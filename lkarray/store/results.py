@@ -15,7 +15,7 @@ from zarr.core.sync import sync
 
 from lkarray.store.chunks import chunk_keys, flush, flush_tree, missing
 from lkarray.store.location import local_path, sizes
-from lkarray.store.names import DERIVED, HIDDEN, SAVED, names_in, own_group
+from lkarray.store.names import DERIVED, SAVED, folders, names_in, own_group
 from lkarray.store.problems import Problem
 from lkarray.store.seals import SEAL, broken_seals, seal, seal_of
 
@@ -32,9 +32,8 @@ class Result(NamedTuple):
 def results(root: zarr.Group) -> list[Result]:
     """Return the results directly under ``/derived``, finished or not."""
     found: list[Result] = []
-    for name in names_in(root.store, DERIVED):
-        if not name.startswith(HIDDEN) and name != "zarr.json":
-            found += _result(root, f"{DERIVED}/{name}")
+    for name in folders(root.store, DERIVED):
+        found += _result(root, f"{DERIVED}/{name}")
     return found
 
 
@@ -43,9 +42,9 @@ def saved_elsewhere(root: zarr.Group) -> list[Result]:
     found: list[Result] = []
 
     def look(path: str) -> None:
-        for name in names_in(root.store, path):
+        for name in folders(root.store, path):
             at = f"{path}/{name}".lstrip("/")
-            if own_group(at) or name.startswith(HIDDEN) or name == "zarr.json":
+            if own_group(at):
                 continue
             node = _node(root, at)
             if isinstance(node, zarr.Group):

@@ -25,9 +25,10 @@ from lkarray.store.layout import (
     stored_fingerprint,
 )
 from lkarray.store.location import is_sealed
+from lkarray.store.names import folders
 from lkarray.store.nodes import node_at, stored_at
 from lkarray.store.problems import Problem
-from lkarray.store.reading import changed_settings, folders
+from lkarray.store.reading import changed_settings
 from lkarray.store.seals import seal_of, stored_metadata
 from lkarray.store.verifying_pieces import (
     check_chunk,
