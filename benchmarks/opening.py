@@ -97,8 +97,10 @@ def main() -> None:
     medians = {name: statistics.median(times) for name, times in runs.items()}
     for name, median in medians.items():
         print(f"{name:30} {1000 * median:8.1f} ms")
-    print(f"lk.open / plain xarray         {medians['lk.open'] / medians['plain xarray']:8.2f} "
-          f"(bar {BAR})")  # fmt: skip
+    print(
+        f"lk.open / plain xarray         {medians['lk.open'] / medians['plain xarray']:8.2f} "
+        f"(bar {BAR})"
+    )
     if options.against:
         ratio = medians["lk.open"] / medians["lk.open, the other version"]
         print(f"lk.open / the other version    {ratio:8.2f} (bar 1.05)")

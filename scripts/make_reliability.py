@@ -490,9 +490,12 @@ def fill(rounds: int, rng: random.Random, folder: Path, silent: list[str]) -> Co
             work(whole, 0.0)
         size = sum(p.stat().st_size for p in counted(whole))
         code = _FULL.format(
-            root=str(ROOT), scripts=str(ROOT / "scripts"), name=name, path=str(path),
+            root=str(ROOT),
+            scripts=str(ROOT / "scripts"),
+            name=name,
+            path=str(path),
             room=int(size * rng.uniform(0.0, 0.4 if before else 1.0)),
-        )  # fmt: skip
+        )
         said = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False
         )

@@ -39,8 +39,16 @@ def things(losses):
     hidden = xr.DataArray(
         rng.normal(size=(N, 5)), dims=("example", "unit"), coords={"example": INDEX}
     )
-    return {"R": R, "near": near, "audit": audit, "points": points, "tree": tree, "hidden": hidden,
-            "losses": losses, "bare": losses.drop_vars("label")}  # fmt: skip
+    return {
+        "R": R,
+        "near": near,
+        "audit": audit,
+        "points": points,
+        "tree": tree,
+        "hidden": hidden,
+        "losses": losses,
+        "bare": losses.drop_vars("label"),
+    }
 
 
 #: Of each function that takes one value for each sample: what it answers to some labels.
@@ -63,9 +71,9 @@ TAKE = {
         t["bare"], t["tree"], g, replicates=3
     )["correlation"],
     "most_influential": lambda t, g: lk.most_influential(t["audit"], 2, by=g)["helpful"],
-    "similarity_by_distance": lambda t, g: lk.similarity_by_distance(
-        t["R"], t["points"], g
-    )["mean"],
+    "similarity_by_distance": lambda t, g: lk.similarity_by_distance(t["R"], t["points"], g)[
+        "mean"
+    ],
     "ips_scores, train_labels": lambda t, g: lk.ips_scores(t["R"], g, np.zeros(N, int))["margin"],
     "ips_scores, predicted": lambda t, g: lk.ips_scores(t["R"], np.arange(N) % 4, g)["margin"],
     "hidden_similarity, train_labels": lambda t, g: lk.hidden_similarity(
@@ -81,7 +89,7 @@ TAKE = {
     "plots.similarity_to_target": lambda t, g: drawn(
         plots.similarity_to_target(t["points"], g, 3).axes[0]
     ),
-}  # fmt: skip
+}
 
 
 def drawn(axes):
@@ -125,10 +133,8 @@ def test_labels__that_cannot_be_told_apart_are_refused(things, name):
         r"lacks 17 of the 24": pd.Series(values),  # numbered anew: of which samples?
         r"lacks 1 of the 24 \w+s, the first being 5;": pd.Series(values[1:], INDEX[1:]),
         r"lacks 24 of the 24 .* 5; give": pd.Series(values, INDEX.astype(str)),
-        r"has values twice, 11 for one": xr.DataArray(
-            values, dims="s", coords={"s": twice}
-        ),
-    }  # fmt: skip
+        r"has values twice, 11 for one": xr.DataArray(values, dims="s", coords={"s": twice}),
+    }
     for message, given in wrong.items():
         with pytest.raises(errors.SchemaError, match=message):
             TAKE[name](things, given)
@@ -229,26 +235,34 @@ def test_mode_functions__bring_examples_and_modes_into_order(rng):
 
 def test_temporal_modes__bring_columns_into_order(rng):
     G = xr.DataArray(
-        rng.normal(size=(5, 4, 8)), dims=("time", "example", "param"),
+        rng.normal(size=(5, 4, 8)),
+        dims=("time", "example", "param"),
         coords={"time": np.arange(5) * 10},
-    )  # fmt: skip
+    )
     K = lk.temporal_kernel(G, weight=None).compute()
     expected = lk.temporal_modes(K)
     xr.testing.assert_identical(lk.temporal_modes(turned(K, "time_2")), expected)
-    pair = (plots.temporal_structure(k, m, k=1) for k, m in (
-        (K, expected), (turned(K, "time_2"), turned(expected, "time"))))  # fmt: skip
-    first, second = ([a.images[0].get_array(), b.lines[0].get_ydata()] for a, b, *_ in (
-        figure.axes for figure in pair))  # fmt: skip
+    pair = (
+        plots.temporal_structure(k, m, k=1)
+        for k, m in ((K, expected), (turned(K, "time_2"), turned(expected, "time")))
+    )
+    first, second = (
+        [a.images[0].get_array(), b.lines[0].get_ydata()]
+        for a, b, *_ in (figure.axes for figure in pair)
+    )
     for a, b in zip(first, second, strict=True):
         np.testing.assert_allclose(a, b)
 
 
 def test_extend_audit__brings_training_examples_into_order(rng):
     G, new = (
-        xr.DataArray(rng.normal(size=(3, n, 8)), dims=("time", "example", "param"),
-                     coords={"example": np.arange(n) + start})
+        xr.DataArray(
+            rng.normal(size=(3, n, 8)),
+            dims=("time", "example", "param"),
+            coords={"example": np.arange(n) + start},
+        )
         for n, start in ((6, 50), (4, 0))
-    )  # fmt: skip
+    )
     modes = lk.audit_modes(lk.plgk(G), 4, scale=1).compute()
     cross = lk.plgk(new, G).compute()
     expected = lk.extend_audit(modes, cross)
@@ -341,9 +355,12 @@ def test_gradients_and_audits__take_labels_by_their_index(train):
     G = lk.gradient_features(trace, chosen, times=[0], coords={"label": of_all}, store=store)
     assert G["label"].values.tolist() == names[chosen].tolist()
     found = lk.audit(
-        trace, chosen, coords={"label": of_all}, examples=[1, 2, 30],
+        trace,
+        chosen,
+        coords={"label": of_all},
+        examples=[1, 2, 30],
         example_coords={"train_label": of_all},
-    )  # fmt: skip
+    )
     assert found["label"].values.tolist() == names[chosen].tolist()
     assert found["train_label"].values.tolist() == names[[1, 2, 30]].tolist()
     scores = lk.tracin(trace, chosen, coords={"label": of_all})
@@ -379,5 +396,7 @@ def test_save__refuses_labels_that_are_missing(things, tmp_path, missing):
     )
     lk.store.put(tmp_path / "k.zarr", "other", full.compute())
     assert lk.open(tmp_path / "k.zarr")["derived/other"]["path"].values[:3].tolist() == [
-        "a", "none", "",
-    ]  # fmt: skip
+        "a",
+        "none",
+        "",
+    ]

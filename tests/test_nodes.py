@@ -17,63 +17,98 @@ def things():
     rng = np.random.default_rng(0)
     label = np.arange(N) % 4
     losses = xr.DataArray(
-        rng.normal(size=(3, 20, N)), dims=("chain", "draw", "sample"),
-        coords={"sample": np.arange(N) + 3, "label": ("sample", label)}, name="loss",
-    )  # fmt: skip
+        rng.normal(size=(3, 20, N)),
+        dims=("chain", "draw", "sample"),
+        coords={"sample": np.arange(N) + 3, "label": ("sample", label)},
+        name="loss",
+    )
     G = xr.DataArray(
-        rng.normal(size=(T, M, 14)), dims=("time", "example", "param"), name="gradient",
-        coords={"time": np.arange(T) * 2, "example": np.arange(M),
-                "label": ("example", np.arange(M) % 2), "learning_rate": ("time", np.full(T, 0.1))},
-    )  # fmt: skip
+        rng.normal(size=(T, M, 14)),
+        dims=("time", "example", "param"),
+        name="gradient",
+        coords={
+            "time": np.arange(T) * 2,
+            "example": np.arange(M),
+            "label": ("example", np.arange(M) % 2),
+            "learning_rate": ("time", np.full(T, 0.1)),
+        },
+    )
     last = G.isel(time=-1)
     R, near = lk.correlation(losses), lk.neighbors(losses, 3)
     points = xr.DataArray(
-        rng.normal(size=(N, 2)), dims=("sample", "component"), name="embedding",
+        rng.normal(size=(N, 2)),
+        dims=("sample", "component"),
+        name="embedding",
         coords={"sample": losses["sample"], "label": losses["label"]},
-    )  # fmt: skip
+    )
     audit = xr.Dataset(
         {
-            "influence": (("example", "audit", "layer", "epoch"), rng.normal(size=(M, 4, 2, 3)),
-                          {"kernel": INFLUENCE, "units": "nat"}),
+            "influence": (
+                ("example", "audit", "layer", "epoch"),
+                rng.normal(size=(M, 4, 2, 3)),
+                {"kernel": INFLUENCE, "units": "nat"},
+            ),
             "reconstruction": (("epoch", "audit"), rng.normal(size=(3, 4))),
             "epoch_change": (("epoch", "audit"), rng.normal(size=(3, 4))),
         },
-        coords={"example": np.arange(M), "audit": np.arange(4), "layer": ["a", "b"],
-                "epoch": np.arange(3)},
-    )  # fmt: skip
+        coords={
+            "example": np.arange(M),
+            "audit": np.arange(4),
+            "layer": ["a", "b"],
+            "epoch": np.arange(3),
+        },
+    )
     ips, modes = lk.ips(G), lk.modes(last, 4).compute()
     coefficients = lk.mode_coefficients(modes, last)
     K, audit_modes = lk.plgk(G), lk.audit_modes(lk.plgk(G), 3, scale=1.0)
     tree = taxonomy()
     temporal = lk.temporal_kernel(G)
     panel = xr.DataArray(
-        rng.normal(size=(T, 6)), dims=("time", "example"), name="panel",
+        rng.normal(size=(T, 6)),
+        dims=("time", "example"),
+        name="panel",
         coords={"time": np.arange(T), "kind": ("example", ["a", "b"] * 3)},
-    )  # fmt: skip
+    )
     found = {
-        "kernel": R, "near": near, "points": points, "the_audit": audit, "ips": ips, "modes": modes,
+        "kernel": R,
+        "near": near,
+        "points": points,
+        "the_audit": audit,
+        "ips": ips,
+        "modes": modes,
         "coefficients": coefficients,
-        "moved": (coefficients * 1.5 + 0.1).rename("moved"), "felt": abs(coefficients),
-        "plgk": K, "audit_modes": audit_modes, "temporal": temporal,
-        "temporal_modes": lk.temporal_modes(temporal), "cross": lk.plgk(G, G), "panel": panel,
+        "moved": (coefficients * 1.5 + 0.1).rename("moved"),
+        "felt": abs(coefficients),
+        "plgk": K,
+        "audit_modes": audit_modes,
+        "temporal": temporal,
+        "temporal_modes": lk.temporal_modes(temporal),
+        "cross": lk.plgk(G, G),
+        "panel": panel,
         "hidden": last.rename("hidden").rename(param="unit"),
         "shifts": lk.mode_shifts(modes, coefficients, coefficients * 1.5 + 0.1),
         "scores": lk.ips_scores(ips, np.arange(M) % 2, np.arange(M) % 2).drop_attrs(),
-        "completeness": lk.completeness(audit), "top": lk.most_influential(audit, 3),
-        "share": lk.concentration(audit), "curve": panel.isel(example=0, drop=True).rename("curve"),
+        "completeness": lk.completeness(audit),
+        "top": lk.most_influential(audit, 3),
+        "share": lk.concentration(audit),
+        "curve": panel.isel(example=0, drop=True).rename("curve"),
         "by_map": lk.similarity_by_distance(R.compute(), points, bins=3),
         "lift": lk.taxonomic_lift(near, tree, replicates=3),
         "by_distance": lk.correlation_by_distance(losses, tree, replicates=3),
-        "attribute": lk.attribute_lift(near, "label"), "row": R[2].rename("row"), "last": last,
+        "attribute": lk.attribute_lift(near, "label"),
+        "row": R[2].rename("row"),
+        "last": last,
         "gross": xr.DataArray(
-            rng.uniform(size=(3, 4)), dims=("position", "epoch"), name="gross",
+            rng.uniform(size=(3, 4)),
+            dims=("position", "epoch"),
+            name="gross",
             coords={"position": [0.0, 0.5, 1.0], "epoch": np.arange(4)},
         ),
         "total": xr.DataArray(
             [1.0, 2.0, 3.0], dims="position", name="total", coords={"position": [0.0, 0.5, 1.0]}
         ),
         "activations": G.rename("activations").rename(param="unit").drop_vars("learning_rate"),
-    }  # fmt: skip
+    }
     return {name: thing.compute() for name, thing in found.items()}
 
 
@@ -109,17 +144,15 @@ TAKE = {
     "extend_audit": lambda t: lk.extend_audit(t["audit_modes"], t["cross"]),
     "cancellation_ratio": lambda t: lk.cancellation_ratio(t["modes"], t["coefficients"]),
     "mode_coefficients": lambda t: lk.mode_coefficients(t["modes"], t["last"]),
-    "mode_shifts": lambda t: lk.mode_shifts(
-        t["modes"], t["coefficients"], t["moved"], t["felt"]
-    ),
+    "mode_shifts": lambda t: lk.mode_shifts(t["modes"], t["coefficients"], t["moved"], t["felt"]),
     "temporal_modes": lambda t: lk.temporal_modes(t["temporal"]),
     "ips_scores": lambda t: lk.ips_scores(t["ips"], LABELS, GUESS),
     "hidden_similarity": lambda t: lk.hidden_similarity(
         t["hidden"], t["hidden"], LABELS, GUESS, k=2
     ),
-    "difficulty_table": lambda t: lk.difficulty_table(
-        t["scores"], LABELS == 1, GUESS
-    ).sortby("score"),
+    "difficulty_table": lambda t: lk.difficulty_table(t["scores"], LABELS == 1, GUESS).sortby(
+        "score"
+    ),
     "activation_overlap": lambda t: lk.activation_overlap(t["activations"]),
     "participation_ratio": lambda t: lk.participation_ratio(t["modes"]),
     "energy_rank": lambda t: lk.energy_rank(t["modes"]),
@@ -170,7 +203,7 @@ TAKE = {
         t["points"], t["row"], 2, t["by_map"]
     ),
     "plots.axis_extremes": lambda t: plots.axis_extremes(t["points"], IMAGES, rows=2),
-}  # fmt: skip
+}
 
 
 def contents(answer):
@@ -241,9 +274,12 @@ def test_nodes__of_groups_or_of_several_variables_are_refused(made):
 def test_small_tables__of_an_audit_on_dask_are_computed(made):
     audit = made[1]["the_audit"].to_dataset().chunk({"example": 4})
     for table in (
-        lk.most_influential(audit, 2), lk.most_influential(audit, 2, by=LABELS),
-        lk.completeness(audit.chunk()), lk.concentration(audit), lk.net_influence(audit),
+        lk.most_influential(audit, 2),
+        lk.most_influential(audit, 2, by=LABELS),
+        lk.completeness(audit.chunk()),
+        lk.concentration(audit),
+        lk.net_influence(audit),
         lk.gross_influence(audit, cumulative=True),
-    ):  # fmt: skip
+    ):
         assert table.chunks is None or not table.chunks
         assert "dask" not in repr(table)

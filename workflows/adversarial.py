@@ -41,11 +41,22 @@ class Config(Training):
     presets: ClassVar = {
         "paper": {"dataset": "mnist", "pairs": 32, "features": 5000, "times": 51},
         "small": {
-            "batches": 10, "batch_size": 64, "epochs": 6, "learning_rate": 2e-3, "pairs": 8,
-            "detailed": 3, "predicted": 2, "features": 150, "modes": 60, "times": 4, "tried": 600,
-            "correction_steps": 10, "seeds": 2, "radius": 0.2,
+            "batches": 10,
+            "batch_size": 64,
+            "epochs": 6,
+            "learning_rate": 2e-3,
+            "pairs": 8,
+            "detailed": 3,
+            "predicted": 2,
+            "features": 150,
+            "modes": 60,
+            "times": 4,
+            "tried": 600,
+            "correction_steps": 10,
+            "seeds": 2,
+            "radius": 0.2,
         },
-    }  # fmt: skip
+    }
 
     attack: Attack = "pgd"
     radius: float = Field(0.1, gt=0, description="of the attack, in its norm, pixels 0 to 1")
@@ -65,10 +76,18 @@ class Config(Training):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         images = self.batches * self.batch_size
-        require_enough(self, {
-            "leading": self.modes, "modes": self.features, "pairs": self.tried,
-            "detailed": self.pairs, "predicted": self.pairs, "features": images, "tried": images,
-        })  # fmt: skip
+        require_enough(
+            self,
+            {
+                "leading": self.modes,
+                "modes": self.features,
+                "pairs": self.tried,
+                "detailed": self.pairs,
+                "predicted": self.pairs,
+                "features": images,
+                "tried": images,
+            },
+        )
         return self
 
 
@@ -126,9 +145,13 @@ class Paths:
 def make_inputs(config: Config, paths: Paths, show: bool) -> None:
     """Attack training images, and take what stands beside them."""
     found = make_pairs(
-        paths.run.final(), paths.run.images("train", config.tried), config.pairs,
-        kind=config.attack, radius=config.radius, seed=paths.run.seed,
-    )  # fmt: skip
+        paths.run.final(),
+        paths.run.images("train", config.tried),
+        config.pairs,
+        kind=config.attack,
+        radius=config.radius,
+        seed=paths.run.seed,
+    )
     found.save(paths.pairs)
 
 
@@ -162,9 +185,13 @@ def audit(config: Config, paths: Paths, show: bool) -> None:
         "position": np.concatenate([np.full(len(images), np.nan), between["position"]]),
     }
     found = lk.audit(
-        paths.run.trace(), both, groups={"time": "epoch"}, coords=coords, store=paths.store,
+        paths.run.trace(),
+        both,
+        groups={"time": "epoch"},
+        coords=coords,
+        store=paths.store,
         progress=show,
-    )  # fmt: skip
+    )
     kept = {}
     for name, make in (("net", lk.net_influence), ("gross", lk.gross_influence)):
         for cumulative in (False, True):
@@ -205,13 +232,15 @@ def by_layer(config: Config, paths: Paths, show: bool) -> None:
     """Audit some by layer and epoch, each training image apart for as long as that takes."""
     pairs, count = Pairs.load(paths.pairs), config.detailed
     found = lk.audit(
-        paths.run.trace(), pairs.data(count=count),
+        paths.run.trace(),
+        pairs.data(count=count),
         groups={"param": layers(paths.run.untrained()), "time": "epoch"},
-        coords=pairs.coords(count=count), store=paths.store, name="layers", progress=show,
-    )  # fmt: skip
-    sums = {
-        "net": lk.net_influence(found).compute(), "gross": lk.gross_influence(found).compute()
-    }  # fmt: skip
+        coords=pairs.coords(count=count),
+        store=paths.store,
+        name="layers",
+        progress=show,
+    )
+    sums = {"net": lk.net_influence(found).compute(), "gross": lk.gross_influence(found).compute()}
     store.put(paths.store, "layer_sums", xr.Dataset(_plain(sums)))
     gross = sums["gross"].groupby("kind").mean().sum("epoch")
     largest = {
@@ -227,9 +256,14 @@ def outputs(config: Config, paths: Paths, show: bool) -> None:
     pairs, count = Pairs.load(paths.pairs), config.predicted
     kinds = KINDS[:3]
     found = lk.audit(
-        paths.run.trace(), pairs.data(kinds, count), target="prediction",
-        coords=pairs.coords(kinds, count), store=paths.store, name="outputs", progress=show,
-    )  # fmt: skip
+        paths.run.trace(),
+        pairs.data(kinds, count),
+        target="prediction",
+        coords=pairs.coords(kinds, count),
+        store=paths.store,
+        name="outputs",
+        progress=show,
+    )
     paths.outputs.write_text(
         json.dumps({key: found.attrs[key] for key in ("mre", "lc", "closure")})
     )

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 #: What is done to perturbed images before they are shown to the network again (table 2).
 CURES = (
-    "cured adversarial", "cured random", "adversarial + random", "signs at random",
+    "cured adversarial",
+    "cured random",
+    "adversarial + random",
+    "signs at random",
     "attacked again",
-)  # fmt: skip
+)
 DRAWS = 4  # of random signs
 SENSITIVE = 50  # modes whose sensitivity to the input is measured (figures 16, 17)
 
@@ -38,16 +41,26 @@ def by_modes(config: Config, paths: Paths, show: bool) -> None:
     last = [trace.steps]
     labels = run_.images("train").tensors[1].numpy()[: config.features]
     G = lk.gradient_features(
-        trace, np.arange(config.features), last, coords={"label": labels}, store=paths.store,
-        name="train_end", progress=show,
-    )  # fmt: skip
+        trace,
+        np.arange(config.features),
+        last,
+        coords={"label": labels},
+        store=paths.store,
+        name="train_end",
+        progress=show,
+    )
     found = lk.modes(G.isel(time=0), config.modes).compute()
     mean = lk.mean_gradient(trace, last).isel(time=0)
     found = with_drive(found, mean, trace.train.n, config.features)
     inputs = lk.gradient_features(
-        trace, pairs.data(), last, coords=pairs.coords(), store=paths.store, name="inputs_end",
+        trace,
+        pairs.data(),
+        last,
+        coords=pairs.coords(),
+        store=paths.store,
+        name="inputs_end",
         progress=show,
-    )  # fmt: skip
+    )
     coefficients = lk.mode_coefficients(found, inputs.isel(time=0)).compute()
     store.put(paths.store, "modes", found.drop_vars("left"))
     store.put(paths.store, "coefficients", coefficients)
@@ -70,25 +83,30 @@ def by_modes(config: Config, paths: Paths, show: bool) -> None:
     share = np.cumsum(found["singular_value"].values ** 2) / energy
     losses = {kind: losses_of(run_.final(), pairs.data([kind])) for kind in KINDS}
     raw, corrected = (felt[name].values for name in ("sensitivity", "corrected"))
-    paths.modes.write_text(json.dumps({
-        "energy": {str(k): float(share[k - 1]) for k in (10, SENSITIVE, config.modes)},
-        "losses": {k: [float(np.mean(v)), float(np.median(v))] for k, v in losses.items()},
-        "fooled": pairs.fooled,
-        "cancellation": {kind: _by_count(ratio, kind) for kind in KINDS},
-        "paired_cancellation": {
-            kind: _paired(ratio, "adversarial", kind, losses)
-            for kind in KINDS if kind != "adversarial"
-        },
-        "shifts": {kind: _described(part) for kind, part in shifts.items()},
-        "shift_ratio": float(
-            shifts["adversarial"]["shift"].mean() / shifts["random"]["shift"].mean()
-        ),
-        "sensitivity_top_10_over_rest": float(raw[:, :10].mean() / raw[:, 10:].mean()),
-        "corrected_top_10_over_rest": float(
-            np.nanmean(corrected[:, :10]) / np.nanmean(corrected[:, 10:])
-        ),
-        "subset_signs_agree": _signs(G, found, config.leading),
-    }))  # fmt: skip
+    paths.modes.write_text(
+        json.dumps(
+            {
+                "energy": {str(k): float(share[k - 1]) for k in (10, SENSITIVE, config.modes)},
+                "losses": {k: [float(np.mean(v)), float(np.median(v))] for k, v in losses.items()},
+                "fooled": pairs.fooled,
+                "cancellation": {kind: _by_count(ratio, kind) for kind in KINDS},
+                "paired_cancellation": {
+                    kind: _paired(ratio, "adversarial", kind, losses)
+                    for kind in KINDS
+                    if kind != "adversarial"
+                },
+                "shifts": {kind: _described(part) for kind, part in shifts.items()},
+                "shift_ratio": float(
+                    shifts["adversarial"]["shift"].mean() / shifts["random"]["shift"].mean()
+                ),
+                "sensitivity_top_10_over_rest": float(raw[:, :10].mean() / raw[:, 10:].mean()),
+                "corrected_top_10_over_rest": float(
+                    np.nanmean(corrected[:, :10]) / np.nanmean(corrected[:, 10:])
+                ),
+                "subset_signs_agree": _signs(G, found, config.leading),
+            }
+        )
+    )
 
 
 def with_drive(modes: xr.Dataset, mean: xr.DataArray, count: int, rows: int = 1) -> xr.Dataset:
@@ -152,7 +170,7 @@ def _described(shifts: xr.Dataset) -> dict[str, Any]:
             for a, b in pairs
         },
         "top_5_share": float(np.sort(shifts["share"].values)[::-1][:5].sum()),
-    }  # fmt: skip
+    }
 
 
 def over_time(config: Config, paths: Paths, show: bool) -> None:
@@ -168,14 +186,23 @@ def over_time(config: Config, paths: Paths, show: bool) -> None:
     hidden = lk.activations(
         trace, np.arange(config.features), steps, module=last_hidden(run_.untrained())
     )
-    metrics = xr.Dataset({
-        "features": lk.feature_overlap(G), "subspace": lk.subspace_overlap(G, 10),
-        "activations": lk.activation_overlap(hidden),
-    }).drop_attrs().compute()  # fmt: skip
+    metrics = (
+        xr.Dataset(
+            {
+                "features": lk.feature_overlap(G),
+                "subspace": lk.subspace_overlap(G, 10),
+                "activations": lk.activation_overlap(hidden),
+            }
+        )
+        .drop_attrs()
+        .compute()
+    )
     losses = xr.DataArray(
-        run_.losses_along(pairs.data(), steps), dims=("time", "example"), name="loss",
+        run_.losses_along(pairs.data(), steps),
+        dims=("time", "example"),
+        name="loss",
         coords={"kind": ("example", inputs["kind"].values)},
-    )  # fmt: skip
+    )
     online = lk.online_modes(G, config.modes).compute()
     # Frozen at one time, the directions are asked about the next (A.8). A view: they are large.
     later = {"time": slice(1, None)}
@@ -186,25 +213,36 @@ def over_time(config: Config, paths: Paths, show: bool) -> None:
     ratio = lk.cancellation_ratio(frozen, coefficients)
     sensitivity = _sensitivity_over_time(config, paths, G, steps)
     for name, value in (
-        ("regime", metrics), ("losses", losses), ("cancellation", ratio),
+        ("regime", metrics),
+        ("losses", losses),
+        ("cancellation", ratio),
         ("sensitivity_over_time", sensitivity),
         ("captured", online["energy_captured"]),
-    ):  # fmt: skip
+    ):
         store.put(paths.store, name, value)
     captured = online["energy_captured"].values
-    paths.time.write_text(json.dumps({
-        "epochs": epochs.tolist(),
-        "half_way": {
-            str(name): int(epochs[int(np.argmax(values.values > 0.5))])
-            for name, values in metrics.items()
-        },
-        "captured": [None if np.isnan(x) else float(x) for x in captured],
-        "cancellation_last_half": {
-            kind: float(np.nanmean(ratio.isel(mode=-1, time=slice(ratio.sizes["time"] // 2, None))
-                                   .values[:, (ratio["kind"] == kind).values]))
-            for kind in KINDS
-        },
-    }))  # fmt: skip
+    paths.time.write_text(
+        json.dumps(
+            {
+                "epochs": epochs.tolist(),
+                "half_way": {
+                    str(name): int(epochs[int(np.argmax(values.values > 0.5))])
+                    for name, values in metrics.items()
+                },
+                "captured": [None if np.isnan(x) else float(x) for x in captured],
+                "cancellation_last_half": {
+                    kind: float(
+                        np.nanmean(
+                            ratio.isel(mode=-1, time=slice(ratio.sizes["time"] // 2, None)).values[
+                                :, (ratio["kind"] == kind).values
+                            ]
+                        )
+                    )
+                    for kind in KINDS
+                },
+            }
+        )
+    )
 
 
 def _sensitivity_over_time(
@@ -217,11 +255,18 @@ def _sensitivity_over_time(
     for t in chosen:
         found = lk.modes(G.isel(time=int(t)), SENSITIVE).compute()
         felt = lk.mode_sensitivity(trace, found, pairs.data(), steps[int(t)])
-        rows.append(xr.Dataset({
-            f"{name} {part}": felt[name].isel(mode=at).mean("mode")
-            for name in ("sensitivity", "corrected")
-            for part, at in (("top 10", slice(10)), ("rest", slice(10, None)))
-        }).drop_attrs().drop_vars("example").reset_coords(drop=True))  # fmt: skip
+        rows.append(
+            xr.Dataset(
+                {
+                    f"{name} {part}": felt[name].isel(mode=at).mean("mode")
+                    for name in ("sensitivity", "corrected")
+                    for part, at in (("top 10", slice(10)), ("rest", slice(10, None)))
+                }
+            )
+            .drop_attrs()
+            .drop_vars("example")
+            .reset_coords(drop=True)
+        )
     return xr.concat(rows, "time").assign_coords(
         kind=("example", pairs.coords()["kind"]), step=("time", [steps[int(t)] for t in chosen])
     )
@@ -243,10 +288,16 @@ def cure(config: Config, paths: Paths, show: bool) -> None:
     def corrected(kind: str, modes: xr.Dataset) -> torch.Tensor:
         images = pairs.images[kind]
         moved: torch.Tensor = lk.shift_modes(
-            trace, modes, TensorDataset(images, labels), trace.steps, shift=config.shift,
-            radius=config.correction, norm=norm, steps=config.correction_steps,
+            trace,
+            modes,
+            TensorDataset(images, labels),
+            trace.steps,
+            shift=config.shift,
+            radius=config.correction,
+            norm=norm,
+            steps=config.correction_steps,
             away_from=images - clean,
-        )  # fmt: skip
+        )
         return moved
 
     adversarial = pairs.images["adversarial"]
@@ -269,31 +320,44 @@ def cure(config: Config, paths: Paths, show: bool) -> None:
     data = TensorDataset(torch.cat(list(every.values())), labels.repeat(len(every)))
     steps, epochs = paths.epochs(config.times)
     losses = xr.DataArray(
-        run_.losses_along(data, steps), dims=("time", "example"), name="loss",
-        coords={"kind": ("example", np.repeat(list(every), len(labels)).astype(object)),
-                "epoch": ("time", epochs)},
-    )  # fmt: skip
+        run_.losses_along(data, steps),
+        dims=("time", "example"),
+        name="loss",
+        coords={
+            "kind": ("example", np.repeat(list(every), len(labels)).astype(object)),
+            "epoch": ("time", epochs),
+        },
+    )
     store.put(paths.store, "cured_losses", losses)
     right = {kind: logits_of(model, images).argmax(1) == labels for kind, images in every.items()}
     # One draw of signs may be nearly the true one: the accuracy is the mean over draws.
     accuracy = {kind: float(found.double().mean()) for kind, found in right.items()}
-    accuracy["signs at random"] = float(np.mean([
-        float((logits_of(model, images).argmax(1) == labels).double().mean()) for images in turned
-    ]))  # fmt: skip
+    accuracy["signs at random"] = float(
+        np.mean(
+            [
+                float((logits_of(model, images).argmax(1) == labels).double().mean())
+                for images in turned
+            ]
+        )
+    )
     sizes = {
         kind: every[kind] - pairs.images["random" if kind == "cured random" else "adversarial"]
         for kind in CURES
     }
     cosine = torch.cosine_similarity(change.flatten(1), (adversarial - clean).flatten(1), dim=1)
-    paths.cure.write_text(json.dumps({
-        "accuracy": accuracy,
-        "losses": {
-            kind: float(losses_of(model, TensorDataset(images, labels)).mean())
-            for kind, images in every.items()
-        },
-        "cosine": {"mean": float(cosine.mean()), "deviation": float(cosine.std())},
-        "l2_of_attack": float(lengths(adversarial - clean).mean()),
-        "l2": {kind: float(lengths(x).mean()) for kind, x in sizes.items()},
-        "largest": {kind: float(x.abs().max()) for kind, x in sizes.items()},
-        "pairs": len(labels),
-    }))  # fmt: skip
+    paths.cure.write_text(
+        json.dumps(
+            {
+                "accuracy": accuracy,
+                "losses": {
+                    kind: float(losses_of(model, TensorDataset(images, labels)).mean())
+                    for kind, images in every.items()
+                },
+                "cosine": {"mean": float(cosine.mean()), "deviation": float(cosine.std())},
+                "l2_of_attack": float(lengths(adversarial - clean).mean()),
+                "l2": {kind: float(lengths(x).mean()) for kind, x in sizes.items()},
+                "largest": {kind: float(x.abs().max()) for kind, x in sizes.items()},
+                "pairs": len(labels),
+            }
+        )
+    )

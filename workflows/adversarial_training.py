@@ -51,14 +51,26 @@ class Config(Training):
 
     presets: ClassVar = {
         "paper": {
-            "dataset": "mnist", "epochs": 50, "learning_rate": 1.5e-5, "features": 5000,
+            "dataset": "mnist",
+            "epochs": 50,
+            "learning_rate": 1.5e-5,
+            "features": 5000,
             "parts": 50,
         },
         "small": {
-            "batches": 10, "batch_size": 64, "epochs": 6, "learning_rate": 2e-3, "features": 150,
-            "pairs": 8, "tried": 200, "parts": 2, "attack_steps": 3, "modes": 40, "seeds": 1,
+            "batches": 10,
+            "batch_size": 64,
+            "epochs": 6,
+            "learning_rate": 2e-3,
+            "features": 150,
+            "pairs": 8,
+            "tried": 200,
+            "parts": 2,
+            "attack_steps": 3,
+            "modes": 40,
+            "seeds": 1,
         },
-    }  # fmt: skip
+    }
 
     epochs: int = Field(10, ge=2)
     learning_rate: float = Field(1e-4, gt=0, description="of Adam")
@@ -74,9 +86,9 @@ class Config(Training):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         images = self.batches * self.batch_size
-        require_enough(self, {
-            "modes": self.features, "features": images, "parts": self.batches * self.epochs
-        })  # fmt: skip
+        require_enough(
+            self, {"modes": self.features, "features": images, "parts": self.batches * self.epochs}
+        )
         return self
 
 
@@ -149,9 +161,13 @@ def train_attacked(config: Config, paths: Paths, part: int, show: bool) -> None:
 
     def altered(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         moved, _ = attack(
-            model, images, labels, radius=config.radius, steps=config.attack_steps,
+            model,
+            images,
+            labels,
+            radius=config.radius,
+            steps=config.attack_steps,
             seed=next(seeds),
-        )  # fmt: skip
+        )
         out: torch.Tensor = moved
         return out
 
@@ -202,18 +218,26 @@ def measure(config: Config, paths: Paths, name: str, show: bool) -> None:
         slopes.values.reshape(-1, size).astype(np.float64), compute_uv=False
     )  # of all images together
     np.savez(paths.arrays(name), spectrum=values, **{k: x.numpy() for k, x in pairs.images.items()})
-    paths.numbers(name).write_text(json.dumps({
-        "accuracy": float(right.double().mean()), "robust": float(robust.double().mean()),
-        "fooled": pairs.fooled, "ranks": ranks, "energy": energy,
-        "energy_ratio": energy["adversarial"] / energy["clean"],
-        "random_energy_ratio": energy["random"] / energy["clean"],
-        "same_energy_ratio": shared["adversarial"] / shared["clean"],
-        "participation_ratio": float(lk.participation_ratio(values)),
-        "inputs": size, "modes": config.modes,
-        "nullspace": {"mean": float(size - rank.mean()), "least": int(size - rank.max())},
-        "active": {"mean": float(active.mean()), "most": int(active.max())},
-        "active_of_all": int(lk.energy_rank(joint, 0.99)),
-    }))  # fmt: skip
+    paths.numbers(name).write_text(
+        json.dumps(
+            {
+                "accuracy": float(right.double().mean()),
+                "robust": float(robust.double().mean()),
+                "fooled": pairs.fooled,
+                "ranks": ranks,
+                "energy": energy,
+                "energy_ratio": energy["adversarial"] / energy["clean"],
+                "random_energy_ratio": energy["random"] / energy["clean"],
+                "same_energy_ratio": shared["adversarial"] / shared["clean"],
+                "participation_ratio": float(lk.participation_ratio(values)),
+                "inputs": size,
+                "modes": config.modes,
+                "nullspace": {"mean": float(size - rank.mean()), "least": int(size - rank.max())},
+                "active": {"mean": float(active.mean()), "most": int(active.max())},
+                "active_of_all": int(lk.energy_rank(joint, 0.99)),
+            }
+        )
+    )
     if not config.keep:
         lk.discard_gradients(where)
 
@@ -245,28 +269,50 @@ def report(config: Config, runs: list[Paths], state: workflow.Run) -> None:
         rows.append((what, text, paper))
 
     add("Right: test images", lambda one: one["accuracy"], "{:.1%}", "paper: similar")
-    add(f"... attacked within {config.radius:g}", lambda one: one["robust"], "{:.1%}",
-        "paper: attacked 36%")  # fmt: skip
+    add(
+        f"... attacked within {config.radius:g}",
+        lambda one: one["robust"],
+        "{:.1%}",
+        "paper: attacked 36%",
+    )
     for share in map(str, SHARES):
         paper = ", ".join(f"{name} {PAPER[name][share]}" for name in NETWORKS)
-        add(f"Modes that hold {float(share):.0%} of the energy of training gradients",
-            lambda one, share=share: one["ranks"][share], "{}", f"paper: {paper}")  # fmt: skip
-    add("Energy of gradients, attacked over clean images", lambda one: one["energy_ratio"],
-        "{:.1f}", "paper: about 120, 53")  # fmt: skip
-    add("... of images that both get right, fooled or not", lambda one: one["same_energy_ratio"],
-        "{:.2f}")  # fmt: skip
+        add(
+            f"Modes that hold {float(share):.0%} of the energy of training gradients",
+            lambda one, share=share: one["ranks"][share],
+            "{}",
+            f"paper: {paper}",
+        )
+    add(
+        "Energy of gradients, attacked over clean images",
+        lambda one: one["energy_ratio"],
+        "{:.1f}",
+        "paper: about 120, 53",
+    )
+    add(
+        "... of images that both get right, fooled or not",
+        lambda one: one["same_energy_ratio"],
+        "{:.2f}",
+    )
     add("... with as much noise over clean", lambda one: one["random_energy_ratio"], "{:.2f}")
-    add(f"Input directions along which no coefficient of {config.modes} modes moves, mean",
-        lambda one: one["nullspace"]["mean"], "{:.0f}",
-        "paper: at least pixels minus modes")  # fmt: skip
-    add("Input directions that hold 99% of how they move: mean of images, of all images together",
-        lambda one: "{:.1f} ({})".format(one["active"]["mean"], one["active_of_all"]), "{}",
-        )  # fmt: skip
+    add(
+        f"Input directions along which no coefficient of {config.modes} modes moves, mean",
+        lambda one: one["nullspace"]["mean"],
+        "{:.0f}",
+        "paper: at least pixels minus modes",
+    )
+    add(
+        "Input directions that hold 99% of how they move: mean of images, of all images together",
+        lambda one: "{:.1f} ({})".format(one["active"]["mean"], one["active_of_all"]),
+        "{}",
+    )
     more = {
-        share: [a["ranks"][share] / s["ranks"][share]
-                for s, a in zip(*(numbers[n] for n in NETWORKS), strict=True)]
+        share: [
+            a["ranks"][share] / s["ranks"][share]
+            for s, a in zip(*(numbers[n] for n in NETWORKS), strict=True)
+        ]
         for share in map(str, SHARES)
-    }  # fmt: skip
+    }
     less = [
         a["same_energy_ratio"] / s["same_energy_ratio"]
         for s, a in zip(*(numbers[n] for n in NETWORKS), strict=True)
@@ -292,18 +338,29 @@ def report(config: Config, runs: list[Paths], state: workflow.Run) -> None:
                 f"{config.attack_steps} steps of it on each training batch, 40 where robustness "
                 f"is measured; {config.seeds} pairs of networks. The paper's numbers are of MNIST."
             ],
-            metrics={"networks": numbers, "claims": claims, "more_modes": more,
-                     "energy_ratio_quotient": less, "seconds": state.seconds(),
-                     "config": config.model_dump(mode="json")},
+            metrics={
+                "networks": numbers,
+                "claims": claims,
+                "more_modes": more,
+                "energy_ratio_quotient": less,
+                "seconds": state.seconds(),
+                "config": config.model_dump(mode="json"),
+            },
             rows=rows,
             figures=[
-                workflow.Figure("energy", "Energy of training gradients by modes",
-                                "Share that the leading modes hold; a line for each network.",
-                                draw(runs)),
+                workflow.Figure(
+                    "energy",
+                    "Energy of training gradients by modes",
+                    "Share that the leading modes hold; a line for each network.",
+                    draw(runs),
+                ),
                 *(
-                    workflow.Figure(f"images_{name}", f"Images that fool the {name} network",
-                                    "Clean, attacked, with as much noise, and the attack.",
-                                    images(runs[0], name))
+                    workflow.Figure(
+                        f"images_{name}",
+                        f"Images that fool the {name} network",
+                        "Clean, attacked, with as much noise, and the attack.",
+                        images(runs[0], name),
+                    )
                     for name in NETWORKS
                 ),
             ],
@@ -311,7 +368,7 @@ def report(config: Config, runs: list[Paths], state: workflow.Run) -> None:
             next_steps=f"lkarray run adversarial --radius {config.radius:g}",
         ),
         runs[0].folder / "report",
-    )  # fmt: skip
+    )
 
 
 def draw(runs: list[Paths]) -> Figure:
@@ -323,8 +380,13 @@ def draw(runs: list[Paths]) -> Figure:
             with np.load(paths.arrays(name)) as found:
                 energy = found["spectrum"] ** 2
             share = np.cumsum(energy) / energy.sum()
-            axes.plot(np.arange(1, len(share) + 1), share, color=color, ls=style,
-                      label=None if i else f"{name} images")  # fmt: skip
+            axes.plot(
+                np.arange(1, len(share) + 1),
+                share,
+                color=color,
+                ls=style,
+                label=None if i else f"{name} images",
+            )
     for share in SHARES:
         axes.axhline(share, color="0.7", lw=0.8, zorder=0)
     axes.set(xscale="log", xlabel="leading modes", ylabel="share of energy", ylim=(0, 1.02))
@@ -337,10 +399,12 @@ def images(paths: Paths, name: str, count: int = 4) -> Figure:
     """Show clean and attacked images of a network."""
     with np.load(paths.arrays(name)) as found:
         columns = {
-            kind: [np.moveaxis(x, 0, -1).squeeze(-1) if x.shape[0] == 1 else np.moveaxis(x, 0, -1)
-                   for x in found[kind][:count]]
+            kind: [
+                np.moveaxis(x, 0, -1).squeeze(-1) if x.shape[0] == 1 else np.moveaxis(x, 0, -1)
+                for x in found[kind][:count]
+            ]
             for kind in ("clean", "adversarial", "random")
-        }  # fmt: skip
+        }
     pairs = zip(columns["adversarial"], columns["clean"], strict=True)
     columns["attack"] = [a - c for a, c in pairs]
     rows = list(zip(*columns.values(), strict=True))

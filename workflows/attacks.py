@@ -17,9 +17,11 @@ from lkarray.errors import MissingPackageError, SettingsError
 
 #: Foolbox's class of each attack, the norm of its perturbation, and its steps of one gradient.
 ATTACKS = {
-    "pgd": ("LinfPGD", "linf"), "fgsm": ("FGSM", "linf"), "l2_pgd": ("L2PGD", "l2"),
+    "pgd": ("LinfPGD", "linf"),
+    "fgsm": ("FGSM", "linf"),
+    "l2_pgd": ("L2PGD", "l2"),
     "deepfool": ("L2DeepFoolAttack", "l2"),
-}  # fmt: skip
+}
 Attack = Literal["pgd", "fgsm", "l2_pgd", "deepfool"]
 #: Groups of inputs, in the order in which figures draw them.
 KINDS = ("clean", "adversarial", "random", "natural error")
@@ -42,9 +44,15 @@ def require_foolbox() -> Any:
 
 
 def attack(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, radius: float,
-    kind: Attack = "pgd", seed: int = 0, steps: int | None = None,
-) -> tuple[torch.Tensor, np.ndarray]:  # fmt: skip
+    model: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    radius: float,
+    kind: Attack = "pgd",
+    seed: int = 0,
+    steps: int | None = None,
+) -> tuple[torch.Tensor, np.ndarray]:
     """Return images moved by at most a radius to fool a network, and which of them do.
 
     The radius is of pixel values 0 to 1, in the attack's norm. Fewer ``steps`` than the attack's
@@ -156,9 +164,15 @@ class Pairs:
 
 
 def make_pairs(
-    model: nn.Module, data: TensorDataset, count: int, *, kind: Attack, radius: float, seed: int,
+    model: nn.Module,
+    data: TensorDataset,
+    count: int,
+    *,
+    kind: Attack,
+    radius: float,
+    seed: int,
     errors: bool = True,
-) -> Pairs:  # fmt: skip
+) -> Pairs:
     """Return so many images that a network gets right and an attack fools it on, and the others.
 
     Raises

@@ -28,10 +28,16 @@ from lkarray import workflow
 from lkarray.training import Trace
 
 SCORES = (
-    "self-influence", "harmful influence", "net influence",
-    "TracIn self-influence", "TracIn harmful influence", "TracInCP self-influence",
-    "loss gain", "loss variance", "loss",
-)  # fmt: skip
+    "self-influence",
+    "harmful influence",
+    "net influence",
+    "TracIn self-influence",
+    "TracIn harmful influence",
+    "TracInCP self-influence",
+    "loss gain",
+    "loss variance",
+    "loss",
+)
 
 
 class Config(workflow.Config):
@@ -39,10 +45,15 @@ class Config(workflow.Config):
 
     presets: ClassVar = {
         "small": {
-            "train": 200, "epochs": 10, "audited": 60, "seeds": 1, "chains": 2, "draws": 40,
+            "train": 200,
+            "epochs": 10,
+            "audited": 60,
+            "seeds": 1,
+            "chains": 2,
+            "draws": 40,
             "burn_in": 20,
         },
-    }  # fmt: skip
+    }
 
     seed: int = Field(1, ge=0, description="the first")
     seeds: int = Field(3, ge=1, description="of data, labels, training and sampling")
@@ -72,10 +83,12 @@ def run(config: Config, folder: Path, *, progress: bool = True) -> str:
         for seed in seeds:
             paths = Paths(folder, seed)
             for name, work, out in (
-                ("data", make_data, paths.data), ("train", train, paths.model),
-                ("audit", make_audit, paths.audit), ("TracIn", make_tracin, paths.tracin),
+                ("data", make_data, paths.data),
+                ("train", train, paths.model),
+                ("audit", make_audit, paths.audit),
+                ("TracIn", make_tracin, paths.tracin),
                 ("sample", make_sample, paths.gain),
-            ):  # fmt: skip
+            ):
                 state.stage(f"{name} {seed}", partial(work, config, paths, progress), [out])
         index = folder / "report" / "index.html"
         state.stage("report", lambda: report(config, folder, list(seeds), state), [index])
@@ -145,8 +158,9 @@ def make_audit(config: Config, paths: Paths, show: bool) -> None:
     """Audit the training images themselves, and clean test images."""
     trace = open_trace(paths)
     found: dict[str, Any] = {}
-    on_itself = lk.audit(trace, np.arange(trace.train.n), store=paths.store, name="itself",
-                         progress=show)  # fmt: skip
+    on_itself = lk.audit(
+        trace, np.arange(trace.train.n), store=paths.store, name="itself", progress=show
+    )
     clean = lk.audit(trace, data_set(paths.data, "test"), store=paths.store, progress=show)
     found["self-influence"] = own(on_itself["influence"])
     found["harmful influence"] = harm(clean["influence"])
@@ -173,11 +187,18 @@ def make_sample(config: Config, paths: Paths, show: bool) -> None:
     model.load_state_dict(torch.load(paths.model, weights_only=True))
     model.eval()
     tree = lk.sample(
-        lk.LocalPosterior(model, data, nbeta=config.nbeta, gamma=config.gamma), data,
-        sampler=lk.SGLD(step_size=config.step_size), store=paths.samples, chains=config.chains,
-        draws=config.draws, burn_in=config.burn_in, thin=config.thin, batch_size=256,
-        seed=paths.seed, progress=show,
-    )  # fmt: skip
+        lk.LocalPosterior(model, data, nbeta=config.nbeta, gamma=config.gamma),
+        data,
+        sampler=lk.SGLD(step_size=config.step_size),
+        store=paths.samples,
+        chains=config.chains,
+        draws=config.draws,
+        burn_in=config.burn_in,
+        thin=config.thin,
+        batch_size=256,
+        seed=paths.seed,
+        progress=show,
+    )
     images, labels = data.tensors
     with np.load(paths.data) as arrays, torch.inference_mode():
         true = torch.from_numpy(arrays["true_labels"]).long()
@@ -222,10 +243,13 @@ def report(config: Config, folder: Path, seeds: list[int], state: workflow.Run) 
     }
     scores, flipped, _ = of[seeds[0]]
     rows = [
-        (f"AUROC of {name}", f"{np.mean(values):.3f}",
-         "by seed: " + ", ".join(f"{value:.3f}" for value in values))
+        (
+            f"AUROC of {name}",
+            f"{np.mean(values):.3f}",
+            "by seed: " + ", ".join(f"{value:.3f}" for value in values),
+        )
         for name, values in areas.items()
-    ]  # fmt: skip
+    ]
     for fact in ("right on clean labels", "changed labels learned", "test accuracy"):
         values = [facts[fact] for _, _, facts in of.values()]
         rows.append((fact.capitalize(), f"{np.mean(values):.1%}", ""))
@@ -238,23 +262,33 @@ def report(config: Config, folder: Path, seeds: list[int], state: workflow.Run) 
                 f"{config.seeds} seeds. Chance is 0.5. TracIn follows the batches of every step; "
                 "TracInCP takes the states that epochs begin with."
             ],
-            metrics={"auroc": areas, "facts": {str(s): one[2] for s, one in of.items()},
-                     "seconds": state.seconds(), "config": config.model_dump(mode="json")},
+            metrics={
+                "auroc": areas,
+                "facts": {str(s): one[2] for s, one in of.items()},
+                "seconds": state.seconds(),
+                "config": config.model_dump(mode="json"),
+            },
             rows=rows,
             figures=[
-                workflow.Figure("scores", "Scores of clean and of changed labels",
-                                f"Seed {seeds[0]}, each kind of label with its own area.",
-                                draw(scores, flipped, areas)),
-                workflow.Figure("suspects", "Most suspicious by self-influence",
-                                "The label that it was given; red where that was changed.",
-                                gallery(config, Paths(folder, seeds[0]), scores, flipped)),
+                workflow.Figure(
+                    "scores",
+                    "Scores of clean and of changed labels",
+                    f"Seed {seeds[0]}, each kind of label with its own area.",
+                    draw(scores, flipped, areas),
+                ),
+                workflow.Figure(
+                    "suspects",
+                    "Most suspicious by self-influence",
+                    "The label that it was given; red where that was changed.",
+                    gallery(config, Paths(folder, seeds[0]), scores, flipped),
+                ),
             ],
             settings=config.model_dump(mode="json"),
             next_steps=f'audit = lk.open("{Paths(folder, seeds[0]).store}")["audit_itself"]\n'
-                       'influence = audit["influence"]',
+            'influence = audit["influence"]',
         ),
         folder / "report",
-    )  # fmt: skip
+    )
 
 
 def draw(
@@ -269,8 +303,11 @@ def draw(
         edges = np.linspace(0, 1, 21)
         axes.hist(rank[~flipped], edges, density=True, label="clean", **clean)
         axes.hist(rank[flipped], edges, density=True, label="changed", **changed)
-        axes.set(title=f"{name}\nAUROC {areas[name][0]:.3f}", xlabel="rank of the score",
-                 ylabel="density")  # fmt: skip
+        axes.set(
+            title=f"{name}\nAUROC {areas[name][0]:.3f}",
+            xlabel="rank of the score",
+            ylabel="density",
+        )
         axes.title.set_fontsize(10)
     figure.axes[0].legend(frameon=False)
     return figure
@@ -289,6 +326,9 @@ def gallery(
         axes.imshow(images[i], cmap="gray")
         axes.set_axis_off()
         changed = bool(flipped[i])
-        axes.set_title(names[labels[i]] + ("*" if changed else ""), fontsize=9,
-                       color="#bd1f01" if changed else "black")  # fmt: skip
+        axes.set_title(
+            names[labels[i]] + ("*" if changed else ""),
+            fontsize=9,
+            color="#bd1f01" if changed else "black",
+        )
     return figure

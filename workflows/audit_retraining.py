@@ -43,10 +43,15 @@ class Config(workflow.Config):
 
     presets: ClassVar = {
         "small": {
-            "batches": 8, "batch_size": 64, "epochs": 6, "learning_rate": 1e-3, "audited": 64,
-            "held_out": 200, "seeds": 2,
+            "batches": 8,
+            "batch_size": 64,
+            "epochs": 6,
+            "learning_rate": 1e-3,
+            "audited": 64,
+            "held_out": 200,
+            "seeds": 2,
         },
-    }  # fmt: skip
+    }
 
     seed: int = Field(1, ge=0, description="of the audited run; the arms have the seeds after it")
     dataset: Literal["fashion", "mnist"] = "fashion"
@@ -114,8 +119,14 @@ def batches(config: Config, n: int, seed: int) -> list[torch.Tensor]:
 def make_audit(config: Config, paths: Paths, show: bool) -> None:
     """Train, recorded; audit; keep what each training image did to the audited losses."""
     data, audited = data_set(paths.data, "train"), data_set(paths.data, "audited")
-    fit(lenet(config.seed), data, batches(config, len(data), config.seed), config.learning_rate,
-        store=paths.store, show=show)  # fmt: skip
+    fit(
+        lenet(config.seed),
+        data,
+        batches(config, len(data), config.seed),
+        config.learning_rate,
+        store=paths.store,
+        show=show,
+    )
     trace = lk.open_trace(paths.store, lenet(config.seed), data)
     np.savez(paths.scores, **influence(trace, audited, paths.store, show))
 
@@ -138,9 +149,13 @@ def again(config: Config, paths: Paths, arm: str, seed: int) -> None:
     """Train one arm, and measure it."""
     kept = kept_by(config, paths, arm, seed)
     found = retraining.again(
-        lenet(seed), data_set(paths.data, "train"), kept, batches(config, len(kept), seed),
-        config.learning_rate, {name: data_set(paths.data, name) for name in SETS},
-    )  # fmt: skip
+        lenet(seed),
+        data_set(paths.data, "train"),
+        kept,
+        batches(config, len(kept), seed),
+        config.learning_rate,
+        {name: data_set(paths.data, name) for name in SETS},
+    )
     paths.arm(arm, seed).write_text(json.dumps(found))
 
 
@@ -152,8 +167,10 @@ def claims(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, 
             pairs = zip(found[worse], found[better], strict=True)
             gaps = [a[name]["loss"] - b[name]["loss"] for a, b in pairs]
             out[f"{claim}, {name.replace('_', ' ')} images"] = {
-                "differences": gaps, "mean": float(np.mean(gaps)), "holds": min(gaps) > 0,
-            }  # fmt: skip
+                "differences": gaps,
+                "mean": float(np.mean(gaps)),
+                "holds": min(gaps) > 0,
+            }
     return out
 
 
@@ -163,16 +180,21 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     found = {arm: [json.loads(paths.arm(arm, s).read_text()) for s in seeds] for arm in ARMS}
     held = claims(config, found)
     rows = [
-        (f"{arm}: loss of the audited, of others (accuracy)",
-         ", ".join(f"{np.mean([one[s]['loss'] for one in runs]):.4f}" for s in SETS)
-         + f" ({np.mean([one['held_out']['accuracy'] for one in runs]):.1%})",
-         f"{runs[0]['images']:,} images")
+        (
+            f"{arm}: loss of the audited, of others (accuracy)",
+            ", ".join(f"{np.mean([one[s]['loss'] for one in runs]):.4f}" for s in SETS)
+            + f" ({np.mean([one['held_out']['accuracy'] for one in runs]):.1%})",
+            f"{runs[0]['images']:,} images",
+        )
         for arm, runs in found.items()
     ] + [
-        (claim, f"{one['mean']:+.4f} nats: {'holds' if one['holds'] else 'does NOT hold'}",
-         "by seed: " + ", ".join(f"{gap:+.4f}" for gap in one["differences"]))
+        (
+            claim,
+            f"{one['mean']:+.4f} nats: {'holds' if one['holds'] else 'does NOT hold'}",
+            "by seed: " + ", ".join(f"{gap:+.4f}" for gap in one["differences"]),
+        )
         for claim, one in held.items()
-    ]  # fmt: skip
+    ]
     with np.load(paths.scores) as scores:
         correlation = float(scores["lc"])
     workflow.write_report(
@@ -185,17 +207,28 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
                 "images changes what is left, so an audit of one run need not tell what another "
                 "run does: this is the check whether it does."
             ],
-            metrics={"arms": found, "claims": held, "lc": correlation,
-                     "seconds": state.seconds(), "config": config.model_dump(mode="json")},
+            metrics={
+                "arms": found,
+                "claims": held,
+                "lc": correlation,
+                "seconds": state.seconds(),
+                "config": config.model_dump(mode="json"),
+            },
             rows=rows,
-            figures=[workflow.Figure("arms", "Loss after training again", "Each dot is a seed, "
-                                     "the bar their mean.", draw(found))],
+            figures=[
+                workflow.Figure(
+                    "arms",
+                    "Loss after training again",
+                    "Each dot is a seed, the bar their mean.",
+                    draw(found),
+                )
+            ],
             settings=config.model_dump(mode="json"),
             next_steps=f'audit = lk.open("{paths.store}")["audit"].to_dataset()\n'
-                       "lk.most_influential(audit, 10)",
+            "lk.most_influential(audit, 10)",
         ),
         paths.report,
-    )  # fmt: skip
+    )
 
 
 def draw(found: dict[str, list[dict[str, Any]]]) -> Figure:
@@ -207,8 +240,13 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> Figure:
             color = "0.5" if arm in ("nothing", "random") else "#3f90da"
             axes.plot(losses, [y] * len(losses), "o", color=color, alpha=0.7, ms=6)
             axes.plot([np.mean(losses)] * 2, [y - 0.3, y + 0.3], color="black", lw=1.5)
-        axes.axvline(np.mean([one[name]["loss"] for one in found["random"]]), color="0.7", lw=0.8,
-                     ls="--", zorder=0)  # fmt: skip
+        axes.axvline(
+            np.mean([one[name]["loss"] for one in found["random"]]),
+            color="0.7",
+            lw=0.8,
+            ls="--",
+            zorder=0,
+        )
         axes.set_yticks(range(len(found)), list(found))
         axes.invert_yaxis()
         axes.set(xlabel="mean loss (nats)", title=f"{name.replace('_', ' ')} test images")

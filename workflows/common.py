@@ -41,11 +41,19 @@ class Sampling(workflow.Config):
 
 
 def fit(
-    model: nn.Module, data: TensorDataset, *, rate: float, batch_size: int, epochs: int, seed: int,
-    weight_decay: float = 0.0, show: bool = False,
-    learned: Callable[[nn.Module], bool] | None = None, settle: int = 0,
+    model: nn.Module,
+    data: TensorDataset,
+    *,
+    rate: float,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    weight_decay: float = 0.0,
+    show: bool = False,
+    learned: Callable[[nn.Module], bool] | None = None,
+    settle: int = 0,
     before_step: Callable[[int], None] | None = None,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Train by AdamW on shuffled batches.
 
     Where an epoch leaves the model such that ``learned(model)`` is true, ``settle`` epochs end
@@ -81,10 +89,17 @@ def fit(
 def convolutional(width: int = 16, classes: int = 10) -> nn.Module:
     """Return an untrained network of two convolutions and two linear layers, of 28 x 28 pixels."""
     return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(98 * width, 128), nn.ReLU(), nn.Linear(128, classes),
-    )  # fmt: skip
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(98 * width, 128),
+        nn.ReLU(),
+        nn.Linear(128, classes),
+    )
 
 
 class Block(nn.Module):
@@ -134,22 +149,44 @@ def load_model(model: nn.Module, path: Path) -> nn.Module:
 
 
 def draw_losses(
-    config: Sampling, model: nn.Module, train: TensorDataset, observed: TensorDataset, store: Path,
-    *, seed: int, coords: Mapping[str, Any], show: bool = False, gamma: float | None = None,
-    trainable: Any = None, checkpoints: Mapping[Any, Any] | None = None,
+    config: Sampling,
+    model: nn.Module,
+    train: TensorDataset,
+    observed: TensorDataset,
+    store: Path,
+    *,
+    seed: int,
+    coords: Mapping[str, Any],
+    show: bool = False,
+    gamma: float | None = None,
+    trainable: Any = None,
+    checkpoints: Mapping[Any, Any] | None = None,
     loss: str = "cross_entropy",
-) -> xr.DataTree:  # fmt: skip
+) -> xr.DataTree:
     """Sample around a model, or checkpoints of it, as the settings say; observe some inputs."""
     posterior = lk.LocalPosterior(
-        model, train, loss, nbeta=config.nbeta, gamma=config.gamma if gamma is None else gamma,
+        model,
+        train,
+        loss,
+        nbeta=config.nbeta,
+        gamma=config.gamma if gamma is None else gamma,
         trainable=trainable,
-    )  # fmt: skip
+    )
     return lk.sample(
-        posterior, observed, sampler=lk.SGLD(step_size=config.step_size), store=store,
-        chains=config.chains, draws=config.draws, burn_in=config.burn_in, thin=config.thin,
-        batch_size=config.sampler_batch, coords=coords, seed=seed, progress=show,
+        posterior,
+        observed,
+        sampler=lk.SGLD(step_size=config.step_size),
+        store=store,
+        chains=config.chains,
+        draws=config.draws,
+        burn_in=config.burn_in,
+        thin=config.thin,
+        batch_size=config.sampler_batch,
+        coords=coords,
+        seed=seed,
+        progress=show,
         checkpoints=checkpoints,
-    )  # fmt: skip
+    )
 
 
 def without_chain(losses: xr.DataArray, value: Callable[[xr.DataArray], Any]) -> tuple[Any, Any]:
@@ -159,10 +196,12 @@ def without_chain(losses: xr.DataArray, value: Callable[[xr.DataArray], Any]) ->
     """
     chains = losses.sizes["chain"]
     whole = np.asarray(value(losses), float)
-    rest = np.stack([
-        np.asarray(value(losses.isel(chain=[c for c in range(chains) if c != out])), float)
-        for out in range(chains)
-    ])  # fmt: skip
+    rest = np.stack(
+        [
+            np.asarray(value(losses.isel(chain=[c for c in range(chains) if c != out])), float)
+            for out in range(chains)
+        ]
+    )
     error = np.sqrt((chains - 1) * rest.var(0))
     return (whole, error) if whole.ndim else (float(whole), float(error))
 

@@ -43,14 +43,30 @@ class Config(Sampling):
 
     presets: ClassVar = {
         # Steps of D.5, and table 1's row of section 4: of GoogLeNet, not tuned for this network.
-        "paper": {"observed": 10_000, "epochs": 40, "steps": (0, 710, 1388, 3290, 5298),
-                  "chains": 15, "draws": 500, "burn_in": 100, "thin": 1, "step_size": 5e-5,
-                  "nbeta": 20, "gamma": 4000},
-        "small": {
-            "train": 2000, "observed": 400, "epochs": 10, "width": 8, "steps": (0, 20),
-            "chains": 3, "draws": 40, "burn_in": 60, "thin": 2,
+        "paper": {
+            "observed": 10_000,
+            "epochs": 40,
+            "steps": (0, 710, 1388, 3290, 5298),
+            "chains": 15,
+            "draws": 500,
+            "burn_in": 100,
+            "thin": 1,
+            "step_size": 5e-5,
+            "nbeta": 20,
+            "gamma": 4000,
         },
-    }  # fmt: skip
+        "small": {
+            "train": 2000,
+            "observed": 400,
+            "epochs": 10,
+            "width": 8,
+            "steps": (0, 20),
+            "chains": 3,
+            "draws": 40,
+            "burn_in": 60,
+            "thin": 2,
+        },
+    }
 
     seed: int = Field(1, ge=0, description="of the images, the training, the sampling")
     dataset: ClassVar[str] = "fashion"
@@ -126,9 +142,15 @@ def train(config: Config, paths: Paths, show: bool) -> None:
             kept[step] = {name: t.clone() for name, t in model.state_dict().items()}
 
     fit(
-        model, data, rate=config.learning_rate, epochs=config.epochs,
-        batch_size=config.batch_size, seed=config.seed, show=show, before_step=keep,
-    )  # fmt: skip
+        model,
+        data,
+        rate=config.learning_rate,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        show=show,
+        before_step=keep,
+    )
     keep(last)
     with workflow.replacing(paths.models) as part:
         torch.save(kept, part)
@@ -139,10 +161,16 @@ def sample(config: Config, paths: Paths, show: bool) -> None:
     observed = data_set(paths.data, "test")
     groups = brightness(observed.tensors[0].numpy())
     draw_losses(
-        config, network(config), data_set(paths.data, "train"), observed, paths.store,
-        seed=config.seed, show=show, checkpoints=torch.load(paths.models, weights_only=True),
+        config,
+        network(config),
+        data_set(paths.data, "train"),
+        observed,
+        paths.store,
+        seed=config.seed,
+        show=show,
+        checkpoints=torch.load(paths.models, weights_only=True),
         coords={"label": observed.tensors[1].numpy(), "brightness": groups},
-    )  # fmt: skip
+    )
 
 
 def losses_of(paths: Paths) -> xr.DataArray:
@@ -177,20 +205,23 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
             model = network(config)
             model.load_state_dict(state)
             by_distance = lk.correlation_by_distance(x, taxonomy, seed=config.seed)
-            found.append({
-                "step": step,
-                "accuracy": float(accuracy(model, data_set(paths.data, "test")).mean()),
-                "cka_to_final": float(lk.cka(x, final, normalize="cosine")),
-                "cka_without_noise": float(
-                    lk.cka(x, final, normalize="cosine", debiased="draws")
-                ),
-                "lifts": garment_lifts(x, taxonomy, config.neighbors, config.seed),
-                "rank_correlation": {
-                    key: float(by_distance[f"rank_{key}"]) for key in ("correlation", "low", "high")
-                },
-                "same_class": float(by_distance["correlation"].sel(distance=0)),
-                "agreement_of_halves": halves_agree(x),
-            })  # fmt: skip
+            found.append(
+                {
+                    "step": step,
+                    "accuracy": float(accuracy(model, data_set(paths.data, "test")).mean()),
+                    "cka_to_final": float(lk.cka(x, final, normalize="cosine")),
+                    "cka_without_noise": float(
+                        lk.cka(x, final, normalize="cosine", debiased="draws")
+                    ),
+                    "lifts": garment_lifts(x, taxonomy, config.neighbors, config.seed),
+                    "rank_correlation": {
+                        key: float(by_distance[f"rank_{key}"])
+                        for key in ("correlation", "low", "high")
+                    },
+                    "same_class": float(by_distance["correlation"].sel(distance=0)),
+                    "agreement_of_halves": halves_agree(x),
+                }
+            )
             bar.update()
     paths.metrics.write_text(json.dumps({"checkpoints": found}, indent=2, allow_nan=False))
 
@@ -203,25 +234,43 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         points = maps["points"]
     labels = losses_of(paths)["label"].values
     figures = [
-        workflow.Figure("maps", "Maps through training", "UMAP at distance 1 - R with one setting; "
-                        "edges within a class removed, so classes gather only through others "
-                        "(figure 8).", draw_maps(points, labels, [one["step"] for one in found])),
-        workflow.Figure("curves", "Alignment and lift through training", "CKA with the last "
-                        "kernel, plain and with Monte-Carlo noise taken out; lifts against chance.",
-                        draw_curves(found)),
-    ]  # fmt: skip
+        workflow.Figure(
+            "maps",
+            "Maps through training",
+            "UMAP at distance 1 - R with one setting; "
+            "edges within a class removed, so classes gather only through others "
+            "(figure 8).",
+            draw_maps(points, labels, [one["step"] for one in found]),
+        ),
+        workflow.Figure(
+            "curves",
+            "Alignment and lift through training",
+            "CKA with the last "
+            "kernel, plain and with Monte-Carlo noise taken out; lifts against chance.",
+            draw_curves(found),
+        ),
+    ]
     text = "{value:.2f} +- {error:.2f}".format
     rows = []
     for one in found:
         rows += [
-            (f"Step {one['step']}: CKA with the last kernel, noise taken out",
-             f"{one['cka_to_final']:.3f}, {one['cka_without_noise']:.3f}", ""),
-            ("... lift of class, of brightness", text(**one["lifts"]["class"]) + ", "
-             + text(**one["lifts"]["brightness"]), "chance: 1"),
+            (
+                f"Step {one['step']}: CKA with the last kernel, noise taken out",
+                f"{one['cka_to_final']:.3f}, {one['cka_without_noise']:.3f}",
+                "",
+            ),
+            (
+                "... lift of class, of brightness",
+                text(**one["lifts"]["class"]) + ", " + text(**one["lifts"]["brightness"]),
+                "chance: 1",
+            ),
             ("... right, of the test images", f"{one['accuracy']:.1%}", ""),
-            ("... agreement of R between halves of the chains", f"{one['agreement_of_halves']:.2f}",
-             ""),
-        ]  # fmt: skip
+            (
+                "... agreement of R between halves of the chains",
+                f"{one['agreement_of_halves']:.2f}",
+                "",
+            ),
+        ]
     workflow.write_report(
         workflow.Report(
             title="How the loss kernel develops through training",
@@ -235,10 +284,10 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             figures=figures,
             settings=config.model_dump(mode="json"),
             next_steps=f'losses = lk.open("{paths.store}")["losses"].to_dataset()["loss"]\n'
-                       "lk.cka(losses.isel(checkpoint=0), losses.isel(checkpoint=-1))",
+            "lk.cka(losses.isel(checkpoint=0), losses.isel(checkpoint=-1))",
         ),
         paths.report,
-    )  # fmt: skip
+    )
 
 
 def draw_maps(points: np.ndarray, labels: np.ndarray, steps: list[int]) -> Figure:
@@ -253,8 +302,14 @@ def draw_maps(points: np.ndarray, labels: np.ndarray, steps: list[int]) -> Figur
     for axes, xy, step in zip(grid, points, steps, strict=False):
         for label in np.unique(labels):
             at = labels == label
-            axes.scatter(xy[at, 0], xy[at, 1], s=6, lw=0, color=palette[label % 10],
-                         label=NAMES["fashion"][label])  # fmt: skip
+            axes.scatter(
+                xy[at, 0],
+                xy[at, 1],
+                s=6,
+                lw=0,
+                color=palette[label % 10],
+                label=NAMES["fashion"][label],
+            )
         axes.set(xticks=[], yticks=[], title=f"step {step:,}")
     for axes in grid:
         axes.set_visible(False)
@@ -268,18 +323,29 @@ def draw_curves(found: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     left, right, deep = figure.subplots(1, 3)
     steps = [max(one["step"], 1) for one in found]
-    lines = {"cka_to_final": ("CKA with the last kernel", "o-"),
-             "cka_without_noise": ("... noise taken out", "s--"),
-             "accuracy": ("right, of the test images", "^:")}  # fmt: skip
+    lines = {
+        "cka_to_final": ("CKA with the last kernel", "o-"),
+        "cka_without_noise": ("... noise taken out", "s--"),
+        "accuracy": ("right, of the test images", "^:"),
+    }
     for key, (label, style) in lines.items():
         left.plot(steps, [one[key] for one in found], style, ms=4, label=label)
     for name, style in {"class": "o-", "brightness": "s--"}.items():
         lifts = [one["lifts"][name] for one in found]
-        right.errorbar(steps, [v["value"] for v in lifts], [v["error"] for v in lifts], fmt=style,
-                       ms=4, capsize=3, label=name)  # fmt: skip
+        right.errorbar(
+            steps,
+            [v["value"] for v in lifts],
+            [v["error"] for v in lifts],
+            fmt=style,
+            ms=4,
+            capsize=3,
+            label=name,
+        )
     for column, depth in enumerate(found[0]["lifts"]["depths"]):
-        points = [tuple(one["lifts"][key][column] for key in ("pooled_lift", "low", "high"))
-                  for one in found]  # fmt: skip
+        points = [
+            tuple(one["lifts"][key][column] for key in ("pooled_lift", "low", "high"))
+            for one in found
+        ]
         curve_with_errors(deep, steps, points, f"depth {depth}")
     right.set(ylabel="lift (chance: 1)", title="class and brightness")
     deep.set(ylabel="lift (chance: 1)", title="common ancestor in WordNet, other classes")

@@ -45,10 +45,17 @@ class Config(Sampling):
     presets: ClassVar = {
         "paper": {"dataset": "mnist", "draws": 500, "thin": 1, "burn_in": 10},
         "small": {
-            "train": 2000, "test": 1000, "epochs": 8, "relabelled_epochs": 60, "chains": 3,
-            "draws": 40, "burn_in": 50, "thin": 2, "mapped": 600,
+            "train": 2000,
+            "test": 1000,
+            "epochs": 8,
+            "relabelled_epochs": 60,
+            "chains": 3,
+            "draws": 40,
+            "burn_in": 50,
+            "thin": 2,
+            "mapped": 600,
         },
-    }  # fmt: skip
+    }
 
     seed: int = Field(1, ge=0, description="of the images, the labels, the training, the sampling")
     dataset: Literal["fashion", "mnist"] = "fashion"
@@ -136,9 +143,14 @@ def train(config: Config, paths: Paths, kind: str, show: bool) -> None:
     """Train with Adam."""
     epochs = config.epochs if kind == "clean" else config.relabelled_epochs
     model = fit(
-        network(config), data_set(paths, kind), rate=config.learning_rate, epochs=epochs,
-        batch_size=config.batch_size, seed=config.seed, show=show,
-    )  # fmt: skip
+        network(config),
+        data_set(paths, kind),
+        rate=config.learning_rate,
+        epochs=epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        show=show,
+    )
     keep_model(model, paths.model(kind))
 
 
@@ -155,8 +167,16 @@ def sample(config: Config, paths: Paths, kind: str, show: bool) -> None:
         true = arrays["train_labels"]
     coords = {"label": data.tensors[1].numpy(), "true_label": true}
     coords["relabelled"] = coords["label"] != true
-    draw_losses(config, trained(config, paths, kind), data, data, paths.store(kind),
-                seed=config.seed, coords=coords, show=show)  # fmt: skip
+    draw_losses(
+        config,
+        trained(config, paths, kind),
+        data,
+        data,
+        paths.store(kind),
+        seed=config.seed,
+        coords=coords,
+        show=show,
+    )
 
 
 def make_map(config: Config, paths: Paths, show: bool) -> None:
@@ -203,8 +223,10 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
         }
         if kind == "relabelled":
             variance = lk.loss_variance(losses).values
-            one["accuracy"] |= {"unchanged": float(right[~changed].mean()),
-                                "changed": float(right[changed].mean())}  # fmt: skip
+            one["accuracy"] |= {
+                "unchanged": float(right[~changed].mean()),
+                "changed": float(right[changed].mean()),
+            }
             one |= {
                 "gain_changed": float(gain[changed].mean()),
                 "gain_unchanged": float(gain[~changed].mean()),
@@ -242,39 +264,68 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     gain = {kind: lk.loss_gain(node).values for kind, node in nodes.items()}
     some = np.random.default_rng(config.seed).permutation(len(images))[:10_000]
     figures = [
-        workflow.Figure("gallery", "Loss gain: lowest, middle, highest", "Of the network trained "
-                        "on true labels; the label and the gain in nats above each.",
-                        gallery(images, nodes["clean"]["label"].values, gain["clean"],
-                                NAMES[config.dataset])),
-        workflow.Figure("gain_against_loss", "Loss gain against loss",
-                        f"{len(some):,} training images, true labels.",
-                        plots.gain_against_loss(nodes["clean"].isel(sample=np.sort(some)))),
-        workflow.Figure("relabelled", "Changed labels",
-                        "Loss gain against loss where a tenth of the labels was changed.",
-                        plots.gain_against_loss(nodes["relabelled"].isel(sample=np.sort(some)),
-                                                mark="relabelled")),
-        workflow.Figure("map", "The covariance kernel's map", "t-SNE of its leading 50 features.",
-                        draw_map(points, nodes["relabelled"]["relabelled"].values[chosen])),
-    ]  # fmt: skip
+        workflow.Figure(
+            "gallery",
+            "Loss gain: lowest, middle, highest",
+            "Of the network trained on true labels; the label and the gain in nats above each.",
+            gallery(images, nodes["clean"]["label"].values, gain["clean"], NAMES[config.dataset]),
+        ),
+        workflow.Figure(
+            "gain_against_loss",
+            "Loss gain against loss",
+            f"{len(some):,} training images, true labels.",
+            plots.gain_against_loss(nodes["clean"].isel(sample=np.sort(some))),
+        ),
+        workflow.Figure(
+            "relabelled",
+            "Changed labels",
+            "Loss gain against loss where a tenth of the labels was changed.",
+            plots.gain_against_loss(
+                nodes["relabelled"].isel(sample=np.sort(some)), mark="relabelled"
+            ),
+        ),
+        workflow.Figure(
+            "map",
+            "The covariance kernel's map",
+            "t-SNE of its leading 50 features.",
+            draw_map(points, nodes["relabelled"]["relabelled"].values[chosen]),
+        ),
+    ]
     clean, changed = m["clean"], m["relabelled"]
     text = "{value:.3f} +- {error:.3f}".format
     rows = [
         ("Pearson r of loss and loss gain", text(**clean["pearson"]), "paper: -0.030"),
         ("... Spearman's", f"{clean['spearman']:.3f}", ""),
         ("Mean loss gain of changed over unchanged labels", text(**changed["ratio"]), "paper: 10"),
-        ("Mean loss gain of changed, of unchanged labels (nats)",
-         f"{changed['gain_changed']:.2f}, {changed['gain_unchanged']:.2f}", "paper: 23, 2.31"),
-        *((f"AUROC of {name} for changed labels",
-           text(**found) if "error" in found else f"{found['value']:.3f}", "")
-          for name, found in changed["auroc"].items()),
-        ("Right after training on changed labels: unchanged, changed, test",
-         "{unchanged:.1%}, {changed:.1%}, {test:.1%}".format(**changed["accuracy"]),
-         "paper: 99%, 98%"),
-        ("Right after training on true labels: training, test",
-         "{training:.1%}, {test:.1%}".format(**clean["accuracy"]), ""),
-        ("Agreement of R between halves of the chains: true, changed labels",
-         f"{clean['agreement_of_halves']:.2f}, {changed['agreement_of_halves']:.2f}", ""),
-    ]  # fmt: skip
+        (
+            "Mean loss gain of changed, of unchanged labels (nats)",
+            f"{changed['gain_changed']:.2f}, {changed['gain_unchanged']:.2f}",
+            "paper: 23, 2.31",
+        ),
+        *(
+            (
+                f"AUROC of {name} for changed labels",
+                text(**found) if "error" in found else f"{found['value']:.3f}",
+                "",
+            )
+            for name, found in changed["auroc"].items()
+        ),
+        (
+            "Right after training on changed labels: unchanged, changed, test",
+            "{unchanged:.1%}, {changed:.1%}, {test:.1%}".format(**changed["accuracy"]),
+            "paper: 99%, 98%",
+        ),
+        (
+            "Right after training on true labels: training, test",
+            "{training:.1%}, {test:.1%}".format(**clean["accuracy"]),
+            "",
+        ),
+        (
+            "Agreement of R between halves of the chains: true, changed labels",
+            f"{clean['agreement_of_halves']:.2f}, {changed['agreement_of_halves']:.2f}",
+            "",
+        ),
+    ]
     workflow.write_report(
         workflow.Report(
             title="What is hard, and what was memorised",
@@ -289,10 +340,10 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             figures=figures,
             settings=config.model_dump(mode="json"),
             next_steps=f'losses = lk.open("{paths.store("relabelled")}")["losses"]\n'
-                       "lk.loss_gain(losses)",
+            "lk.loss_gain(losses)",
         ),
         paths.report,
-    )  # fmt: skip
+    )
 
 
 def gallery(
@@ -301,8 +352,11 @@ def gallery(
     """Draw images of lowest, middle and highest loss gain, with their labels."""
     order = np.argsort(gain)
     middle = (len(order) - 10) // 2
-    rows = {"lowest": order[:10], "middle": order[middle : middle + 10],
-            "highest": order[::-1][:10]}  # fmt: skip
+    rows = {
+        "lowest": order[:10],
+        "middle": order[middle : middle + 10],
+        "highest": order[::-1][:10],
+    }
     figure = Figure(figsize=(12, 4.9), layout="constrained")
     for line, (name, chosen) in zip(figure.subplots(3, 10), rows.items(), strict=True):
         for axes, i in zip(line, chosen, strict=True):
@@ -321,7 +375,12 @@ def draw_map(points: np.ndarray, changed: np.ndarray) -> Figure:
     for flag, color, name in ((False, "#3f90da", "unchanged"), (True, "#bd1f01", "changed label")):
         at = changed == flag
         axes.scatter(points[at, 0], points[at, 1], s=size, color=color, lw=0, alpha=0.7, label=name)
-    axes.set(xticks=[], yticks=[], xlabel="t-SNE 1", ylabel="t-SNE 2",
-             title="Covariance kernel of training losses")  # fmt: skip
+    axes.set(
+        xticks=[],
+        yticks=[],
+        xlabel="t-SNE 1",
+        ylabel="t-SNE 2",
+        title="Covariance kernel of training losses",
+    )
     axes.legend(frameon=False, markerscale=3)
     return figure

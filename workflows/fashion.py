@@ -48,9 +48,14 @@ class Config(workflow.Config):
     presets: ClassVar = {
         "paper": {"observed": 10_000, "chains": 8, "draws": 1000},
         "small": {
-            "train": 5000, "observed": 600, "epochs": 5, "chains": 3, "draws": 60, "burn_in": 30,
+            "train": 5000,
+            "observed": 600,
+            "epochs": 5,
+            "chains": 3,
+            "draws": 60,
+            "burn_in": 30,
         },
-    }  # fmt: skip
+    }
 
     seed: int = Field(1, ge=0)
     dataset: ClassVar[str] = "fashion"
@@ -129,10 +134,12 @@ def network(config: Config, seed: int) -> nn.Sequential:
     """Return an untrained network of two hidden layers."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Linear(784, config.width), nn.ReLU(),
-        nn.Linear(config.width, config.width), nn.ReLU(),
+        nn.Linear(784, config.width),
+        nn.ReLU(),
+        nn.Linear(config.width, config.width),
+        nn.ReLU(),
         nn.Linear(config.width, 10),
-    )  # fmt: skip
+    )
 
 
 def train(config: Config, paths: Paths, show: bool) -> None:
@@ -263,31 +270,37 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     found = {name: tree[f"derived/by_distance_{name}"].to_dataset().compute() for name in KERNELS}
     figures = [
         workflow.Figure(
-            f"matrix_{name}", f"By class: {name}",
+            f"matrix_{name}",
+            f"By class: {name}",
             "Mean correlation between the classes' images, beside their distance in WordNet.",
             plots.hierarchy_matrices(found[name]),
         )
         for name in KERNELS
-    ]  # fmt: skip
+    ]
     figures.append(
         workflow.Figure(
-            "by_distance", "Correlation against distance",
+            "by_distance",
+            "Correlation against distance",
             "Mean correlation by distance of the classes; 0 is images of one class.",
             plots.correlation_against_distance(found),
         )
-    )  # fmt: skip
+    )
     rows = [
-        (f"Rank correlation of mean R with distance: {name}",
-         "{:.2f} ({:.2f} to {:.2f})".format(*metrics[name]["rank_correlation"]),
-         "negative: near classes correlate")
+        (
+            f"Rank correlation of mean R with distance: {name}",
+            "{:.2f} ({:.2f} to {:.2f})".format(*metrics[name]["rank_correlation"]),
+            "negative: near classes correlate",
+        )
         for name in KERNELS
-    ]  # fmt: skip
+    ]
     rows += [
-        (f"... of its magnitude: {name}",
-         f"{metrics[name]['magnitude']['rank_correlation']:.2f}",
-         f"permutation p = {metrics[name]['magnitude']['p_value']:.4f}")
+        (
+            f"... of its magnitude: {name}",
+            f"{metrics[name]['magnitude']['rank_correlation']:.2f}",
+            f"permutation p = {metrics[name]['magnitude']['p_value']:.4f}",
+        )
         for name in KERNELS
-    ]  # fmt: skip
+    ]
     rows.append(("Accuracy on the test images", f"{metrics['accuracy']:.1%}", ""))
     workflow.write_report(
         workflow.Report(
@@ -299,8 +312,11 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
                 "two classes apart, a perturbation that helps one hurts the other, so near "
                 "classes can correlate negatively; the magnitude is given beside the sign."
             ],
-            metrics={**metrics, "seconds": state.seconds(),
-                     "config": config.model_dump(mode="json")},
+            metrics={
+                **metrics,
+                "seconds": state.seconds(),
+                "config": config.model_dump(mode="json"),
+            },
             rows=rows,
             figures=figures,
             settings=config.model_dump(mode="json"),
@@ -310,4 +326,4 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             "lk.correlation_by_distance(losses, taxonomy)",
         ),
         paths.report,
-    )  # fmt: skip
+    )

@@ -46,14 +46,28 @@ class Config(Sampling):
 
     presets: ClassVar = {
         # Table 1's row of D.3: of GoogLeNet on ImageNet, not tuned for this network.
-        "paper": {"gammas": (100, 300, 600, 900, 1200, 1500, 3000), "observed": 10_000,
-                  "chains": 5, "draws": 1200, "burn_in": 2000, "thin": 1, "step_size": 1e-4,
-                  "nbeta": 20},
-        "small": {
-            "train": 2000, "observed": 400, "epochs": 10, "width": 8, "gammas": (100, 10_000),
-            "chains": 3, "draws": 40, "burn_in": 60, "thin": 2,
+        "paper": {
+            "gammas": (100, 300, 600, 900, 1200, 1500, 3000),
+            "observed": 10_000,
+            "chains": 5,
+            "draws": 1200,
+            "burn_in": 2000,
+            "thin": 1,
+            "step_size": 1e-4,
+            "nbeta": 20,
         },
-    }  # fmt: skip
+        "small": {
+            "train": 2000,
+            "observed": 400,
+            "epochs": 10,
+            "width": 8,
+            "gammas": (100, 10_000),
+            "chains": 3,
+            "draws": 40,
+            "burn_in": 60,
+            "thin": 2,
+        },
+    }
 
     seed: int = Field(1, ge=0, description="of the images, the training, the sampling")
     dataset: ClassVar[str] = "fashion"
@@ -116,9 +130,14 @@ def network(config: Config) -> nn.Module:
 def train(config: Config, paths: Paths, show: bool) -> None:
     """Train with Adam."""
     model = fit(
-        network(config), data_set(paths.data, "train"), rate=config.learning_rate,
-        epochs=config.epochs, batch_size=config.batch_size, seed=config.seed, show=show,
-    )  # fmt: skip
+        network(config),
+        data_set(paths.data, "train"),
+        rate=config.learning_rate,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        show=show,
+    )
     keep_model(model, paths.model)
 
 
@@ -127,10 +146,16 @@ def sample(config: Config, paths: Paths, gamma: float, show: bool) -> None:
     observed = data_set(paths.data, "test")
     groups = brightness(observed.tensors[0].numpy())
     draw_losses(
-        config, load_model(network(config), paths.model), data_set(paths.data, "train"), observed,
-        paths.store(gamma), seed=config.seed + config.gammas.index(gamma), gamma=gamma, show=show,
+        config,
+        load_model(network(config), paths.model),
+        data_set(paths.data, "train"),
+        observed,
+        paths.store(gamma),
+        seed=config.seed + config.gammas.index(gamma),
+        gamma=gamma,
+        show=show,
         coords={"label": observed.tensors[1].numpy(), "brightness": groups},
-    )  # fmt: skip
+    )
 
 
 def losses_of(config: Config, paths: Paths) -> dict[float, xr.DataArray]:
@@ -150,19 +175,22 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
             store.put(paths.store(gamma), "by_distance", by_distance)
             curve = lk.cka_curve(x).compute()
             tree = lk.open(paths.store(gamma))
-            found.append({
-                "gamma": gamma,
-                "lifts": garment_lifts(x, taxonomy, config.neighbors, config.seed),
-                "rank_correlation": {
-                    key: float(by_distance[f"rank_{key}"]) for key in ("correlation", "low", "high")
-                },
-                "same_class": float(by_distance["correlation"].sel(distance=0)),
-                "draws": (curve["draws"].values * x.sizes["chain"]).tolist(),
-                "cka": curve.values.tolist(),
-                "mean_gain": float(lk.loss_gain(tree["losses"]).mean()),
-                "agreement_of_halves": halves_agree(x),
-                "verdicts": list(lk.diagnostics(tree).attrs["verdicts"]),
-            })  # fmt: skip
+            found.append(
+                {
+                    "gamma": gamma,
+                    "lifts": garment_lifts(x, taxonomy, config.neighbors, config.seed),
+                    "rank_correlation": {
+                        key: float(by_distance[f"rank_{key}"])
+                        for key in ("correlation", "low", "high")
+                    },
+                    "same_class": float(by_distance["correlation"].sel(distance=0)),
+                    "draws": (curve["draws"].values * x.sizes["chain"]).tolist(),
+                    "cka": curve.values.tolist(),
+                    "mean_gain": float(lk.loss_gain(tree["losses"]).mean()),
+                    "agreement_of_halves": halves_agree(x),
+                    "verdicts": list(lk.diagnostics(tree).attrs["verdicts"]),
+                }
+            )
             bar.update()
     with progress.busy("alignment", show=show):
         pairs = {
@@ -171,10 +199,14 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
         }
     model = load_model(network(config), paths.model)
     metrics = {
-        "kernels": found, "cka": pairs["plain"], "cka_without_noise": pairs["draws"],
-        "accuracy": {"training": float(accuracy(model, data_set(paths.data, "train")).mean()),
-                     "test": float(accuracy(model, data_set(paths.data, "test")).mean())},
-    }  # fmt: skip
+        "kernels": found,
+        "cka": pairs["plain"],
+        "cka_without_noise": pairs["draws"],
+        "accuracy": {
+            "training": float(accuracy(model, data_set(paths.data, "train")).mean()),
+            "test": float(accuracy(model, data_set(paths.data, "test")).mean()),
+        },
+    }
     paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
 
 
@@ -193,31 +225,56 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         for g in config.gammas
     }
     figures = [
-        workflow.Figure("cka", "Alignment of kernels", "CKA of the correlation kernels at any two "
-                        "gammas, with Monte-Carlo noise, and corrected for it by splitting chains "
-                        "(figure 6B).", draw_cka(m, config.gammas)),
-        workflow.Figure("convergence", "Convergence", "CKA of the covariance kernel of some draws "
-                        "with that of all (figure 6A).", draw_convergence(kernels)),
-        workflow.Figure("by_distance", "Correlation against distance in WordNet",
-                        "Distance 0 is one class (figure 6C).",
-                        plots.correlation_against_distance(curves)),
-        workflow.Figure("lift", "What neighbours share", "Lift of class, of brightness among "
-                        "neighbours of other classes, and of common ancestors among those "
-                        "(figure 6D).", draw_lift(kernels)),
-    ]  # fmt: skip
+        workflow.Figure(
+            "cka",
+            "Alignment of kernels",
+            "CKA of the correlation kernels at any two "
+            "gammas, with Monte-Carlo noise, and corrected for it by splitting chains "
+            "(figure 6B).",
+            draw_cka(m, config.gammas),
+        ),
+        workflow.Figure(
+            "convergence",
+            "Convergence",
+            "CKA of the covariance kernel of some draws with that of all (figure 6A).",
+            draw_convergence(kernels),
+        ),
+        workflow.Figure(
+            "by_distance",
+            "Correlation against distance in WordNet",
+            "Distance 0 is one class (figure 6C).",
+            plots.correlation_against_distance(curves),
+        ),
+        workflow.Figure(
+            "lift",
+            "What neighbours share",
+            "Lift of class, of brightness among "
+            "neighbours of other classes, and of common ancestors among those "
+            "(figure 6D).",
+            draw_lift(kernels),
+        ),
+    ]
     rows = []
     for one in kernels:
         lifts, rank = one["lifts"], one["rank_correlation"]
         text = "{value:.2f} +- {error:.2f}".format
         rows += [
-            (f"gamma {one['gamma']:g}: lift of class, of brightness",
-             text(**lifts["class"]) + ", " + text(**lifts["brightness"]), "chance: 1"),
-            ("... rank correlation of mean R with distance in WordNet",
-             "{correlation:.2f} ({low:.2f} to {high:.2f})".format(**rank),
-             "paper: falls with gamma"),
-            ("... agreement of R between halves of the chains", f"{one['agreement_of_halves']:.2f}",
-             ""),
-        ]  # fmt: skip
+            (
+                f"gamma {one['gamma']:g}: lift of class, of brightness",
+                text(**lifts["class"]) + ", " + text(**lifts["brightness"]),
+                "chance: 1",
+            ),
+            (
+                "... rank correlation of mean R with distance in WordNet",
+                "{correlation:.2f} ({low:.2f} to {high:.2f})".format(**rank),
+                "paper: falls with gamma",
+            ),
+            (
+                "... agreement of R between halves of the chains",
+                f"{one['agreement_of_halves']:.2f}",
+                "",
+            ),
+        ]
     rows.append(("Right: training, test", "{training:.1%}, {test:.1%}".format(**m["accuracy"]), ""))
     workflow.write_report(
         workflow.Report(
@@ -233,11 +290,11 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             figures=figures,
             settings=config.model_dump(mode="json"),
             next_steps=f'a = lk.open("{paths.store(config.gammas[0])}")["losses"]\n'
-                       f'b = lk.open("{paths.store(config.gammas[-1])}")["losses"]\n'
-                       'lk.cka(a, b, normalize="cosine", debiased="draws")',
+            f'b = lk.open("{paths.store(config.gammas[-1])}")["losses"]\n'
+            'lk.cka(a, b, normalize="cosine", debiased="draws")',
         ),
         paths.report,
-    )  # fmt: skip
+    )
 
 
 def draw_cka(m: dict[str, Any], gammas: tuple[float, ...]) -> Figure:
@@ -251,8 +308,15 @@ def draw_cka(m: dict[str, Any], gammas: tuple[float, ...]) -> Figure:
         axes.set_xticks(range(len(names)), names)
         axes.set_yticks(range(len(names)), names)
         for (i, j), value in np.ndenumerate(table):
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=9,
-                      color="white" if value < 0.6 else "black")  # fmt: skip
+            axes.text(
+                j,
+                i,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if value < 0.6 else "black",
+            )
         axes.set(xlabel="gamma", ylabel="gamma", title=title)
     figure.colorbar(picture, ax=figure.axes[:2])
     return figure
@@ -264,8 +328,9 @@ def draw_convergence(kernels: list[dict[str, Any]]) -> Figure:
     axes = figure.add_subplot()
     for one in kernels:
         axes.plot(one["draws"], one["cka"], "o-", ms=3, label=f"gamma {one['gamma']:g}")
-    axes.set(xlabel="draws of all chains", ylabel="CKA with the kernel of all draws",
-             ylim=(None, 1.01))  # fmt: skip
+    axes.set(
+        xlabel="draws of all chains", ylabel="CKA with the kernel of all draws", ylim=(None, 1.01)
+    )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return figure
@@ -279,11 +344,20 @@ def draw_lift(kernels: list[dict[str, Any]]) -> Figure:
     styles = {"class": ("o-", "#3f90da"), "brightness": ("s--", "#ffa90e")}
     for name, (style, color) in styles.items():
         lifts = [one["lifts"][name] for one in kernels]
-        left.errorbar(gammas, [v["value"] for v in lifts], [v["error"] for v in lifts], fmt=style,
-                      color=color, capsize=3, label=name)  # fmt: skip
+        left.errorbar(
+            gammas,
+            [v["value"] for v in lifts],
+            [v["error"] for v in lifts],
+            fmt=style,
+            color=color,
+            capsize=3,
+            label=name,
+        )
     for column, depth in enumerate(kernels[0]["lifts"]["depths"]):
-        points = [tuple(one["lifts"][key][column] for key in ("pooled_lift", "low", "high"))
-                  for one in kernels]  # fmt: skip
+        points = [
+            tuple(one["lifts"][key][column] for key in ("pooled_lift", "low", "high"))
+            for one in kernels
+        ]
         curve_with_errors(right, gammas, points, f"depth {depth}")
     for axes, title in ((left, "class and brightness"), (right, "common ancestor in WordNet")):
         axes.axhline(1, color="black", lw=0.8, ls=":")

@@ -36,10 +36,19 @@ class Config(workflow.Config):
     presets: ClassVar = {
         "paper": {"chains": 8, "draws": 1000},
         "small": {
-            "features": 512, "epochs": 3, "held_out": 1000, "chains": 3, "draws": 60, "thin": 2,
-            "burn_in": 50, "untrained": 2, "gammas": "", "least_members": 200, "smallest": 250,
+            "features": 512,
+            "epochs": 3,
+            "held_out": 1000,
+            "chains": 3,
+            "draws": 60,
+            "thin": 2,
+            "burn_in": 50,
+            "untrained": 2,
+            "gammas": "",
+            "least_members": 200,
+            "smallest": 250,
         },
-    }  # fmt: skip
+    }
 
     seed: int = Field(1, ge=0, description="of the split, the training, the sampling")
     smallest: int = Field(40, ge=2, description="descendants that a class must have")
@@ -112,8 +121,9 @@ class Kernel:
 def kernels(config: Config) -> list[Kernel]:
     """Return every kernel of the study, the headline's first."""
     out = [Kernel(HEADLINE, "trained", config.gamma)]
-    out += [Kernel(f"untrained {at}", f"untrained {at}", config.gamma)
-            for at in range(config.untrained)]  # fmt: skip
+    out += [
+        Kernel(f"untrained {at}", f"untrained {at}", config.gamma) for at in range(config.untrained)
+    ]
     gammas = [float(text) for text in config.gammas.split(",") if text.strip()]
     out += [Kernel(f"gamma {gamma:g}", "trained", gamma) for gamma in gammas]
     out += [Kernel("early", "early", config.gamma)]
@@ -257,9 +267,7 @@ def random_neighbors(losses: xr.Dataset, k: int, seed: int) -> xr.Dataset:
     """Return a table of random inputs of other labels."""
     label = losses["label"].values
     rng = np.random.default_rng(seed)
-    near = np.stack([
-        rng.choice(np.flatnonzero(label != own), k, replace=False) for own in label
-    ])  # fmt: skip
+    near = np.stack([rng.choice(np.flatnonzero(label != own), k, replace=False) for own in label])
     coords = {"sample": np.arange(len(label)), "label": ("sample", label)}
     attrs = {"exclude": "label", "k": k, "largest": 1}
     return xr.Dataset({"neighbor": (("sample", "rank"), near)}, coords=coords, attrs=attrs)
@@ -375,8 +383,9 @@ def quality(config: Config, paths: Paths, kernel: Kernel, losses: xr.Dataset) ->
         logits = load_model(config, paths, kernel.model)(words)
         accuracy = (logits.argmax(1) == labels).float().mean()
         loss = F.cross_entropy(logits, labels)
-    halves = [losses["loss"].isel(chain=slice(first, None, 2), sample=slice(0, 1000))
-              for first in (0, 1)]  # fmt: skip
+    halves = [
+        losses["loss"].isel(chain=slice(first, None, 2), sample=slice(0, 1000)) for first in (0, 1)
+    ]
     one, two = (lk.correlation(half).values for half in halves)
     pairs = np.triu(np.ones(one.shape, bool), 1)
     return {
@@ -398,55 +407,74 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         if name.startswith("lift_")
     }
     by_distance = derived["by_distance"].to_dataset().compute()
-    compared = {"trained": lift["trained"], **{
-        f"untrained ({at})": part for at, part in enumerate(untrained_of(lift))
-    }, "inputs": lift["inputs"], "random": lift["random"]}  # fmt: skip
-    settings = {"trained": lift["trained"], **{
-        name: part for name, part in lift.items()
-        if name in ("early", "free head", "trained label component removed")
-        or name.startswith("gamma")
-    }}  # fmt: skip
+    compared = {
+        "trained": lift["trained"],
+        **{f"untrained ({at})": part for at, part in enumerate(untrained_of(lift))},
+        "inputs": lift["inputs"],
+        "random": lift["random"],
+    }
+    settings = {
+        "trained": lift["trained"],
+        **{
+            name: part
+            for name, part in lift.items()
+            if name in ("early", "free head", "trained label component removed")
+            or name.startswith("gamma")
+        },
+    }
     figures = [
         workflow.Figure(
-            "controls", "Trained, and the controls",
+            "controls",
+            "Trained, and the controls",
             "Pooled lift under the matched base rate, pairs of one label excluded. Bars are 95% "
             "intervals: labels resampled, chains deleted.",
             plots.lift_curves(compared, title="Taxonomic lift of held-out definitions"),
         ),
         workflow.Figure(
-            "by_depth", "By query depth", "The trained network, one curve for each query depth.",
+            "by_depth",
+            "By query depth",
+            "The trained network, one curve for each query depth.",
             plots.lift_by_depth(lift["trained"]),
         ),
         workflow.Figure(
-            "settings", "Settings", "The trained network under other localizations, with the "
+            "settings",
+            "Settings",
+            "The trained network under other localizations, with the "
             "head free, after one epoch, and without each label's shared component.",
             plots.lift_curves(settings, title="What the lift depends on"),
         ),
         workflow.Figure(
-            "by_distance", "Correlation against distance",
+            "by_distance",
+            "Correlation against distance",
             "Mean correlation of losses by distance of the labels in WordNet.",
             plots.correlation_against_distance({"trained": by_distance}),
         ),
         workflow.Figure(
-            "matrix", "By label", "Mean correlation between classes, in the hierarchy's order, "
-            "beside their distance.",
+            "matrix",
+            "By label",
+            "Mean correlation between classes, in the hierarchy's order, beside their distance.",
             plots.hierarchy_matrices(by_distance),
         ),
-    ]  # fmt: skip
+    ]
     rows = [
-        (f"Pooled lift at depth {d['depth']}: trained minus {name}",
-         f"{d['difference']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})",
-         f"{d['trained']:.2f} against {d['control']:.2f}")
+        (
+            f"Pooled lift at depth {d['depth']}: trained minus {name}",
+            f"{d['difference']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})",
+            f"{d['trained']:.2f} against {d['control']:.2f}",
+        )
         for name in ("untrained", "inputs")
         for d in metrics[f"trained_minus_{name}"]
         if d["depth"] >= 1 and d["pairs_expected_to_share"] >= 100
-    ]  # fmt: skip
+    ]
     rows += [
-        (f"{name}: accuracy, loss, agreement of half kernels",
-         f"{k['held_out_accuracy']:.1%}, {k['held_out_loss']:.2f}, "
-         f"{k['agreement_of_half_kernels']:.2f}", "")
+        (
+            f"{name}: accuracy, loss, agreement of half kernels",
+            f"{k['held_out_accuracy']:.1%}, {k['held_out_loss']:.2f}, "
+            f"{k['agreement_of_half_kernels']:.2f}",
+            "",
+        )
         for name, k in metrics["kernels"].items()
-    ]  # fmt: skip
+    ]
     workflow.write_report(
         workflow.Report(
             title="Glosses: what of WordNet does a definition classifier's loss kernel see?",

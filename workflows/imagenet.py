@@ -36,14 +36,26 @@ class Config(Sampling):
     presets: ClassVar = {
         "paper": {"train": None},
         "probes": {
-            "train": None, "observed": 2500, "sampler_batch": 64, "chains": 30, "draws": 1000,
-            "step_size": 1e-4, "nbeta": 10, "gamma": 1000,
+            "train": None,
+            "observed": 2500,
+            "sampler_batch": 64,
+            "chains": 30,
+            "draws": 1000,
+            "step_size": 1e-4,
+            "nbeta": 10,
+            "gamma": 1000,
         },
         "small": {
-            "train": 200, "observed": 60, "side": 64, "sampler_batch": 16, "chains": 2,
-            "draws": 10, "burn_in": 4, "neighbors": 10,
+            "train": 200,
+            "observed": 60,
+            "side": 64,
+            "sampler_batch": 16,
+            "chains": 2,
+            "draws": 10,
+            "burn_in": 4,
+            "neighbors": 10,
         },
-    }  # fmt: skip
+    }
 
     seed: int = Field(1, ge=0, description="of the choice of images, the sampling")
     data: Path = Field(Path("imagenet"), description="folder of train/WNID and val/WNID")
@@ -215,9 +227,14 @@ def sample(config: Config, paths: Paths, show: bool) -> None:
     train, observed = (Pixels(paths, part) for part in PARTS)
     data: Any = train, observed
     draw_losses(
-        config, network(config), *data, paths.store, seed=config.seed, show=show,
+        config,
+        network(config),
+        *data,
+        paths.store,
+        seed=config.seed,
+        show=show,
         coords={"label": observed.wnids, "class_number": np.array(observed.classes)},
-    )  # fmt: skip
+    )
     wnids.keep_thumbnails(paths.store, np.asarray(observed.images))
 
 
@@ -260,14 +277,20 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         return " +- ".join("none" if v is None else f"{v:.2f}" for v in pair.values())
 
     rows = [
-        ("Lift by depth of the common ancestor, other classes only", wnids.lift_text(m["lift"]),
-         "chance: 1; the paper's figure 5 has it rise with depth"),
+        (
+            "Lift by depth of the common ancestor, other classes only",
+            wnids.lift_text(m["lift"]),
+            "chance: 1; the paper's figure 5 has it rise with depth",
+        ),
         ("Lift of the class among all neighbours", text(m["class_lift"]), "chance: 1"),
-        ("Lift of the colour group among neighbours of other classes", text(m["color_lift"]),
-         "chance: 1"),
+        (
+            "Lift of the colour group among neighbours of other classes",
+            text(m["color_lift"]),
+            "chance: 1",
+        ),
         ("Mean loss gain (nats)", f"{m['mean_gain']:.3g}", ""),
         ("Agreement of R between halves of the chains", f"{m['agreement_of_halves']:.2f}", ""),
-    ]  # fmt: skip
+    ]
     trained = "an untrained network" if config.weights is None else f"weights of {config.weights}"
     workflow.write_report(
         workflow.Report(
@@ -284,4 +307,4 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             next_steps=f'tree = lk.open("{paths.store}")\ntree["derived/neighbors"]',
         ),
         paths.report,
-    )  # fmt: skip
+    )

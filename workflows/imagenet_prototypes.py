@@ -45,10 +45,17 @@ class Config(Sampling):
     presets: ClassVar = {
         "paper": {"chains": 8, "draws": 500},
         "small": {
-            "classes": 40, "side": 64, "steps": 16, "chains": 2, "draws": 10, "burn_in": 4,
-            "thin": 1, "neighbors": 5, "sampler_batch": 16,
+            "classes": 40,
+            "side": 64,
+            "steps": 16,
+            "chains": 2,
+            "draws": 10,
+            "burn_in": 4,
+            "thin": 1,
+            "neighbors": 5,
+            "sampler_batch": 16,
         },
-    }  # fmt: skip
+    }
 
     seed: int = Field(1, ge=0, description="of the images, the untrained weights, the sampling")
     classes: int = Field(_CLASSES, ge=20, le=_CLASSES, description="evenly spaced")
@@ -180,10 +187,12 @@ def fade(config: Config, paths: Paths) -> None:
     with torch.inference_mode():
         for number in range(_BISECTIONS):
             middle = high if number == 0 else (low + high) / 2
-            logits = torch.cat([
-                model(one * at[:, None, None, None])
-                for one, at in zip(whole.split(50), middle.split(50), strict=True)
-            ])  # fmt: skip
+            logits = torch.cat(
+                [
+                    model(one * at[:, None, None, None])
+                    for one, at in zip(whole.split(50), middle.split(50), strict=True)
+                ]
+            )
             enough = logits.softmax(1).gather(1, wanted[:, None])[:, 0] >= config.share
             if number == 0:
                 low = torch.where(enough, low, high)
@@ -223,9 +232,16 @@ def sample(config: Config, paths: Paths, kernel: str, show: bool) -> None:
     """Sample around a network; the prototypes are both what it is held to and observed."""
     data, model = data_set(config, paths), network(config, trained=kernel != "untrained")
     draw_losses(
-        config, model, data, data, paths.store(kernel), seed=config.seed, show=show,
-        trainable=KERNELS[kernel][1], coords={"label": labels_of(config)},
-    )  # fmt: skip
+        config,
+        model,
+        data,
+        data,
+        paths.store(kernel),
+        seed=config.seed,
+        show=show,
+        trainable=KERNELS[kernel][1],
+        coords={"label": labels_of(config)},
+    )
     wnids.keep_thumbnails(paths.store(kernel), images_of(config, paths))
 
 
@@ -246,8 +262,11 @@ def features(config: Config, paths: Paths) -> dict[str, np.ndarray]:
 
 def as_losses(values: np.ndarray, losses: xr.DataArray) -> xr.DataArray:
     """Return features in the place of draws, so that R is their correlation."""
-    return xr.DataArray(values.T[None], dims=("chain", "draw", "sample"),
-                        coords={"label": losses["label"], "sample": losses["sample"]})  # fmt: skip
+    return xr.DataArray(
+        values.T[None],
+        dims=("chain", "draw", "sample"),
+        coords={"label": losses["label"], "sample": losses["sample"]},
+    )
 
 
 def lifts_of(config: Config, paths: Paths) -> dict[str, xr.Dataset]:
@@ -297,24 +316,41 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     """Write the report folder."""
     m = json.loads(paths.metrics.read_text())
     lifts = lifts_of(config, paths)
-    rows = [(f"Lift by depth: {name}", wnids.lift_text(one), "chance: 1")
-            for name, one in m["lifts"].items()]  # fmt: skip
+    rows = [
+        (f"Lift by depth: {name}", wnids.lift_text(one), "chance: 1")
+        for name, one in m["lifts"].items()
+    ]
     rows += [
         ("Prototypes classified as intended, once faded", f"{m['intended']:.1%}", ""),
         ("Contrast that is left them, median", f"{m['contrast']:.2f}", "1: not faded"),
-        *((f"Losses that never move: {KERNELS[kernel][0]}", str(value), "0")
-          for kernel, value in m["constant"].items()),
-        *((f"Agreement of R between halves of the chains: {KERNELS[kernel][0]}", f"{value:.2f}", "")
-          for kernel, value in m["agreement_of_halves"].items()),
-    ]  # fmt: skip
+        *(
+            (f"Losses that never move: {KERNELS[kernel][0]}", str(value), "0")
+            for kernel, value in m["constant"].items()
+        ),
+        *(
+            (
+                f"Agreement of R between halves of the chains: {KERNELS[kernel][0]}",
+                f"{value:.2f}",
+                "",
+            )
+            for kernel, value in m["agreement_of_halves"].items()
+        ),
+    ]
     figures = [
-        workflow.Figure("controls", "Lift of the kernel and its controls", "Neighbours share an "
-                        "ancestor at this depth so many times as often as chance.",
-                        plots.lift_curves(lifts, title="Taxonomic lift of prototypes")),
-        workflow.Figure("draws", "Lift against draws", "Of the whole loss kernel, all chains.",
-                        draw_draws(m["against_draws"])),
+        workflow.Figure(
+            "controls",
+            "Lift of the kernel and its controls",
+            "Neighbours share an ancestor at this depth so many times as often as chance.",
+            plots.lift_curves(lifts, title="Taxonomic lift of prototypes"),
+        ),
+        workflow.Figure(
+            "draws",
+            "Lift against draws",
+            "Of the whole loss kernel, all chains.",
+            draw_draws(m["against_draws"]),
+        ),
         *wnids.figures(paths.store("whole"), lifts["loss kernel"], seed=config.seed),
-    ]  # fmt: skip
+    ]
     workflow.write_report(
         workflow.Report(
             title="ImageNet's hierarchy from prototypes of its classes",
@@ -333,7 +369,7 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             "lk.taxonomic_lift(tree, lk.Taxonomy.imagenet())",
         ),
         paths.report,
-    )  # fmt: skip
+    )
 
 
 def draw_draws(curve: list[dict[str, Any]]) -> Figure:
@@ -342,8 +378,9 @@ def draw_draws(curve: list[dict[str, Any]]) -> Figure:
     axes = figure.add_subplot()
     draws = [one["draws"] for one in curve]
     for column, depth in enumerate(curve[0]["lift"]["depth"]):
-        points = [tuple(one["lift"][key][column] for key in ("lift", "low", "high"))
-                  for one in curve]  # fmt: skip
+        points = [
+            tuple(one["lift"][key][column] for key in ("lift", "low", "high")) for one in curve
+        ]
         if depth in (4, 6, 8, 10):
             curve_with_errors(axes, draws, points, f"depth {depth:.0f}")
     axes.axhline(1, color="black", lw=1, ls=":")

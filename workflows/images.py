@@ -16,15 +16,26 @@ Dataset = Literal["fashion", "mnist", "svhn"]
 Split = Literal["train", "test"]
 #: Torchvision's classes, and the subfolder that holds the files.
 CLASSES = {
-    "fashion": ("FashionMNIST", "FashionMNIST/raw"), "mnist": ("MNIST", "MNIST/raw"),
+    "fashion": ("FashionMNIST", "FashionMNIST/raw"),
+    "mnist": ("MNIST", "MNIST/raw"),
     "svhn": ("SVHN", ""),
-}  # fmt: skip
+}
 NAMES = {
-    "fashion": ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker",
-                "bag", "boot"),
+    "fashion": (
+        "T-shirt",
+        "trouser",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "boot",
+    ),
     "mnist": tuple("0123456789"),
     "svhn": tuple("0123456789"),
-}  # fmt: skip
+}
 FOLDER = "folder of the published files; without it, the command that gets them is told"
 
 

@@ -36,10 +36,12 @@ from lkarray import plots, store, workflow
 
 #: Scores of table 1, and the paper's numbers, of MNIST.
 PAPER = {
-    "IPS norm": (0.9009, 0.5008, 0.2667), "IPS class margin": (1.0, 1.0, 0.8046),
-    "hidden top-k similarity": (0.8633, 0.3929, 0.6253), "max-softmax": (0.9054, 0.4964, 0.9823),
+    "IPS norm": (0.9009, 0.5008, 0.2667),
+    "IPS class margin": (1.0, 1.0, 0.8046),
+    "hidden top-k similarity": (0.8633, 0.3929, 0.6253),
+    "max-softmax": (0.9054, 0.4964, 0.9823),
     "logit margin": (0.9016, 0.4786, 0.9729),
-}  # fmt: skip
+}
 MEASURES = ("auroc", "aupr", "spearman")
 #: Classes whose axes are shown; of digits the paper has 7.
 SHOWN = {"fashion": (1, 9), "mnist": (7, 1), "svhn": (7, 1)}
@@ -51,11 +53,18 @@ class Config(Training):
     presets: ClassVar = {
         "paper": {"dataset": "mnist"},
         "small": {
-            "batches": 10, "batch_size": 64, "epochs": 4, "learning_rate": 1e-3, "observed": 400,
-            "score_test": 400, "score_train": 500, "score_epochs": 4, "neighbors": 15,
+            "batches": 10,
+            "batch_size": 64,
+            "epochs": 4,
+            "learning_rate": 1e-3,
+            "observed": 400,
+            "score_test": 400,
+            "score_train": 500,
+            "score_epochs": 4,
+            "neighbors": 15,
             "replicates": 200,
         },
-    }  # fmt: skip
+    }
 
     observed: int = Field(2000, ge=50, le=TEST, description="test images of the map")
     neighbors: int = Field(30, ge=2, description="of each image, which UMAP keeps together")
@@ -108,9 +117,14 @@ def factors(config: Config, paths: Paths, show: bool) -> dict[str, xr.Dataset]:
     for name, (part, count, times) in sets.items():
         images = paths.run.images(part, count)
         found[name] = lk.gradient_factors(
-            trace, images, times, name=name, coords={"label": images.tensors[1].numpy()},
-            store=paths.store, progress=show,
-        )  # fmt: skip
+            trace,
+            images,
+            times,
+            name=name,
+            coords={"label": images.tensors[1].numpy()},
+            store=paths.store,
+            progress=show,
+        )
     return found
 
 
@@ -157,12 +171,23 @@ def similarity(config: Config, paths: Paths, show: bool) -> None:
     store.put(paths.store, "similarity_by_distance", found)
     target = int(np.argmin(points["misclassified"].values))
     rank = found["rank_correlation"].values
-    paths.similarity.write_text(json.dumps({
-        "rank_correlation": dict(zip(found["pairs"].values.tolist(), numbers(rank), strict=True)),
-        **{key: {name: numbers(found[key].sel(pairs=name).values) for name in ("within", "between")}
-           for key in ("distance", "mean", "sd", "count")},
-        "target": target,
-    }))  # fmt: skip
+    paths.similarity.write_text(
+        json.dumps(
+            {
+                "rank_correlation": dict(
+                    zip(found["pairs"].values.tolist(), numbers(rank), strict=True)
+                ),
+                **{
+                    key: {
+                        name: numbers(found[key].sel(pairs=name).values)
+                        for name in ("within", "between")
+                    }
+                    for key in ("distance", "mean", "sd", "count")
+                },
+                "target": target,
+            }
+        )
+    )
 
 
 def scores(config: Config, paths: Paths, show: bool) -> None:
@@ -184,17 +209,23 @@ def scores(config: Config, paths: Paths, show: bool) -> None:
     near = lk.hidden_similarity(unknown, known, train_labels, predicted).compute()
     top = logits.topk(2).values
     values: tuple[np.ndarray, ...] = (
-        own["norm"].values, own["margin"].values, near.values,
-        torch.softmax(logits, 1).amax(1).numpy(), (top[:, 0] - top[:, 1]).numpy(),
-    )  # fmt: skip
+        own["norm"].values,
+        own["margin"].values,
+        near.values,
+        torch.softmax(logits, 1).amax(1).numpy(),
+        (top[:, 0] - top[:, 1]).numpy(),
+    )
     share = float((predicted != labels).mean())
     if share in (0, 1):  # nothing to tell apart
         paths.scores.write_text(json.dumps({"table": {}, "share_wrong": share}))
         return
     table = lk.difficulty_table(
-        dict(zip(PAPER, values, strict=True)), predicted != labels, losses_of(model, test),
-        replicates=config.replicates, seed=config.seed,
-    )  # fmt: skip
+        dict(zip(PAPER, values, strict=True)),
+        predicted != labels,
+        losses_of(model, test),
+        replicates=config.replicates,
+        seed=config.seed,
+    )
     store.put(paths.store, "difficulty", table)
     rows = {
         name: dict(zip(table, numbers([table[key].sel(score=name) for key in table]), strict=True))
@@ -216,8 +247,11 @@ def read(paths: Paths, name: str) -> xr.DataArray:
 
 #: What the study does to the run, in this order.
 STAGES: dict[str, Callable[[Config, Paths, bool], None]] = {
-    "factors": make_factors, "map": make_map, "similarity": similarity, "scores": scores,
-}  # fmt: skip
+    "factors": make_factors,
+    "map": make_map,
+    "similarity": similarity,
+    "scores": scores,
+}
 
 
 def figures_of(config: Config, paths: Paths, target: int) -> list[workflow.Figure]:
@@ -233,24 +267,33 @@ def figures_of(config: Config, paths: Paths, target: int) -> list[workflow.Figur
         images = data["test_images"][: config.observed]
     target_name = f"The target is the first image that is right: {names[codes[target]]}"
     figures = [
-        workflow.Figure("map", "IPS map", "By class; misclassified images are ringed (PLGK figure "
-                        "5).", drawn),
-        workflow.Figure("target", "Similarity to one image", f"{target_name}. All images, and "
-                        "those of its class (figure 6).",
-                        plots.similarity_to_target(points, kernel[target], target)),
-        workflow.Figure("distance", "Similarity against distance on the map",
-                        f"{target_name}. Gray: similarities to it; colour: all pairs, by bins of "
-                        "distance.",
-                        plots.similarity_against_distance(
-                            points, kernel[target], target, by_distance)),
-    ]  # fmt: skip
+        workflow.Figure(
+            "map", "IPS map", "By class; misclassified images are ringed (PLGK figure 5).", drawn
+        ),
+        workflow.Figure(
+            "target",
+            "Similarity to one image",
+            f"{target_name}. All images, and those of its class (figure 6).",
+            plots.similarity_to_target(points, kernel[target], target),
+        ),
+        workflow.Figure(
+            "distance",
+            "Similarity against distance on the map",
+            f"{target_name}. Gray: similarities to it; colour: all pairs, by bins of distance.",
+            plots.similarity_against_distance(points, kernel[target], target, by_distance),
+        ),
+    ]
     for c in SHOWN[config.dataset]:
         at = codes == c
         if at.sum() > 1:
-            figures.append(workflow.Figure(
-                f"axes_{c}", f"Axes of the map within class {names[c]}", "Images at the ends of "
-                "each axis (figure 7).", plots.axis_extremes(points[at], images[at]),
-            ))  # fmt: skip
+            figures.append(
+                workflow.Figure(
+                    f"axes_{c}",
+                    f"Axes of the map within class {names[c]}",
+                    "Images at the ends of each axis (figure 7).",
+                    plots.axis_extremes(points[at], images[at]),
+                )
+            )
     return figures
 
 
@@ -263,20 +306,31 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     far, rank = map_["distance_from_class_center"], near["rank_correlation"]
     rows = [
         ("Accuracy on test images", f"{map_['accuracy']:.1%}", "paper (MNIST): 93%"),
-        ("IPS within / between classes", f"{map_['within']:.3f} / {map_['between']:.3f}",
-         "paper: positive / negative"),
+        (
+            "IPS within / between classes",
+            f"{map_['within']:.3f} / {map_['between']:.3f}",
+            "paper: positive / negative",
+        ),
         ("Pairs of two classes with negative IPS", f"{map_['between_negative']:.1%}", ""),
-        ("Distance from the class's center on the map, wrong / right",
-         f"{shown(far['wrong'])} / {shown(far['right'])}", "paper: errors at the edges"),
-        ("Rank correlation of IPS and distance on the map, within / between classes",
-         f"{shown(rank['within'])} / {shown(rank['between'])}", "paper: similarity falls smoothly"),
+        (
+            "Distance from the class's center on the map, wrong / right",
+            f"{shown(far['wrong'])} / {shown(far['right'])}",
+            "paper: errors at the edges",
+        ),
+        (
+            "Rank correlation of IPS and distance on the map, within / between classes",
+            f"{shown(rank['within'])} / {shown(rank['between'])}",
+            "paper: similarity falls smoothly",
+        ),
         ("Share of images that are wrong, the AUPR of chance", f"{table['share_wrong']:.1%}", ""),
     ] + [
-        (f"{name}: AUROC, AUPR, Spearman with -loss",
-         ", ".join(interval(row, key) for key in MEASURES),
-         "paper (MNIST): {:.3f}, {:.3f}, {:.3f}".format(*PAPER[name]))
+        (
+            f"{name}: AUROC, AUPR, Spearman with -loss",
+            ", ".join(interval(row, key) for key in MEASURES),
+            "paper (MNIST): {:.3f}, {:.3f}, {:.3f}".format(*PAPER[name]),
+        )
         for name, row in table["table"].items()
-    ]  # fmt: skip
+    ]
     workflow.write_report(
         workflow.Report(
             title="Which inputs look alike to LeNet-5",
@@ -288,17 +342,23 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
                 f"Table 1: {config.score_test:,} test and {config.score_train:,} training images; "
                 "brackets are 95% intervals, bootstrapped over test images.",
             ],
-            metrics={"map": map_, "similarity": near, **table, "paper": PAPER,
-                     "factor_bytes": made, "seconds": state.seconds(),
-                     "config": config.model_dump(mode="json")},
+            metrics={
+                "map": map_,
+                "similarity": near,
+                **table,
+                "paper": PAPER,
+                "factor_bytes": made,
+                "seconds": state.seconds(),
+                "config": config.model_dump(mode="json"),
+            },
             rows=rows,
             figures=figures_of(config, paths, near["target"]),
             settings=config.model_dump(mode="json"),
             next_steps=f'similarity = lk.open("{paths.store}")["derived/ips"]["ips"]\n'
-                       "lk.embed(similarity, k=10)",
+            "lk.embed(similarity, k=10)",
         ),
         paths.report,
-    )  # fmt: skip
+    )
 
 
 def shown(value: float | None) -> str:

@@ -53,10 +53,17 @@ class Config(Sampling):
     presets: ClassVar = {
         "paper": {"chains": 8, "draws": 1000},
         "small": {
-            "definitions": 4000, "vocabulary": 800, "width": 32, "epochs": 6, "windows": 60,
-            "chains": 3, "draws": 60, "burn_in": 60, "thin": 2,
+            "definitions": 4000,
+            "vocabulary": 800,
+            "width": 32,
+            "epochs": 6,
+            "windows": 60,
+            "chains": 3,
+            "draws": 60,
+            "burn_in": 60,
+            "thin": 2,
         },
-    }  # fmt: skip
+    }
 
     seed: int = Field(1, ge=0, description="of the texts, the training, the sampling")
     definitions: int = Field(40_000, ge=200, description="of WordNet, at random")
@@ -239,9 +246,16 @@ def sample(config: Config, paths: Paths, show: bool) -> None:
     """Sample around the network; observe every next token of the held-out windows."""
     observed = data_set(paths, "observed")
     draw_losses(
-        config, load_model(network(config, paths), paths.model), data_set(paths, "train"),
-        observed, paths.store, seed=config.seed, show=show, coords={}, loss="next_token",
-    )  # fmt: skip
+        config,
+        load_model(network(config, paths), paths.model),
+        data_set(paths, "train"),
+        observed,
+        paths.store,
+        seed=config.seed,
+        show=show,
+        coords={},
+        loss="next_token",
+    )
 
 
 def losses_of(paths: Paths) -> xr.DataArray:
@@ -252,10 +266,14 @@ def losses_of(paths: Paths) -> xr.DataArray:
     losses = lk.open(paths.store)["losses"].to_dataset()["loss"]
     flat = losses.stack(position=("sample", "token")).reset_index("position")
     after, before = ids[:, 1:].ravel(), ids[:, :-1].ravel()
-    flat = flat.assign_coords({
-        "next": ("position", words[after]), "kind": ("position", kinds[after]),
-        "previous": ("position", words[before]), "previous_kind": ("position", kinds[before]),
-    })  # fmt: skip
+    flat = flat.assign_coords(
+        {
+            "next": ("position", words[after]),
+            "kind": ("position", kinds[after]),
+            "previous": ("position", words[before]),
+            "previous_kind": ("position", kinds[before]),
+        }
+    )
     return flat.isel(position=np.flatnonzero(after))
 
 
@@ -328,18 +346,25 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     points = lk.open(paths.store)["derived/map"].to_dataset()["embedding"].load()
     near = neighbors_of(paths, "other next token")
     rows = [
-        ("Loss of a next token: training, held out, of the tokens' frequencies (nats)",
-         f"{m['loss']['train']:.2f}, {m['loss']['observed']:.2f}, "
-         f"{m['loss']['of token frequencies']:.2f}", ""),
-    ]  # fmt: skip
+        (
+            "Loss of a next token: training, held out, of the tokens' frequencies (nats)",
+            f"{m['loss']['train']:.2f}, {m['loss']['observed']:.2f}, "
+            f"{m['loss']['of token frequencies']:.2f}",
+            "",
+        ),
+    ]
     for search, lifts in m["lifts"].items():
         rows += [
-            (f"Neighbours ({search}) share the {SHARED[name]}",
-             "{lift:.2f} ({low:.2f} to {high:.2f}) times as often as chance".format(**found), "")
+            (
+                f"Neighbours ({search}) share the {SHARED[name]}",
+                "{lift:.2f} ({low:.2f} to {high:.2f}) times as often as chance".format(**found),
+                "",
+            )
             for name, found in lifts.items()
-        ]  # fmt: skip
-    rows.append(("Agreement of R between halves of the chains",
-                 f"{m['agreement_of_halves']:.2f}", ""))  # fmt: skip
+        ]
+    rows.append(
+        ("Agreement of R between halves of the chains", f"{m['agreement_of_halves']:.2f}", "")
+    )
     chosen = np.random.default_rng(config.seed).choice(m["tokens"], 12, replace=False)
     places = list(zip(near["sample"].values.tolist(), near["token"].values.tolist(), strict=True))
     for at in np.sort(chosen):
@@ -347,12 +372,19 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         told = "; ".join(in_context(paths, places[j], before=4) for j in found)
         rows.append((in_context(paths, places[at]), told, "nearest three of other next tokens"))
     figures = [
-        workflow.Figure("lifts", "What tokens that vary together share", "Times as often as "
-                        "chance, with 95% intervals; the same next token is the confound.",
-                        draw_lifts(m["lifts"])),
-        workflow.Figure("map", "Tokens in context by their losses", "UMAP at distance 1 - R, "
-                        "edges of one next token removed.", plots.neighbor_map(points, by="kind")),
-    ]  # fmt: skip
+        workflow.Figure(
+            "lifts",
+            "What tokens that vary together share",
+            "Times as often as chance, with 95% intervals; the same next token is the confound.",
+            draw_lifts(m["lifts"]),
+        ),
+        workflow.Figure(
+            "map",
+            "Tokens in context by their losses",
+            "UMAP at distance 1 - R, edges of one next token removed.",
+            plots.neighbor_map(points, by="kind"),
+        ),
+    ]
     workflow.write_report(
         workflow.Report(
             title="The loss kernel of tokens in context",
@@ -370,7 +402,7 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             'losses.stack(position=("sample", "token"))',
         ),
         paths.report,
-    )  # fmt: skip
+    )
 
 
 def draw_lifts(lifts: dict[str, dict[str, Any]]) -> Figure:
@@ -385,8 +417,15 @@ def draw_lifts(lifts: dict[str, dict[str, Any]]) -> Figure:
         lift, low, high = (
             np.array([lifts[search][n][key] for n in names]) for key in ("lift", "low", "high")
         )
-        axes.errorbar(lift, at + offset, xerr=np.abs([lift - low, high - lift]), fmt=marker,
-                      color=color, capsize=3, label=f"neighbours: {search}")  # fmt: skip
+        axes.errorbar(
+            lift,
+            at + offset,
+            xerr=np.abs([lift - low, high - lift]),
+            fmt=marker,
+            color=color,
+            capsize=3,
+            label=f"neighbours: {search}",
+        )
     axes.axvline(1, color="black", lw=1, ls=":")
     axes.set_yticks(range(len(SHARED)), list(SHARED.values()))
     axes.invert_yaxis()

@@ -53,18 +53,25 @@ RULES: dict[str, dict[str, Any]] = {
 #: Its TracIn of all layers (0.090, 0.991) is its euler rule, and so beside ours: it follows Adam's
 #: updates, where TracIn as published, and here, multiplies gradients by the learning rate alone.
 PAPER = {
-    "audit": (0.0104, 0.999998), "euler": (0.0901, 0.990681),
-    "supersampled twice": (0.0104, 0.999998), "stride 2": (0.0133, 0.999976),
-    "stride 5": (0.0217, 0.999786), "TRAK, 1 checkpoint": (2.3902, 0.6099),
+    "audit": (0.0104, 0.999998),
+    "euler": (0.0901, 0.990681),
+    "supersampled twice": (0.0104, 0.999998),
+    "stride 2": (0.0133, 0.999976),
+    "stride 5": (0.0217, 0.999786),
+    "TRAK, 1 checkpoint": (2.3902, 0.6099),
     "TRAK, 5 checkpoints": (2.9349, 0.5152),
-}  # fmt: skip
+}
 
 
 #: Of A.5's table: seconds over those of plain training, GiB.
 PAPER_COST = {
-    "training": (1.0, 0.435), "audit": (17.8, 2.915), "euler": (17.5, 2.859),
-    "supersampled twice": (18.4, 3.039), "stride 2": (13.9, 4.991), "stride 5": (9.0, 5.084),
-}  # fmt: skip
+    "training": (1.0, 0.435),
+    "audit": (17.8, 2.915),
+    "euler": (17.5, 2.859),
+    "supersampled twice": (18.4, 3.039),
+    "stride 2": (13.9, 4.991),
+    "stride 5": (9.0, 5.084),
+}
 
 
 class Config(Training):
@@ -73,13 +80,24 @@ class Config(Training):
     presets: ClassVar = {
         "paper": {"dataset": "mnist", "trak_train": 51200, "profiled": 10_000},
         "five_epochs": {
-            "epochs": 5, "learning_rate": 1e-4, "detailed": 16, "trak_train": 5120, "profiled": 100,
+            "epochs": 5,
+            "learning_rate": 1e-4,
+            "detailed": 16,
+            "trak_train": 5120,
+            "profiled": 100,
         },
         "small": {
-            "batches": 10, "batch_size": 64, "epochs": 4, "learning_rate": 1e-3, "audited": 32,
-            "detailed": 8, "trak_train": 200, "trak_size": 128, "profiled": 20,
+            "batches": 10,
+            "batch_size": 64,
+            "epochs": 4,
+            "learning_rate": 1e-3,
+            "audited": 32,
+            "detailed": 8,
+            "trak_train": 200,
+            "trak_size": 128,
+            "profiled": 20,
         },
-    }  # fmt: skip
+    }
 
     audited: int = Field(256, ge=2, le=TEST, description="test images")
     detailed: int = Field(32, ge=1, description="of these, audited by layer and epoch too")
@@ -132,14 +150,19 @@ def make_audit(config: Config, paths: Paths, show: bool) -> None:
     """Audit the losses of the test images: influence of each training image on each."""
     labels = labels_of(config, paths)
     found = lk.audit(
-        paths.run.trace(), paths.run.images("test", config.audited), coords=labels["coords"],
-        example_coords=labels["example_coords"], store=paths.store, progress=show,
-    )  # fmt: skip
+        paths.run.trace(),
+        paths.run.images("test", config.audited),
+        coords=labels["coords"],
+        example_coords=labels["example_coords"],
+        store=paths.store,
+        progress=show,
+    )
     curves = lk.completeness(found)
     numbers = {key: found.attrs[key] for key in ("mre", "lc", "closure")}
     over = {key: curves[key].values.tolist() for key in ("mre", "lc")}
-    paths.audit.write_text(json.dumps({**numbers, "epochs": over, "change": float(
-        np.abs(found["change"]).mean())}))  # fmt: skip
+    paths.audit.write_text(
+        json.dumps({**numbers, "epochs": over, "change": float(np.abs(found["change"]).mean())})
+    )
 
 
 def detail(config: Config, paths: Paths, show: bool) -> None:
@@ -147,13 +170,18 @@ def detail(config: Config, paths: Paths, show: bool) -> None:
     count = config.detailed
     labels = labels_of(config, paths)
     found = lk.audit(
-        paths.run.trace(), paths.run.images("test", count), groups={
+        paths.run.trace(),
+        paths.run.images("test", count),
+        groups={
             "example": labels["example_coords"]["train_label"],
-            "param": layers(paths.run.untrained()), "time": "epoch",
+            "param": layers(paths.run.untrained()),
+            "time": "epoch",
         },
         coords={key: values[:count] for key, values in labels["coords"].items()},
-        store=paths.store, name="detail", progress=show,
-    )  # fmt: skip
+        store=paths.store,
+        name="detail",
+        progress=show,
+    )
     paths.detail.write_text(json.dumps({key: found.attrs[key] for key in ("mre", "lc", "closure")}))
 
 
@@ -179,9 +207,13 @@ def others(config: Config, paths: Paths, show: bool) -> None:
 
     def trak(checkpoints: list[int]) -> xr.DataArray:
         found: xr.DataArray = lk.trak(
-            trace, test, checkpoints=checkpoints, size=config.trak_size, examples=some,
+            trace,
+            test,
+            checkpoints=checkpoints,
+            size=config.trak_size,
+            examples=some,
             progress=show,
-        )  # fmt: skip
+        )
         return -found  # of the margin's change; the loss falls where it grows
 
     ways: dict[str, Callable[[], xr.DataArray]] = {
@@ -251,8 +283,12 @@ def _peak() -> int:
 
 #: What the study does to the run, in this order.
 STAGES: dict[str, Callable[[Config, Paths, bool], None]] = {
-    "audit": make_audit, "detail": detail, "rules": rules, "others": others, "profile": profile,
-}  # fmt: skip
+    "audit": make_audit,
+    "detail": detail,
+    "rules": rules,
+    "others": others,
+    "profile": profile,
+}
 
 
 def report(config: Config, paths: Paths, state: workflow.Run) -> None:
@@ -275,47 +311,74 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     names = NAMES[config.dataset]
     said = f"{names[int(found['label'][at])]} taken for {names[decided]}"
     figures = [
-        workflow.Figure("completeness", "Reconstruction over training",
-                        "Mean error, and correlation with the true changes (PLGK figure 1).",
-                        plots.completeness(found)),
-        workflow.Figure("decision", which, f"A {said}, and the influence of every "
-                        "training image on its loss, sorted (figure 2).",
-                        plots.decision(found, at, image=test_images[at])),
-        workflow.Figure("images", "What helped and what harmed", "Training images that lowered its "
-                        "loss most, and that raised it most (figure 3).",
-                        plots.influential_images(top, train_images, at)),
-        *(
-            workflow.Figure(f"class_{kind}", f"The same among {names[of]}", f"Images of the class "
-                            f"that it {verb} (figure 4).",
-                            plots.influential_images(by.sel(train_label=of), train_images, at))
-            for kind, verb, of in (("decided", "was taken for", decided),
-                                   ("own", "is of", int(found["label"][at])))
+        workflow.Figure(
+            "completeness",
+            "Reconstruction over training",
+            "Mean error, and correlation with the true changes (PLGK figure 1).",
+            plots.completeness(found),
         ),
-        workflow.Figure("concentration", "Concentration of influence", "Share of the summed "
-                        "magnitudes held by the most influential training images.",
-                        plots.concentration(found)),
-        workflow.Figure("layers", "Influence by layer and epoch", "Sums, and sums of magnitudes "
-                        "over classes of training images (figure 10).",
-                        plots.layer_epoch(detailed)),
-    ]  # fmt: skip
+        workflow.Figure(
+            "decision",
+            which,
+            f"A {said}, and the influence of every training image on its loss, sorted (figure 2).",
+            plots.decision(found, at, image=test_images[at]),
+        ),
+        workflow.Figure(
+            "images",
+            "What helped and what harmed",
+            "Training images that lowered its loss most, and that raised it most (figure 3).",
+            plots.influential_images(top, train_images, at),
+        ),
+        *(
+            workflow.Figure(
+                f"class_{kind}",
+                f"The same among {names[of]}",
+                f"Images of the class that it {verb} (figure 4).",
+                plots.influential_images(by.sel(train_label=of), train_images, at),
+            )
+            for kind, verb, of in (
+                ("decided", "was taken for", decided),
+                ("own", "is of", int(found["label"][at])),
+            )
+        ),
+        workflow.Figure(
+            "concentration",
+            "Concentration of influence",
+            "Share of the summed magnitudes held by the most influential training images.",
+            plots.concentration(found),
+        ),
+        workflow.Figure(
+            "layers",
+            "Influence by layer and epoch",
+            "Sums, and sums of magnitudes over classes of training images (figure 10).",
+            plots.layer_epoch(detailed),
+        ),
+    ]
     table = {"audit": audit_} | rules_ | others_
     rows = [
-        (f"{name}: mean reconstruction error, correlation",
-         f"{row['mre']:.5f}, {row['lc']:.7f}",
-         "paper: {:g}, {:g}".format(*PAPER[name]) if name in PAPER else "")
+        (
+            f"{name}: mean reconstruction error, correlation",
+            f"{row['mre']:.5f}, {row['lc']:.7f}",
+            "paper: {:g}, {:g}".format(*PAPER[name]) if name in PAPER else "",
+        )
         for name, row in table.items()
     ] + [
         *(
-            (f"{name}: seconds over training's, GiB",
-             f"{row['seconds'] / profile_['training']['seconds']:.2f}, {row['gib']:.2f}",
-             "paper: {:g}, {:g}".format(*PAPER_COST[name]))
+            (
+                f"{name}: seconds over training's, GiB",
+                f"{row['seconds'] / profile_['training']['seconds']:.2f}, {row['gib']:.2f}",
+                "paper: {:g}, {:g}".format(*PAPER_COST[name]),
+            )
             for name, row in profile_.items()
         ),
         ("Mean change of a loss", f"{audit_['change']:.3f} nats", ""),
         ("Parts against their sum (closure)", f"{audit_['closure']:.1e}", ""),
-        ("Accuracy on the audited images",
-         f"{1 - len(wrong) / found.sizes['audit']:.1%}", "paper: 93% (of MNIST's test set)"),
-    ]  # fmt: skip
+        (
+            "Accuracy on the audited images",
+            f"{1 - len(wrong) / found.sizes['audit']:.1%}",
+            "paper: 93% (of MNIST's test set)",
+        ),
+    ]
     workflow.write_report(
         workflow.Report(
             title="LeNet-5's decisions, decomposed",
@@ -325,17 +388,21 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
                 f"{config.learning_rate:g}; {config.audited} test images audited. The paper's "
                 "numbers are of MNIST."
             ],
-            metrics={"table": table, "profile": profile_, "layers": by_layer(detailed),
-                     "seconds": state.seconds(),
-                     "config": config.model_dump(mode="json")},
+            metrics={
+                "table": table,
+                "profile": profile_,
+                "layers": by_layer(detailed),
+                "seconds": state.seconds(),
+                "config": config.model_dump(mode="json"),
+            },
             rows=rows,
             figures=figures,
             settings=config.model_dump(mode="json"),
             next_steps=f'audit = lk.open("{paths.store}")["audit"].to_dataset()\n'
-                       "lk.most_influential(audit, 10)",
+            "lk.most_influential(audit, 10)",
         ),
         paths.report,
-    )  # fmt: skip
+    )
 
 
 def by_layer(detailed: xr.Dataset) -> dict[str, Any]:

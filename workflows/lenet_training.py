@@ -38,9 +38,14 @@ class Config(Training):
 
     presets: ClassVar = {
         "paper": {"dataset": "mnist"},
-        "small": {"batches": 10, "batch_size": 64, "epochs": 4, "learning_rate": 1e-3,
-                  "features": 200},
-    }  # fmt: skip
+        "small": {
+            "batches": 10,
+            "batch_size": 64,
+            "epochs": 4,
+            "learning_rate": 1e-3,
+            "features": 200,
+        },
+    }
 
     features: int = Field(500, ge=20, description="training images whose gradients are stored")
 
@@ -116,17 +121,26 @@ def report(trained: Trained, over: Path, folder: Path, state: workflow.Run) -> N
             ", ".join(f"{k} {v:,}" for k, v in sizes.items()),
         ),
         ("Energy of the first temporal mode", f"{float(modes['share'][0]):.1%}", ""),
-        ("Participation ratio, first epoch / last", f"{ratio[0]:.1f} / {ratio[-1]:.1f}",
-         "paper: falls"),
-        ("First epoch with half the final overlap (features, subspace, activations)",
-         " / ".join(str(int((curve.values > 0.5).argmax())) for curve in overlaps),
-         "paper: epochs 5 to 10"),
-    ]  # fmt: skip
+        (
+            "Participation ratio, first epoch / last",
+            f"{ratio[0]:.1f} / {ratio[-1]:.1f}",
+            "paper: falls",
+        ),
+        (
+            "First epoch with half the final overlap (features, subspace, activations)",
+            " / ".join(str(int((curve.values > 0.5).argmax())) for curve in overlaps),
+            "paper: epochs 5 to 10",
+        ),
+    ]
     metrics: dict[str, Any] = {
-        "accuracy": right, "losses": means, "parameters": sizes, "seconds": state.seconds(),
-        "config": config.model_dump(mode="json"), "time": time,
+        "accuracy": right,
+        "losses": means,
+        "parameters": sizes,
+        "seconds": state.seconds(),
+        "config": config.model_dump(mode="json"),
+        "time": time,
         "temporal_share": modes["share"].values.tolist(),
-    }  # fmt: skip
+    }
     curve = xr.DataArray(means, dims="time")
     workflow.write_report(
         workflow.Report(
@@ -140,25 +154,45 @@ def report(trained: Trained, over: Path, folder: Path, state: workflow.Run) -> N
             metrics=metrics,
             rows=rows,
             figures=[
-                workflow.Figure("loss", "Loss over training", "Mean of 2,000 training images, or "
-                                "all, at each epoch's start and the end.",
-                                plots.over_training({"mean loss": curve}, ylabel="loss (nats)",
-                                                    title="Training", labels=epochs)),
-                workflow.Figure("temporal", "Gradients over training", "All gradients, epoch "
-                                "against epoch, and the temporal modes (PLGK figure 23).",
-                                plots.temporal_structure(kernel, modes, labels=epochs[:-1])),
-                workflow.Figure("participation", "Participation ratio", "Of the spectrum of the "
-                                "gradients at each epoch (figure 24).",
-                                plots.over_training({"participation ratio": ratio}, ylabel="modes",
-                                                    title="Effective modes", labels=epochs)),
-                workflow.Figure("regime", "Kernel-regime metrics", "Each epoch compared with the "
-                                "end (figure 14).",
-                                plots.over_training(curves, ylabel="overlap with the end",
-                                                    title="Approach to the kernel regime",
-                                                    labels=epochs)),
+                workflow.Figure(
+                    "loss",
+                    "Loss over training",
+                    "Mean of 2,000 training images, or all, at each epoch's start and the end.",
+                    plots.over_training(
+                        {"mean loss": curve}, ylabel="loss (nats)", title="Training", labels=epochs
+                    ),
+                ),
+                workflow.Figure(
+                    "temporal",
+                    "Gradients over training",
+                    "All gradients, epoch against epoch, and the temporal modes (PLGK figure 23).",
+                    plots.temporal_structure(kernel, modes, labels=epochs[:-1]),
+                ),
+                workflow.Figure(
+                    "participation",
+                    "Participation ratio",
+                    "Of the spectrum of the gradients at each epoch (figure 24).",
+                    plots.over_training(
+                        {"participation ratio": ratio},
+                        ylabel="modes",
+                        title="Effective modes",
+                        labels=epochs,
+                    ),
+                ),
+                workflow.Figure(
+                    "regime",
+                    "Kernel-regime metrics",
+                    "Each epoch compared with the end (figure 14).",
+                    plots.over_training(
+                        curves,
+                        ylabel="overlap with the end",
+                        title="Approach to the kernel regime",
+                        labels=epochs,
+                    ),
+                ),
             ],
             settings=config.model_dump(mode="json"),
             next_steps=f"lkarray run lenet_audit --trained {trained.folder}",
         ),
         folder,
-    )  # fmt: skip
+    )

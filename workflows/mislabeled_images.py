@@ -42,13 +42,28 @@ class Config(Sampling):
 
     presets: ClassVar = {
         # Table 1's row of D.4: of GoogLeNet on ImageNet, not tuned for this network.
-        "paper": {"train": 60_000, "observed": 10_000, "chains": 8, "draws": 1000, "thin": 1,
-                  "burn_in": 100, "step_size": 1e-5, "nbeta": 20, "gamma": 4000},
-        "small": {
-            "train": 1500, "observed": 600, "batch_size": 32, "epochs": 100, "chains": 3,
-            "draws": 60, "burn_in": 200, "thin": 4,
+        "paper": {
+            "train": 60_000,
+            "observed": 10_000,
+            "chains": 8,
+            "draws": 1000,
+            "thin": 1,
+            "burn_in": 100,
+            "step_size": 1e-5,
+            "nbeta": 20,
+            "gamma": 4000,
         },
-    }  # fmt: skip
+        "small": {
+            "train": 1500,
+            "observed": 600,
+            "batch_size": 32,
+            "epochs": 100,
+            "chains": 3,
+            "draws": 60,
+            "burn_in": 200,
+            "thin": 4,
+        },
+    }
 
     seed: int = Field(1, ge=0, description="of the images, the labels, the training, the sampling")
     dataset: Literal["fashion", "mnist"] = "fashion"
@@ -128,10 +143,16 @@ def train(config: Config, paths: Paths, show: bool) -> None:
     """Train until every label is learned, true or not; let the network settle."""
     data = data_set(paths.data, "train")
     model = fit(
-        network(config), data, rate=config.learning_rate, epochs=config.epochs,
-        batch_size=config.batch_size, seed=config.seed, show=show, settle=3,
+        network(config),
+        data,
+        rate=config.learning_rate,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        show=show,
+        settle=3,
         learned=lambda model: bool(accuracy(model, data).mean() >= 0.999),
-    )  # fmt: skip
+    )
     keep_model(model, paths.model)
 
 
@@ -140,10 +161,15 @@ def sample(config: Config, paths: Paths, show: bool) -> None:
     observed, true = observed_set(paths)
     label = observed.tensors[1].numpy()
     draw_losses(
-        config, load_model(network(config), paths.model), data_set(paths.data, "train"), observed,
-        paths.store, seed=config.seed, show=show,
+        config,
+        load_model(network(config), paths.model),
+        data_set(paths.data, "train"),
+        observed,
+        paths.store,
+        seed=config.seed,
+        show=show,
         coords={"label": label, "true_label": true, "changed": label != true},
-    )  # fmt: skip
+    )
 
 
 def losses_of(paths: Paths) -> xr.Dataset:
@@ -214,30 +240,53 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     points = lk.open(paths.store)["derived/map"].to_dataset()["embedding"]
     text = "{value:.3f} +- {error:.3f}".format
     figures = [
-        workflow.Figure("map", "Changed labels in the loss kernel", "UMAP at distance 1 - R; "
-                        "changed labels marked (figure 7A).",
-                        plots.neighbor_map(points, by="label", mark="changed")),
-        workflow.Figure("variance", "Variance of losses", "Over the draws, of labels learned by "
-                        "heart and of others (figure 7B).",
-                        draw(lk.loss_variance(node["loss"]).values, node["changed"].values)),
-        workflow.Figure("gain", "Loss gain against loss", "At the trained weights.",
-                        plots.gain_against_loss(node, mark="changed")),
-    ]  # fmt: skip
+        workflow.Figure(
+            "map",
+            "Changed labels in the loss kernel",
+            "UMAP at distance 1 - R; changed labels marked (figure 7A).",
+            plots.neighbor_map(points, by="label", mark="changed"),
+        ),
+        workflow.Figure(
+            "variance",
+            "Variance of losses",
+            "Over the draws, of labels learned by heart and of others (figure 7B).",
+            draw(lk.loss_variance(node["loss"]).values, node["changed"].values),
+        ),
+        workflow.Figure(
+            "gain",
+            "Loss gain against loss",
+            "At the trained weights.",
+            plots.gain_against_loss(node, mark="changed"),
+        ),
+    ]
     v = m["variance"]
     rows = [
-        *((f"AUROC of {name} for changed labels",
-           text(**found) if "error" in found else f"{found['value']:.3f}",
-           "paper: 0.958" if name == "loss variance" else "")
-          for name, found in m["auroc"].items()),
-        ("Mean self-covariance of unchanged, of changed labels (nats squared)",
-         text(**v["unchanged"]) + ", " + text(**v["changed"]), "paper: 1.112, 2.138"),
+        *(
+            (
+                f"AUROC of {name} for changed labels",
+                text(**found) if "error" in found else f"{found['value']:.3f}",
+                "paper: 0.958" if name == "loss variance" else "",
+            )
+            for name, found in m["auroc"].items()
+        ),
+        (
+            "Mean self-covariance of unchanged, of changed labels (nats squared)",
+            text(**v["unchanged"]) + ", " + text(**v["changed"]),
+            "paper: 1.112, 2.138",
+        ),
         ("... their ratio", text(**v["ratio"]), "paper: 1.92"),
-        ("Nearest inputs of changed labels that are changed too",
-         f"{m['neighbors']['changed']:.1%}", f"chance {m['neighbors']['chance']:.1%}"),
-        ("Right: unchanged, changed, test",
-         "{unchanged:.1%}, {changed:.1%}, {test:.1%}".format(**m["accuracy"]), ""),
+        (
+            "Nearest inputs of changed labels that are changed too",
+            f"{m['neighbors']['changed']:.1%}",
+            f"chance {m['neighbors']['chance']:.1%}",
+        ),
+        (
+            "Right: unchanged, changed, test",
+            "{unchanged:.1%}, {changed:.1%}, {test:.1%}".format(**m["accuracy"]),
+            "",
+        ),
         ("Agreement of R between halves of the chains", f"{m['agreement_of_halves']:.2f}", ""),
-    ]  # fmt: skip
+    ]
     workflow.write_report(
         workflow.Report(
             title="Labels learned by heart, found by how their losses vary",
@@ -255,7 +304,7 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             next_steps=f'losses = lk.open("{paths.store}")["losses"]\nlk.loss_variance(losses)',
         ),
         paths.report,
-    )  # fmt: skip
+    )
 
 
 def draw(variance: np.ndarray, changed: np.ndarray) -> Figure:
@@ -265,10 +314,20 @@ def draw(variance: np.ndarray, changed: np.ndarray) -> Figure:
     positive = variance[variance > 0]
     edges = np.geomspace(positive.min(), positive.max(), 61).tolist()
     for flag, color, name in ((False, "#3f90da", "unchanged"), (True, "#bd1f01", "changed label")):
-        axes.hist(variance[changed == flag], edges, density=False, color=color, alpha=0.65,
-                  weights=np.full((changed == flag).sum(), 1 / (changed == flag).sum()),
-                  label=name)  # fmt: skip
-    axes.set(xscale="log", xlabel="variance of the loss (nat$^2$)", ylabel="share of its kind",
-             title="Variance over draws")  # fmt: skip
+        axes.hist(
+            variance[changed == flag],
+            edges,
+            density=False,
+            color=color,
+            alpha=0.65,
+            weights=np.full((changed == flag).sum(), 1 / (changed == flag).sum()),
+            label=name,
+        )
+    axes.set(
+        xscale="log",
+        xlabel="variance of the loss (nat$^2$)",
+        ylabel="share of its kind",
+        title="Variance over draws",
+    )
     axes.legend(frameon=False)
     return figure

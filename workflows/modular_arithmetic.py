@@ -45,10 +45,18 @@ class Config(Sampling):
     presets: ClassVar = {
         "paper": {"chains": 30, "draws": 800, "thin": 1},
         "small": {
-            "modulus": 31, "observed": 600, "chains": 4, "draws": 100, "thin": 8, "burn_in": 100,
-            "train_share": 0.8, "batch_size": 128, "sampler_batch": 128, "width": 64,
+            "modulus": 31,
+            "observed": 600,
+            "chains": 4,
+            "draws": 100,
+            "thin": 8,
+            "burn_in": 100,
+            "train_share": 0.8,
+            "batch_size": 128,
+            "sampler_batch": 128,
+            "width": 64,
         },
-    }  # fmt: skip
+    }
 
     seed: int = Field(1, ge=0, description="of the split, the training, the sampling")
     modulus: int = Field(97, ge=5, description="a prime")
@@ -172,13 +180,19 @@ def train(config: Config, paths: Paths, show: bool) -> None:
     """Train until every training pair is right and most others are; let the network settle."""
     data, other = data_set(paths, "trained"), data_set(paths, "held_out")
     model = fit(
-        Transformer(config), data, rate=config.learning_rate, weight_decay=config.weight_decay,
-        batch_size=config.batch_size, epochs=config.epochs, seed=config.seed, show=show,
+        Transformer(config),
+        data,
+        rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+        show=show,
         settle=config.settle,
         learned=lambda model: bool(
             accuracy(model, data).all() and accuracy(model, other).mean() >= config.generalize
         ),
-    )  # fmt: skip
+    )
     keep_model(model, paths.model)
 
 
@@ -191,9 +205,15 @@ def sample(config: Config, paths: Paths, show: bool) -> None:
     coords["task"] = task
     coords["kind"] = np.where((task == "division") & (coords["a"] == 0), "0 / b", task)
     draw_losses(
-        config, load_model(Transformer(config), paths.model), data_set(paths, "trained"),
-        data_set(paths, "observed"), paths.store, seed=config.seed, coords=coords, show=show,
-    )  # fmt: skip
+        config,
+        load_model(Transformer(config), paths.model),
+        data_set(paths, "trained"),
+        data_set(paths, "observed"),
+        paths.store,
+        seed=config.seed,
+        coords=coords,
+        show=show,
+    )
 
 
 def losses_of(paths: Paths) -> xr.DataArray:
@@ -243,14 +263,19 @@ def moments(losses: xr.DataArray, first: int) -> dict[str, dict[str, float]]:
     K = lk.covariance(losses).data
     n = losses.sizes["sample"]
     own = lk.loss_variance(losses).values.astype(np.float64)
-    parts = {"addition": (slice(0, first),) * 2, "division": (slice(first, n),) * 2,
-             "between": (slice(0, first), slice(first, n))}  # fmt: skip
+    parts = {
+        "addition": (slice(0, first),) * 2,
+        "division": (slice(first, n),) * 2,
+        "between": (slice(0, first), slice(first, n)),
+    }
     import dask
 
-    sums = dask.compute({  # all from the same tiles
-        name: [(K[at].astype(np.float64) ** power).sum() for power in (1, 2, 3, 4)]
-        for name, at in parts.items()
-    })[0]  # fmt: skip
+    sums = dask.compute(
+        {  # all from the same tiles
+            name: [(K[at].astype(np.float64) ** power).sum() for power in (1, 2, 3, 4)]
+            for name, at in parts.items()
+        }
+    )[0]
     found = {}
     for name, (rows, columns) in parts.items():
         count = (rows.stop - rows.start) * (columns.stop - columns.start)
@@ -262,8 +287,12 @@ def moments(losses: xr.DataArray, first: int) -> dict[str, dict[str, float]]:
         variance = m2 - m1**2
         third = m3 - 3 * m1 * m2 + 2 * m1**3
         fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
-        found[name] = {"mean": m1, "deviation": variance**0.5, "skewness": third / variance**1.5,
-                       "excess_kurtosis": fourth / variance**2 - 3}  # fmt: skip
+        found[name] = {
+            "mean": m1,
+            "deviation": variance**0.5,
+            "skewness": third / variance**1.5,
+            "excess_kurtosis": fourth / variance**2 - 3,
+        }
     return found
 
 
@@ -295,20 +324,22 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
         counts = lk.histogram(losses, "task", bins=161, bounds=(-bound, bound), kernel="covariance")
         store.put(paths.store, "covariances", counts)
         model = load_model(Transformer(config), paths.model)
-        right = {which: float(accuracy(model, data_set(paths, which)).mean())
-                 for which in ("trained", "held_out")}  # fmt: skip
+        right = {
+            which: float(accuracy(model, data_set(paths, which)).mean())
+            for which in ("trained", "held_out")
+        }
         facts = lk.diagnostics(tree)
         metrics = {
             "accuracy": right,
             "pc1_auroc": dict(zip(("value", "error"), axes["chain"], strict=True)),
-            "pc1_of_unit_vectors_auroc": dict(
-                zip(("value", "error"), axes["sample"], strict=True)
-            ),
+            "pc1_of_unit_vectors_auroc": dict(zip(("value", "error"), axes["sample"], strict=True)),
             "center_loss_auroc": folded(division, center.values),
             "leading_mode_auroc": folded(division, u),
             "mean_correlation": {
                 f"{a}, {b}": {"value": mean[i, j], "error": error[i, j]}
-                for i, a in enumerate(_KINDS) for j, b in enumerate(_KINDS) if i <= j
+                for i, a in enumerate(_KINDS)
+                for j, b in enumerate(_KINDS)
+                if i <= j
             },
             "covariance": spread,
             "neighbors_of_same_task": float((task[near] == task[:, None]).mean()),
@@ -320,7 +351,7 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
             },
             "agreement_of_halves": halves_agree(losses),
             "verdicts": list(facts.attrs["verdicts"]),
-        }  # fmt: skip
+        }
     paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
 
 
@@ -336,39 +367,73 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     counts = tree["derived/covariances"].to_dataset().compute()
     places = first_component(node["loss"], node["center_loss"])
     figures = [
-        workflow.Figure("map", "The map by task", "UMAP at distance 1 - R (figure 3A).",
-                        plots.neighbor_map(points, by="kind")),
-        workflow.Figure("map_b", "The same map by b", "Figure 3C.",
-                        plots.neighbor_map(points, by="b")),
-        workflow.Figure("axis", "One axis tells the tasks apart", "First principal component of "
-                        "the inputs' expected loss changes by chain, each chain scaled to "
-                        "deviation 1 (figure 3B).", draw_axis(places, node["task"].values, m)),
-        workflow.Figure("covariances", "Covariances within and between the tasks",
-                        "Every pair of different inputs (figure 3D).", draw_covariances(counts)),
-    ]  # fmt: skip
+        workflow.Figure(
+            "map",
+            "The map by task",
+            "UMAP at distance 1 - R (figure 3A).",
+            plots.neighbor_map(points, by="kind"),
+        ),
+        workflow.Figure(
+            "map_b", "The same map by b", "Figure 3C.", plots.neighbor_map(points, by="b")
+        ),
+        workflow.Figure(
+            "axis",
+            "One axis tells the tasks apart",
+            "First principal component of "
+            "the inputs' expected loss changes by chain, each chain scaled to "
+            "deviation 1 (figure 3B).",
+            draw_axis(places, node["task"].values, m),
+        ),
+        workflow.Figure(
+            "covariances",
+            "Covariances within and between the tasks",
+            "Every pair of different inputs (figure 3D).",
+            draw_covariances(counts),
+        ),
+    ]
     r, k = m["mean_correlation"], m["covariance"]
     rows = [
-        ("AUROC of the first component for the task",
-         "{value:.3f} +- {error:.3f}".format(**m["pc1_auroc"]), "paper: 0.931"),
-        ("... inputs scaled to length 1 instead of chains to deviation 1",
-         "{value:.3f} +- {error:.3f}".format(**m["pc1_of_unit_vectors_auroc"]),
-         "the paper does not say which"),
+        (
+            "AUROC of the first component for the task",
+            "{value:.3f} +- {error:.3f}".format(**m["pc1_auroc"]),
+            "paper: 0.931",
+        ),
+        (
+            "... inputs scaled to length 1 instead of chains to deviation 1",
+            "{value:.3f} +- {error:.3f}".format(**m["pc1_of_unit_vectors_auroc"]),
+            "the paper does not say which",
+        ),
         ("AUROC of the loss at w* alone", f"{m['center_loss_auroc']:.3f}", "not given"),
         ("AUROC of the leading mode of R", f"{m['leading_mode_auroc']:.3f}", ""),
-        *((f"Mean R: {pair}", "{value:+.4f} +- {error:.4f}".format(**found), "")
-          for pair, found in r.items()),
-        *((f"K {name}: deviation, skewness, excess kurtosis",
-           "{deviation:.2e}, {skewness:.1f}, {excess_kurtosis:.0f}".format(**found),
-           "paper: narrow, about normal" if name == "between" else "paper: heavy tails")
-          for name, found in k.items()),
-        ("Nearest inputs of the same task", f"{m['neighbors_of_same_task']:.1%}",
-         f"chance {m['chance_same_task']:.1%}"),
-        ("Nearest inputs of 0 / b that are 0 / b too", f"{m['zero']['neighbors_that_are']:.1%}",
-         f"chance {m['zero']['chance']:.1%}"),
-        ("Right, of trained and of other inputs",
-         "{trained:.1%}, {held_out:.1%}".format(**m["accuracy"]), "paper: 100% of trained"),
+        *(
+            (f"Mean R: {pair}", "{value:+.4f} +- {error:.4f}".format(**found), "")
+            for pair, found in r.items()
+        ),
+        *(
+            (
+                f"K {name}: deviation, skewness, excess kurtosis",
+                "{deviation:.2e}, {skewness:.1f}, {excess_kurtosis:.0f}".format(**found),
+                "paper: narrow, about normal" if name == "between" else "paper: heavy tails",
+            )
+            for name, found in k.items()
+        ),
+        (
+            "Nearest inputs of the same task",
+            f"{m['neighbors_of_same_task']:.1%}",
+            f"chance {m['chance_same_task']:.1%}",
+        ),
+        (
+            "Nearest inputs of 0 / b that are 0 / b too",
+            f"{m['zero']['neighbors_that_are']:.1%}",
+            f"chance {m['zero']['chance']:.1%}",
+        ),
+        (
+            "Right, of trained and of other inputs",
+            "{trained:.1%}, {held_out:.1%}".format(**m["accuracy"]),
+            "paper: 100% of trained",
+        ),
         ("Agreement of R between halves of the chains", f"{m['agreement_of_halves']:.2f}", ""),
-    ]  # fmt: skip
+    ]
     workflow.write_report(
         workflow.Report(
             title="Modular arithmetic: two tasks in one network",
@@ -382,10 +447,10 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             figures=figures,
             settings=config.model_dump(mode="json"),
             next_steps=f'losses = lk.open("{paths.store}")["losses"]\n'
-                       'lk.group_mean(losses, "task", self_pairs=False)',
+            'lk.group_mean(losses, "task", self_pairs=False)',
         ),
         paths.report,
-    )  # fmt: skip
+    )
 
 
 def draw_axis(places: np.ndarray, task: np.ndarray, m: dict[str, Any]) -> Figure:
@@ -395,8 +460,11 @@ def draw_axis(places: np.ndarray, task: np.ndarray, m: dict[str, Any]) -> Figure
     edges = np.linspace(places.min(), places.max(), 81).tolist()
     for name in TASKS:
         axes.hist(places[task == name], edges, label=name, color=_COLOURS[name], alpha=0.65)
-    axes.set(xlabel="first principal component", ylabel="inputs",
-             title=f"AUROC {m['pc1_auroc']['value']:.3f}")  # fmt: skip
+    axes.set(
+        xlabel="first principal component",
+        ylabel="inputs",
+        title=f"AUROC {m['pc1_auroc']['value']:.3f}",
+    )
     axes.legend(frameon=False)
     return figure
 
@@ -416,8 +484,12 @@ def draw_covariances(counts: xr.Dataset) -> Figure:
         style = "--" if name == "between" else "-"
         density = np.where(one > 0, one / total / width, np.nan)
         axes.plot(counts["bin"], density, color=_COLOURS[name], ls=style, label=label)
-    axes.set(yscale="log", xlabel="covariance of losses (nat$^2$)", ylabel="density",
-             title="Entries of the loss kernel")  # fmt: skip
+    axes.set(
+        yscale="log",
+        xlabel="covariance of losses (nat$^2$)",
+        ylabel="density",
+        title="Entries of the loss kernel",
+    )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return figure

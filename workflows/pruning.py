@@ -41,14 +41,24 @@ class Config(Training):
 
     presets: ClassVar = {
         "paper": {
-            "dataset": "mnist", "batches": 200, "epochs": 50, "learning_rate": 1.5e-5,
-            "audited": 256, "held_out": TEST - 256,
+            "dataset": "mnist",
+            "batches": 200,
+            "epochs": 50,
+            "learning_rate": 1.5e-5,
+            "audited": 256,
+            "held_out": TEST - 256,
         },
         "small": {
-            "batches": 8, "batch_size": 64, "epochs": 6, "audited": 64, "held_out": 1000,
-            "shares": (0.2, 0.6), "seeds": 2, "times": 3,
+            "batches": 8,
+            "batch_size": 64,
+            "epochs": 6,
+            "audited": 64,
+            "held_out": 1000,
+            "shares": (0.2, 0.6),
+            "seeds": 2,
+            "times": 3,
         },
-    }  # fmt: skip
+    }
 
     seed: int = Field(1, ge=0, description="of the audited run; the others have the seeds after it")
     batches: int = Field(20, ge=1, description="of an epoch")
@@ -113,9 +123,12 @@ def seeds_of(config: Config) -> range:
 def make_tests(config: Config, paths: Paths) -> None:
     """Take the test images to audit, and others, as `audit_retraining` does."""
     taken = retraining.take(
-        config, config.batches * config.batch_size, config.audited, config.held_out,
+        config,
+        config.batches * config.batch_size,
+        config.audited,
+        config.held_out,
         seed=config.seed,
-    )  # fmt: skip
+    )
     found = {name: values for name, values in taken.items() if not name.startswith("train")}
     np.savez(paths.tests, **found)
 
@@ -135,9 +148,12 @@ def make_merges(config: Config, paths: Paths, show: bool) -> None:
     """
     trace, labels = paths.run.trace(), paths.run.images("train").tensors[1].numpy()
     factors = lk.gradient_factors(
-        trace, np.arange(len(labels)), paths.run.epochs(config.times), store=paths.factors,
+        trace,
+        np.arange(len(labels)),
+        paths.run.epochs(config.times),
+        store=paths.factors,
         progress=show,
-    )  # fmt: skip
+    )
     found = []
     for label in np.unique(labels):
         of = np.flatnonzero(labels == label)
@@ -230,9 +246,13 @@ def again(config: Config, paths: Paths, arm: str, share: float, seed: int) -> No
     kept = kept_by(arm, round(share * len(labels)), known, config.clusters, seed)
     steps = plan(len(kept), config.batch_size, config.batches * config.epochs, seed)
     found = retraining.again(
-        build(config.network, images.shape[1:], seed), data, kept, steps, config.learning_rate,
+        build(config.network, images.shape[1:], seed),
+        data,
+        kept,
+        steps,
+        config.learning_rate,
         {name: data_set(paths.tests, name) for name in SETS},
-    )  # fmt: skip
+    )
     out = paths.arm(arm, share, seed)
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(found))
@@ -250,21 +270,35 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
     claims = judge(gaps)
     with np.load(paths.scores) as scores:
         correlation = float(scores["lc"])
-    rows = [
-        (claim, "holds" if one["holds"] else "does NOT hold", one["measured"])
-        for claim, one in claims.items()
-    ] + [
-        ("Accuracy and loss with all images", "{:.2%}, {:.4f} nats".format(*(
-            np.mean([one["held_out"][key] for one in whole]) for key in ("accuracy", "loss"))),
-         f"{config.seeds} seeds"),
-        ("Audit: correlation with the true changes (LC)", f"{correlation:.6f}", ""),
-    ] + [
-        (f"{arm}, {float(share):.0%} removed: accuracy minus random's",
-         "{mean:+.2f} points [{low:+.2f}, {high:+.2f}], ".format(**one["accuracy"])
-         + ("every seed" if one["accuracy"]["every_seed"] else "not every seed"),
-         "loss {mean:+.4f} nats [{low:+.4f}, {high:+.4f}]".format(**one["loss"]))
-        for arm, shares in gaps.items() for share, one in shares.items()
-    ]  # fmt: skip
+    rows = (
+        [
+            (claim, "holds" if one["holds"] else "does NOT hold", one["measured"])
+            for claim, one in claims.items()
+        ]
+        + [
+            (
+                "Accuracy and loss with all images",
+                "{:.2%}, {:.4f} nats".format(
+                    *(
+                        np.mean([one["held_out"][key] for one in whole])
+                        for key in ("accuracy", "loss")
+                    )
+                ),
+                f"{config.seeds} seeds",
+            ),
+            ("Audit: correlation with the true changes (LC)", f"{correlation:.6f}", ""),
+        ]
+        + [
+            (
+                f"{arm}, {float(share):.0%} removed: accuracy minus random's",
+                "{mean:+.2f} points [{low:+.2f}, {high:+.2f}], ".format(**one["accuracy"])
+                + ("every seed" if one["accuracy"]["every_seed"] else "not every seed"),
+                "loss {mean:+.4f} nats [{low:+.4f}, {high:+.4f}]".format(**one["loss"]),
+            )
+            for arm, shares in gaps.items()
+            for share, one in shares.items()
+        ]
+    )
     captions = {
         "least_important": "Images that should matter least (PLGK figure 21). The most harmful "
         "are in the other figure, as in the paper.",
@@ -285,18 +319,28 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
                 "method is above or below random if its difference, averaged over the shares, has "
                 "that sign for every seed. The paper's claims are of MNIST."
             ],
-            metrics={"nothing": whole, "arms": found, "minus_random": gaps, "claims": claims,
-                     "lc": correlation, "seconds": state.seconds(),
-                     "config": config.model_dump(mode="json")},
+            metrics={
+                "nothing": whole,
+                "arms": found,
+                "minus_random": gaps,
+                "claims": claims,
+                "lc": correlation,
+                "seconds": state.seconds(),
+                "config": config.model_dump(mode="json"),
+            },
             rows=rows,
             figures=[
-                workflow.Figure(name, f"Removing the {name.replace('_', ' ')}",
-                                captions[name] + about, draw(found, whole, arms))
+                workflow.Figure(
+                    name,
+                    f"Removing the {name.replace('_', ' ')}",
+                    captions[name] + about,
+                    draw(found, whole, arms),
+                )
                 for name, arms in FIGURES.items()
             ],
             settings=config.model_dump(mode="json"),
             next_steps=f'audit = lk.open("{paths.store}")["audit"].to_dataset()\n'
-                       "lk.most_influential(audit, 10)",
+            "lk.most_influential(audit, 10)",
         ),
         paths.report,
-    )  # fmt: skip
+    )

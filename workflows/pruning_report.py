@@ -17,13 +17,22 @@ _MOST = ("most influential", "most influential, net")
 #: The arms of each figure of the paper: 21, and 22.
 FIGURES = {
     "least_important": (
-        RANDOM, "most redundant", "most redundant, up-weighted", *_LEAST, *_LEAST_EACH,
+        RANDOM,
+        "most redundant",
+        "most redundant, up-weighted",
+        *_LEAST,
+        *_LEAST_EACH,
         "random of each class",
     ),
     "most_important": (
-        RANDOM, "most redundant", "whole clusters", *_MOST, "most helpful", "most harmful",
+        RANDOM,
+        "most redundant",
+        "whole clusters",
+        *_MOST,
+        "most helpful",
+        "most harmful",
     ),
-}  # fmt: skip
+}
 
 Outcomes = dict[str, dict[str, list[dict[str, Any]]]]  # of each seed, by arm and share
 
@@ -38,8 +47,9 @@ def compare(found: Outcomes) -> dict[str, dict[str, dict[str, Any]]]:
             }
             for share, runs in shares.items()
         }
-        for arm, shares in found.items() if arm != RANDOM
-    }  # fmt: skip
+        for arm, shares in found.items()
+        if arm != RANDOM
+    }
 
 
 def _paired(
@@ -49,9 +59,12 @@ def _paired(
     mean = float(gaps.mean())
     half = float(student.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5)
     return {
-        "by_seed": gaps.tolist(), "mean": mean, "low": mean - half, "high": mean + half,
+        "by_seed": gaps.tolist(),
+        "mean": mean,
+        "low": mean - half,
+        "high": mean + half,
         "every_seed": bool((gaps * np.sign(mean) > 0).all()),
-    }  # fmt: skip
+    }
 
 
 def _values(runs: Sequence[dict[str, Any]], key: str) -> np.ndarray:
@@ -89,11 +102,15 @@ def judge(gaps: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any
     mildest, said_mildest = first(most, np.argmax, _MOST)
     low, said_low = first((*least, harmful), np.argmin, (harmful,))
     out = {
-        "Least important: essentially all methods do better than random (all but one at most)":
-            (above >= len(least) - 1, said_above),
-        "Least important: the least influential are the best to cut (at most shares)":
-            (best > half, said_best),
-    }  # fmt: skip
+        "Least important: essentially all methods do better than random (all but one at most)": (
+            above >= len(least) - 1,
+            said_above,
+        ),
+        "Least important: the least influential are the best to cut (at most shares)": (
+            best > half,
+            said_best,
+        ),
+    }
     for of, each in zip(_LEAST, _LEAST_EACH, strict=True):
         gain = at[each] - at[of]
         out[f"{each}: gains more over {of} the more is cut"] = (
@@ -101,24 +118,31 @@ def judge(gaps: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any
             "gain by share: " + ", ".join(f"{one:+.2f}" for one in gain.mean(1)) + " points",
         )
     out |= {
-        "Most harmful: below random and every method of figure 21 (at most shares)":
-            (low > half and count((harmful,), -1)[0] == 1,
-             f"{at[harmful].mean():+.2f} points; lowest at {said_low}"),
-        "Most important: all methods cost more than random":
-            (below == len(most), said_below),
-        "Most important: the most influential cost least of all methods (at most shares)":
-            (mildest > half, said_mildest),
-        "Most important: the most helpful or harmful cost most (at most shares)":
-            (worst > half, said_worst),
-    }  # fmt: skip
+        "Most harmful: below random and every method of figure 21 (at most shares)": (
+            low > half and count((harmful,), -1)[0] == 1,
+            f"{at[harmful].mean():+.2f} points; lowest at {said_low}",
+        ),
+        "Most important: all methods cost more than random": (below == len(most), said_below),
+        "Most important: the most influential cost least of all methods (at most shares)": (
+            mildest > half,
+            said_mildest,
+        ),
+        "Most important: the most helpful or harmful cost most (at most shares)": (
+            worst > half,
+            said_worst,
+        ),
+    }
     return {claim: {"holds": bool(holds), "measured": said} for claim, (holds, said) in out.items()}
 
 
 #: Petroff's colours, told apart with any colour vision; markers tell them apart again.
-_STYLES = tuple(zip(
-    ("#3f90da", "#ffa90e", "#bd1f01", "#832db6", "#a96b59", "#e76300", "#717581"), "os^DvPX",
-    strict=True,
-))  # fmt: skip
+_STYLES = tuple(
+    zip(
+        ("#3f90da", "#ffa90e", "#bd1f01", "#832db6", "#a96b59", "#e76300", "#717581"),
+        "os^DvPX",
+        strict=True,
+    )
+)
 
 
 def draw(found: Outcomes, whole: Sequence[dict[str, Any]], arms: Sequence[str]) -> Figure:
@@ -130,8 +154,9 @@ def draw(found: Outcomes, whole: Sequence[dict[str, Any]], arms: Sequence[str]) 
         arm: np.array([100 * _values(runs, "accuracy") for runs in found[arm].values()])
         for arm in arms
     }
-    left.axhline(100 * _values(whole, "accuracy").mean(), color="0.3", lw=1.2, ls=":",
-                 label="nothing")  # fmt: skip
+    left.axhline(
+        100 * _values(whole, "accuracy").mean(), color="0.3", lw=1.2, ls=":", label="nothing"
+    )
     styles = iter(_STYLES)
     for place, (arm, of) in enumerate(values.items()):
         color, marker = ("black", "*") if arm == RANDOM else next(styles)
@@ -141,14 +166,29 @@ def draw(found: Outcomes, whole: Sequence[dict[str, Any]], arms: Sequence[str]) 
                 continue
             mean = y.mean(1)
             bars = np.stack([mean - y.min(1), y.max(1) - mean])
-            axes.errorbar(x, mean, bars, color=color, marker=marker, ms=7, lw=1.5, elinewidth=1,
-                          ls="--" if arm == RANDOM else "-", label=arm)  # fmt: skip
+            axes.errorbar(
+                x,
+                mean,
+                bars,
+                color=color,
+                marker=marker,
+                ms=7,
+                lw=1.5,
+                elinewidth=1,
+                ls="--" if arm == RANDOM else "-",
+                label=arm,
+            )
     right.axhline(0, color="black", lw=1.2, ls="--")
     left.set(ylabel="accuracy on held-out test images (%)", title="Accuracy")
     right.set(ylabel="accuracy minus random's (points)", title="Minus random removal, by seed")
     for axes in (left, right):
         axes.set(xlabel="training images removed (%)", xticks=100 * shares)
         axes.grid(alpha=0.25)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4,
-                  fontsize=9, frameon=False)  # fmt: skip
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=9,
+        frameon=False,
+    )
     return figure

@@ -114,9 +114,14 @@ class Trained:
 
 
 def train(
-    state: workflow.Run, config: Training, folder: Path, show: bool, *, seed: int | None = None,
+    state: workflow.Run,
+    config: Training,
+    folder: Path,
+    show: bool,
+    *,
+    seed: int | None = None,
     every: int = 1,
-) -> Trained:  # fmt: skip
+) -> Trained:
     """Train, recorded, as two stages of a study; or take the run that ``config.trained`` names.
 
     ``seed`` is one after the config's own, whose run is then always the study's own; it records
@@ -204,9 +209,14 @@ def _train(run: Trained, every: int, show: bool) -> None:
     config, data = run.config, run.images("train")
     batches = plan(len(data), config.batch_size, config.batches * config.epochs, run.seed)
     model = fit(
-        run.untrained(), data, batches, config.learning_rate, store=run.store, every=every,
+        run.untrained(),
+        data,
+        batches,
+        config.learning_rate,
+        store=run.store,
+        every=every,
         show=show,
-    )  # fmt: skip
+    )
     torch.save(model.state_dict(), run.model)
 
 
@@ -219,10 +229,19 @@ def build(network: str, shape: Sequence[int], seed: int) -> nn.Sequential:
 def lenet(channels: int = 1, side: int = 28) -> nn.Sequential:
     """Return LeNet-5 with ReLU and max pooling: 61,706 parameters for 28 x 28 grey pixels."""
     return nn.Sequential(
-        nn.Conv2d(channels, 6, 5, padding=(32 - side) // 2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
-    )  # fmt: skip
+        nn.Conv2d(channels, 6, 5, padding=(32 - side) // 2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(400, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, 10),
+    )
 
 
 def cnn(channels: int = 3, side: int = 32) -> nn.Sequential:
@@ -231,11 +250,20 @@ def cnn(channels: int = 3, side: int = 32) -> nn.Sequential:
     The paper says "a small CNN" of "roughly 2.5 times" LeNet's parameters, and no more (A.15).
     """
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, padding=(34 - side) // 2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(1024, 124), nn.ReLU(), nn.Linear(124, 10),
-    )  # fmt: skip
+        nn.Conv2d(channels, 16, 3, padding=(34 - side) // 2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(1024, 124),
+        nn.ReLU(),
+        nn.Linear(124, 10),
+    )
 
 
 def layers(model: nn.Sequential) -> dict[str, str]:
@@ -264,11 +292,17 @@ def plan(n: int, batch_size: int, steps: int, seed: int) -> list[torch.Tensor]:
 
 
 def fit(
-    model: nn.Sequential, data: TensorDataset, batches: Sequence[torch.Tensor], rate: float, *,
-    store: Path | None = None, every: int = 1, show: bool = False,
+    model: nn.Sequential,
+    data: TensorDataset,
+    batches: Sequence[torch.Tensor],
+    rate: float,
+    *,
+    store: Path | None = None,
+    every: int = 1,
+    show: bool = False,
     altered: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-) -> nn.Sequential:  # fmt: skip
+) -> nn.Sequential:
     """Train by Adam on batches of indices; recorded in a store, if there is one.
 
     A recorded run that was cut off goes on. ``altered(model, images, labels)`` gives the images

@@ -52,15 +52,17 @@ def order(arm: str, net: np.ndarray, gross: np.ndarray, seed: int) -> np.ndarray
     """Return all images, in the order in which an arm removes them."""
     if arm == "random":
         return np.random.default_rng(seed).permutation(len(net))
-    return np.argsort({
-        "nothing": np.arange(len(net)),
-        "least influential": gross,
-        "least influential, net": abs(net),
-        "most influential": -gross,
-        "most influential, net": -abs(net),
-        "most helpful": net,
-        "most harmful": -net,
-    }[arm])  # fmt: skip
+    return np.argsort(
+        {
+            "nothing": np.arange(len(net)),
+            "least influential": gross,
+            "least influential, net": abs(net),
+            "most influential": -gross,
+            "most influential, net": -abs(net),
+            "most helpful": net,
+            "most harmful": -net,
+        }[arm]
+    )
 
 
 def without(order: np.ndarray, count: int) -> np.ndarray:
@@ -71,16 +73,24 @@ def without(order: np.ndarray, count: int) -> np.ndarray:
 def without_of_each(order: np.ndarray, labels: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Return which images are left when so many of each class have gone."""
     classes = np.unique(labels)
-    return np.sort(np.concatenate([
-        order[labels[order] == label][count:]
-        for label, count in zip(classes, counts, strict=True)
-    ]))  # fmt: skip
+    return np.sort(
+        np.concatenate(
+            [
+                order[labels[order] == label][count:]
+                for label, count in zip(classes, counts, strict=True)
+            ]
+        )
+    )
 
 
 def again(
-    model: nn.Sequential, data: TensorDataset, kept: np.ndarray, batches: Sequence[torch.Tensor],
-    rate: float, tests: Mapping[str, TensorDataset],
-) -> dict[str, Any]:  # fmt: skip
+    model: nn.Sequential,
+    data: TensorDataset,
+    kept: np.ndarray,
+    batches: Sequence[torch.Tensor],
+    rate: float,
+    tests: Mapping[str, TensorDataset],
+) -> dict[str, Any]:
     """Train on what is kept, in batches of places in it; return the outcome on test images.
 
     An image that is kept several times is drawn several times.

@@ -31,15 +31,34 @@ class Config(Training):
 
     presets: ClassVar = {
         "paper": {
-            "batches": 200, "epochs": 50, "learning_rate": 1e-4, "audited": 256, "pairs": 64,
-            "detailed": 12, "observed": 2000, "features": 1000, "times": 51, "profiled": 2000,
+            "batches": 200,
+            "epochs": 50,
+            "learning_rate": 1e-4,
+            "audited": 256,
+            "pairs": 64,
+            "detailed": 12,
+            "observed": 2000,
+            "features": 1000,
+            "times": 51,
+            "profiled": 2000,
         },
         "small": {
-            "batches": 10, "batch_size": 64, "epochs": 6, "learning_rate": 1e-3, "audited": 16,
-            "detailed": 4, "pairs": 6, "observed": 200, "features": 120, "times": 4,
-            "profiled": 10, "modes": 60, "radius": 0.3, "trak_size": 64,
+            "batches": 10,
+            "batch_size": 64,
+            "epochs": 6,
+            "learning_rate": 1e-3,
+            "audited": 16,
+            "detailed": 4,
+            "pairs": 6,
+            "observed": 200,
+            "features": 120,
+            "times": 4,
+            "profiled": 10,
+            "modes": 60,
+            "radius": 0.3,
+            "trak_size": 64,
         },
-    }  # fmt: skip
+    }
 
     dataset: Dataset = "svhn"
     network: Literal["lenet", "cnn"] = "cnn"
@@ -107,22 +126,36 @@ def studies(config: Config, folder: Path) -> dict[str, Callable[[bool], object]]
             lenet_training, "training", trained=None, keep=True, features=config.features
         ),
         "audit": prepared(
-            lenet_audit, "audit", audited=config.audited,
+            lenet_audit,
+            "audit",
+            audited=config.audited,
             detailed=min(config.detailed, config.audited),
-            profiled=config.profiled, trak_size=config.trak_size,
+            profiled=config.profiled,
+            trak_size=config.trak_size,
             trak_train=min(5120, config.batches * config.batch_size),
         ),
         "map": prepared(
-            ips_map, "map", observed=config.observed, **scores,
+            ips_map,
+            "map",
+            observed=config.observed,
+            **scores,
             score_epochs=min(10, config.epochs),
         ),
         "adversarial": prepared(
-            adversarial, "adversarial", pairs=config.pairs, radius=config.radius,
+            adversarial,
+            "adversarial",
+            pairs=config.pairs,
+            radius=config.radius,
             tried=min(4000, config.batches * config.batch_size),
-            detailed=min(config.detailed, config.pairs), predicted=2, features=config.features,
-            modes=config.modes, times=config.times, seeds=1, correction=config.radius,
+            detailed=min(config.detailed, config.pairs),
+            predicted=2,
+            features=config.features,
+            modes=config.modes,
+            times=config.times,
+            seeds=1,
+            correction=config.radius,
         ),
-    }  # fmt: skip
+    }
 
 
 def report(config: Config, folder: Path, state: workflow.Run) -> None:
@@ -137,38 +170,62 @@ def report(config: Config, folder: Path, state: workflow.Run) -> None:
     regime = attacked["time"]["half_way"]
     rows = [
         ("Parameters", f"{sum(sizes.values()):,}", "paper: about 2.5 times LeNet-5's 61,706"),
-        ("Right: training, test",
-         "{train:.1%}, {test:.1%}".format(**found["training"]["accuracy"]), ""),
+        (
+            "Right: training, test",
+            "{train:.1%}, {test:.1%}".format(**found["training"]["accuracy"]),
+            "",
+        ),
         *(
-            (f"{name}: mean reconstruction error, correlation",
-             f"{table[name]['mre']:.4f}, {table[name]['lc']:.6f}", "paper: {:g}, {:g}".format(*of))
+            (
+                f"{name}: mean reconstruction error, correlation",
+                f"{table[name]['mre']:.4f}, {table[name]['lc']:.6f}",
+                "paper: {:g}, {:g}".format(*of),
+            )
             for name, (of, _) in PAPER.items()
         ),
         *(
-            (f"{name}: seconds over training's, GiB",
-             f"{profile[name]['seconds'] / profile['training']['seconds']:.2f}, "
-             f"{profile[name]['gib']:.2f}", "paper: {:g}, {:g}".format(*cost))
+            (
+                f"{name}: seconds over training's, GiB",
+                f"{profile[name]['seconds'] / profile['training']['seconds']:.2f}, "
+                f"{profile[name]['gib']:.2f}",
+                "paper: {:g}, {:g}".format(*cost),
+            )
             for name, (_, cost) in PAPER.items()
         ),
-        ("IPS within and between classes", f"{near['within']:.3f}, {near['between']:.3f}",
-         "paper: much higher within"),
-        ("Loss audit of attacked images: mean error, correlation",
-         f"{attacked['audit']['mre']:.4f}, {attacked['audit']['lc']:.6f}", "paper: 0.046, 0.993"),
+        (
+            "IPS within and between classes",
+            f"{near['within']:.3f}, {near['between']:.3f}",
+            "paper: much higher within",
+        ),
+        (
+            "Loss audit of attacked images: mean error, correlation",
+            f"{attacked['audit']['mre']:.4f}, {attacked['audit']['lc']:.6f}",
+            "paper: 0.046, 0.993",
+        ),
         *(
-            (f"Gross influence on {kind} images over clean ones",
-             f"{attacked['audit']['gross'][kind] / attacked['audit']['gross']['clean']:.2f}",
-             "paper: higher" if kind == "adversarial" else "")
+            (
+                f"Gross influence on {kind} images over clean ones",
+                f"{attacked['audit']['gross'][kind] / attacked['audit']['gross']['clean']:.2f}",
+                "paper: higher" if kind == "adversarial" else "",
+            )
             for kind in ("adversarial", "random", "natural error")
         ),
-        ("Median correlation of influence on adversarial with that on clean images",
-         f"{sorted(attacked['audit']['correlation']['adversarial'])[config.pairs // 2]:.3f}",
-         "paper: above 0.99"),
-        ("Epochs half way to the end's features, subspace, activations",
-         f"{regime['features']}, {regime['subspace']}, {regime['activations']}",
-         "paper: 10 to 20"),
-        ("Adversarial over random shift of mode coefficients",
-         f"{attacked['modes']['shift_ratio']:.1f}", "paper: about 100"),
-    ]  # fmt: skip
+        (
+            "Median correlation of influence on adversarial with that on clean images",
+            f"{sorted(attacked['audit']['correlation']['adversarial'])[config.pairs // 2]:.3f}",
+            "paper: above 0.99",
+        ),
+        (
+            "Epochs half way to the end's features, subspace, activations",
+            f"{regime['features']}, {regime['subspace']}, {regime['activations']}",
+            "paper: 10 to 20",
+        ),
+        (
+            "Adversarial over random shift of mode coefficients",
+            f"{attacked['modes']['shift_ratio']:.1f}",
+            "paper: about 100",
+        ),
+    ]
     workflow.write_report(
         workflow.Report(
             title="Another network, other data",
@@ -181,15 +238,20 @@ def report(config: Config, folder: Path, state: workflow.Run) -> None:
             metrics=found | {"seconds": state.seconds(), "config": config.model_dump(mode="json")},
             rows=rows,
             figures=[
-                workflow.Figure(f"{name}_{figure}", f"{name.capitalize()}: {figure}", "",
-                                picture(folder / name / "report" / f"{figure}.png"))
-                for name, figures in SHOWN.items() for figure in figures
+                workflow.Figure(
+                    f"{name}_{figure}",
+                    f"{name.capitalize()}: {figure}",
+                    "",
+                    picture(folder / name / "report" / f"{figure}.png"),
+                )
+                for name, figures in SHOWN.items()
+                for figure in figures
             ],
             settings=config.model_dump(mode="json"),
             next_steps=f'tree = lk.open("{folder / "audit" / "audits.zarr"}")',
         ),
         folder / "report",
-    )  # fmt: skip
+    )
 
 
 def picture(path: Path) -> Figure:

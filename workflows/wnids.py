@@ -99,23 +99,28 @@ def figures(path: Path, lift: xr.Dataset, *, shown: int = 6, seed: int = 0) -> l
     references: Any = near.indexes.get("sample", np.arange(len(titles)))[np.sort(chosen)]
     return [
         workflow.Figure(
-            "map", "The images by their losses",
+            "map",
+            "The images by their losses",
             "UMAP at distance 1 - R, edges within a class removed; colour is the place of the "
             "class in WordNet, so that related classes look alike (figure 1).",
             plots.neighbor_map(points, by="label", hues=hues),
         ),
         workflow.Figure(
-            "matrix", "Mean correlation of classes, beside their distance",
-            "Classes in the hierarchy's order (figure 1B).", plots.hierarchy_matrices(by_distance),
+            "matrix",
+            "Mean correlation of classes, beside their distance",
+            "Classes in the hierarchy's order (figure 1B).",
+            plots.hierarchy_matrices(by_distance),
         ),
         workflow.Figure(
-            "nearest", "Most correlated images of other classes",
+            "nearest",
+            "Most correlated images of other classes",
             "References drawn at random (figures 4 and 10).",
             plots.top_correlated(near, images, references, by="title"),
         ),
         workflow.Figure(
-            "lift", "Taxonomic lift against depth",
+            "lift",
+            "Taxonomic lift against depth",
             "A curve for each depth of the reference's class (figure 5); chance is 1.",
             plots.lift_by_depth(lift),
         ),
-    ]  # fmt: skip
+    ]

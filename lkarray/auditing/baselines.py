@@ -126,10 +126,16 @@ def tracin(
     products = _Products(problem, memory_budget(memory))
     values = products.total(steps.tolist(), weights, progress)
     return labelled(
-        _NAME, values, problem.examples, labels, method="TracInCP", target=problem.audited.name,
-        checkpoints=steps.tolist(), params=_chosen(problem),
+        _NAME,
+        values,
+        problem.examples,
+        labels,
+        method="TracInCP",
+        target=problem.audited.name,
+        checkpoints=steps.tolist(),
+        params=_chosen(problem),
         units="nat" if target == "loss" else "1",
-    )  # fmt: skip
+    )
 
 
 @checked()
@@ -180,15 +186,24 @@ def tracin_in_run(
     source = as_trace(trace)
     request = _request(source, audit_set, target, params, examples, unlike)
     ds = run_audit(
-        source, request, coords=coords, example_coords=None, store=None, name=None, memory=memory,
-        client=None, progress=progress,
-    )  # fmt: skip
+        source,
+        request,
+        coords=coords,
+        example_coords=None,
+        store=None,
+        name=None,
+        memory=memory,
+        client=None,
+        progress=progress,
+    )
     found = ds["influence"].rename(_NAME).drop_attrs(deep=False)
     return found.assign_attrs(
-        kernel=INFLUENCE, method="TracIn in the run", target=ds.attrs["target"],
+        kernel=INFLUENCE,
+        method="TracIn in the run",
+        target=ds.attrs["target"],
         params=[source.names[i] for i in select(source, request.params)],
         units="nat" if target == "loss" else "1",
-    )  # fmt: skip
+    )
 
 
 @checked()
@@ -243,19 +258,29 @@ def gradient_similarity(
     products = _Products(problem, memory_budget(memory), cosine=cosine)
     values = products.total([step], [np.ones(len(problem.tensors))], progress)
     return labelled(
-        "gradient_similarity", values, problem.examples, labels,
-        method="cosine of gradients" if cosine else "product of gradients", at=step,
-        params=_chosen(problem), units="1" if cosine else "nat^2",
-    )  # fmt: skip
+        "gradient_similarity",
+        values,
+        problem.examples,
+        labels,
+        method="cosine of gradients" if cosine else "product of gradients",
+        at=step,
+        params=_chosen(problem),
+        units="1" if cosine else "nat^2",
+    )
 
 
 def _request(
     trace: Trace, audit_set: Any, target: Any, params: Params, examples: Any, unlike: bool
 ) -> Request:
     return Request(
-        audit_set, target, params=as_params(trace, params), rule="euler", examples=examples,
-        unlike=unlike, plain=True,
-    )  # fmt: skip
+        audit_set,
+        target,
+        params=as_params(trace, params),
+        rule="euler",
+        examples=examples,
+        unlike=unlike,
+        plain=True,
+    )
 
 
 def _chosen(problem: Problem) -> list[str]:

@@ -29,9 +29,13 @@ def errors(found: np.ndarray, true: np.ndarray) -> tuple[float, float]:
 
 
 def layout_of(
-    problem: Problem, group: str, budget: int, coords: Any, example_coords: Any,
+    problem: Problem,
+    group: str,
+    budget: int,
+    coords: Any,
+    example_coords: Any,
     rows: int | None = None,
-) -> audits.AuditLayout:  # fmt: skip
+) -> audits.AuditLayout:
     """Return what the result is stored as, in panels that fit the budget, or of some rows."""
     by = problem.groups
     first = GROUP if EXAMPLE in by else EXAMPLE
@@ -47,10 +51,18 @@ def layout_of(
     split = problem.request.credit == ACTED and windows is not None
     attrs = _attrs(problem)
     return audits.AuditLayout(
-        group, rows, sizes, windows, split, np.asarray([e for e, _, _ in problem.epochs]),
-        problem.trace.mark["dtype"], _labels(problem, sizes, coords, example_coords), attrs,
-        attrs["units"], state_bytes(problem, rows),
-    )  # fmt: skip
+        group,
+        rows,
+        sizes,
+        windows,
+        split,
+        np.asarray([e for e, _, _ in problem.epochs]),
+        problem.trace.mark["dtype"],
+        _labels(problem, sizes, coords, example_coords),
+        attrs,
+        attrs["units"],
+        state_bytes(problem, rows),
+    )
 
 
 def _labels(

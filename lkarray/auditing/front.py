@@ -168,19 +168,45 @@ def audit(
     """
     source = as_trace(trace)
     request = Request(
-        audit_set, target, module, params, rule, supersample, stride, steps, examples, groups,
-        overlap, credit, unlike,
-    )  # fmt: skip
+        audit_set,
+        target,
+        module,
+        params,
+        rule,
+        supersample,
+        stride,
+        steps,
+        examples,
+        groups,
+        overlap,
+        credit,
+        unlike,
+    )
     return run_audit(
-        source, request, coords=coords, example_coords=example_coords, store=store,
-        name=name, memory=memory, client=client, progress=progress,
-    )  # fmt: skip
+        source,
+        request,
+        coords=coords,
+        example_coords=example_coords,
+        store=store,
+        name=name,
+        memory=memory,
+        client=client,
+        progress=progress,
+    )
 
 
 def run_audit(
-    trace: Trace, request: Request, *, coords: Any, example_coords: Any, store: Any,
-    name: str | None, memory: Any, client: Client | None, progress: bool,
-) -> xr.Dataset:  # fmt: skip
+    trace: Trace,
+    request: Request,
+    *,
+    coords: Any,
+    example_coords: Any,
+    store: Any,
+    name: str | None,
+    memory: Any,
+    client: Client | None,
+    progress: bool,
+) -> xr.Dataset:
     """Run what was asked for; see `audit`."""
     with bars.showing(progress), bars.busy("preparing the audit"):
         problem = Problem(trace, request)

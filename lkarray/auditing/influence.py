@@ -124,12 +124,18 @@ def influence_functions(
     values = -(sides[0] @ solved.T).view(len(sides[0]), *sides[1].shape[:2]) / source.train.n
     scores = values.cpu().numpy()
     return labelled(
-        "influence_functions", scores if problem.audited.outputs is not None else scores[:, :, 0],
-        problem.examples, labels, method="influence functions", target=problem.audited.name,
-        at=step, damping=float(damping), residual=residual,
+        "influence_functions",
+        scores if problem.audited.outputs is not None else scores[:, :, 0],
+        problem.examples,
+        labels,
+        method="influence functions",
+        target=problem.audited.name,
+        at=step,
+        damping=float(damping),
+        residual=residual,
         params=[source.names[i] for i in problem.tensors],
         units="nat" if target == "loss" else "1",
-    )  # fmt: skip
+    )
 
 
 def mean_hessian(problem: Problem, progress: bool = False) -> Tensor:

@@ -155,13 +155,22 @@ def trak(
     if target == LOSS:
         scores *= -own
     return labelled(
-        "trak", scores, index, labels, method="TRAK", target=target, checkpoints=steps,
-        size=size or "none", seed=seed, regularization=float(regularization),
+        "trak",
+        scores,
+        index,
+        labels,
+        method="TRAK",
+        target=target,
+        checkpoints=steps,
+        size=size or "none",
+        seed=seed,
+        regularization=float(regularization),
         params=[source.names[i] for i in sides[0].tensors],
-        sign="positive supports the audited class" if target == MARGIN else
-        "negative lowers the loss",
+        sign="positive supports the audited class"
+        if target == MARGIN
+        else "negative lowers the loss",
         units="1" if target == MARGIN else "nat",
-    )  # fmt: skip
+    )
 
 
 def margin(output: Any, target: Any) -> Tensor:

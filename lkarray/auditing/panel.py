@@ -178,9 +178,16 @@ class Panel:
         for key, adjoint, windows in self._active(step):
             inside = key == -1 or bool(windows)
             taken = Step(
-                theta, moved, updates, later, training, len(wanted), size,
-                means if inside else None, self._adder(windows if key == -1 else [key], where),
-            )  # fmt: skip
+                theta,
+                moved,
+                updates,
+                later,
+                training,
+                len(wanted),
+                size,
+                means if inside else None,
+                self._adder(windows if key == -1 else [key], where),
+            )
             residual, along = pull_back(adjoint, taken, self._scratch)
             if step == problem.start:
                 residual += self._inherited(adjoint, updates, theta, moved, gradients)
@@ -223,9 +230,13 @@ class Panel:
             problem.refuse_other_gradients(range(problem.start, step + 1))
 
     def _inherited(
-        self, adjoint: Adjoint, updates: list[Update], theta: Tensor, moved: Tensor,
+        self,
+        adjoint: Adjoint,
+        updates: list[Update],
+        theta: Tensor,
+        moved: Tensor,
         gradients: list[Tensor | None],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Return what momentum from before the first step adds to the residual."""
         problem = self._problem
         if not adjoint.state:

@@ -219,9 +219,9 @@ class Problem:
         """Say whether the gradients of a whole batch are needed, also of examples not audited."""
         bound = float(self.trace.clip_bounds[step])
         clipped = np.isfinite(bound) and self.trace.every > 1
-        return self.partial_examples and not self.request.plain and (
-            clipped or step == self.start > 0
-        )  # fmt: skip
+        return (
+            self.partial_examples and not self.request.plain and (clipped or step == self.start > 0)
+        )
 
     @cached_property
     def partial_examples(self) -> bool:

@@ -60,15 +60,17 @@ def reconstruction(
     """
     request = Request(
         audit_set, target, module, None, rule, supersample, stride, steps, unlike=unlike, bare=True
-    )  # fmt: skip
+    )
     problem = Problem(as_trace(trace), request)
     budget = memory_budget(memory)
     layout = layout_of(problem, "", budget, None, None, rows=min(problem.data.n, BATCH))
     parts = []
     with bars.bar(
-        "reconstruction", total=(problem.stop - problem.start) * len(layout.panels), unit="step",
+        "reconstruction",
+        total=(problem.stop - problem.start) * len(layout.panels),
+        unit="step",
         show=progress,
-    ) as bar:  # fmt: skip
+    ) as bar:
         for rows in layout.panels:
             kept = _Kept(rows)
             run_panel(problem, kept, budget, bar.update, bar.update)

@@ -74,9 +74,16 @@ def run_on(
     for store in (root.store, trace.root.store):
         check_place(store)
     job = _Job(
-        address(trace.root.store), trace.flat.module, trace.train_set, trace.loss.function,
-        problem.request, address(root.store), layout, fingerprint, budget,
-    )  # fmt: skip
+        address(trace.root.store),
+        trace.flat.module,
+        trace.train_set,
+        trace.loss.function,
+        problem.request,
+        address(root.store),
+        layout,
+        fingerprint,
+        budget,
+    )
     payload = cloudpickle.dumps(job)
     key = hashlib.sha256(payload).hexdigest()
     with workers_awaited("audited", _SAFE, client=client, bar=bar, resource=needed(client)):

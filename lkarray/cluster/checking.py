@@ -229,9 +229,11 @@ def _tiles(client: Client, folder: str | Store) -> Told:
     rng = np.random.default_rng(0)
     values = rng.normal(size=(_CHAINS, _DRAWS, _SAMPLES)).astype(np.float32)
     losses = xr.DataArray(
-        values, dims=("chain", "draw", "sample"), coords={"sample": np.arange(_SAMPLES)},
+        values,
+        dims=("chain", "draw", "sample"),
+        coords={"sample": np.arange(_SAMPLES)},
         name="loss",
-    )  # fmt: skip
+    )
     began = time.perf_counter()
     lazy = correlation(losses.chunk(sample=100), memory="64 MiB")
     with client.as_current():

@@ -206,7 +206,11 @@ def _security(tls: str | Path | None, target: str) -> Security | None:
     if missing:
         raise ValueError(f"{folder} has no {missing}; cluster/tls/make_certificates.sh makes them")
     return Security(
-        require_encryption=True, tls_ca_file=str(ca),
-        **{f"tls_{who}_{what}": str(path) for who in ("client", "scheduler", "worker")
-           for what, path in (("cert", cert), ("key", key))},
-    )  # fmt: skip
+        require_encryption=True,
+        tls_ca_file=str(ca),
+        **{
+            f"tls_{who}_{what}": str(path)
+            for who in ("client", "scheduler", "worker")
+            for what, path in (("cert", cert), ("key", key))
+        },
+    )

@@ -129,9 +129,11 @@ def _ssh(plan: Plan) -> Any:
     options = dict(plan.options)
     # Without a dashboard each still serves its health and metrics: to its own host.
     worker = {
-        "n_workers": plan.workers or 1, "env": ONE_THREAD, "dashboard": False,
+        "n_workers": plan.workers or 1,
+        "env": ONE_THREAD,
+        "dashboard": False,
         "dashboard_address": "127.0.0.1:0",
-    }  # fmt: skip
+    }
     if plan.threads:
         worker["nthreads"] = plan.threads
     if plan.memory:
@@ -155,9 +157,12 @@ def _ssh(plan: Plan) -> Any:
     # What is started over SSH takes its certificates from Dask's configuration, which is sent.
     with dask.config.set(tls_settings(plan.security)):
         return SpecCluster(
-            workers, process(Scheduler, 0, hosts[0], scheduler), name="SSHCluster",
-            security=plan.security, **options,
-        )  # fmt: skip
+            workers,
+            process(Scheduler, 0, hosts[0], scheduler),
+            name="SSHCluster",
+            security=plan.security,
+            **options,
+        )
 
 
 def _bound(host: str) -> dict[str, Any]:
@@ -267,9 +272,11 @@ def _dask_cluster(plan: Plan, operator: Any, options: dict[str, Any]) -> dict[st
 def _cuda(plan: Plan) -> Any:
     dask_cuda = _package("dask_cuda")
     settings = plan.given(
-        n_workers=plan.workers, threads_per_worker=plan.threads, memory_limit=plan.memory,
+        n_workers=plan.workers,
+        threads_per_worker=plan.threads,
+        memory_limit=plan.memory,
         security=plan.security,
-    )  # fmt: skip
+    )
     fixed = {"dashboard_address": plan.listens(), "host": "127.0.0.1", "resources": {"GPU": 1}}
     return dask_cuda.LocalCUDACluster(**(fixed | settings))
 

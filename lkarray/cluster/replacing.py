@@ -117,8 +117,10 @@ class Keeper:
             self._began = now
             logger.warning(
                 "%d of %d workers of %s are gone for good; starting new ones",
-                count, len(cluster.worker_spec), self._name,
-            )  # fmt: skip
+                count,
+                len(cluster.worker_spec),
+                self._name,
+            )
         self._attempts += 1
         self._next = now + min(2.0**self._attempts, _MOST_PAUSE)
         closing = [
@@ -185,9 +187,13 @@ class Keeper:
         self._asked_queue = now
         with suppress(OSError, TimeoutError):
             process = await asyncio.create_subprocess_exec(
-                "squeue", "--noheader", "--format=%A", "--me",
-                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-            )  # fmt: skip
+                "squeue",
+                "--noheader",
+                "--format=%A",
+                "--me",
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
             told, _ = await asyncio.wait_for(process.communicate(), _CLOSING)
             if process.returncode == 0:
                 self._ended_jobs = jobs - set(told.decode().split())

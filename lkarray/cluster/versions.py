@@ -12,9 +12,16 @@ if TYPE_CHECKING:
 
 #: What a worker must have, in the client's version.
 REQUIRED = (
-    "cloudpickle", "dask", "distributed", "lkarray", "msgpack", "numcodecs", "numpy", "xarray",
+    "cloudpickle",
+    "dask",
+    "distributed",
+    "lkarray",
+    "msgpack",
+    "numcodecs",
+    "numpy",
+    "xarray",
     "zarr",
-)  # fmt: skip
+)
 
 #: What a worker may lack, but may not have in another version.
 OPTIONAL = ("obstore", "scipy", "torch")

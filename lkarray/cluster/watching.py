@@ -190,9 +190,11 @@ class Watch:
             if not whole or not all(w.get("status") == "paused" and _idle(w) for w in useful):
                 return None
             return _Trouble(
-                f"all workers of {self._name} are paused for want of memory", PAUSED,
-                _ends_within(PAUSED), f"for {_SECONDS} s; give them more memory, or restart them",
-            )  # fmt: skip
+                f"all workers of {self._name} are paused for want of memory",
+                PAUSED,
+                _ends_within(PAUSED),
+                f"for {_SECONDS} s; give them more memory, or restart them",
+            )
         with_ = f" with a {', '.join(map(str, needs))}" if needs and workers else ""
         what = f"no worker{with_} of {self._name} is {'left' if self._seen else 'there'}"
         end = f"and none came within {_SECONDS} s"

@@ -230,10 +230,12 @@ def difficulty_table(
     attrs = {"examples": len(missed), "share_wrong": float(missed.mean())}
     if replicates:
         rng = np.random.default_rng(seed)
-        drawn = np.stack([
-            _measures(values[:, at], missed[at], losses[at])
-            for at in (_resampled(missed, rng) for _ in range(replicates))
-        ])  # fmt: skip
+        drawn = np.stack(
+            [
+                _measures(values[:, at], missed[at], losses[at])
+                for at in (_resampled(missed, rng) for _ in range(replicates))
+            ]
+        )
         for column, name in enumerate(_MEASURES):
             ends = [_interval(drawn[:, row, column]) for row in range(len(values))]
             table |= {f"{name}_low": np.array(ends)[:, 0], f"{name}_high": np.array(ends)[:, 1]}
@@ -258,10 +260,12 @@ def _measures(scores: np.ndarray, wrong: np.ndarray, loss: np.ndarray) -> np.nda
         varied = np.ptp(score) and np.ptp(loss)
         return float(spearmanr(score, -loss).statistic) if varied else np.nan
 
-    return np.array([
-        [roc_auc_score(wrong, -score), average_precision_score(wrong, -score), rank(score)]
-        for score in scores
-    ])  # fmt: skip
+    return np.array(
+        [
+            [roc_auc_score(wrong, -score), average_precision_score(wrong, -score), rank(score)]
+            for score in scores
+        ]
+    )
 
 
 def _resampled(wrong: np.ndarray, rng: np.random.Generator) -> np.ndarray:

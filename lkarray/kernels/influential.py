@@ -162,15 +162,34 @@ def _best_entries(data: da.Array, codes: np.ndarray, classes: int, k: int) -> da
     *rest, last, end, group = range(data.ndim + 2)
     meta = np.empty((0,) * (data.ndim + 2), _ENTRY)
     found = da.blockwise(
-        _candidates, (*rest, end, group, last), data, (*rest, last), place, (last,), code, (last,),
-        new_axes={end: len(_SIGNS), group: classes}, adjust_chunks={last: kept},
-        align_arrays=False, meta=meta, dtype=_ENTRY, classes=classes, k=k,
-    )  # fmt: skip
+        _candidates,
+        (*rest, end, group, last),
+        data,
+        (*rest, last),
+        place,
+        (last,),
+        code,
+        (last,),
+        new_axes={end: len(_SIGNS), group: classes},
+        adjust_chunks={last: kept},
+        align_arrays=False,
+        meta=meta,
+        dtype=_ENTRY,
+        classes=classes,
+        k=k,
+    )
     keep = partial(_keep, k=k)
     best: da.Array = da.reduction(
-        found, chunk=keep, aggregate=keep, axis=-1, keepdims=True, split_every=_MERGED,
-        output_size=k, meta=meta, dtype=_ENTRY,
-    )  # fmt: skip
+        found,
+        chunk=keep,
+        aggregate=keep,
+        axis=-1,
+        keepdims=True,
+        split_every=_MERGED,
+        output_size=k,
+        meta=meta,
+        dtype=_ENTRY,
+    )
     return best
 
 

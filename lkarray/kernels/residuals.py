@@ -78,9 +78,16 @@ def residualize(losses: Losses, groups: Hashable | Any = "label") -> xr.DataArra
     data = x.data if dask.is_dask_collection(x.data) else da.from_array(x.data, name=False)
     kept = shared.astype(np.float32).reshape(len(values), x.sizes["chain"], x.sizes["draw"])
     out = da.map_blocks(
-        _remainder, data, dask.delayed(kept, pure=True), codes, mean, norm, slope,
-        dtype=data.dtype, meta=np.empty((0, 0, 0), data.dtype),
-    )  # fmt: skip
+        _remainder,
+        data,
+        dask.delayed(kept, pure=True),
+        codes,
+        mean,
+        norm,
+        slope,
+        dtype=data.dtype,
+        meta=np.empty((0, 0, 0), data.dtype),
+    )
     return x.copy(data=out).rename("loss").assign_attrs(residual_of=name)
 
 

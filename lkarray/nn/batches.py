@@ -199,9 +199,12 @@ class Batches:
             return
         items: Any = _Items(self._item)
         loader: Any = DataLoader(
-            items, sampler=wanted, batch_size=None, collate_fn=_same,
+            items,
+            sampler=wanted,
+            batch_size=None,
+            collate_fn=_same,
             num_workers=workers,
-        )  # fmt: skip
+        )
         for item in loader:
             # A copy of its own: each tensor from a worker holds a file open.
             yield {key: part.clone() for key, part in item.items()}

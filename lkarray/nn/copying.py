@@ -14,9 +14,20 @@ Module = TypeVar("Module", bound=nn.Module)
 
 #: What `copy.deepcopy` takes as it is.
 _ATOMS = (
-    str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device,
-    types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
-)  # fmt: skip
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    type,
+    torch.dtype,
+    torch.device,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+)
 #: A module's own dicts, which are no part of its attributes' names.
 _INNER = {"_parameters", "_buffers", "_modules"}
 

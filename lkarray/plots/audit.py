@@ -231,14 +231,20 @@ def concentration(audit: Result) -> Figure:
     half = counts[np.argmax(middle >= 0.5)]
     axes.plot([half, half], [0, 0.5], color="0.5", lw=0.8, ls="--")
     axes.annotate(
-        f" {half:,} of {counts[-1]:,} hold half", (half, 0.04), fontsize=9, color="0.3",
+        f" {half:,} of {counts[-1]:,} hold half",
+        (half, 0.04),
+        fontsize=9,
+        color="0.3",
         ha="left" if half < counts[-1] ** 0.6 else "right",
-    )  # fmt: skip
+    )
     axes.set(
-        xscale="log", ylim=(0, 1.02), xlim=(1, counts[-1]),
-        xlabel="most influential training examples", ylabel="share of all influence",
+        xscale="log",
+        ylim=(0, 1.02),
+        xlim=(1, counts[-1]),
+        xlabel="most influential training examples",
+        ylabel="share of all influence",
         title="Concentration of influence",
-    )  # fmt: skip
+    )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="upper left")
     return figure

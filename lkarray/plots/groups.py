@@ -162,14 +162,23 @@ def mode_scatter(
         change = part["change"].values
         limit = float(np.abs(change).max()) or 1.0
         dots = axes.scatter(
-            part["singular_value"], part["alignment"], s=12 + 300 * np.abs(change) / limit,
-            c=change, cmap="PuOr", vmin=-limit, vmax=limit, edgecolors="0.3", linewidths=0.5,
-        )  # fmt: skip
+            part["singular_value"],
+            part["alignment"],
+            s=12 + 300 * np.abs(change) / limit,
+            c=change,
+            cmap="PuOr",
+            vmin=-limit,
+            vmax=limit,
+            edgecolors="0.3",
+            linewidths=0.5,
+        )
         axes.axhline(0, color="0.7", lw=0.8, zorder=0)
         axes.set(
-            xscale="log", xlabel="singular value s", ylabel="alignment a of training examples",
+            xscale="log",
+            xlabel="singular value s",
+            ylabel="alignment a of training examples",
             title=f"{name.capitalize()} minus clean",
-        )  # fmt: skip
+        )
         axes.xaxis.set_minor_formatter(NullFormatter())  # they would overlap
         figure.colorbar(dots, ax=axes, label="mean change of the coefficient")
     return figure
@@ -247,8 +256,12 @@ def influence_along_path(gross: Result, totals: Mapping[str, Result]) -> Figure:
         total = as_array(given, name)
         style: dict[str, Any] = {"color": _COLORS[i + 1], "ls": _STYLES[i + 1]}
         right.plot(total["position"], total, label=name, **style)
-    right.set(xlabel="position (0 clean, 1 perturbed)", ylabel="gross influence (nats)",
-              title="How much there was", yscale="log")  # fmt: skip
+    right.set(
+        xlabel="position (0 clean, 1 perturbed)",
+        ylabel="gross influence (nats)",
+        title="How much there was",
+        yscale="log",
+    )
     right.legend(frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)
@@ -316,6 +329,8 @@ def _legend(figure: Figure, names: Sequence[str], first: Sequence[Line2D] = ()) 
         for i, name in enumerate(names)
     ]
     figure.legend(
-        handles=[*first, *handles], frameon=False, loc="outside lower center",
+        handles=[*first, *handles],
+        frameon=False,
+        loc="outside lower center",
         ncols=min(len(handles) + len(first), 6),
-    )  # fmt: skip
+    )

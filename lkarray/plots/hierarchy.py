@@ -80,11 +80,21 @@ def lift_curves(
         part = lift.where((expected >= least) & (lift["pooled_lift"] > 0), drop=True)
         colour = colours[at % 10]
         x = part["depth"] + 0.06 * (at - (len(lifts) - 1) / 2)
-        half = np.stack([
-            part["pooled_lift"] - part["pooled_low"], part["pooled_high"] - part["pooled_lift"]
-        ])  # fmt: skip
-        axes.errorbar(x, part["pooled_lift"], half, fmt="o-", ms=3.5, lw=1.4, elinewidth=1,
-                      capsize=2, color=colour, label=name)  # fmt: skip
+        half = np.stack(
+            [part["pooled_lift"] - part["pooled_low"], part["pooled_high"] - part["pooled_lift"]]
+        )
+        axes.errorbar(
+            x,
+            part["pooled_lift"],
+            half,
+            fmt="o-",
+            ms=3.5,
+            lw=1.4,
+            elinewidth=1,
+            capsize=2,
+            color=colour,
+            label=name,
+        )
     axes.axhline(1, color="black", lw=0.8, ls=":")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log")
@@ -121,9 +131,13 @@ def hierarchy_matrices(by_distance: xr.DataTree | xr.Dataset) -> Figure:
     limit = float(np.nanpercentile(np.abs(other), 99))
     pictures: Sequence[tuple[str, np.ndarray, dict[str, Any], str]] = (
         (f"mean {kernel} of losses", mean, {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}, ""),
-        ("distance in the hierarchy", by_distance["label_distance"].values,
-         {"cmap": "viridis_r"}, "edges"),
-    )  # fmt: skip
+        (
+            "distance in the hierarchy",
+            by_distance["label_distance"].values,
+            {"cmap": "viridis_r"},
+            "edges",
+        ),
+    )
     titles = [str(title) for title in by_distance["title"].values]
     for at, (name, values, options, unit) in enumerate(pictures):
         axes = figure.add_subplot(1, 2, at + 1)
@@ -153,8 +167,9 @@ def correlation_against_distance(curves: Mapping[str, xr.DataTree | xr.Dataset])
         found = as_dataset(given, name).compute()
         kernel = found.attrs.get("kernel", "correlation")
         (line,) = axes.plot(found["distance"], found[kernel], "o-", ms=4, label=name)
-        axes.fill_between(found["distance"], found["low"], found["high"], alpha=0.15, lw=0,
-                          color=line.get_color())  # fmt: skip
+        axes.fill_between(
+            found["distance"], found["low"], found["high"], alpha=0.15, lw=0, color=line.get_color()
+        )
         axes.set_ylabel(f"mean {kernel} of losses")
     axes.axhline(0, color="black", lw=0.8, ls=":")
     axes.set(xlabel="distance of the labels (edges; 0: one label)")
@@ -188,8 +203,14 @@ def transitions(
         axes = figure.add_subplot(1, len(lifts), at + 1)
         bottom = np.zeros(len(values))
         for column, value in enumerate(values):
-            axes.bar(values, share[:, column], bottom=bottom, label=value, width=0.92,
-                     color=palette[column % len(palette)])  # fmt: skip
+            axes.bar(
+                values,
+                share[:, column],
+                bottom=bottom,
+                label=value,
+                width=0.92,
+                color=palette[column % len(palette)],
+            )
             bottom = bottom + np.nan_to_num(share[:, column])
         pooled = float(lift["pooled_lift"])
         axes.set(title=f"{name} (lift {pooled:.2f})", xlabel="input", ylim=(0, 1))

@@ -59,8 +59,12 @@ def temporal_structure(
     edges = (at[0] - half, at[-1] + half)
     image = left.imshow(
         values / np.outer(norm, norm),
-        vmin=0, vmax=1, cmap="viridis", origin="lower", extent=(*edges, *edges),
-    )  # fmt: skip
+        vmin=0,
+        vmax=1,
+        cmap="viridis",
+        origin="lower",
+        extent=(*edges, *edges),
+    )
     figure.colorbar(image, ax=left, label="cosine of all gradients")
     name = "epoch" if labels is not None else "step"
     left.set(xlabel=name, ylabel=name, title="Temporal kernel, normalised")
@@ -69,8 +73,13 @@ def temporal_structure(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for mode in range(min(k, modes.sizes[MODE])):
         share = float(modes["share"][mode])
-        right.plot(at, loading.isel(mode=mode), _LINES[mode % 4],
-                   color=_COLOURS[mode % 10], label=f"mode {mode + 1} ({share:.1%})")  # fmt: skip
+        right.plot(
+            at,
+            loading.isel(mode=mode),
+            _LINES[mode % 4],
+            color=_COLOURS[mode % 10],
+            label=f"mode {mode + 1} ({share:.1%})",
+        )
     right.axhline(0, color="0.7", lw=0.8, zorder=0)
     right.set(xlabel=name, ylabel="loading", title="Temporal modes, and their share of energy")
     right.legend(frameon=False)
@@ -86,8 +95,7 @@ def over_training(
     axes = figure.add_subplot()
     for i, (name, given) in enumerate(curves.items()):
         curve = as_array(given, name)
-        axes.plot(_times(curve, labels), curve, _LINES[i % 4],
-                  color=_COLOURS[i % 10], label=name)  # fmt: skip
+        axes.plot(_times(curve, labels), curve, _LINES[i % 4], color=_COLOURS[i % 10], label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="step" if labels is None else "epoch", ylabel=ylabel, title=title)
     if len(curves) > 1:
@@ -131,8 +139,9 @@ def similarity_to_target(
         # The most extreme last: where points overlap, they are what there is to see.
         order = np.flatnonzero(at)[np.argsort(np.abs(values[at]), kind="stable")]
         size = float(np.clip(24000 / max(len(order), 1), 4, 40))
-        dots = axes.scatter(*xy[order].T, s=size, c=values[order], edgecolors="0.6", lw=0.2,
-                            **colours)  # fmt: skip
+        dots = axes.scatter(
+            *xy[order].T, s=size, c=values[order], edgecolors="0.6", lw=0.2, **colours
+        )
         axes.scatter(*xy[target], s=220, marker="*", color="#ffdd33", edgecolors="black")
         axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2", title=title)
         figure.colorbar(dots, ax=axes, label="similarity to the target (star)", shrink=0.9)
@@ -168,8 +177,15 @@ def similarity_against_distance(
     ):
         chosen = at & other
         size = float(np.clip(12000 / max(int(chosen.sum()), 1), 4, 24))
-        axes.scatter(distance[chosen], values[chosen], s=size, color="0.35", lw=0, alpha=0.6,
-                     label=f"to one input ({int(chosen.sum()):,} pairs)")  # fmt: skip
+        axes.scatter(
+            distance[chosen],
+            values[chosen],
+            s=size,
+            color="0.35",
+            lw=0,
+            alpha=0.6,
+            label=f"to one input ({int(chosen.sum()):,} pairs)",
+        )
         found = by_distance.sel(pairs=pairs)
         drawn = found.isel(bin=found["count"].values >= _LEAST)
         x, mean, sd = (drawn[part].values for part in ("distance", "mean", "sd"))
@@ -178,8 +194,12 @@ def similarity_against_distance(
         axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
         axes.axhline(0, color="0.6", lw=0.8, zorder=0)
         rank = float(found["rank_correlation"])
-        axes.set(xlabel="distance on the map", ylabel="similarity", xlim=(0, None),
-                 title=f"{pairs.capitalize()} classes: rank correlation {rank:.2f}")  # fmt: skip
+        axes.set(
+            xlabel="distance on the map",
+            ylabel="similarity",
+            xlim=(0, None),
+            title=f"{pairs.capitalize()} classes: rank correlation {rank:.2f}",
+        )
         axes.legend(frameon=False)
     return figure
 

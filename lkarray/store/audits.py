@@ -236,9 +236,13 @@ class PanelWriter:
             group = root.create_group(f"{self._folder}/{slot}", overwrite=True)
             for name, values in kept.items():
                 array = group.create_array(
-                    name, shape=values.shape, chunks=_pieces(values), dtype=values.dtype,
-                    compressors=CODECS, config={"write_empty_chunks": True},
-                )  # fmt: skip
+                    name,
+                    shape=values.shape,
+                    chunks=_pieces(values),
+                    dtype=values.dtype,
+                    compressors=CODECS,
+                    config={"write_empty_chunks": True},
+                )
                 array[...] = values
             flush_tree(root.store, f"{self._folder}/{slot}")
             digest = pass_digest(left, self.panel, kept) if checked else 0
@@ -255,9 +259,10 @@ class PanelWriter:
             self._influence[place] = values
         array = self._influence
         places = [
-            at for at in np.ndindex(*array.cdata_shape)
+            at
+            for at in np.ndindex(*array.cdata_shape)
             if at[1] == self.panel and (window is None or at[-1] == window)
-        ]  # fmt: skip
+        ]
         keys = [chunk_key(array, at) for at in places]
         for at, found in zip(places, numbers(array, keys), strict=True):
             self._written[(at[0], *at[2:])] = found

@@ -196,8 +196,10 @@ def _acquire(store: UrlStore, key: str) -> Lease:
             if lease.put(found.version):
                 logger.warning(
                     "%s: took over the lock of %s, which did not renew it for %.0f s",
-                    store.url, holder(found.body), expires,
-                )  # fmt: skip
+                    store.url,
+                    holder(found.body),
+                    expires,
+                )
                 return lease
             first = found  # another process was faster: its renewals will tell
             continue

@@ -331,20 +331,44 @@ _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|bucket does not exist",
 
 #: What the text of an error says, the class of ours, the cause, and what to do.
 _CAUSES: list[tuple[str, type[ObjectError], str, Callable[[str], str]]] = [
-    (_NO_BUCKET.pattern, ObjectError, "there is no such bucket",
-     lambda _: "make it, or correct the URL"),
-    ("BadScheme|scheme is not allowed", ObjectError, "its endpoint is http, which is not allowed",
-     lambda _: "set AWS_ALLOW_HTTP=true if the network is to be trusted, or use https"),
-    (r"169\.254\.|metadata\.google|MissingAccount|must be specified|MissingCredentials",
-     ObjectError, "no credentials or account were found", lambda access: f"set {access}"),
-    ("PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint", ObjectError,
-     "the bucket is in another region", lambda _: "set AWS_REGION"),
-    ("PermissionDenied|Unauthenticated|AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch"
-     "|AuthenticationFailed|code: 40[13]", ObjectError, "access is denied",
-     lambda access: f"check the credentials' permissions and {access}"),
-    ("HTTP error|Connect|timed? ?out|dns error|code: 5", UnreachableError, "it cannot be reached",
-     lambda access: f"check the network and {access}; then run again"),
-]  # fmt: skip
+    (
+        _NO_BUCKET.pattern,
+        ObjectError,
+        "there is no such bucket",
+        lambda _: "make it, or correct the URL",
+    ),
+    (
+        "BadScheme|scheme is not allowed",
+        ObjectError,
+        "its endpoint is http, which is not allowed",
+        lambda _: "set AWS_ALLOW_HTTP=true if the network is to be trusted, or use https",
+    ),
+    (
+        r"169\.254\.|metadata\.google|MissingAccount|must be specified|MissingCredentials",
+        ObjectError,
+        "no credentials or account were found",
+        lambda access: f"set {access}",
+    ),
+    (
+        "PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint",
+        ObjectError,
+        "the bucket is in another region",
+        lambda _: "set AWS_REGION",
+    ),
+    (
+        "PermissionDenied|Unauthenticated|AccessDenied|InvalidAccessKeyId|SignatureDoesNotMatch"
+        "|AuthenticationFailed|code: 40[13]",
+        ObjectError,
+        "access is denied",
+        lambda access: f"check the credentials' permissions and {access}",
+    ),
+    (
+        "HTTP error|Connect|timed? ?out|dns error|code: 5",
+        UnreachableError,
+        "it cannot be reached",
+        lambda access: f"check the network and {access}; then run again",
+    ),
+]
 
 
 def _say(text: str, name: str, url: str) -> ObjectError:

@@ -99,10 +99,18 @@ _OURS = {
     *(
         spec.name
         for spec in (
-            PARAMETERS, DENOMINATOR, DIAGONAL, COEFFICIENTS, CLIP, CLIP_VALUE, BATCH, LOSS, NORM,
+            PARAMETERS,
+            DENOMINATOR,
+            DIAGONAL,
+            COEFFICIENTS,
+            CLIP,
+            CLIP_VALUE,
+            BATCH,
+            LOSS,
+            NORM,
         )
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -369,9 +377,13 @@ def open_trajectory(root: zarr.Group) -> xr.Dataset:
         return read_whole(array)
 
     found = variables(
-        root, ROOT, lazy={PARAMETERS.name, DENOMINATOR.name}, sparse={DIAGONAL.name},
-        skip={"record", DIGEST.name}, read=read_committed,
-    )  # fmt: skip
+        root,
+        ROOT,
+        lazy={PARAMETERS.name, DENOMINATOR.name},
+        sparse={DIAGONAL.name},
+        skip={"record", DIGEST.name},
+        read=read_committed,
+    )
     with reading(root.store, ROOT):
         for name, variable in found.items():
             found[name] = variable.isel(lengths, missing_dims="ignore")

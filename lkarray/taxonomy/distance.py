@@ -110,8 +110,11 @@ def correlation_by_distance(
     rows = next(str(dim) for dim in x.dims if dim not in POSTERIOR)
     x, label = with_labels(x, rows, label, what="label")
     options: dict[str, Any] = {
-        "kernel": kernel, "center": center, "self_pairs": False, "memory": memory
-    }  # fmt: skip
+        "kernel": kernel,
+        "center": center,
+        "self_pairs": False,
+        "memory": memory,
+    }
     means = group_mean(x, label, **options)
     labels = means[label].values
     taxonomy.positions(labels.tolist())
@@ -161,10 +164,16 @@ def correlation_by_distance(
             second("label"): (second("label"), labels),
             "title": ("label", [taxonomy.title(name) for name in labels]),
         },
-        attrs={"kernel": kernel, "within": str(within or "all"), "samples": x.sizes[rows],
-               "replicates": replicates, "level": level, "seed": seed,
-               "chains_deleted": len(parts) - 1},
-    )  # fmt: skip
+        attrs={
+            "kernel": kernel,
+            "within": str(within or "all"),
+            "samples": x.sizes[rows],
+            "replicates": replicates,
+            "level": level,
+            "seed": seed,
+            "chains_deleted": len(parts) - 1,
+        },
+    )
 
 
 def _is_within(taxonomy: Taxonomy, label: Any, within: Hashable | None) -> bool:

@@ -235,9 +235,13 @@ def _fingerprint(maker: Maker, layout: TensorLayout) -> dict[str, Any]:
 
 
 def _make(
-    maker: Maker, layout: TensorLayout, fingerprint: dict[str, Any], store: Any,
-    preconditioned: bool, progress: bool,
-) -> xr.Dataset:  # fmt: skip
+    maker: Maker,
+    layout: TensorLayout,
+    fingerprint: dict[str, Any],
+    store: Any,
+    preconditioned: bool,
+    progress: bool,
+) -> xr.Dataset:
     target = store_.as_store(store)
     root = whole_gradients(target, layout.group, fingerprint)
     if root is not None:  # on a read-only disk too
@@ -276,16 +280,25 @@ def _layout(
         described |= {
             TENSOR: (TENSOR, np.asarray([trace.names[i] for i in maker.tensors]).astype(text)),
             schema.MODULE.name: (
-                TENSOR, np.asarray([trace.modules[i] for i in maker.tensors]).astype(text)
+                TENSOR,
+                np.asarray([trace.modules[i] for i in maker.tensors]).astype(text),
             ),
             schema.START.name: (TENSOR, starts.astype(np.int64)),
             schema.STOP.name: (TENSOR, stops.astype(np.int64)),
-        }  # fmt: skip
+        }
     rates = np.append(trace.learning_rates, np.nan)[steps]
     return TensorLayout(
-        gradient_group(name), steps, rates, n, maker.outputs, maker.columns, min(rows, n), dtype,
-        described, {},
-    )  # fmt: skip
+        gradient_group(name),
+        steps,
+        rates,
+        n,
+        maker.outputs,
+        maker.columns,
+        min(rows, n),
+        dtype,
+        described,
+        {},
+    )
 
 
 def _write(maker: Maker, writer: TensorWriter, preconditioned: bool, progress: bool) -> None:

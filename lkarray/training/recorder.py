@@ -127,9 +127,16 @@ def record(
     """
     with bars.showing(progress):
         return Recorder(
-            model, optimizer, train_set, loss, store, scheduler, every, check_every,
+            model,
+            optimizer,
+            train_set,
+            loss,
+            store,
+            scheduler,
+            every,
+            check_every,
             check_workers(num_workers),
-        )  # fmt: skip
+        )
 
 
 class Recorder:

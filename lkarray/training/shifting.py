@@ -134,9 +134,13 @@ def shift_modes(
         unwanted = None if known is None else known[torch.from_numpy(rows)].to(x0)
 
         def objective(
-            x: Tensor, x0: Tensor = x0, own: Any = own, wanted: Any = wanted,
-            target: Tensor = target, unwanted: Tensor | None = unwanted,
-        ) -> Tensor:  # fmt: skip
+            x: Tensor,
+            x0: Tensor = x0,
+            own: Any = own,
+            wanted: Any = wanted,
+            target: Tensor = target,
+            unwanted: Tensor | None = unwanted,
+        ) -> Tensor:
             """Return what is descended, summed over examples."""
             off = coefficients(source, vectors, x, wanted) - target
             total = match * 0.5 * off.square().sum()
@@ -156,9 +160,14 @@ def shift_modes(
 
 
 def _descend(
-    objective: Callable[[Tensor], Tensor], x0: Tensor, radius: float, norm: str, steps: int,
-    size: float, bounds: tuple[float, float],
-) -> Tensor:  # fmt: skip
+    objective: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    radius: float,
+    norm: str,
+    steps: int,
+    size: float,
+    bounds: tuple[float, float],
+) -> Tensor:
     """Projected gradient descent, each step normalised."""
     x = x0.clone()
     for _ in range(steps):

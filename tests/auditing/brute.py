@@ -26,10 +26,19 @@ def audited(n: int = 7, shape: tuple[int, ...] = (6,)) -> TensorDataset:
 
 
 def recorded(
-    make: Any, *, store: Any = None, clip: Any = None, steps: int = 12, groups: bool = False,
-    schedule: Any = None, warm: int = 0, model: nn.Module | None = None, data: Any = None,
-    batches: Any = None, **options: Any,
-) -> Any:  # fmt: skip
+    make: Any,
+    *,
+    store: Any = None,
+    clip: Any = None,
+    steps: int = 12,
+    groups: bool = False,
+    schedule: Any = None,
+    warm: int = 0,
+    model: nn.Module | None = None,
+    data: Any = None,
+    batches: Any = None,
+    **options: Any,
+) -> Any:
     """Train, recorded, and return the trace; ``warm`` steps are taken before the recording."""
     model = network() if model is None else model
     data = examples() if data is None else data
@@ -128,9 +137,10 @@ def gradients(trace: Any, theta: np.ndarray, data: Any, number: Any) -> np.ndarr
     for x, y in data:
         output = trace.flat.module(x[None])
         slopes = torch.autograd.grad(
-            number(output, torch.as_tensor(y)[None]).sum(), trace.flat.leaves,
+            number(output, torch.as_tensor(y)[None]).sum(),
+            trace.flat.leaves,
             materialize_grads=True,
-        )  # fmt: skip
+        )
         rows.append(torch.cat([slope.flatten() for slope in slopes]).numpy())
     return np.stack(rows)
 

@@ -97,14 +97,22 @@ def test_audit__closes_on_random_runs(
     width = int(rng.integers(2, 6))
     act = nn.Tanh() if seed % 2 else nn.ReLU()
     model = nn.Sequential(nn.Linear(6, width), act, nn.Linear(width, 3)).to(DTYPE)
-    draw = (lambda: rng.integers(0, 50, size)) if replacement else (
-        lambda: rng.choice(50, size, replace=False)
-    )  # fmt: skip
+    draw = (
+        (lambda: rng.integers(0, 50, size))
+        if replacement
+        else (lambda: rng.choice(50, size, replace=False))
+    )
     batches = [draw() for _ in range(9)] + [draw()[: max(size // 2, 1)]]
     trace = recorded(
-        lambda p: OPTIMIZERS[name](p, weight_decay=decay), clip=CLIPS[clip], model=model,
-        groups=groups, schedule=SCHEDULES[schedule], warm=warm, batches=batches, every=every,
-    )  # fmt: skip
+        lambda p: OPTIMIZERS[name](p, weight_decay=decay),
+        clip=CLIPS[clip],
+        model=model,
+        groups=groups,
+        schedule=SCHEDULES[schedule],
+        warm=warm,
+        batches=batches,
+        every=every,
+    )
     closes(trace, lk.audit(trace, audited()))
 
 
@@ -224,9 +232,10 @@ def test_audit__groups_of_everything_at_once():
     full = brute_force(trace, audited()).influence
     labels = examples().tensors[1].numpy()
     found = lk.audit(
-        trace, audited(),
+        trace,
+        audited(),
         groups={"example": labels, "param": {"in": "0.*", "out": "2.*"}, "time": "epoch"},
-    )  # fmt: skip
+    )
     assert found["influence"].dims == ("group", "audit", "layer", "epoch")
     assert found["layer"].values.tolist() == ["in", "out"]
     seen = full.sum(1)
@@ -353,9 +362,12 @@ def test_audit__of_layers_without_factors():
     tokens = torch.randint(0, 9, (40, 6))
     data = torch.utils.data.TensorDataset(tokens, tokens[:, 0] % 3)
     trace = recorded(
-        OPTIMIZERS["adam"], model=Recurrent().to(DTYPE), data=data, steps=5,
+        OPTIMIZERS["adam"],
+        model=Recurrent().to(DTYPE),
+        data=data,
+        steps=5,
         batches=batches_of(5, 40, 8),
-    )  # fmt: skip
+    )
     seen = torch.utils.data.TensorDataset(tokens[:5] % 7, tokens[:5, 1] % 3)
     found = lk.audit(trace, seen)
     expected = brute_force(trace, seen)
@@ -369,9 +381,15 @@ def test_audit__of_convolutions_in_float32():
     images = torch.randn(64, 1, 8, 8)
     data = torch.utils.data.TensorDataset(images, (images[:, 0, 0, 0] > 0).long())
     model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU(), nn.Flatten(),
-        nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 3),
-    )  # fmt: skip
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 20),
+        nn.ReLU(),
+        nn.Linear(20, 3),
+    )
     trace = recorded(OPTIMIZERS["adam"], model=model, data=data, batches=batches_of(40, 64, 16))
     seen = torch.utils.data.TensorDataset(images[:9] * 0.9, data.tensors[1][:9])
     found = lk.audit(trace, seen)

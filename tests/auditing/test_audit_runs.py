@@ -36,8 +36,10 @@ def commits(monkeypatch):
 
 def test_audit__is_stored_lazy_and_sound(tmp_path, three_panels):
     trace = recorded(adam, store=tmp_path / "t")
-    labels = {"coords": {"label": audited().tensors[1].numpy()},
-              "example_coords": {"train_label": examples().tensors[1].numpy()}}  # fmt: skip
+    labels = {
+        "coords": {"label": audited().tensors[1].numpy()},
+        "example_coords": {"train_label": examples().tensors[1].numpy()},
+    }
     whole = lk.audit(trace, audited(), **labels)
     found = lk.audit(trace, audited(), **labels, store=tmp_path / "t")
     assert found["influence"].chunks == ((50,), (3, 3, 1))

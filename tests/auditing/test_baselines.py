@@ -39,9 +39,10 @@ def sgd(parameters):
 def trace():
     """Two groups with rates of their own, a schedule, momentum: what TracIn looks through."""
     return recorded(
-        lambda p: optim.Adam(p, 1e-2), groups=True,
+        lambda p: optim.Adam(p, 1e-2),
+        groups=True,
         schedule=lambda o: optim.lr_scheduler.StepLR(o, 3, 0.7),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +83,14 @@ def brute_tracin(trace, steps, part=slice(None)):
     return total
 
 
-@pytest.mark.parametrize(("checkpoints", "steps"), [
-    ("epoch", [0, 4, 8]), ("step", range(12)), ([3, 11], [3, 11]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("checkpoints", "steps"),
+    [
+        ("epoch", [0, 4, 8]),
+        ("step", range(12)),
+        ([3, 11], [3, 11]),
+    ],
+)
 def test_tracin__is_its_definition(trace, checkpoints, steps):
     found = tracin(trace, audited(), checkpoints=checkpoints)
     assert found.dims == ("example", "audit")
@@ -361,8 +367,13 @@ def test_influence_functions__say_what_leaving_an_example_out_does():
     decay = 0.05
 
     def fit(model, keep):
-        newton = optim.LBFGS(model.parameters(), max_iter=200, tolerance_grad=1e-13,
-                             tolerance_change=0, line_search_fn="strong_wolfe")  # fmt: skip
+        newton = optim.LBFGS(
+            model.parameters(),
+            max_iter=200,
+            tolerance_grad=1e-13,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
+        )
 
         def mean():
             newton.zero_grad()

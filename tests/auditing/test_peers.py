@@ -104,9 +104,14 @@ def test_tracin__of_the_last_layer_is_minus_captums_by_factors(trace):
     """Its other algorithm: products of the layer's inputs times those of slopes, without a bias."""
     model = network()
     peer = TracInCPFast(
-        model, model[2], trace.train_set, [0, 4, 8], loader(trace, rate),
-        nn.CrossEntropyLoss(reduction="sum"), batch_size=16,
-    )  # fmt: skip
+        model,
+        model[2],
+        trace.train_set,
+        [0, 4, 8],
+        loader(trace, rate),
+        nn.CrossEntropyLoss(reduction="sum"),
+        batch_size=16,
+    )
     found = lk.tracin(trace, audited(), checkpoints="epoch", params=["2.weight"])
     close(found, -peer.influence(audited().tensors).T)
 
@@ -114,9 +119,13 @@ def test_tracin__of_the_last_layer_is_minus_captums_by_factors(trace):
 def test_tracin__of_convolutions_and_some_examples_is_minus_captums(image_trace):
     some, test = [3, 8, 17], images(6, seed=8)
     peer = TracInCP(
-        convolutional(), Subset(image_trace.train_set, some), [1, 4],
-        loader(image_trace, lambda step: 0.1), loss_fn=LOSS, batch_size=2,
-    )  # fmt: skip
+        convolutional(),
+        Subset(image_trace.train_set, some),
+        [1, 4],
+        loader(image_trace, lambda step: 0.1),
+        loss_fn=LOSS,
+        batch_size=2,
+    )
     found = lk.tracin(image_trace, test, checkpoints=[1, 4], examples=some)
     close(found, -peer.influence(test.tensors).T)
 
@@ -132,9 +141,14 @@ class OfClass(nn.Module):
 
 def test_tracin__of_an_output_is_minus_captums(trace):
     peer = TracInCP(
-        network(), trace.train_set, [2, 9], loader(trace, rate), loss_fn=LOSS, batch_size=16,
+        network(),
+        trace.train_set,
+        [2, 9],
+        loader(trace, rate),
+        loss_fn=LOSS,
+        batch_size=16,
         test_loss_fn=OfClass(),
-    )  # fmt: skip
+    )
     found = lk.tracin(trace, audited(), checkpoints=[2, 9], target=1)
     close(found, -peer.influence(audited().tensors).T)
 
@@ -143,9 +157,14 @@ def test_tracin__of_an_output_is_minus_captums(trace):
 def test_gradient_similarity__is_captums_of_one_checkpoint(trace, params, layers):
     """With a learning rate of one; and its cosine by captum's influences on themselves."""
     peer = TracInCP(
-        network(), trace.train_set, [12], loader(trace, lambda step: 1.0), layers, LOSS,
+        network(),
+        trace.train_set,
+        [12],
+        loader(trace, lambda step: 1.0),
+        layers,
+        LOSS,
         batch_size=16,
-    )  # fmt: skip
+    )
     products = peer.influence(audited().tensors).T
     close(lk.gradient_similarity(trace, audited(), params=params), products)
     norms = peer.self_influence().sqrt()[:, None] * peer.self_influence(audited().tensors).sqrt()
@@ -159,10 +178,16 @@ def trakers(trace, steps, folder, *, projector=None, **options):
     """Return traker's scores ``(example, audit)`` of some checkpoints."""
     data = audited()
     peer = TRAKer(
-        model=network(), task="image_classification", train_set_size=50, save_dir=str(folder),
-        device="cpu", use_half_precision=False, logging_level=logging.ERROR,
-        projector=projector or NoOpProjector(device="cpu"), **options,
-    )  # fmt: skip
+        model=network(),
+        task="image_classification",
+        train_set_size=50,
+        save_dir=str(folder),
+        device="cpu",
+        use_half_precision=False,
+        logging_level=logging.ERROR,
+        projector=projector or NoOpProjector(device="cpu"),
+        **options,
+    )
     states = [at(trace, step, network()).state_dict() for step in steps]
     for i, state in enumerate(states):
         peer.load_checkpoint(state, model_id=i)
@@ -204,9 +229,13 @@ def log_odds(output, target):
     return torch.log(p / (1 - p))
 
 
-@pytest.mark.parametrize(("params", "names", "part"), [
-    (None, None, slice(None)), ("last", ["2.weight", "2.bias"], LAST),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("params", "names", "part"),
+    [
+        (None, None, slice(None)),
+        ("last", ["2.weight", "2.bias"], LAST),
+    ],
+)
 def test_trak__is_trakers_but_for_its_scale(trace, tmp_path, params, names, part):
     """Theirs is ours over the number of parameters, P, and over the inverse's mean size.
 
@@ -229,9 +258,12 @@ def test_trak__of_several_checkpoints_is_trakers(trace, tmp_path):
 
 def test_trak__projected_and_not_regularized_is_trakers(trace, tmp_path):
     theirs = trakers(
-        trace, [3, 7, 12], tmp_path, score_computer=OneBlock,
+        trace,
+        [3, 7, 12],
+        tmp_path,
+        score_computer=OneBlock,
         projector=OurProjector(53, 8, 5, "rademacher", "cpu"),
-    )  # fmt: skip
+    )
     found = lk.trak(trace, audited(), checkpoints=[3, 7, 12], size=8, seed=5)
     close(found, theirs, SINGLE)
 
@@ -239,9 +271,13 @@ def test_trak__projected_and_not_regularized_is_trakers(trace, tmp_path):
 # --- influence functions: curvlinops and captum -------------------------------------------------
 
 
-@pytest.mark.parametrize(("params", "part", "damping"), [
-    (None, slice(None), 0.5), ("last", LAST, 0.01),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("params", "part", "damping"),
+    [
+        (None, slice(None), 0.5),
+        ("last", LAST, 0.01),
+    ],
+)
 def test_influence_functions__are_by_curvlinops_hessian(trace, params, part, damping):
     model = at(trace, 12, network())
     chosen = list((model[2] if params else model).parameters())
@@ -256,15 +292,26 @@ def test_influence_functions__are_by_curvlinops_hessian(trace, params, part, dam
     close(found, -g @ np.linalg.solve(damped, a.T) / 50)
 
 
-@pytest.mark.parametrize(("params", "layers", "damping"), [
-    (None, None, 0.5), ("last", ["2"], 0.01),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("params", "layers", "damping"),
+    [
+        (None, None, 0.5),
+        ("last", ["2"], 0.01),
+    ],
+)
 def test_influence_functions__are_minus_captums(trace, params, layers, damping):
     """captum's Hessian is of the sum of losses, so that its regularization is 50 dampings."""
     peer = NaiveInfluenceFunction(
-        network(), trace.train_set, 5, loader(trace, rate), layers, LOSS, batch_size=16,
-        projection_dim=53, hessian_reg=50 * damping,
-    )  # fmt: skip
+        network(),
+        trace.train_set,
+        5,
+        loader(trace, rate),
+        layers,
+        LOSS,
+        batch_size=16,
+        projection_dim=53,
+        hessian_reg=50 * damping,
+    )
     found = lk.influence_functions(trace, audited(), at=5, damping=damping, params=params)
     close(found, -peer.influence(audited().tensors).T)
 
@@ -272,9 +319,15 @@ def test_influence_functions__are_minus_captums(trace, params, layers, damping):
 def test_influence_functions__of_convolutions_and_some_examples_are_minus_captums(image_trace):
     some, test = [3, 8, 17], images(6, seed=8)
     peer = NaiveInfluenceFunction(
-        convolutional(), Subset(image_trace.train_set, some), 5,
-        loader(image_trace, lambda step: 0.1), loss_fn=LOSS, batch_size=8,
-        hessian_dataset=image_trace.train_set, projection_dim=1000, hessian_reg=20 * 1.0,
-    )  # fmt: skip
+        convolutional(),
+        Subset(image_trace.train_set, some),
+        5,
+        loader(image_trace, lambda step: 0.1),
+        loss_fn=LOSS,
+        batch_size=8,
+        hessian_dataset=image_trace.train_set,
+        projection_dim=1000,
+        hessian_reg=20 * 1.0,
+    )
     found = lk.influence_functions(image_trace, test, damping=1.0, examples=some)
     close(found, -peer.influence(test.tensors).T)

@@ -43,8 +43,11 @@ class Host:
         with open(log, "ab") as out:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *command],
-                env=os.environ | environ, stdout=out, stderr=out, start_new_session=True,
-            )  # fmt: skip
+                env=os.environ | environ,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         self.processes.append(process)
         return process
 
@@ -112,17 +115,44 @@ IMPATIENT = {
 def start_scheduler(host: Host, log: Path, *more: str, scheme: str = "tcp", **environ: str) -> str:
     """Start a scheduler on a host, listening on its own address; return that address."""
     host.start(
-        sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", host.address,
-        "--port", str(PORT), "--no-dashboard", "--dashboard-address", "127.0.0.1:0", *more,
-        log=log, **(IMPATIENT | environ),
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--host",
+        host.address,
+        "--port",
+        str(PORT),
+        "--no-dashboard",
+        "--dashboard-address",
+        "127.0.0.1:0",
+        *more,
+        log=log,
+        **(IMPATIENT | environ),
+    )
     return f"{scheme}://{host.address}:{PORT}"
 
 
 def start_worker(host: Host, scheduler: str, log: Path, *more: str, **environ: str) -> None:
     """Start a worker of one thread on a host."""
     host.start(
-        sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--host", host.address,
-        "--nworkers", "1", "--nthreads", "1", "--memory-limit", "2GiB", "--no-dashboard",
-        "--death-timeout", "60", *more, log=log, OMP_NUM_THREADS="1", **IMPATIENT, **environ,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_worker",
+        scheduler,
+        "--host",
+        host.address,
+        "--nworkers",
+        "1",
+        "--nthreads",
+        "1",
+        "--memory-limit",
+        "2GiB",
+        "--no-dashboard",
+        "--death-timeout",
+        "60",
+        *more,
+        log=log,
+        OMP_NUM_THREADS="1",
+        **IMPATIENT,
+        **environ,
+    )

@@ -213,9 +213,15 @@ def test_versions__that_differ_are_named_before_any_work(other_version, tmp_path
     with Client(other_version) as client:
         with pytest.raises(errors.ClusterError, match=r"xarray 1999.1"):
             lk.sample(
-                posterior, data, sampler=lk.SGLD(1e-3), chains=1, draws=2, client=client,
-                store=tmp_path / "s", progress=False,
-            )  # fmt: skip
+                posterior,
+                data,
+                sampler=lk.SGLD(1e-3),
+                chains=1,
+                draws=2,
+                client=client,
+                store=tmp_path / "s",
+                progress=False,
+            )
         found = lk.cluster.check(client, tmp_path)
     assert [f.step for f in found if f.ok is False] == ["versions"]
     assert not (tmp_path / "s").exists()
@@ -276,10 +282,22 @@ def test_check__leaves_workers_alone_that_hold_data_and_has_no_credentials(tmp_p
     elsewhere.mkdir(), here.mkdir()
     with LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as cluster:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "distributed.cli.dask_worker", cluster.scheduler_address,
-             "--no-nanny", "--no-dashboard", "--nthreads", "8", "--host", "127.0.0.1"],
-            cwd=elsewhere, env=os.environ | {"OMP_NUM_THREADS": "64"}, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "distributed.cli.dask_worker",
+                cluster.scheduler_address,
+                "--no-nanny",
+                "--no-dashboard",
+                "--nthreads",
+                "8",
+                "--host",
+                "127.0.0.1",
+            ],
+            cwd=elsewhere,
+            env=os.environ | {"OMP_NUM_THREADS": "64"},
+            stderr=subprocess.DEVNULL,
+        )
         try:
             with Client(cluster) as other, lk.cluster.connect(cluster.scheduler_address) as client:
                 held = other.scatter(list(range(3)))

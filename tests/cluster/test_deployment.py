@@ -130,9 +130,12 @@ def test_slurm_job__fails_when_the_run_fails_or_makes_no_progress(
         script, "digits", cwd=tmp_path, LKARRAY_VENV=pretend(tmp_path / "a", "exit 1")
     )
     stuck = slurm.submit(
-        script, "digits", cwd=tmp_path, LKARRAY_RESTARTS="0",
+        script,
+        "digits",
+        cwd=tmp_path,
+        LKARRAY_RESTARTS="0",
         LKARRAY_VENV=pretend(tmp_path / "b", "exit 3"),
-    )  # fmt: skip
+    )
     assert slurm.wait(failing, over) == "FAILED 1:0"
     assert slurm.wait(stuck, over) == "FAILED 1:0"
     assert "requeued 0 times and not done" in log_of(tmp_path, stuck)
@@ -252,10 +255,17 @@ def test_slurm_cluster__computes_in_one_allocation_with_certificates(
 ) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     job = slurm.submit(
-        "--cpus-per-task=1", "--mem-per-cpu=1000M", str(SLURM / "cluster.sbatch"),
-        "python", "program.py", cwd=tmp_path, LKARRAY_VENV=venv, LKARRAY_INTERFACE="lo",
-        LKARRAY_TLS=str(certificates), LKARRAY_SCRATCH=str(tmp_path),
-    )  # fmt: skip
+        "--cpus-per-task=1",
+        "--mem-per-cpu=1000M",
+        str(SLURM / "cluster.sbatch"),
+        "python",
+        "program.py",
+        cwd=tmp_path,
+        LKARRAY_VENV=venv,
+        LKARRAY_INTERFACE="lo",
+        LKARRAY_TLS=str(certificates),
+        LKARRAY_SCRATCH=str(tmp_path),
+    )
     state, log = slurm.wait(job, over, 90), log_of(tmp_path, job)
     assert state == "COMPLETED 0:0", log
     assert f"found tls {{(1, {900 * MEBIBYTE})}} {{'1'}} 3" in log, log
@@ -388,8 +398,14 @@ def test_connect__starts_secured_jobs(certificates: Path) -> None:
 def test_certificates__are_valid_for_the_names_and_readable_by_their_owner(
     certificates: Path,
 ) -> None:
-    told = said("openssl", "verify", "-x509_strict", "-CAfile", certificates / "ca.pem",
-                certificates / "cert.pem")  # fmt: skip
+    told = said(
+        "openssl",
+        "verify",
+        "-x509_strict",
+        "-CAfile",
+        certificates / "ca.pem",
+        certificates / "cert.pem",
+    )
     assert told.strip().endswith("OK")
     text = said("openssl", "x509", "-in", certificates / "cert.pem", "-noout", "-text")
     names = re.findall(r"(?:DNS|IP Address):([^,\s]+)", text)
@@ -414,8 +430,11 @@ def test_certificates__of_no_host_are_refused(words: list[str], tmp_path: Path) 
 
 
 def security(folder: Path) -> Security:
-    pair = {f"tls_{who}_{what}": str(folder / f"{what}.pem")
-            for who in ("client", "scheduler", "worker") for what in ("cert", "key")}  # fmt: skip
+    pair = {
+        f"tls_{who}_{what}": str(folder / f"{what}.pem")
+        for who in ("client", "scheduler", "worker")
+        for what in ("cert", "key")
+    }
     return Security(require_encryption=True, tls_ca_file=str(folder / "ca.pem"), **pair)
 
 
@@ -431,10 +450,14 @@ def secured(certificates: Path) -> Iterator[str]:
     with (
         dask.config.set(tls_settings(certificates)),
         LocalCluster(
-            n_workers=1, threads_per_worker=1, processes=False, host="127.0.0.1",
-            dashboard_address=None, security=Security(),
+            n_workers=1,
+            threads_per_worker=1,
+            processes=False,
+            host="127.0.0.1",
+            dashboard_address=None,
+            security=Security(),
         ) as cluster,
-    ):  # fmt: skip
+    ):
         assert cluster.scheduler_address.startswith("tls://127.0.0.1:")
         address = cluster.scheduler_address
         with Client(address) as client:  # by the same file

@@ -36,9 +36,15 @@ ACROSS = [
 #: Those left out count tiles by replacing a function of this process, or kill its own workers.
 HERE_ONLY = " and ".join(
     f"not {name}"
-    for name in ("killed", "one_gpu", "selecting_rows", "one_kernel_for_each", "a_rerun_computes",
-                 "another_budget")
-)  # fmt: skip
+    for name in (
+        "killed",
+        "one_gpu",
+        "selecting_rows",
+        "one_kernel_for_each",
+        "a_rerun_computes",
+        "another_budget",
+    )
+)
 
 
 @contextmanager
@@ -69,9 +75,12 @@ def address(hosts, tmp_path_factory):
     found = start_scheduler(scheduler, log / "scheduler.log")
     for host in others:
         start_worker(
-            host, found, log / f"{host.name}.log",
-            PYTHONPATH=f"{ROOT}:{ROOT / 'tests' / 'faults'}", LKARRAY_TEST_PAUSE="0.012",
-        )  # fmt: skip
+            host,
+            found,
+            log / f"{host.name}.log",
+            PYTHONPATH=f"{ROOT}:{ROOT / 'tests' / 'faults'}",
+            LKARRAY_TEST_PAUSE="0.012",
+        )
     with Client(found, timeout=60) as client:
         client.wait_for_workers(2, timeout=60)
     return found
@@ -187,8 +196,9 @@ def certificates(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls") / "certificates"
     subprocess.run(
         ["bash", str(ROOT / "cluster/tls/make_certificates.sh"), str(folder), "10.213.8.2"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+    )
     return folder
 
 
@@ -204,8 +214,9 @@ def test_tls__a_client_without_the_certificate_gets_nothing(certificates, tmp_pa
     other = tmp_path / "other"
     subprocess.run(
         ["bash", str(ROOT / "cluster/tls/make_certificates.sh"), str(other), "10.213.8.2"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+    )
     with network_or_skip(2, 8) as (one, two):
         scheduler = start_scheduler(one, tmp_path / "s.log", scheme="tls", DASK_CONFIG=str(config))
         start_worker(two, scheduler, tmp_path / "w.log", DASK_CONFIG=str(config))

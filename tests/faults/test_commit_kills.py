@@ -175,9 +175,17 @@ def test_trace__killed_after_any_write_goes_on_with_the_same_bits(every, last, m
 def tensor_layout(outputs: int | None) -> gradients.TensorLayout:
     labels = np.asarray(["a", "b"] * 5).astype(np.dtypes.StringDType())
     return gradients.TensorLayout(
-        "gradients", np.arange(2), np.ones(2), 10, outputs, SIZE, 4, "float32",
-        {"label": ("example", labels)}, {"of": "loss"},
-    )  # fmt: skip
+        "gradients",
+        np.arange(2),
+        np.ones(2),
+        10,
+        outputs,
+        SIZE,
+        4,
+        "float32",
+        {"label": ("example", labels)},
+        {"of": "loss"},
+    )
 
 
 def differentiate(store: Any, outputs: int | None) -> None:
@@ -217,9 +225,18 @@ def audit_layout(windows: bool) -> audits.AuditLayout:
     sizes = {"example": 6, "audit": 5} | ({"window": 2} if windows else {})
     coords = {"who": ("example", np.asarray(list("abcdef")).astype(np.dtypes.StringDType()))}
     return audits.AuditLayout(
-        "audit", 2, sizes, "window" if windows else None, False, np.arange(3), "float64",
-        coords, {"kernel": "influence"}, "nat", 100,
-    )  # fmt: skip
+        "audit",
+        2,
+        sizes,
+        "window" if windows else None,
+        False,
+        np.arange(3),
+        "float64",
+        coords,
+        {"kernel": "influence"},
+        "nat",
+        100,
+    )
 
 
 def judge(store: Any, windows: bool | None) -> None:
@@ -241,10 +258,15 @@ def judge(store: Any, windows: bool | None) -> None:
                 writer.commit(left, carried)
         writer.write(carried["q"][1] * np.ones((6, n)), 0 if windows else None)
         sums = {
-            name: np.full([n if d == "audit" else s for d, s in zip(
-                spec.dims, of.shape(spec.dims), strict=True)], float(carried["sum"]))
+            name: np.full(
+                [
+                    n if d == "audit" else s
+                    for d, s in zip(spec.dims, of.shape(spec.dims), strict=True)
+                ],
+                float(carried["sum"]),
+            )
             for name, spec in of.specs().items()
-        }  # fmt: skip
+        }
         writer.finish(sums)
     audits.drop_states(root, "audit")
     audits.describe_audit(root, "audit", {"mre": 0.5, "lc": 0.25})

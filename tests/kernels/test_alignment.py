@@ -61,8 +61,9 @@ def test_cka__equals_its_definition(rng, samples, normalize, memory):
 @pytest.mark.parametrize("samples", [15, 120])
 def test_cka__debiased_over_draws_takes_disjoint_chains(rng, samples):
     a, b = pair(rng, samples, chains=5)
-    even, odd = ([centred(numpy_covariance(x.isel(chain=slice(i, None, 2)))) for x in (a, b)]
-                 for i in (0, 1))  # fmt: skip
+    even, odd = (
+        [centred(numpy_covariance(x.isel(chain=slice(i, None, 2)))) for x in (a, b)] for i in (0, 1)
+    )
     product = ((even[0] * odd[1]).sum() + (odd[0] * even[1]).sum()) / 2
     own = [(even[i] * odd[i]).sum() for i in (0, 1)]
     found = float(lk.cka(a, b, debiased="draws"))

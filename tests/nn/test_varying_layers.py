@@ -147,12 +147,20 @@ class Recurrent(nn.Module):
 
 
 MODELS = {
-    "tokens": Tokens, "dispatched": Dispatched, "summed": Summed, "sorted": Sorted,
-    "listed": Listed, "kept": Kept, "mixed": Mixed,
-    "read by a branch": lambda: ReadTwice("branch"), "read by a mask": lambda: ReadTwice("mask"),
-    "called by a branch": lambda: ReadTwice("call"), "skipped": lambda: Skipped(False),
-    "some rows": lambda: Skipped(True), "recurrent": Recurrent,
-}  # fmt: skip
+    "tokens": Tokens,
+    "dispatched": Dispatched,
+    "summed": Summed,
+    "sorted": Sorted,
+    "listed": Listed,
+    "kept": Kept,
+    "mixed": Mixed,
+    "read by a branch": lambda: ReadTwice("branch"),
+    "read by a mask": lambda: ReadTwice("mask"),
+    "called by a branch": lambda: ReadTwice("call"),
+    "skipped": lambda: Skipped(False),
+    "some rows": lambda: Skipped(True),
+    "recurrent": Recurrent,
+}
 
 
 def loss(output, target):
@@ -163,9 +171,11 @@ def alone(model, x, y):
     rows = []
     for i in range(len(x)):
         slopes = torch.autograd.grad(
-            loss(model(x[i : i + 1]), y[i : i + 1]).sum(), list(model.parameters()),
-            allow_unused=True, materialize_grads=True,
-        )  # fmt: skip
+            loss(model(x[i : i + 1]), y[i : i + 1]).sum(),
+            list(model.parameters()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
         rows.append(torch.cat([slope.flatten() for slope in slopes]))
     return torch.stack(rows)
 
@@ -219,10 +229,21 @@ def test_gradients__plain_models_take_one_backward_pass_a_batch(monkeypatch):
     """No second pass, and nothing one by one, for models that move no rows."""
     passes = []
     original = torch.autograd.grad
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(16, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3),
-    ).double().eval()  # fmt: skip
+    model = (
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, 8),
+            nn.GELU(),
+            nn.LayerNorm(8),
+            nn.Linear(8, 3),
+        )
+        .double()
+        .eval()
+    )
     x, y = torch.randn(9, 2, 6, 6, dtype=torch_double), torch.arange(9) % 3
     engine = ExampleGradients(FlatModel(model), loss, (x[:2], y[:2]))
     monkeypatch.setattr(

@@ -14,9 +14,10 @@ TIMES = 5
 def curves(rng):
     values = rng.normal(size=(TIMES, 8)) + np.where(KINDS == "clean", 1, 3)
     return xr.DataArray(
-        values, dims=("time", "example"),
+        values,
+        dims=("time", "example"),
         coords={"kind": ("example", KINDS), "time": np.arange(TIMES) * 10},
-    )  # fmt: skip
+    )
 
 
 def test_groups_along__draws_means_of_groups(curves):
@@ -34,9 +35,14 @@ def test_groups_along__draws_means_of_groups(curves):
 def test_groups_along__panels_of_different_dims(curves):
     modes = curves.rename(time="mode").drop_vars("mode")
     figure = plots.groups_along(
-        {"a": curves, "b": modes}, by="kind", along=("time", "mode"), xlabel=("epoch", None),
-        ylabel="ratio", rows=2, spread=False,
-    )  # fmt: skip
+        {"a": curves, "b": modes},
+        by="kind",
+        along=("time", "mode"),
+        xlabel=("epoch", None),
+        ylabel="ratio",
+        rows=2,
+        spread=False,
+    )
     assert [axes.get_xlabel() for axes in figure.axes] == ["epoch", "leading modes"]
     assert figure.axes[1].lines[0].get_xdata()[0] == 1  # modes are counted from 1
     assert not figure.axes[0].collections
@@ -52,9 +58,12 @@ def test_groups_along__refuses_what_it_cannot_group(curves):
 def test_regime__has_both_axes(curves):
     metric = xr.DataArray(np.linspace(0, 1, TIMES), dims="time")
     figure = plots.regime(
-        {"features": metric}, {"loss": curves}, by="kind", labels=np.arange(TIMES),
+        {"features": metric},
+        {"loss": curves},
+        by="kind",
+        labels=np.arange(TIMES),
         ylabels=["loss (nats)"],
-    )  # fmt: skip
+    )
     left, right = figure.axes
     np.testing.assert_array_equal(left.lines[0].get_ydata(), metric)
     assert right.get_ylabel() == "loss (nats)"
@@ -87,9 +96,10 @@ def test_influence_against__fits_the_slope(rng):
 def test_influence_along_path__is_a_share_of_the_whole(rng):
     at = np.linspace(0, 1, 3)
     gross = xr.DataArray(
-        rng.uniform(1, 2, size=(3, 4)), dims=("position", "epoch"),
+        rng.uniform(1, 2, size=(3, 4)),
+        dims=("position", "epoch"),
         coords={"position": at, "epoch": np.arange(4)},
-    )  # fmt: skip
+    )
     totals = {"adversarial": gross.sum("epoch"), "random": gross.sum("epoch")}
     figure = plots.influence_along_path(gross, totals)
     for line in figure.axes[0].lines:

@@ -54,10 +54,18 @@ class World:
         self.posterior = lk.LocalPosterior(small_network(), self.data, nbeta=10.0, gamma=50.0)
         self.path = folder / "run.zarr"
         self.tree = lk.sample(
-            self.posterior, self.data, sampler=lk.SGLD(step_size=1e-3), store=self.path,
-            chains=2, draws=9, burn_in=3, batch_size=16, progress=False, coords={"label": LABEL},
+            self.posterior,
+            self.data,
+            sampler=lk.SGLD(step_size=1e-3),
+            store=self.path,
+            chains=2,
+            draws=9,
+            burn_in=3,
+            batch_size=16,
+            progress=False,
+            coords={"label": LABEL},
             observables={"norm": weight_norm},
-        )  # fmt: skip
+        )
         self.losses = self.tree["losses"].to_dataset().load()
         self.loss = self.losses["loss"]
         self.trace_path = folder / "trace.zarr"
@@ -73,10 +81,12 @@ class World:
         self.factors = lk.gradient_factors(self.trace, range(12), times, **options).load()
         self.now = self.gradients.isel(time=-1)
         self.audit = lk.audit(
-            self.trace, audited(), coords={"label": np.arange(7) % 3},
+            self.trace,
+            audited(),
+            coords={"label": np.arange(7) % 3},
             example_coords={"kind": np.arange(50) % 3},
             groups={"param": "module", "time": "epoch"},
-        )  # fmt: skip
+        )
         self.activations = lk.activations(self.trace, range(12), times, module="1").load()
         self.modes = lk.modes(self.now, 4).compute()
         self.coefficients = lk.mode_coefficients(self.modes, self.now).compute()
@@ -90,16 +100,20 @@ class World:
         self.images = np.random.default_rng(0).random((40, 6, 6))
         self.ips = lk.ips(self.gradients).compute()
         self.similar = xr.DataArray(
-            self.ips.values[:5], dims=("test", "example"),
-            coords={"predicted": ("test", np.arange(5) % 3),
-                    "label": ("example", np.arange(12) % 3)},
-        )  # fmt: skip
+            self.ips.values[:5],
+            dims=("test", "example"),
+            coords={
+                "predicted": ("test", np.arange(5) % 3),
+                "label": ("example", np.arange(12) % 3),
+            },
+        )
         self.scores = lk.ips_scores(self.similar, "label", "predicted").compute()
         self.shifts = lk.mode_shifts(self.modes, self.coefficients, self.coefficients + 0.1)
         self.cross = xr.DataArray(
-            self.ips.values[:, :5], dims=("example", "example_2"),
+            self.ips.values[:, :5],
+            dims=("example", "example_2"),
             coords={"example": self.ips["example"]},
-        )  # fmt: skip
+        )
         self.numbered = audited()
         self.trained = lk.audit_modes(lk.lgk(self.now).compute(), 3, scale=0.1)
 
@@ -126,32 +140,51 @@ def _of_losses(w: World) -> Iterator[Case]:
     yield Case("covariance", lk.covariance, {"losses": w.tree, "shrinkage": 0.5})
     yield Case("correlation", lk.correlation, precise)
     yield Case(
-        "influence", lk.influence,
+        "influence",
+        lk.influence,
         {"losses": w.losses, "query": w.loss, "precision": "float32", "memory": "64 MiB"},
-    )  # fmt: skip
+    )
     yield Case(
-        "gram", lk.gram,
-        {"x": w.loss, "y": w.loss, "over": ("chain", "draw"), "each": (), "center": "pooled",
-         "normalize": "count", "precision": "float32", "scale": 1.0, "memory": "64 MiB"},
-    )  # fmt: skip
+        "gram",
+        lk.gram,
+        {
+            "x": w.loss,
+            "y": w.loss,
+            "over": ("chain", "draw"),
+            "each": (),
+            "center": "pooled",
+            "normalize": "count",
+            "precision": "float32",
+            "scale": 1.0,
+            "memory": "64 MiB",
+        },
+    )
     own = {"losses": w.losses, "center": "pooled", "memory": "64 MiB"}
     yield Case(
-        "neighbors", lk.neighbors,
+        "neighbors",
+        lk.neighbors,
         own | {"k": 3, "exclude": "label", "largest": True, "precision": "auto"},
-    )  # fmt: skip
+    )
     yield Case("ledoit_wolf", lk.ledoit_wolf, own)
     yield Case("linear_operator", lk.linear_operator, own | {"kernel": "covariance"})
     yield Case(
-        "group_mean", lk.group_mean,
+        "group_mean",
+        lk.group_mean,
         own | {"groups": "label", "kernel": "correlation", "self_pairs": True},
-    )  # fmt: skip
+    )
     yield Case(
-        "histogram", lk.histogram,
+        "histogram",
+        lk.histogram,
         own | {"groups": "label", "bins": 7, "bounds": (-1.0, 1.0), "kernel": "correlation"},
-    )  # fmt: skip
+    )
     yield Case("residualize", lk.residualize, {"losses": w.losses, "groups": "label"})
-    pair = {"a": w.losses, "b": w.losses, "center": "pooled", "normalize": "count",
-            "memory": "64 MiB"}  # fmt: skip
+    pair = {
+        "a": w.losses,
+        "b": w.losses,
+        "center": "pooled",
+        "normalize": "count",
+        "memory": "64 MiB",
+    }
     yield Case("frobenius", lk.frobenius, pair)
     yield Case("cka", lk.cka, pair | {"debiased": "samples"})
     yield Case("cka", lk.cka, pair | {"debiased": "draws"})
@@ -167,11 +200,17 @@ def _of_losses(w: World) -> Iterator[Case]:
     yield Case("llc", lk.llc, {"tree": w.losses, "nbeta": 10.0})
     yield Case("llc", lk.llc, {"tree": w.tree})
     yield Case(
-        "diagnostics", lk.diagnostics,
+        "diagnostics",
+        lk.diagnostics,
         {"tree": w.losses, "pairs": 5, "seed": 0, "memory": "64 MiB"},
-    )  # fmt: skip
-    matrix = {"x": w.loss, "over": ("chain", "draw"), "center": "pooled", "normalize": "count",
-              "memory": "64 MiB"}  # fmt: skip
+    )
+    matrix = {
+        "x": w.loss,
+        "over": ("chain", "draw"),
+        "center": "pooled",
+        "normalize": "count",
+        "memory": "64 MiB",
+    }
     yield Case("svd", lk.svd, matrix | {"k": 3, "tolerance": 1e-3, "max_passes": 4})
     yield Case("eigh", lk.eigh, matrix)
     values = np.array([3.0, 2.0, 1.0])
@@ -180,15 +219,24 @@ def _of_losses(w: World) -> Iterator[Case]:
     yield Case("plan", lk.plan, {"kernel": lk.correlation(w.losses)})
     yield Case("to_arviz", lk.to_arviz, {"tree": w.tree})
     yield Case(
-        "embed", lk.embed,
-        {"neighbors_or_kernel": w.near, "method": "umap", "n_components": 2, "seed": 0,
-         "k": 5, "min_dist": 0.1}, fast=False,
-    )  # fmt: skip
+        "embed",
+        lk.embed,
+        {
+            "neighbors_or_kernel": w.near,
+            "method": "umap",
+            "n_components": 2,
+            "seed": 0,
+            "k": 5,
+            "min_dist": 0.1,
+        },
+        fast=False,
+    )
     yield Case("embed", lk.embed, {"neighbors_or_kernel": w.kernel, "k": 5}, fast=False)
     yield Case(
-        "similarity_by_distance", lk.similarity_by_distance,
+        "similarity_by_distance",
+        lk.similarity_by_distance,
         {"kernel": w.kernel, "points": w.points, "groups": "label", "bins": 4},
-    )  # fmt: skip
+    )
     yield Case("preset", lk.preset, {"name": sorted(lk.PRESETS)[0]})
 
 
@@ -200,56 +248,77 @@ def _of_gradients(w: World) -> Iterator[Case]:
         yield Case(name, getattr(lk, name), both | {"weight": "lr"})
         yield Case(name, getattr(lk, name), {"G": w.factors, "y": w.factors, "weight": "lr"})
     yield Case(
-        "temporal_kernel", lk.temporal_kernel,
+        "temporal_kernel",
+        lk.temporal_kernel,
         {"G": w.gradients, "weight": "lr2", "precision": "float32", "memory": "64 MiB"},
-    )  # fmt: skip
-    sides = {"loss_G": w.gradients, "output_G": w.outputs, "precision": "float32",
-             "memory": "64 MiB"}  # fmt: skip
+    )
+    sides = {
+        "loss_G": w.gradients,
+        "output_G": w.outputs,
+        "precision": "float32",
+        "memory": "64 MiB",
+    }
     yield Case("lntk", lk.lntk, sides)
     yield Case("pntk", lk.pntk, sides | {"weight": "lr"})
     yield Case("chord_distance", lk.chord_distance, {"k": w.ips})
     yield Case("angle_distance", lk.angle_distance, {"k": w.ips})
     yield Case("modes", lk.modes, {"G": w.now, "k": 3, "memory": "64 MiB"})
     yield Case(
-        "online_modes", lk.online_modes,
+        "online_modes",
+        lk.online_modes,
         {"G": w.gradients, "k": 3, "learning_rate": 0.1, "batch_size": 8, "seed": 0},
-    )  # fmt: skip
+    )
     yield Case(
-        "parameter_modes", lk.parameter_modes,
+        "parameter_modes",
+        lk.parameter_modes,
         {"G": w.gradients, "k": 3, "weight": "lr", "memory": "64 MiB"},
-    )  # fmt: skip
+    )
     yield Case(
-        "temporal_modes", lk.temporal_modes,
+        "temporal_modes",
+        lk.temporal_modes,
         {"K_or_G": w.gradients, "k": 2, "weight": "lr2", "memory": "64 MiB"},
-    )  # fmt: skip
-    yield Case("temporal_modes", lk.temporal_modes,
-               {"K_or_G": lk.temporal_kernel(w.gradients).compute(), "k": 2})  # fmt: skip
+    )
     yield Case(
-        "mode_coefficients", lk.mode_coefficients,
+        "temporal_modes",
+        lk.temporal_modes,
+        {"K_or_G": lk.temporal_kernel(w.gradients).compute(), "k": 2},
+    )
+    yield Case(
+        "mode_coefficients",
+        lk.mode_coefficients,
         {"modes": w.modes, "gradients": w.now, "memory": "64 MiB"},
-    )  # fmt: skip
+    )
     yield Case(
-        "cancellation_ratio", lk.cancellation_ratio,
+        "cancellation_ratio",
+        lk.cancellation_ratio,
         {"modes": w.modes, "coefficients": w.coefficients},
-    )  # fmt: skip
+    )
     yield Case(
-        "mode_shifts", lk.mode_shifts,
-        {"modes": w.modes, "before": w.coefficients, "after": w.coefficients + 0.1,
-         "sensitivity": abs(w.coefficients)},
-    )  # fmt: skip
+        "mode_shifts",
+        lk.mode_shifts,
+        {
+            "modes": w.modes,
+            "before": w.coefficients,
+            "after": w.coefficients + 0.1,
+            "sensitivity": abs(w.coefficients),
+        },
+    )
     yield Case("feature_overlap", lk.feature_overlap, {"G": w.gradients, "reference": -1})
     yield Case(
-        "activation_overlap", lk.activation_overlap,
+        "activation_overlap",
+        lk.activation_overlap,
         {"activations": w.activations, "reference": -1},
-    )  # fmt: skip
+    )
     yield Case(
-        "subspace_overlap", lk.subspace_overlap,
+        "subspace_overlap",
+        lk.subspace_overlap,
         {"G": w.gradients, "k": 2, "reference": -1, "memory": "64 MiB"},
-    )  # fmt: skip
+    )
     yield Case(
-        "influence_over_time", lk.influence_over_time,
+        "influence_over_time",
+        lk.influence_over_time,
         {"train_G": w.gradients, "audit_G": w.gradients, "weight": "lr", "memory": "64 MiB"},
-    )  # fmt: skip
+    )
     yield Case("unfold", lk.unfold, {"G": w.gradients, "keep": ("time", "example")})
     yield Case("params", lk.params, {"G": w.gradients, "pattern": "0.*"})
     yield Case(
@@ -260,17 +329,28 @@ def _of_gradients(w: World) -> Iterator[Case]:
     test = w.activations.isel(time=-1, example=slice(5))
     train = w.activations.isel(time=-1)
     yield Case(
-        "hidden_similarity", lk.hidden_similarity,
-        {"test_activations": test, "train_activations": train,
-         "train_labels": np.arange(12) % 3, "predicted": np.arange(5) % 3, "k": 2,
-         "memory": "64 MiB"},
-    )  # fmt: skip
+        "hidden_similarity",
+        lk.hidden_similarity,
+        {
+            "test_activations": test,
+            "train_activations": train,
+            "train_labels": np.arange(12) % 3,
+            "predicted": np.arange(5) % 3,
+            "k": 2,
+            "memory": "64 MiB",
+        },
+    )
     yield Case(
-        "difficulty_table", lk.difficulty_table,
-        {"scores": {"a": np.arange(8.0), "b": np.arange(8.0)[::-1].copy()},
-         "wrong": np.arange(8) % 2 == 0, "loss": np.arange(8.0) ** 2, "replicates": 3,
-         "seed": 0},
-    )  # fmt: skip
+        "difficulty_table",
+        lk.difficulty_table,
+        {
+            "scores": {"a": np.arange(8.0), "b": np.arange(8.0)[::-1].copy()},
+            "wrong": np.arange(8) % 2 == 0,
+            "loss": np.arange(8.0) ** 2,
+            "replicates": 3,
+            "seed": 0,
+        },
+    )
 
 
 def _of_audits(w: World) -> Iterator[Case]:
@@ -283,19 +363,28 @@ def _of_audits(w: World) -> Iterator[Case]:
     yield Case(
         "audit_modes", lk.audit_modes, {"kernel": kernel, "k": 3, "scale": 0.1, "memory": "64 MiB"}
     )
-    yield Case("extend_audit", lk.extend_audit, {"modes": w.trained, "cross": w.cross,
-                                                 "training": "example"})  # fmt: skip
+    yield Case(
+        "extend_audit",
+        lk.extend_audit,
+        {"modes": w.trained, "cross": w.cross, "training": "example"},
+    )
 
 
 def _of_hierarchies(w: World) -> Iterator[Case]:
     parents = {1: ["a"], 2: ["a"], 0: ["root"], "a": ["root"], "root": []}
-    yield Case("Taxonomy", lk.Taxonomy,
-               {"parents": parents, "labels": [0, 1, 2], "aliases": {"zero": 0},
-                "roots": ["root"]})  # fmt: skip
-    yield Case("Taxonomy.from_edges", lk.Taxonomy.from_edges,
-               {"edges": [("root", "a"), ("a", 1)], "labels": [1]})  # fmt: skip
-    yield Case("Taxonomy.from_parents", lk.Taxonomy.from_parents,
-               {"parents": parents, "labels": [1]})  # fmt: skip
+    yield Case(
+        "Taxonomy",
+        lk.Taxonomy,
+        {"parents": parents, "labels": [0, 1, 2], "aliases": {"zero": 0}, "roots": ["root"]},
+    )
+    yield Case(
+        "Taxonomy.from_edges",
+        lk.Taxonomy.from_edges,
+        {"edges": [("root", "a"), ("a", 1)], "labels": [1]},
+    )
+    yield Case(
+        "Taxonomy.from_parents", lk.Taxonomy.from_parents, {"parents": parents, "labels": [1]}
+    )
     file = w.folder / "taxonomy.json"
     w.taxonomy.to_json(file)
     yield Case("Taxonomy.from_json", lk.Taxonomy.from_json, {"path": file})
@@ -307,33 +396,69 @@ def _of_hierarchies(w: World) -> Iterator[Case]:
     yield Case("Taxonomy.ancestors", w.taxonomy.ancestors, {"label": 1, "at_depth": 1})
     yield Case("Taxonomy.depth", w.taxonomy.depth, {"label": 1, "depth": "longest"})
     yield Case("Taxonomy.distance", w.taxonomy.distance, {"a": 1, "b": 2})
-    yield Case("Taxonomy.lowest_common_ancestors", w.taxonomy.lowest_common_ancestors,
-               {"a": 1, "b": 2})  # fmt: skip
-    yield Case("taxonomy_distance", lk.taxonomy_distance,
-               {"taxonomy": w.taxonomy, "labels": [0, 1, 2]})  # fmt: skip
     yield Case(
-        "taxonomic_lift", lk.taxonomic_lift,
-        {"neighbors": w.losses, "taxonomy": w.taxonomy, "label": "label", "base": "matched",
-         "depth": "shortest", "k": 4, "largest": True, "delete_chains": True, "replicates": 5,
-         "level": 0.9, "seed": 0, "keep_replicates": False, "memory": "64 MiB"},
-    )  # fmt: skip
+        "Taxonomy.lowest_common_ancestors", w.taxonomy.lowest_common_ancestors, {"a": 1, "b": 2}
+    )
     yield Case(
-        "taxonomic_lift", lk.taxonomic_lift,
+        "taxonomy_distance", lk.taxonomy_distance, {"taxonomy": w.taxonomy, "labels": [0, 1, 2]}
+    )
+    yield Case(
+        "taxonomic_lift",
+        lk.taxonomic_lift,
+        {
+            "neighbors": w.losses,
+            "taxonomy": w.taxonomy,
+            "label": "label",
+            "base": "matched",
+            "depth": "shortest",
+            "k": 4,
+            "largest": True,
+            "delete_chains": True,
+            "replicates": 5,
+            "level": 0.9,
+            "seed": 0,
+            "keep_replicates": False,
+            "memory": "64 MiB",
+        },
+    )
+    yield Case(
+        "taxonomic_lift",
+        lk.taxonomic_lift,
         {"neighbors": w.near, "taxonomy": w.taxonomy, "replicates": 5},
-    )  # fmt: skip
+    )
     yield Case(
-        "attribute_lift", lk.attribute_lift,
-        {"neighbors": w.near, "attribute": LABEL % 2, "exclude": "label", "blocks": 4,
-         "level": 0.9, "seed": 0},
-    )  # fmt: skip
+        "attribute_lift",
+        lk.attribute_lift,
+        {
+            "neighbors": w.near,
+            "attribute": LABEL % 2,
+            "exclude": "label",
+            "blocks": 4,
+            "level": 0.9,
+            "seed": 0,
+        },
+    )
     yield Case(
-        "correlation_by_distance", lk.correlation_by_distance,
-        {"losses": w.losses, "taxonomy": w.taxonomy, "label": "label", "within": None,
-         "kernel": "correlation", "center": "pooled", "replicates": 5, "level": 0.9, "seed": 0,
-         "memory": "64 MiB"},
-    )  # fmt: skip
-    yield Case("color_groups", lk.color_groups,
-               {"images": np.random.default_rng(0).random((9, 4, 4, 3)), "k": 2})  # fmt: skip
+        "correlation_by_distance",
+        lk.correlation_by_distance,
+        {
+            "losses": w.losses,
+            "taxonomy": w.taxonomy,
+            "label": "label",
+            "within": None,
+            "kernel": "correlation",
+            "center": "pooled",
+            "replicates": 5,
+            "level": 0.9,
+            "seed": 0,
+            "memory": "64 MiB",
+        },
+    )
+    yield Case(
+        "color_groups",
+        lk.color_groups,
+        {"images": np.random.default_rng(0).random((9, 4, 4, 3)), "k": 2},
+    )
 
 
 def _of_figures(w: World) -> Iterator[Case]:
@@ -341,25 +466,46 @@ def _of_figures(w: World) -> Iterator[Case]:
         return Case(f"plots.{name}", getattr(plots, name), arguments, fast=False)
 
     along = xr.DataArray(
-        np.random.default_rng(0).random((4, 6)), dims=("time", "example"),
+        np.random.default_rng(0).random((4, 6)),
+        dims=("time", "example"),
         coords={"kind": ("example", ["a", "b"] * 3), "time": np.arange(4)},
-    )  # fmt: skip
+    )
     metric = along.mean("example")
     yield case("axis_extremes", points=w.points, images=w.images, rows=2)
     yield case("completeness", audit=w.audit)
     yield case("concentration", audit=w.audit)
     yield case("decision", audit=w.audit, at=0, image=np.eye(4))
     yield case("layer_epoch", audit=w.audit)
-    yield case("influential_images", audit_or_table=w.audit,
-               images={i: np.eye(4) for i in range(50)}, at=0, k=3, by="kind")  # fmt: skip
+    yield case(
+        "influential_images",
+        audit_or_table=w.audit,
+        images={i: np.eye(4) for i in range(50)},
+        at=0,
+        k=3,
+        by="kind",
+    )
     yield case("correlation_against_distance", curves={"a": w.by_distance})
     yield case("hierarchy_matrices", by_distance=w.by_distance)
     yield case("gain_against_loss", tree=w.losses, mark=None)
-    yield case("groups_along", panels={"a": along}, by="kind", along="time", ylabel="y",
-               xlabel="x", logy=False, logx=False, rows=1, spread=True)  # fmt: skip
+    yield case(
+        "groups_along",
+        panels={"a": along},
+        by="kind",
+        along="time",
+        ylabel="y",
+        xlabel="x",
+        logy=False,
+        logx=False,
+        rows=1,
+        spread=True,
+    )
     yield case("image_rows", rows=[[np.eye(4), np.eye(4)]], columns=["a", "b"])
-    yield case("influence_against", first=np.arange(4.0), others={"a": np.arange(4.0)},
-               correlations={"a": np.arange(3) / 3})  # fmt: skip
+    yield case(
+        "influence_against",
+        first=np.arange(4.0),
+        others={"a": np.arange(4.0)},
+        correlations={"a": np.arange(3) / 3},
+    )
     gross = lk.gross_influence(w.audit)
     yield case("influence_along_path", gross=gross, totals={"a": gross})
     yield case("kernel_matrix", kernel=w.kernel, by="label")
@@ -367,20 +513,43 @@ def _of_figures(w: World) -> Iterator[Case]:
     yield case("lift_curves", lifts={"a": w.lift}, title="t", least=1)
     yield case("mode_scatter", shifts=w.shifts, other=w.shifts, names=("a", "b"))
     yield case("neighbor_map", points=w.points, by="label", mark=None, hues=None)
-    yield case("over_training", curves={"a": metric}, ylabel="y", title="t",
-               labels=np.arange(4))  # fmt: skip
-    yield case("regime", metrics={"a": metric}, panels={"b": along}, by="kind",
-               labels=np.arange(4), ylabels=["y"])  # fmt: skip
+    yield case("over_training", curves={"a": metric}, ylabel="y", title="t", labels=np.arange(4))
+    yield case(
+        "regime",
+        metrics={"a": metric},
+        panels={"b": along},
+        by="kind",
+        labels=np.arange(4),
+        ylabels=["y"],
+    )
     near = w.kernel.isel(sample_2=0, drop=True)
     by = lk.similarity_by_distance(w.kernel, w.points, bins=4)
-    yield case("similarity_against_distance", points=w.points, similarity=near, target=0,
-               by_distance=by, by="label")  # fmt: skip
+    yield case(
+        "similarity_against_distance",
+        points=w.points,
+        similarity=near,
+        target=0,
+        by_distance=by,
+        by="label",
+    )
     yield case("similarity_to_target", points=w.points, similarity=near, target=0, by="label")
     temporal = lk.temporal_kernel(w.gradients).compute()
-    yield case("temporal_structure", kernel=temporal,
-               modes=lk.temporal_modes(temporal).compute(), labels=np.arange(3), k=2)  # fmt: skip
-    yield case("top_correlated", neighbors=w.near, images=w.images, references=[0, 1], by="label",
-               mark=None, shown=2)  # fmt: skip
+    yield case(
+        "temporal_structure",
+        kernel=temporal,
+        modes=lk.temporal_modes(temporal).compute(),
+        labels=np.arange(3),
+        k=2,
+    )
+    yield case(
+        "top_correlated",
+        neighbors=w.near,
+        images=w.images,
+        references=[0, 1],
+        by="label",
+        mark=None,
+        shown=2,
+    )
     yield case("transitions", lifts={"a": w.attribute}, colours=None)
 
 
@@ -400,43 +569,117 @@ def _of_runs(w: World) -> Iterator[Case]:
     yield Case("schedules.Warmup", lk.schedules.Warmup, dict(_defaults("Warmup")))
     yield Case("schedules.Cyclical", lk.schedules.Cyclical, dict(_defaults("Cyclical")))
     yield Case(
-        "LocalPosterior", lk.LocalPosterior,
-        {"model": small_network(), "train_set": w.data, "loss": "cross_entropy", "nbeta": 10.0,
-         "gamma": 50.0, "trainable": None},
-    )  # fmt: skip
+        "LocalPosterior",
+        lk.LocalPosterior,
+        {
+            "model": small_network(),
+            "train_set": w.data,
+            "loss": "cross_entropy",
+            "nbeta": 10.0,
+            "gamma": 50.0,
+            "trainable": None,
+        },
+    )
 
     def sample(**options: Any) -> xr.DataTree:
         return lk.sample(**({"store": MemoryStore()} | options))
 
     sampler = lk.SGLD(step_size=1e-3)
     yield Case(
-        "sample", sample,
-        {"posterior": w.posterior, "observed": w.data, "sampler": sampler, "chains": 1, "draws": 2,
-         "burn_in": 1, "thin": 1, "batch_size": 16, "coords": {"label": LABEL}, "seed": 0,
-         "observables": {"norm": weight_norm}, "components": None, "checkpoints": None,
-         "chains_per_device": 1, "autocast": None, "compile": False, "resume": True,
-         "device": "cpu", "client": None, "progress": False}, fast=False, kept=("client",),
-    )  # fmt: skip
-    yield Case("sample", lk.sample,
-               {"posterior": w.posterior, "observed": w.data, "sampler": sampler, "chains": 1,
-                "draws": 2, "burn_in": 1, "batch_size": 16, "store": w.folder / "again.zarr",
-                "progress": False}, fast=False,
-               kept=("observed", "posterior", "sampler", "chains", "draws", "burn_in",
-                     "batch_size", "progress"))  # fmt: skip
+        "sample",
+        sample,
+        {
+            "posterior": w.posterior,
+            "observed": w.data,
+            "sampler": sampler,
+            "chains": 1,
+            "draws": 2,
+            "burn_in": 1,
+            "thin": 1,
+            "batch_size": 16,
+            "coords": {"label": LABEL},
+            "seed": 0,
+            "observables": {"norm": weight_norm},
+            "components": None,
+            "checkpoints": None,
+            "chains_per_device": 1,
+            "autocast": None,
+            "compile": False,
+            "resume": True,
+            "device": "cpu",
+            "client": None,
+            "progress": False,
+        },
+        fast=False,
+        kept=("client",),
+    )
+    yield Case(
+        "sample",
+        lk.sample,
+        {
+            "posterior": w.posterior,
+            "observed": w.data,
+            "sampler": sampler,
+            "chains": 1,
+            "draws": 2,
+            "burn_in": 1,
+            "batch_size": 16,
+            "store": w.folder / "again.zarr",
+            "progress": False,
+        },
+        fast=False,
+        kept=(
+            "observed",
+            "posterior",
+            "sampler",
+            "chains",
+            "draws",
+            "burn_in",
+            "batch_size",
+            "progress",
+        ),
+    )
     few = {"chains": 1, "draws": 6, "progress": False}
     yield Case(
-        "suggest", lk.suggest,
-        {"posterior": w.posterior, "observed": w.data, "sampler": sampler, "step_sizes": [1e-4],
-         "gammas": [50.0], "nbetas": [10.0], "burn_in": 0, "thin": 1, "batch_size": 16,
-         "samples": 4, "seed": 0, "device": "cpu", **few}, fast=False,
-    )  # fmt: skip
+        "suggest",
+        lk.suggest,
+        {
+            "posterior": w.posterior,
+            "observed": w.data,
+            "sampler": sampler,
+            "step_sizes": [1e-4],
+            "gammas": [50.0],
+            "nbetas": [10.0],
+            "burn_in": 0,
+            "thin": 1,
+            "batch_size": 16,
+            "samples": 4,
+            "seed": 0,
+            "device": "cpu",
+            **few,
+        },
+        fast=False,
+    )
     yield Case(
-        "observe", lk.observe,
-        {"tree": w.tree, "new_set": classification(5), "posterior": w.posterior,
-         "sampler": lk.SGLD(step_size=1e-3), "store": w.path, "coords": {"label": np.arange(5)},
-         "observables": None, "autocast": None, "compile": False, "device": "cpu",
-         "client": None, "progress": False}, fast=False, kept=("client",),
-    )  # fmt: skip
+        "observe",
+        lk.observe,
+        {
+            "tree": w.tree,
+            "new_set": classification(5),
+            "posterior": w.posterior,
+            "sampler": lk.SGLD(step_size=1e-3),
+            "store": w.path,
+            "coords": {"label": np.arange(5)},
+            "observables": None,
+            "autocast": None,
+            "compile": False,
+            "device": "cpu",
+            "client": None,
+            "progress": False,
+        },
+        fast=False,
+        kept=("client",),
+    )
     yield from _of_traces(w)
     yield Case("open", lk.open, {"path": w.path}, fast=False)
     yield Case("verify", lk.verify, {"path": w.path}, fast=False)
@@ -446,16 +689,33 @@ def _of_runs(w: World) -> Iterator[Case]:
     )
     yield Case("from_devinterp", lk.from_devinterp, {"path": w.folder / "no.zarr"}, fast=False)
     yield Case(
-        "save", lk.save,
-        {"kernel": w.kernel.chunk(), "store": w.folder / "saved.zarr", "group": "kernel",
-         "upper": False, "progress": False}, fast=False,
-    )  # fmt: skip
-    yield Case("cluster.connect", lk.cluster.connect,
-               {"target": "junk", "workers": 1, "threads": 1, "memory": "1 GiB",
-                "tls": None, "dashboard": None, "timeout": 1.0}, fast=False)  # fmt: skip
+        "save",
+        lk.save,
+        {
+            "kernel": w.kernel.chunk(),
+            "store": w.folder / "saved.zarr",
+            "group": "kernel",
+            "upper": False,
+            "progress": False,
+        },
+        fast=False,
+    )
+    yield Case(
+        "cluster.connect",
+        lk.cluster.connect,
+        {
+            "target": "junk",
+            "workers": 1,
+            "threads": 1,
+            "memory": "1 GiB",
+            "tls": None,
+            "dashboard": None,
+            "timeout": 1.0,
+        },
+        fast=False,
+    )
     yield Case("cluster.check", lk.cluster.check, {"client": None, "shared": None}, fast=False)
-    yield Case("cluster.refuse_mismatch", lk.cluster.refuse_mismatch, {"client": None},
-               fast=False)  # fmt: skip
+    yield Case("cluster.refuse_mismatch", lk.cluster.refuse_mismatch, {"client": None}, fast=False)
 
 
 def _of_traces(w: World) -> Iterator[Case]:
@@ -465,27 +725,75 @@ def _of_traces(w: World) -> Iterator[Case]:
     to = w.numbered
     labels = {"label": np.arange(7) % 3}
     common: dict[str, Any] = {
-        "examples": [0, 1, 2], "params": "0.*", "coords": labels, "unlike": False,
-        "memory": "64 MiB", "progress": False,
-    }  # fmt: skip
-    yield case(lk.audit, audit_set=to, target="loss", module=None, groups={"time": "epoch"},
-               overlap=False, credit="seen", rule="trapezoid", supersample=1, stride=1,
-               steps=(0, 3), example_coords={"train_label": [0, 1, 2]}, store=None, name=None,
-               **common)  # fmt: skip
-    yield case(lk.audit, audit_set=[1, 2], store=w.folder / "audits.zarr", name="a",
-               groups={"example": np.arange(50) % 2})  # fmt: skip
-    yield case(lk.reconstruction, audit_set=to, target="loss", module=None, rule="euler",
-               supersample=1, stride=1, steps=(0, 3), unlike=False, memory="64 MiB",
-               progress=False)  # fmt: skip
+        "examples": [0, 1, 2],
+        "params": "0.*",
+        "coords": labels,
+        "unlike": False,
+        "memory": "64 MiB",
+        "progress": False,
+    }
+    yield case(
+        lk.audit,
+        audit_set=to,
+        target="loss",
+        module=None,
+        groups={"time": "epoch"},
+        overlap=False,
+        credit="seen",
+        rule="trapezoid",
+        supersample=1,
+        stride=1,
+        steps=(0, 3),
+        example_coords={"train_label": [0, 1, 2]},
+        store=None,
+        name=None,
+        **common,
+    )
+    yield case(
+        lk.audit,
+        audit_set=[1, 2],
+        store=w.folder / "audits.zarr",
+        name="a",
+        groups={"example": np.arange(50) % 2},
+    )
+    yield case(
+        lk.reconstruction,
+        audit_set=to,
+        target="loss",
+        module=None,
+        rule="euler",
+        supersample=1,
+        stride=1,
+        steps=(0, 3),
+        unlike=False,
+        memory="64 MiB",
+        progress=False,
+    )
     yield case(lk.tracin, audit_set=to, target="loss", checkpoints="epoch", **common)
     yield case(lk.tracin_in_run, audit_set=to, target="loss", **common)
-    yield case(lk.trak, audit_set=to, target="margin", checkpoints=[3], size=8, seed=0,
-               regularization=0.1, **common)  # fmt: skip
+    yield case(
+        lk.trak,
+        audit_set=to,
+        target="margin",
+        checkpoints=[3],
+        size=8,
+        seed=0,
+        regularization=0.1,
+        **common,
+    )
     yield case(lk.gradient_similarity, audit_set=to, at=-1, cosine=True, **common)
-    yield case(lk.influence_functions, audit_set=to, target="loss", at=-1, damping=0.1,
-               max_params=500, **common)  # fmt: skip
-    yield case(lk.activations, examples=range(3), times=[0, 2], module="1", coords=None,
-               memory="64 MiB")  # fmt: skip
+    yield case(
+        lk.influence_functions,
+        audit_set=to,
+        target="loss",
+        at=-1,
+        damping=0.1,
+        max_params=500,
+        **common,
+    )
+    yield case(
+        lk.activations, examples=range(3), times=[0, 2], module="1", coords=None, memory="64 MiB"
+    )
 
     def features(**options: Any) -> xr.Dataset:
         return lk.gradient_features(**({"store": MemoryStore()} | options))
@@ -493,35 +801,77 @@ def _of_traces(w: World) -> Iterator[Case]:
     def factors(**options: Any) -> xr.Dataset:
         return lk.gradient_factors(**({"store": MemoryStore()} | options))
 
-    kept = {"examples": range(3), "times": [0, 2], "params": "0.*", "coords": {"a": [1, 2, 3]},
-            "name": None, "dtype": "float32", "memory": "64 MiB", "progress": False}  # fmt: skip
-    yield Case("gradient_features", features,
-               {"trace": w.trace, "of": "loss", "project": 8, "seed": 0, "preconditioned": False,
-                **kept}, fast=False)  # fmt: skip
-    yield Case("gradient_features", lk.gradient_features,
-               {"trace": w.trace, "examples": [0], "store": w.folder / "features.zarr"},
-               fast=False)  # fmt: skip
+    kept = {
+        "examples": range(3),
+        "times": [0, 2],
+        "params": "0.*",
+        "coords": {"a": [1, 2, 3]},
+        "name": None,
+        "dtype": "float32",
+        "memory": "64 MiB",
+        "progress": False,
+    }
+    yield Case(
+        "gradient_features",
+        features,
+        {"trace": w.trace, "of": "loss", "project": 8, "seed": 0, "preconditioned": False, **kept},
+        fast=False,
+    )
+    yield Case(
+        "gradient_features",
+        lk.gradient_features,
+        {"trace": w.trace, "examples": [0], "store": w.folder / "features.zarr"},
+        fast=False,
+    )
     yield Case("gradient_factors", factors, {"trace": w.trace, **kept}, fast=False)
     yield case(lk.gradient_plan, params="0.*")
     yield case(lk.mean_gradient, times=[0, 2], examples=range(3), progress=False)
     step = 3
     modes = lk.modes(w.now, 2).compute()
     yield case(lk.mode_sensitivity, modes=modes, examples=range(3), step=step, whole=False)
-    yield case(lk.shift_modes, modes=modes, examples=range(3), step=step, shift=0.1, radius=0.1,
-               norm="linf", steps=2, step_size=0.01, labels="own", away_from=None, match=1.0,
-               ortho=1.0, loss=0.0, bounds=(-9.0, 9.0))  # fmt: skip
+    yield case(
+        lk.shift_modes,
+        modes=modes,
+        examples=range(3),
+        step=step,
+        shift=0.1,
+        radius=0.1,
+        norm="linf",
+        steps=2,
+        step_size=0.01,
+        labels="own",
+        away_from=None,
+        match=1.0,
+        ortho=1.0,
+        loss=0.0,
+        bounds=(-9.0, 9.0),
+    )
     model, data = w.trace.model if hasattr(w.trace, "model") else small_network(), w.trace.train_set
-    yield Case("open_trace", lk.open_trace,
-               {"path": w.trace_path, "model": model, "train_set": data}, fast=False)  # fmt: skip
+    yield Case(
+        "open_trace",
+        lk.open_trace,
+        {"path": w.trace_path, "model": model, "train_set": data},
+        fast=False,
+    )
 
     def record(**options: Any) -> object:
         return lk.record(**({"store": MemoryStore()} | options))
 
     net = small_network()
-    yield Case("record", record,
-               {"model": net, "optimizer": torch.optim.SGD(net.parameters(), 0.1),
-                "train_set": w.data, "loss": "cross_entropy", "scheduler": None, "every": 1,
-                "check_every": 5}, fast=False)  # fmt: skip
+    yield Case(
+        "record",
+        record,
+        {
+            "model": net,
+            "optimizer": torch.optim.SGD(net.parameters(), 0.1),
+            "train_set": w.data,
+            "loss": "cross_entropy",
+            "scheduler": None,
+            "every": 1,
+            "check_every": 5,
+        },
+        fast=False,
+    )
 
     def snapshot(**options: Any) -> object:
         return lk.snapshot(**({"store": MemoryStore()} | options))
@@ -792,6 +1142,15 @@ def strange_paths(folder: Path) -> Iterator[tuple[str, Any]]:
     yield "a device", "/dev/null"
     yield "a long name", "x" * 5000
     yield "bytes of a path", os.fsencode(file)
-    for url in ("foo://x", "http://127.0.0.1:1/x", "memory://nowhere", "s3://", "gs:///x",
-                "file://", "://", "foo://", "~nobody-of-this-name/x"):  # fmt: skip
+    for url in (
+        "foo://x",
+        "http://127.0.0.1:1/x",
+        "memory://nowhere",
+        "s3://",
+        "gs:///x",
+        "file://",
+        "://",
+        "foo://",
+        "~nobody-of-this-name/x",
+    ):
         yield url, url

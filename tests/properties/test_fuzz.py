@@ -25,10 +25,14 @@ from tests.properties.fuzzing import Case, World
 
 #: Public names that are not called with arguments of a user.
 NOT_CALLED = {
-    "PRESETS": "a dict", "__version__": "a string", "errors": "a module of classes",
-    "cluster": "a module, fuzzed as cluster.*", "plots": "a module, fuzzed as plots.*",
-    "schedules": "a module, fuzzed as schedules.*", "cluster.Finding": "what check returns",
-}  # fmt: skip
+    "PRESETS": "a dict",
+    "__version__": "a string",
+    "errors": "a module of classes",
+    "cluster": "a module, fuzzed as cluster.*",
+    "plots": "a module, fuzzed as plots.*",
+    "schedules": "a module, fuzzed as schedules.*",
+    "cluster.Finding": "what check returns",
+}
 SEED = 7
 
 
@@ -54,8 +58,11 @@ def faults(world: World, cases: list[Case], arguments: slice = slice(None)) -> l
 
 
 def everything() -> set[str]:
-    modules = {"plots": lk.plots.__all__, "cluster": lk.cluster.__all__,
-               "schedules": lk.schedules.SCHEDULES}  # fmt: skip
+    modules = {
+        "plots": lk.plots.__all__,
+        "cluster": lk.cluster.__all__,
+        "schedules": lk.schedules.SCHEDULES,
+    }
     return set(lk.__all__) | {f"{m}.{name}" for m, names in modules.items() for name in names}
 
 
@@ -132,10 +139,17 @@ def test_memory__takes_any_number_of_bytes(rng, memory):
 
 @pytest.mark.parametrize(
     ("memory", "kind"),
-    [(np.inf, errors.MemoryBudgetError), (np.nan, errors.MemoryBudgetError),
-     ("inf", errors.MemoryBudgetError), (-1, errors.MemoryBudgetError), (True, TypeError),
-     (1j, TypeError), ([1], TypeError), (b"1 GiB", TypeError)],
-)  # fmt: skip
+    [
+        (np.inf, errors.MemoryBudgetError),
+        (np.nan, errors.MemoryBudgetError),
+        ("inf", errors.MemoryBudgetError),
+        (-1, errors.MemoryBudgetError),
+        (True, TypeError),
+        (1j, TypeError),
+        ([1], TypeError),
+        (b"1 GiB", TypeError),
+    ],
+)
 def test_memory__that_is_no_number_of_bytes_is_refused(rng, memory, kind):
     with pytest.raises(kind, match="memory"):
         lk.correlation(random_losses(rng, 2, 6, 9), memory=memory)
@@ -155,10 +169,23 @@ def test_numbers_of_numpy__are_pythons_own_in_what_is_stored(rng, tmp_path):
     "wrong", [None, "losses", np.zeros((2, 3, 4)), [1.0], xr.Dataset(), xr.DataTree(), 3]
 )
 @pytest.mark.parametrize(
-    "name", ["llc", "loss_gain", "loss_variance", "singular_fluctuation", "diagnostics",
-             "correlation", "cka_curve", "lgk", "feature_overlap", "completeness", "concentration",
-             "net_influence", "to_arviz"],
-)  # fmt: skip
+    "name",
+    [
+        "llc",
+        "loss_gain",
+        "loss_variance",
+        "singular_fluctuation",
+        "diagnostics",
+        "correlation",
+        "cka_curve",
+        "lgk",
+        "feature_overlap",
+        "completeness",
+        "concentration",
+        "net_influence",
+        "to_arviz",
+    ],
+)
 def test_what_holds_no_losses__is_refused_by_name(name, wrong):
     call = getattr(lk, name)
     first = next(iter(inspect.signature(call).parameters))
@@ -205,9 +232,21 @@ def test_embed__refuses_as_many_dimensions_as_samples(rng):
 
 
 @pytest.mark.parametrize(
-    "place", ["", "file://", "/dev/null", "foo://x", "s3://", "a\0b", "x" * 5000, b"run", 3, None,
-              "~nobody-of-this-name/x"],
-)  # fmt: skip
+    "place",
+    [
+        "",
+        "file://",
+        "/dev/null",
+        "foo://x",
+        "s3://",
+        "a\0b",
+        "x" * 5000,
+        b"run",
+        3,
+        None,
+        "~nobody-of-this-name/x",
+    ],
+)
 def test_places__that_hold_no_store_are_refused(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for call in (lk.open, lk.verify, lk.discard_trace, lk.from_devinterp):
@@ -247,13 +286,22 @@ def test_accessor__refuses_as_the_functions_do(rng):
 
 
 COMMANDS = [
-    ["run", "nothing"], ["run", "digits", "--preset", "huge"], ["run", "digits", "--set", "x"],
-    ["run", "digits", "--chains", "nan"], ["run", "digits", "--chains", "1e9"],
-    ["run", "digits", "--chains", ""], ["run", "digits", "loose"], ["info", ""],
-    ["info", "foo://x"], ["info", "/dev/null"], ["verify", "nowhere"], ["verify", "/dev/null"],
-    ["cluster", "check", "junk"], ["cluster", "check", "--workers", "x"],
+    ["run", "nothing"],
+    ["run", "digits", "--preset", "huge"],
+    ["run", "digits", "--set", "x"],
+    ["run", "digits", "--chains", "nan"],
+    ["run", "digits", "--chains", "1e9"],
+    ["run", "digits", "--chains", ""],
+    ["run", "digits", "loose"],
+    ["info", ""],
+    ["info", "foo://x"],
+    ["info", "/dev/null"],
+    ["verify", "nowhere"],
+    ["verify", "/dev/null"],
+    ["cluster", "check", "junk"],
+    ["cluster", "check", "--workers", "x"],
     ["cluster", "check", "tcp://127.0.0.1:1", "--timeout", "-1"],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -271,7 +319,11 @@ class Settings(workflow.Config):
 
 GOOD = {"workflow": "study", "lkarray": lk.__version__, "config": {"size": 3}, "stages": {}}
 RECORDS = {
-    "empty": "", "cut": json.dumps(GOOD)[:40], "a list": "[]", "null": "null", "bytes": "\x00\xff",
+    "empty": "",
+    "cut": json.dumps(GOOD)[:40],
+    "a list": "[]",
+    "null": "null",
+    "bytes": "\x00\xff",
     "nested": "[" * 10000,
     "stages a list": json.dumps(GOOD | {"stages": []}),
     "stages of strings": json.dumps(GOOD | {"stages": {"a": "b"}}),
@@ -281,7 +333,7 @@ RECORDS = {
     "config a string": json.dumps(GOOD | {"config": "size=3"}),
     "config null": json.dumps(GOOD | {"config": None}),
     "workflow a list": json.dumps(GOOD | {"workflow": [1]}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", RECORDS.values(), ids=RECORDS)
@@ -303,11 +355,21 @@ def test_checked__says_what_an_annotation_allows():
         return k, name, share, whole
 
     assert call(np.int8(3), np.str_("a"), np.float64(0.25), whole=np.bool_(True)) == (
-        3, "a", 0.25, True
-    )  # fmt: skip
+        3,
+        "a",
+        0.25,
+        True,
+    )
     assert [type(v) for v in call(np.int8(3), "a", 1, whole=1)] == [int, str, float, bool]
-    for wrong in ({"k": 1.0}, {"k": True}, {"k": "1"}, {"k": 1, "name": 3}, {"k": 1, "share": "a"},
-                  {"k": 1, "whole": 2}, {"k": torch.zeros(2)}):  # fmt: skip
+    for wrong in (
+        {"k": 1.0},
+        {"k": True},
+        {"k": "1"},
+        {"k": 1, "name": 3},
+        {"k": 1, "share": "a"},
+        {"k": 1, "whole": 2},
+        {"k": torch.zeros(2)},
+    ):
         with pytest.raises(TypeError, match=rf"^{list(wrong)[-1]} must be"):
             call(**wrong)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'k'"):

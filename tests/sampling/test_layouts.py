@@ -54,19 +54,31 @@ class Dicts(torch.utils.data.Dataset):
 def gpt2():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=8, n_layer=1, n_head=2,
-        bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 def llama():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=LENGTH,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=LENGTH,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -200,9 +212,14 @@ def test_auto__slow_models_are_measured_on_a_few_inputs(batch_size, monkeypatch)
 
     sets = observed_sets(data)
     job = Job(
-        posterior, sets, observed_labels(data, sets, None), lk.SGLD(1e-4), Schedule(500, 0, 1),
-        batch_size, 0,
-    )  # fmt: skip
+        posterior,
+        sets,
+        observed_labels(data, sets, None),
+        lk.SGLD(1e-4),
+        Schedule(500, 0, 1),
+        batch_size,
+        0,
+    )
     prepare(job, chains=4, chains_per_device="auto", fixed=None)
     # Losses at w* take every input once; trying the model and measuring take few.
     assert 2000 < Counting.seen < 2200

@@ -61,8 +61,10 @@ def test_sample__a_signal_commits_first_and_then_ends_the_process(tmp_path, numb
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}){CHILD}"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as child:  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
         assert child.stdout.readline() == "running\n"
         child.send_signal(number)
         _, told = child.communicate()

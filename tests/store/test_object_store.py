@@ -139,8 +139,10 @@ def test_sample__equals_a_local_store_bit_for_bit(bucket, tmp_path, sample):
     np.testing.assert_array_equal(*(kernel.values for kernel in kernels))
     saved = lk.save(kernels[0], url)
     np.testing.assert_array_equal(saved.values, kernels[1].values)
-    near = [lk.neighbors(lk.open(at)["losses"]["loss"], 3).compute()
-            for at in (url, tmp_path / "run.zarr")]  # fmt: skip
+    near = [
+        lk.neighbors(lk.open(at)["losses"]["loss"], 3).compute()
+        for at in (url, tmp_path / "run.zarr")
+    ]
     assert near[0].identical(near[1])
     for _ in range(2):  # the second replaces the first
         stores.put(url, "near", near[0])
@@ -169,8 +171,14 @@ def test_sample__several_components_each_at_a_url_of_its_own(bucket, sample):
 def test_observe__replays_a_run_from_a_url(bucket, posterior, sample):
     data = classification(n=12)
     tree = sample(f"{bucket}/run")
-    more = lk.observe(tree, data, posterior=posterior, sampler=lk.SGLD(step_size=1e-3),
-                      store=f"{bucket}/more", progress=False)  # fmt: skip
+    more = lk.observe(
+        tree,
+        data,
+        posterior=posterior,
+        sampler=lk.SGLD(step_size=1e-3),
+        store=f"{bucket}/more",
+        progress=False,
+    )
     assert more["losses"].sizes["sample"] == 12
     assert lk.verify(f"{bucket}/more") == []
 
@@ -327,8 +335,11 @@ def test_save__killed_half_way_writes_only_what_is_missing(server, bucket, tmp_p
     assert 3 <= len(before) < tiles
     seen = len(server.requests())
     np.testing.assert_array_equal(lk.save(kernel_of(source), url, group="derived/k"), whole)
-    puts = [line.rpartition("/c/")[2] for line in server.requests()[seen:]
-            if line.startswith("PUT") and "/c/" in line and "correlation" in line]  # fmt: skip
+    puts = [
+        line.rpartition("/c/")[2]
+        for line in server.requests()[seen:]
+        if line.startswith("PUT") and "/c/" in line and "correlation" in line
+    ]
     assert sorted(puts) == sorted(k.rpartition("/c/")[2] for k in set(written()) - before)
     assert len(written()) == tiles
 
@@ -336,10 +347,17 @@ def test_save__killed_half_way_writes_only_what_is_missing(server, bucket, tmp_p
 def sample_here(path, *, sampler=lk.SGLD, draws=20):
     data = classification(n=60)
     lk.sample(
-        lk.LocalPosterior(small_network(), data, nbeta=10.0, gamma=50.0), data,
-        sampler=sampler(step_size=1e-3), chains=CHAINS, draws=draws, burn_in=2, batch_size=16,
-        store=path, chains_per_device=1, progress=False,
-    )  # fmt: skip
+        lk.LocalPosterior(small_network(), data, nbeta=10.0, gamma=50.0),
+        data,
+        sampler=sampler(step_size=1e-3),
+        chains=CHAINS,
+        draws=draws,
+        burn_in=2,
+        batch_size=16,
+        store=path,
+        chains_per_device=1,
+        progress=False,
+    )
 
 
 def test_workers__two_processes_write_disjoint_chains_and_panels_as_one_does(
@@ -354,10 +372,14 @@ def test_workers__two_processes_write_disjoint_chains_and_panels_as_one_does(
     alone = lk.audit(trace, audited(), store=f"{bucket}/alone")
     options = {"chains": 4, "draws": 12, "chains_per_device": 1}
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0",
-                     env=server.environment) as cluster,
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            dashboard_address="127.0.0.1:0",
+            env=server.environment,
+        ) as cluster,
         Client(cluster) as client,
-    ):  # fmt: skip
+    ):
         client.wait_for_workers(2)
         there = sample(f"{bucket}/there", client=client, **options)
         kernel = lk.correlation(there["losses"]["loss"])
@@ -632,7 +654,12 @@ def test_refused__http_that_was_not_allowed(server, sample, no_work, monkeypatch
 @pytest.mark.parametrize("action", ["s3:GetObject", "s3:PutObject"])
 def test_refused__access_that_is_denied(server, bucket, sample, no_work, action):
     name = bucket.removeprefix("s3://")
-    rule = {"Effect": "Deny", "Principal": "*", "Action": action, "Resource": f"arn:aws:s3:::{name}/*"}  # fmt: skip  # noqa: E501
+    rule = {
+        "Effect": "Deny",
+        "Principal": "*",
+        "Action": action,
+        "Resource": f"arn:aws:s3:::{name}/*",
+    }  # noqa: E501
     server.request(
         f"{name}?policy", body=json.dumps({"Version": "2012-10-17", "Statement": [rule]}).encode()
     )

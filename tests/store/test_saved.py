@@ -66,14 +66,51 @@ def full(tmp_path):
 
 
 GROUPS = [
-    "", "/", "//", ".", "..", "../other", "derived", "derived/", "derived/a/b", "derived/k/more",
-    "derived/../losses", "derived/.k", "derived//k", "derived\\k", "a\\..\\losses", "Derived/k",
-    "losses", "losses/loss", "losses_test", "Losses", "sample_stats", "observables", "state",
-    "commit", "commit/record", "trajectory", "gradients", "gradients_x", "audit", "audit_x",
-    "component", "component/a/derived/k", "checkpoint", "mine/below", "alone", "alone/below",
-    "theirs", "theirs/inner", "notes", "derived/means", "derived/zarr.json", "zarr.json",
-    "derived/" + "x" * 300, "derived/a\0b",
-]  # fmt: skip
+    "",
+    "/",
+    "//",
+    ".",
+    "..",
+    "../other",
+    "derived",
+    "derived/",
+    "derived/a/b",
+    "derived/k/more",
+    "derived/../losses",
+    "derived/.k",
+    "derived//k",
+    "derived\\k",
+    "a\\..\\losses",
+    "Derived/k",
+    "losses",
+    "losses/loss",
+    "losses_test",
+    "Losses",
+    "sample_stats",
+    "observables",
+    "state",
+    "commit",
+    "commit/record",
+    "trajectory",
+    "gradients",
+    "gradients_x",
+    "audit",
+    "audit_x",
+    "component",
+    "component/a/derived/k",
+    "checkpoint",
+    "mine/below",
+    "alone",
+    "alone/below",
+    "theirs",
+    "theirs/inner",
+    "notes",
+    "derived/means",
+    "derived/zarr.json",
+    "zarr.json",
+    "derived/" + "x" * 300,
+    "derived/a\0b",
+]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -208,8 +245,9 @@ def test_open__hides_an_unfinished_kernel_beside_what_is_finished(full, monkeypa
     record = stores.stored(root, "commit", lk.schema.RECORD)
     assert record.shape == (1, 3)
     assert [p for p, problem in results.results(root) if problem is None] == [
-        "derived/k", "derived/means",
-    ]  # fmt: skip
+        "derived/k",
+        "derived/means",
+    ]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone"])
@@ -446,11 +484,19 @@ def test_labels__that_are_no_text_are_refused_by_name(tmp_path, labels):
 
 @pytest.mark.parametrize(
     "attrs",
-    [{"scale_factor": 2.0}, {"_FillValue": 1.0}, {"missing_value": 3.0}, {"dtype": "bool"},
-     {"units": "days since 2000-01-01"}, {"add_offset": 1.0}, {"f": object()}, {3: "x"},
-     {"f": b"bytes"}],
+    [
+        {"scale_factor": 2.0},
+        {"_FillValue": 1.0},
+        {"missing_value": 3.0},
+        {"dtype": "bool"},
+        {"units": "days since 2000-01-01"},
+        {"add_offset": 1.0},
+        {"f": object()},
+        {3: "x"},
+        {"f": b"bytes"},
+    ],
     ids=lambda attrs: str(next(iter(attrs))),
-)  # fmt: skip
+)
 def test_attributes__that_would_change_values_are_refused_by_name(tmp_path, attrs):
     made = kernel().assign_attrs(attrs)
     with pytest.raises(errors.SchemaError, match=str(next(iter(attrs)))):

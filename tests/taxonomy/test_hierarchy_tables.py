@@ -30,8 +30,9 @@ def test_from_edges__a_missing_parent_names_a_root(none):
 
 
 def test_from_edges__a_table_of_pandas():
-    table = pd.DataFrame({"parent": [np.nan, *(a for a, _ in EDGES)],
-                          "child": ["animal", *(b for _, b in EDGES)]})  # fmt: skip
+    table = pd.DataFrame(
+        {"parent": [np.nan, *(a for a, _ in EDGES)], "child": ["animal", *(b for _, b in EDGES)]}
+    )
     check(Taxonomy.from_edges(table.itertuples(index=False)))
     check(Taxonomy.from_parents(dict(zip(table["child"], table["parent"], strict=True))))
 

@@ -71,8 +71,9 @@ def problems(draw):
 )
 def test_lift__equals_the_triple_loop(problem, base, depth):
     taxonomy, labels, neighbor = problem
-    found = lk.taxonomic_lift(table(neighbor, labels), taxonomy, base=base, depth=depth,
-                              replicates=3)  # fmt: skip
+    found = lk.taxonomic_lift(
+        table(neighbor, labels), taxonomy, base=base, depth=depth, replicates=3
+    )
     groups, lift, counts = defined(neighbor, labels, taxonomy, base, depth)
     assert found["query_depth"].values.tolist() == groups
     np.testing.assert_allclose(found["lift"], lift, rtol=1e-12)
@@ -211,10 +212,11 @@ def test_lift__from_losses_searches_and_deletes_chains():
     without = [
         lk.taxonomic_lift(
             lk.neighbors(losses.isel(chain=[c for c in range(5) if c != gone]), 4, exclude="label"),
-            taxonomy, replicates=0,
+            taxonomy,
+            replicates=0,
         )["lift"].sel(query_depth=3, depth=2)
         for gone in range(5)
-    ]  # fmt: skip
+    ]
     error = np.sqrt(4 / 5 * ((np.array(without) - np.mean(without)) ** 2).sum())
     np.testing.assert_allclose(
         found["standard_error_chains"].sel(query_depth=3, depth=2), error, rtol=1e-9, atol=1e-12
@@ -279,9 +281,11 @@ def test_residualize__takes_away_what_a_label_shares():
     series = 3 * label_part[labels] + np.concatenate([pair_part, pair_part])
     loss = np.moveaxis(series, 0, -1) * scale + 5
     losses = xr.DataArray(
-        loss, dims=("chain", "draw", "sample"), name="loss",
+        loss,
+        dims=("chain", "draw", "sample"),
+        name="loss",
         coords={"sample": np.arange(n), "label": ("sample", labels)},
-    )  # fmt: skip
+    )
     left = lk.residualize(losses.chunk(sample=7, draw=150))
     z = (loss - loss.mean((0, 1))).reshape(-1, n)
     z /= np.linalg.norm(z, axis=0)
@@ -320,8 +324,9 @@ def test_attribute_lift__equals_the_definition():
                 assert found["lift"].sel(color=a) == pytest.approx(rate / chance)
     assert found["low"].min() < 1 < found["high"].max()
     assert abs(found["pooled_lift"] - 1) < 4 * found["pooled_standard_error"]
-    same = np.array([np.flatnonzero((color == c) & (label != y))[:k]
-                     for c, y in zip(color, label, strict=True)])  # fmt: skip
+    same = np.array(
+        [np.flatnonzero((color == c) & (label != y))[:k] for c, y in zip(color, label, strict=True)]
+    )
     near["neighbor"] = (("sample", "rank"), same)
     perfect = lk.attribute_lift(near, color)
     np.testing.assert_allclose(perfect["transition"].values, np.eye(3))

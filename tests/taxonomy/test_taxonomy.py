@@ -137,8 +137,10 @@ def test_constructors__agree(tmp_path):
     table = tmp_path / "edges.csv"
     table.write_text("parent,child\n" + "".join(f"{a},{b}\n" for a, b in edges))
     plain = tmp_path / "plain.json"
-    plain.write_text('{"dog": ["mammal", "pet"], "cat": ["mammal", "pet"], "trout": "fish",'
-                     '"mammal": "animal", "fish": "animal", "pet": "animal"}')  # fmt: skip
+    plain.write_text(
+        '{"dog": ["mammal", "pet"], "cat": ["mammal", "pet"], "trout": "fish",'
+        '"mammal": "animal", "fish": "animal", "pet": "animal"}'
+    )
     expected.to_json(tmp_path / "own.json")
     for found in (
         lk.Taxonomy.from_edges(edges),

@@ -49,9 +49,17 @@ def train() -> Callable[..., tuple[nn.Module, Any]]:
     """Train the small network, recorded; returns it and the recorder."""
 
     def call(
-        store: Any, *, make: Any = None, steps: int = 22, clip: Any = None, resume: bool = False,
-        scheduler: Any = None, model: nn.Module | None = None, groups: bool = False, **options: Any,
-    ) -> tuple[nn.Module, Any]:  # fmt: skip
+        store: Any,
+        *,
+        make: Any = None,
+        steps: int = 22,
+        clip: Any = None,
+        resume: bool = False,
+        scheduler: Any = None,
+        model: nn.Module | None = None,
+        groups: bool = False,
+        **options: Any,
+    ) -> tuple[nn.Module, Any]:
         model = network() if model is None else model
         data = examples()
         inputs, labels = data.tensors

@@ -230,9 +230,16 @@ def test_sample__of_models_that_change_their_input(how, batch_size, tmp_path):
     right = loss(model(x.clone()), y.clone()).detach()
     posterior = lk.LocalPosterior(model, data, loss=loss, nbeta=1e-3, gamma=1e3)
     tree = lk.sample(
-        posterior, data, sampler=lk.SGLD(1e-12), draws=25, chains=2, batch_size=batch_size,
-        store=tmp_path / "s", progress=False, chains_per_device=1,
-    )  # fmt: skip
+        posterior,
+        data,
+        sampler=lk.SGLD(1e-12),
+        draws=25,
+        chains=2,
+        batch_size=batch_size,
+        store=tmp_path / "s",
+        progress=False,
+        chains_per_device=1,
+    )
     assert torch.equal(x, kept)
     assert torch.equal(y, labels)
     if how != "late":
@@ -278,9 +285,14 @@ def test_sequences__that_are_their_own_target_and_are_changed(tmp_path):
     right = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     posterior = lk.LocalPosterior(model, list(ids), loss="next_token_mean", nbeta=1e-3, gamma=1e3)
     tree = lk.sample(
-        posterior, list(ids),
-        sampler=lk.SGLD(1e-12), draws=3, chains=1, store=tmp_path / "s", progress=False,
-    )  # fmt: skip
+        posterior,
+        list(ids),
+        sampler=lk.SGLD(1e-12),
+        draws=3,
+        chains=1,
+        store=tmp_path / "s",
+        progress=False,
+    )
     expected = right.view(N, 5).mean(1).detach()
     np.testing.assert_allclose(tree["losses"]["center_loss"], expected, atol=1e-6)
 
@@ -325,8 +337,10 @@ def test_record__leaves_frozen_parameters_out_and_resumes(kind, tmp_path):
     batches = [np.arange(i, i + 5) for i in (0, 5, 2, 3, 1)]
 
     def groups(model):
-        return [{"params": model.base.parameters(), "lr": 5.0},
-                {"params": [p for p in model.parameters() if p.requires_grad]}]  # fmt: skip
+        return [
+            {"params": model.base.parameters(), "lr": 5.0},
+            {"params": [p for p in model.parameters() if p.requires_grad]},
+        ]
 
     model, data = adapted()
     train(model, data, kind(groups(model), 1e-2), tmp_path / "a", batches)
@@ -452,9 +466,14 @@ def test_copies__of_modules_that_keep_what_they_computed(name, tmp_path):
     model.eval()
     right = cross_entropy(model(data.tensors[0]), data.tensors[1]).detach()
     tree = lk.sample(
-        lk.LocalPosterior(model, data, loss=cross_entropy, nbeta=5, gamma=10), data,
-        sampler=lk.SGLD(1e-5), draws=2, chains=1, store=tmp_path / "s", progress=False,
-    )  # fmt: skip
+        lk.LocalPosterior(model, data, loss=cross_entropy, nbeta=5, gamma=10),
+        data,
+        sampler=lk.SGLD(1e-5),
+        draws=2,
+        chains=1,
+        store=tmp_path / "s",
+        progress=False,
+    )
     np.testing.assert_allclose(tree["losses"]["center_loss"], right, rtol=1e-6)
     trace = lk.snapshot(model, data, loss=cross_entropy, store=tmp_path / "t")
     found = lk.gradient_similarity(trace, range(N))
@@ -506,9 +525,14 @@ def test_callers__under_no_grad_and_inference_mode(mode, tmp_path):
         lk.gradient_plan(trace)
         posterior = lk.LocalPosterior(model, held, loss=cross_entropy)
         lk.sample(
-            posterior.at(model.state_dict()), held, sampler=lk.SGLD(1e-6), draws=2, chains=1,
-            store=tmp_path / "s", progress=False,
-        )  # fmt: skip
+            posterior.at(model.state_dict()),
+            held,
+            sampler=lk.SGLD(1e-6),
+            draws=2,
+            chains=1,
+            store=tmp_path / "s",
+            progress=False,
+        )
     close(G["gradient"].values[0], expected)
     close(similar, similarities(expected))
     close(mean[0], expected.mean(0))
@@ -571,9 +595,15 @@ def test_weights__from_files_that_are_no_state_dicts(tmp_path):
             posterior.at(path)
         with pytest.raises(ValueError, match=rf"checkpoints\['a'\]: .*{name}\.pt"):
             lk.sample(
-                posterior, data, sampler=lk.SGLD(1e-6), draws=2, chains=1, store=tmp_path / "s",
-                checkpoints={"a": path}, progress=False,
-            )  # fmt: skip
+                posterior,
+                data,
+                sampler=lk.SGLD(1e-6),
+                draws=2,
+                chains=1,
+                store=tmp_path / "s",
+                checkpoints={"a": path},
+                progress=False,
+            )
     assert not (tmp_path / "s").exists()
 
 

@@ -31,9 +31,13 @@ def build(name):
         model = transformers.GPT2LMHeadModel(config)
     else:
         config = transformers.BertConfig(
-            vocab_size=19, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-            intermediate_size=16, max_position_embeddings=8,
-        )  # fmt: skip
+            vocab_size=19,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=8,
+        )
         model = transformers.BertForMaskedLM(config)
     ids = torch.randint(1, 19, (N, 6))
     mask = torch.ones_like(ids)

@@ -50,9 +50,16 @@ def test_shift_modes__equals_algorithm_2_by_hand(trace, modes, norm, labels):
     weights = {"match": 2.0, "ortho": 0.7, "loss": 0.5}
     lowest, highest = float(inputs.min()), float(inputs.max()) - 0.01
     found = lk.shift_modes(
-        trace, modes, range(5), 6, **options, **weights, labels=labels, away_from=away,
+        trace,
+        modes,
+        range(5),
+        6,
+        **options,
+        **weights,
+        labels=labels,
+        away_from=away,
         bounds=(lowest, highest),
-    )  # fmt: skip
+    )
     trace.set(6)
     vectors, signs = directions(trace, modes), torch.from_numpy(np.sign(modes["drive"].values))
     for n in range(5):
@@ -87,9 +94,16 @@ def test_shift_modes__shifts_against_the_drives(trace, modes):
     vectors, signs = directions(trace, modes), np.sign(modes["drive"].values)
     before = coefficients(trace, vectors, inputs, target).detach().numpy()
     moved = lk.shift_modes(
-        trace, modes, range(8), 6, shift=0.05, radius=0.5, labels="own",
-        bounds=(-10, 10), steps=60,
-    )  # fmt: skip
+        trace,
+        modes,
+        range(8),
+        6,
+        shift=0.05,
+        radius=0.5,
+        labels="own",
+        bounds=(-10, 10),
+        steps=60,
+    )
     assert float((moved - inputs).abs().max()) <= 0.5 + 1e-12
     after = coefficients(trace, vectors, moved, target).detach().numpy()
     off_before = np.square(0.05 * signs).sum()

@@ -142,8 +142,10 @@ def test_svhn__runs_on_files_in_svhns_format(tmp_path, caplog):
         for row in (0, 1):
             images[np.arange(n), 3 * labels + row] += 100
         # As published: images last, and 10 for the digit 0.
-        stored = {"X": images.astype(np.uint8).transpose(1, 2, 3, 0),
-                  "y": np.where(labels == 0, 10, labels)[:, None].astype(np.uint8)}  # fmt: skip
+        stored = {
+            "X": images.astype(np.uint8).transpose(1, 2, 3, 0),
+            "y": np.where(labels == 0, 10, labels)[:, None].astype(np.uint8),
+        }
         savemat(folder / f"{part}_32x32.mat", stored)
     config = svhn.Config.build(
         "small",

@@ -86,9 +86,10 @@ def test_glosses__classes_are_the_deepest_large_hypernyms(wordnet):  # noqa: F81
         synset = wordnet.synset(noun)
         above = {s for path in synset.hypernym_paths() for s in path} - {synset}
         large = [
-            s for s in above
+            s
+            for s in above
             if len(set(s.closure(lambda s: s.hyponyms() + s.instance_hyponyms()))) >= 40
-        ]  # fmt: skip
+        ]
         deepest = max(s.min_depth() for s in large)
         assert of[noun] in {s.name() for s in large if s.min_depth() == deepest}
 

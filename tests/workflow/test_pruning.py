@@ -23,9 +23,14 @@ def known():
     distance = np.linalg.norm(points[:, None] - points, axis=2)
     gone, into, height = pruning.merges(distance)
     return {
-        "label": label, "net": net, "gross": abs(net) + rng.random(N), "gone": gone, "into": into,
-        "height": height, "distance": distance,
-    }  # fmt: skip
+        "label": label,
+        "net": net,
+        "gross": abs(net) + rng.random(N),
+        "gone": gone,
+        "into": into,
+        "height": height,
+        "distance": distance,
+    }
 
 
 def removed(arm, count, known, seed=1):
@@ -158,12 +163,19 @@ def test_compare__interval_is_students():
 
 def test_judge__tells_the_papers_findings_from_their_opposite():
     paper = {
-        "random": (0, 0), "least influential": (1, 2), "least influential of each class": (2, 5),
-        "least influential, net": (1, 2), "least influential of each class, net": (2, 4),
-        "most redundant": (-1, -1), "most redundant, up-weighted": (0.5, 0.5),
-        "most influential": (-0.5, -0.5), "most influential, net": (-2, -2),
-        "most helpful": (-5, -9), "most harmful": (-6, -8), "whole clusters": (-3, -3),
-    }  # fmt: skip
+        "random": (0, 0),
+        "least influential": (1, 2),
+        "least influential of each class": (2, 5),
+        "least influential, net": (1, 2),
+        "least influential of each class, net": (2, 4),
+        "most redundant": (-1, -1),
+        "most redundant, up-weighted": (0.5, 0.5),
+        "most influential": (-0.5, -0.5),
+        "most influential, net": (-2, -2),
+        "most helpful": (-5, -9),
+        "most harmful": (-6, -8),
+        "whole clusters": (-3, -3),
+    }
     judged = pruning_report.judge(pruning_report.compare(outcomes(paper)))
     assert [claim for claim, one in judged.items() if not one["holds"]] == []
     turned = {arm: (-a, -b) for arm, (a, b) in paper.items()}
@@ -246,9 +258,10 @@ def test_pruning__chooses_as_audit_retraining_does(tmp_path, garments, monkeypat
     audit_retraining.make_data(other, paths)
     audit_retraining.make_audit(other, paths, False)
     with (
-        np.load(tmp_path / "pruning/tests.npz") as tests, np.load(paths.data) as data,
+        np.load(tmp_path / "pruning/tests.npz") as tests,
+        np.load(paths.data) as data,
         np.load(tmp_path / "pruning/data.npz") as trained,
-    ):  # fmt: skip
+    ):
         for name in tests:
             np.testing.assert_array_equal(tests[name], data[name])
         np.testing.assert_array_equal(trained["train_images"], data["train_images"])

@@ -187,9 +187,14 @@ def test_presets__of_the_papers_are_their_tables(study):
     needed = ["data=x"] if study is imagenet else []
     config = study.Config.build("paper", needed)
     found = (
-        config.sampler_batch, config.chains, config.draws, config.burn_in, config.step_size,
-        config.nbeta, config.gamma,
-    )  # fmt: skip
+        config.sampler_batch,
+        config.chains,
+        config.draws,
+        config.burn_in,
+        config.step_size,
+        config.nbeta,
+        config.gamma,
+    )
     name = study.__name__.rsplit(".", 1)[1]
     for value, expected in zip(found, TABLES[name], strict=True):
         assert expected is None or value == expected

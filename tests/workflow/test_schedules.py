@@ -24,9 +24,18 @@ pytestmark = pytest.mark.services
 
 #: In their order, also of docs/scheduling.md.
 FIELDS = [
-    "workflow", "status", "exit_code", "folder", "lkarray", "seconds", "stages", "reused",
-    "metrics", "report", "error",
-]  # fmt: skip
+    "workflow",
+    "status",
+    "exit_code",
+    "folder",
+    "lkarray",
+    "seconds",
+    "stages",
+    "reused",
+    "metrics",
+    "report",
+    "error",
+]
 
 STUDY = """
 import multiprocessing, os, subprocess, threading, time

@@ -76,8 +76,13 @@ def test_lenet_audit__runs_whole_and_goes_on_after_a_failure(
     caplog,
 ):
     settings = (
-        "audited=24", "detailed=6", "trak_train=120", "trak_size=64", "keep=true", "profiled=8",
-    )  # fmt: skip
+        "audited=24",
+        "detailed=6",
+        "trak_train=120",
+        "trak_size=64",
+        "keep=true",
+        "profiled=8",
+    )
     config = lenet_audit.Config.build("small", [*settings, f"data={garments}"])
 
     def fail(*args, **options):
