@@ -28,7 +28,7 @@ def build(epochs: int, batches: int, examples: int, data: str, memory: str) -> N
     """Record the run and store its gradients, unless that was done; continue what was begun."""
     import torch
     from example_gradients import lenet
-    from lkarray_workflows.images import read_images
+    from lkarray_workflows.shared.images import read_images
     from torch.nn import functional as F
     from torch.utils.data import TensorDataset
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
-from lkarray.sampling.layout import evaluation_rows
+from lkarray.sampling.stacking import evaluation_rows
 
 
 class Transformer(nn.Module):

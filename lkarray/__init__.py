@@ -19,62 +19,68 @@ from typing import TYPE_CHECKING, Any
 from lkarray import accessor as _accessor
 from lkarray import errors
 from lkarray._version import __version__
-from lkarray.devinterp import from_devinterp
-from lkarray.interop import to_arviz
-from lkarray.kernels import (
-    activation_overlap,
-    angle_distance,
+from lkarray.analysis.audits import (
     audit_modes,
-    cancellation_ratio,
-    chord_distance,
-    cka,
-    cka_curve,
     completeness,
     concentration,
-    correlation,
-    covariance,
-    diagnostics,
-    difficulty_table,
-    eigh,
-    energy_rank,
     extend_audit,
-    feature_overlap,
-    frobenius,
-    gram,
     gross_influence,
-    group_mean,
+    most_influential,
+    net_influence,
+)
+from lkarray.analysis.gradients import (
+    activation_overlap,
+    angle_distance,
+    cancellation_ratio,
+    chord_distance,
+    difficulty_table,
+    feature_overlap,
     hidden_similarity,
-    histogram,
-    influence,
     influence_over_time,
     ips,
     ips_scores,
-    ledoit_wolf,
     lgk,
-    linear_operator,
-    llc,
     lntk,
-    loss_gain,
-    loss_variance,
-    mcse,
     mode_coefficients,
     mode_shifts,
     modes,
-    most_influential,
-    neighbors,
-    net_influence,
     online_modes,
     parameter_modes,
-    params,
-    participation_ratio,
     plgk,
     pntk,
-    residualize,
-    singular_fluctuation,
     subspace_overlap,
-    svd,
     temporal_kernel,
     temporal_modes,
+)
+from lkarray.analysis.losses import (
+    correlation,
+    covariance,
+    diagnostics,
+    influence,
+    llc,
+    loss_gain,
+    loss_variance,
+    mcse,
+    residualize,
+    singular_fluctuation,
+)
+from lkarray.devinterp import from_devinterp
+from lkarray.interop import to_arviz
+from lkarray.kernels import (
+    cka,
+    cka_curve,
+    eigh,
+    energy_rank,
+    frobenius,
+    gram,
+    group_mean,
+    histogram,
+    ledoit_wolf,
+    linear_operator,
+    neighbors,
+    params,
+    participation_ratio,
+    svd,
     unfold,
 )
 from lkarray.planning import plan
@@ -85,15 +91,19 @@ from lkarray.store import open_store as open  # noqa: A004
 
 if TYPE_CHECKING:
     from lkarray import cluster, plots
-    from lkarray.auditing import (
-        audit,
-        gradient_similarity,
-        influence_functions,
-        reconstruction,
-        tracin,
-        tracin_in_run,
-        trak,
+    from lkarray.analysis.hierarchy import (
+        Taxonomy,
+        attribute_lift,
+        color_groups,
+        correlation_by_distance,
+        taxonomic_lift,
+        taxonomy_distance,
     )
+    from lkarray.attribution.influence_functions import influence_functions
+    from lkarray.attribution.tracin import gradient_similarity, tracin, tracin_in_run
+    from lkarray.attribution.trak import trak
+    from lkarray.auditing.audit import audit
+    from lkarray.auditing.reconstruct import reconstruction
     from lkarray.embedding import embed, similarity_by_distance
     from lkarray.sampling import (
         SGHMC,
@@ -105,14 +115,6 @@ if TYPE_CHECKING:
         sample,
         schedules,
         suggest,
-    )
-    from lkarray.taxonomy import (
-        Taxonomy,
-        attribute_lift,
-        color_groups,
-        correlation_by_distance,
-        taxonomic_lift,
-        taxonomy_distance,
     )
     from lkarray.training import (
         activations,
@@ -130,11 +132,11 @@ if TYPE_CHECKING:
 _LAZY = {
     "audit": "lkarray.auditing",
     "reconstruction": "lkarray.auditing",
-    "tracin": "lkarray.auditing",
-    "tracin_in_run": "lkarray.auditing",
-    "trak": "lkarray.auditing",
-    "gradient_similarity": "lkarray.auditing",
-    "influence_functions": "lkarray.auditing",
+    "tracin": "lkarray.attribution",
+    "tracin_in_run": "lkarray.attribution",
+    "trak": "lkarray.attribution",
+    "gradient_similarity": "lkarray.attribution",
+    "influence_functions": "lkarray.attribution",
     "LocalPosterior": "lkarray.sampling",
     "RMSpropSGLD": "lkarray.sampling",
     "SGHMC": "lkarray.sampling",
@@ -155,12 +157,12 @@ _LAZY = {
     "record": "lkarray.training",
     "shift_modes": "lkarray.training",
     "snapshot": "lkarray.training",
-    "Taxonomy": "lkarray.taxonomy",
-    "attribute_lift": "lkarray.taxonomy",
-    "color_groups": "lkarray.taxonomy",
-    "correlation_by_distance": "lkarray.taxonomy",
-    "taxonomic_lift": "lkarray.taxonomy",
-    "taxonomy_distance": "lkarray.taxonomy",
+    "Taxonomy": "lkarray.analysis.hierarchy",
+    "attribute_lift": "lkarray.analysis.hierarchy",
+    "color_groups": "lkarray.analysis.hierarchy",
+    "correlation_by_distance": "lkarray.analysis.hierarchy",
+    "taxonomic_lift": "lkarray.analysis.hierarchy",
+    "taxonomy_distance": "lkarray.analysis.hierarchy",
 }
 
 _MODULES = {

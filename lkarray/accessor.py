@@ -7,6 +7,7 @@ from typing import Any
 import xarray as xr
 
 from lkarray import kernels
+from lkarray.analysis import audits, gradients, losses
 from lkarray.schema import POSTERIOR, Losses, as_losses
 
 
@@ -22,15 +23,15 @@ class LossAccessor:
 
     def covariance(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
         """See `lkarray.covariance`."""
-        return kernels.covariance(self._losses, y, **options)
+        return losses.covariance(self._losses, y, **options)
 
     def correlation(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
         """See `lkarray.correlation`."""
-        return kernels.correlation(self._losses, y, **options)
+        return losses.correlation(self._losses, y, **options)
 
     def influence(self, query: Losses, **options: Any) -> xr.DataArray:
         """See `lkarray.influence`."""
-        return kernels.influence(self._losses, query, **options)
+        return losses.influence(self._losses, query, **options)
 
     def neighbors(self, k: int = 30, **options: Any) -> xr.Dataset:
         """See `lkarray.neighbors`."""
@@ -50,11 +51,11 @@ class LossAccessor:
 
     def residualize(self, groups: Any = "label") -> xr.DataArray:
         """See `lkarray.residualize`."""
-        return kernels.residualize(self._losses, groups)
+        return losses.residualize(self._losses, groups)
 
     def taxonomic_lift(self, taxonomy: Any, label: str = "label", **options: Any) -> xr.Dataset:
         """See `lkarray.taxonomic_lift`; ``k=`` neighbours of other labels are searched."""
-        from lkarray.taxonomy import taxonomic_lift
+        from lkarray.analysis.hierarchy import taxonomic_lift
 
         return taxonomic_lift(self._losses, taxonomy, label, **options)
 
@@ -62,51 +63,51 @@ class LossAccessor:
         self, taxonomy: Any, label: str = "label", **options: Any
     ) -> xr.Dataset:
         """See `lkarray.correlation_by_distance`."""
-        from lkarray.taxonomy import correlation_by_distance
+        from lkarray.analysis.hierarchy import correlation_by_distance
 
         return correlation_by_distance(self._losses, taxonomy, label, **options)
 
     def loss_gain(self) -> xr.DataArray:
         """See `lkarray.loss_gain`."""
-        return kernels.loss_gain(self._losses)
+        return losses.loss_gain(self._losses)
 
     def loss_variance(self) -> xr.DataArray:
         """See `lkarray.loss_variance`."""
-        return kernels.loss_variance(self._losses)
+        return losses.loss_variance(self._losses)
 
     def singular_fluctuation(self, **options: Any) -> xr.DataArray:
         """See `lkarray.singular_fluctuation`."""
-        return kernels.singular_fluctuation(self._losses, **options)
+        return losses.singular_fluctuation(self._losses, **options)
 
     def diagnostics(self, **options: Any) -> xr.Dataset:
         """See `lkarray.diagnostics`."""
-        return kernels.diagnostics(self._losses, **options)
+        return losses.diagnostics(self._losses, **options)
 
     def llc(self, **options: Any) -> xr.DataArray:
         """See `lkarray.llc`."""
-        return kernels.llc(self._losses, **options)
+        return losses.llc(self._losses, **options)
 
     # --- of gradients -------------------------------------------------------------------------
 
     def lgk(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
         """See `lkarray.lgk`."""
-        return kernels.lgk(self._losses, y, **options)
+        return gradients.lgk(self._losses, y, **options)
 
     def plgk(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
         """See `lkarray.plgk`."""
-        return kernels.plgk(self._losses, y, **options)
+        return gradients.plgk(self._losses, y, **options)
 
     def ips(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
         """See `lkarray.ips`."""
-        return kernels.ips(self._losses, y, **options)
+        return gradients.ips(self._losses, y, **options)
 
     def temporal_kernel(self, **options: Any) -> xr.DataArray:
         """See `lkarray.temporal_kernel`."""
-        return kernels.temporal_kernel(self._losses, **options)
+        return gradients.temporal_kernel(self._losses, **options)
 
     def modes(self, k: int, **options: Any) -> xr.Dataset:
         """See `lkarray.modes`."""
-        return kernels.modes(self._losses, k, **options)
+        return gradients.modes(self._losses, k, **options)
 
     def params(self, pattern: Any) -> xr.Dataset:
         """See `lkarray.params`."""
@@ -118,27 +119,27 @@ class LossAccessor:
     def completeness(self) -> xr.Dataset:
         """See `lkarray.completeness`."""
         audit: Any = self._losses
-        return kernels.completeness(audit)
+        return audits.completeness(audit)
 
     def most_influential(self, k: int = 25, **options: Any) -> xr.Dataset:
         """See `lkarray.most_influential`."""
         audit: Any = self._losses
-        return kernels.most_influential(audit, k, **options)
+        return audits.most_influential(audit, k, **options)
 
     def concentration(self) -> xr.DataArray:
         """See `lkarray.concentration`."""
         audit: Any = self._losses
-        return kernels.concentration(audit)
+        return audits.concentration(audit)
 
     def net_influence(self, **options: Any) -> xr.DataArray:
         """See `lkarray.net_influence`."""
         audit: Any = self._losses
-        return kernels.net_influence(audit, **options)
+        return audits.net_influence(audit, **options)
 
     def gross_influence(self, **options: Any) -> xr.DataArray:
         """See `lkarray.gross_influence`."""
         audit: Any = self._losses
-        return kernels.gross_influence(audit, **options)
+        return audits.gross_influence(audit, **options)
 
 
 def register() -> None:

@@ -16,7 +16,7 @@ import xarray as xr
 import zarr
 
 from lkarray import schema
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import DivergedError, SchemaError, StoreError
 from lkarray.store.location import MARK, StoreLike, as_store, describe, local_path
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import COUNT, REPEATS, Limits, checked, require_real
+from lkarray.analysis.gradients.gradient_kernels import require_kernel
+from lkarray.arguments import COUNT, REPEATS, Limits, checked, require_real
 from lkarray.engine.numbers import top_k
 from lkarray.errors import SchemaError
-from lkarray.kernels.gradients import require_kernel
 from lkarray.kernels.gram import sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.labels import in_order, squared

@@ -8,7 +8,7 @@ import xarray as xr
 
 from lkarray import schema
 from lkarray._version import __version__
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.schema import POSTERIOR, losses_node
 

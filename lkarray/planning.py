@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from dask.utils import format_bytes, format_time
 
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.engine.contraction import Contraction, contraction_of
 from lkarray.engine.plan import parts_of
 from lkarray.results import Result, as_dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lkarray.checking import checked
+from lkarray.arguments import checked
 
 
 @dataclass(frozen=True)

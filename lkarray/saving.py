@@ -18,7 +18,7 @@ from dask.highlevelgraph import HighLevelGraph
 from zarr.abc.store import Store
 from zarr.storage import MemoryStore
 
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.engine.contraction import Contraction, Tile, compute_tile, contraction_of, gram_array
 from lkarray.engine.plan import WRITTEN_BYTES, make_plan, on_cluster
 from lkarray.errors import SchemaError, StoreError

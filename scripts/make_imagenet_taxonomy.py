@@ -1,4 +1,4 @@
-"""Make ``lkarray/taxonomy/data/imagenet.json`` from WordNet 3.0 itself, through nltk.
+"""Make ``lkarray/analysis/hierarchy/data/imagenet.json`` from WordNet 3.0 itself, through nltk.
 
     NLTK_DATA=... python scripts/make_imagenet_taxonomy.py
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lkarray.taxonomy.sources import open_wordnet, read_wordnet
+from lkarray.analysis.hierarchy.sources import open_wordnet, read_wordnet
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "lkarray" / "taxonomy" / "data" / "imagenet.json"

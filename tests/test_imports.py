@@ -11,6 +11,11 @@ import pytest
 import lkarray
 
 ROOT = Path(lkarray.__file__).parent
+#: Packages that load torch, each after those that it may use.
+TORCH_HALF = tuple(
+    f"lkarray.{name}" for name in ("nn", "sampling", "training", "auditing", "attribution")
+)
+ANALYSIS = ("lkarray.kernels", "lkarray.analysis", "lkarray.plots")
 HEAVY = ("torch", "torchvision", "distributed", "sklearn", "matplotlib", "umap", "nltk", "pydantic")
 
 
@@ -68,12 +73,19 @@ def imports_of(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
-        ("store", ("torch", "lkarray.nn", "lkarray.sampling", "lkarray.engine", "lkarray.kernels")),
-        ("engine", ("torch", "lkarray.nn", "lkarray.sampling", "lkarray.kernels", "lkarray.store")),
-        ("kernels", ("torch", "lkarray.nn", "lkarray.sampling", "lkarray.store")),
-        ("plots", ("torch", "lkarray.nn", "lkarray.sampling", "lkarray.store")),
-        ("nn", ("dask", "xarray", "zarr", "lkarray.store", "lkarray.engine", "lkarray.sampling")),
-        ("sampling", ("dask", "lkarray.engine", "lkarray.kernels")),
+        ("store", ("torch", *TORCH_HALF, "lkarray.engine", *ANALYSIS)),
+        ("engine", ("torch", *TORCH_HALF, *ANALYSIS, "lkarray.store")),
+        ("kernels", ("torch", *TORCH_HALF, "lkarray.store", "lkarray.analysis", "lkarray.plots")),
+        ("analysis/losses", ("torch", *TORCH_HALF, "lkarray.store", "lkarray.plots")),
+        ("analysis/gradients", ("torch", *TORCH_HALF, "lkarray.store", "lkarray.plots")),
+        ("analysis/audits", ("torch", *TORCH_HALF, "lkarray.store", "lkarray.plots")),
+        ("analysis/hierarchy", ("torch", *TORCH_HALF, "lkarray.plots")),
+        ("plots", ("torch", *TORCH_HALF, "lkarray.store")),
+        ("nn", ("dask", "xarray", "zarr", "lkarray.store", "lkarray.engine", *TORCH_HALF[1:])),
+        ("sampling", ("dask", "lkarray.engine", *ANALYSIS, *TORCH_HALF[2:])),
+        ("training", ("lkarray.sampling", "lkarray.auditing", "lkarray.attribution")),
+        ("auditing", ("lkarray.attribution", "lkarray.plots")),
+        ("attribution", ("lkarray.plots",)),
     ],
 )
 def test_direction__of_imports(folder, forbidden):
@@ -94,7 +106,8 @@ def test_packages__are_all_installed():
     project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
     named = set(project["tool"]["setuptools"]["packages"])
     found = {".".join(p.parent.relative_to(ROOT.parent).parts) for p in ROOT.rglob("__init__.py")}
-    assert named == found | {"lkarray_workflows"}
+    studies = {f"lkarray_workflows{part}" for part in ("", ".shared", ".studies")}
+    assert named == found | studies
 
 
 def test_public_names__are_all_there_and_documented():

@@ -8,8 +8,8 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors
+from lkarray.analysis.losses.diagnostics import diagnostics
 from lkarray.interop import to_arviz
-from lkarray.kernels.diagnostics import diagnostics
 from tests.conftest import Forbidding
 
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 import lkarray as lk
 from lkarray import errors, plots, store
-from lkarray.kernels.gradients import INFLUENCE
+from lkarray.analysis.gradients.gradient_kernels import INFLUENCE
 
 N, M, T = 12, 10, 5
 

@@ -10,10 +10,10 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
+from lkarray.analysis.gradients.gradient_kernels import INFLUENCE as OPERATOR
 from lkarray.auditing.budget import rows_of_a_panel, state_bytes
 from lkarray.auditing.problem import ACTED, Problem
 from lkarray.errors import SchemaError
-from lkarray.kernels.gradients import INFLUENCE as OPERATOR
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, PARAM, TIME
 from lkarray.store import audits
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lkarray.checking import array, integer, several
+from lkarray.arguments import array, integer, several
 from lkarray.labels import aligned, coded
 from lkarray.schema import EPOCH, EXAMPLE, GROUP, LAYER, PARAM, TIME, WINDOW
 from lkarray.training.choosing import select

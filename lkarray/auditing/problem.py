@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lkarray.arguments import array
 from lkarray.auditing.blocks import blocks_of
-from lkarray.auditing.checks import refuse_unlike
+from lkarray.auditing.checking import refuse_unlike
 from lkarray.auditing.grouping import epochs, groupings
 from lkarray.auditing.quadrature import Stencil, stencil, stretches
 from lkarray.auditing.realised import Realised
 from lkarray.auditing.targets import Audited
-from lkarray.checking import array
 from lkarray.errors import FingerprintError
 from lkarray.nn.features import Features
 from lkarray.nn.flat import FlatModel

@@ -10,11 +10,11 @@ import xarray as xr
 from torch import Tensor
 
 from lkarray import progress as bars
+from lkarray.arguments import checked
+from lkarray.auditing.audit import run_panel
 from lkarray.auditing.describing import errors, layout_of
-from lkarray.auditing.front import run_panel
 from lkarray.auditing.panel import BATCH
 from lkarray.auditing.problem import Problem, Request
-from lkarray.checking import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.modes import with_gradients

@@ -120,7 +120,7 @@ def _run(payload: bytes, key: str, panel: int) -> None:
 
 
 def _panel(job: _Job, root: zarr.Group, key: str, panel: int) -> None:
-    from lkarray.auditing.front import run_panel
+    from lkarray.auditing.audit import run_panel
 
     name = f"{job.layout.group}-{panel}"
     with _turn, stores.region_lock(root.store, name):

@@ -20,9 +20,9 @@ from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
+from lkarray.analysis.losses import correlation
 from lkarray.cluster.versions import mismatches
 from lkarray.errors import LkarrayError
-from lkarray.kernels import correlation
 from lkarray.saving import save
 from lkarray.store import verify
 from lkarray.store.location import (

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from distributed import Client, Security
 from distributed.core import Status
 
-from lkarray.checking import COUNT, POSITIVE, checked
+from lkarray.arguments import COUNT, POSITIVE, checked
 from lkarray.cluster.opening import LOOPBACK, OPENERS, Plan, tls_settings
 from lkarray.cluster.reaching import answering, await_workers, reach, started
 from lkarray.cluster.replacing import Keeper

@@ -13,7 +13,7 @@ from typing import Any
 from dask.system import CPU_COUNT
 from dask.utils import format_bytes
 
-from lkarray.checking import byte_count
+from lkarray.arguments import byte_count
 from lkarray.engine.blas import products_at_once
 from lkarray.engine.operand import AHEAD, Operand, Piece
 from lkarray.errors import MemoryBudgetError

@@ -11,7 +11,7 @@ import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from lkarray.checking import COUNT, checked, one_of
+from lkarray.arguments import COUNT, checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.strips import make_strips, total
 from lkarray.errors import SchemaError

@@ -11,7 +11,7 @@ import xarray as xr
 from zarr.codecs import Crc32cCodec
 
 from lkarray import engine
-from lkarray.checking import checked, one_of
+from lkarray.arguments import checked, one_of
 from lkarray.errors import SchemaError
 from lkarray.results import Result, as_array
 from lkarray.schema import CHAIN, GRADIENT, LOSS, second

@@ -12,7 +12,7 @@ from dask.base import tokenize
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
-from lkarray.checking import checked, one_of
+from lkarray.arguments import checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.strips import Strips, apply_step, joined, make_strips, project_step, total
 from lkarray.errors import SchemaError

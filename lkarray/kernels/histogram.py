@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import engine
-from lkarray.checking import REPEATS, checked
+from lkarray.arguments import REPEATS, checked
 from lkarray.engine.histograms import HISTOGRAM_BYTES, Bins, histogram_array
 from lkarray.kernels.groups import group_codes, kernel_operand
 from lkarray.schema import POSTERIOR, Losses, second

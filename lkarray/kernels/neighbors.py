@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import engine
-from lkarray.checking import checked, one_of
+from lkarray.arguments import checked, one_of
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import (
     CENTERS,

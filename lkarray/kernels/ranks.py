@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import checked, real_array, require_real
+from lkarray.arguments import checked, real_array, require_real
 from lkarray.errors import SchemaError
 from lkarray.results import as_array
 from lkarray.schema import MODE

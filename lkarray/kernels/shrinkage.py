@@ -10,7 +10,7 @@ import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.engine.strips import make_strips, total
 from lkarray.kernels.groups import kernel_operand
 from lkarray.schema import Losses

@@ -13,7 +13,7 @@ import xarray as xr
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from lkarray.checking import COUNT, POSITIVE, checked, one_of
+from lkarray.arguments import COUNT, POSITIVE, checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.plan import memory_budget
 from lkarray.engine.strips import (

@@ -12,7 +12,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.schema import (
     GRADIENT,

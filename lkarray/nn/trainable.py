@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lkarray.checking import several, text
+from lkarray.arguments import several, text
 from lkarray.errors import NonFiniteError
 
 _PART = re.compile(r"(?P<name>.+)\[(?P<index>[^\[\]]*:[^\[\]]*)\]")

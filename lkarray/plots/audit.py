@@ -12,10 +12,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from lkarray import kernels
-from lkarray.checking import checked
+from lkarray.analysis import audits
+from lkarray.analysis.audits.sums import as_influence, whole_influence
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
-from lkarray.kernels.audits import as_influence, whole_influence
 from lkarray.plots.training import mosaic
 from lkarray.results import Result, as_array, as_dataset, opened
 from lkarray.schema import AUDIT, EPOCH, LAYER, OUTPUT, RANK
@@ -39,7 +39,7 @@ def completeness(audit: xr.DataTree | xr.Dataset) -> Figure:
         What `lkarray.audit` or `lkarray.completeness` returned.
     """
     given = "mre" in getattr(audit, "data_vars", ())
-    found = computed(as_dataset(audit, "audit") if given else kernels.completeness(audit))
+    found = computed(as_dataset(audit, "audit") if given else audits.completeness(audit))
     epochs = found[EPOCH].values if EPOCH in found.coords else np.arange(found.sizes[EPOCH])
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -158,7 +158,7 @@ def influential_images(
         split = [str(dim) for dim in table["helpful"].dims if dim != RANK]
     else:
         influence = _column(as_influence(x)[0], at)
-        table = kernels.most_influential(influence, k, by=by)
+        table = audits.most_influential(influence, k, by=by)
         split = [] if by is None else [by]
     table = computed(table.isel({RANK: slice(k)}).transpose(*split, RANK))
     rows = [table.isel({split[0]: i}) for i in range(table.sizes[split[0]])] if split else [table]
@@ -213,7 +213,7 @@ def concentration(audit: Result) -> Figure:
         of more than 100, their median and the range that holds 80% of them.
     """
     given = "examples" in getattr(audit, "dims", ())
-    share = as_array(audit, "audit") if given else kernels.concentration(audit)
+    share = as_array(audit, "audit") if given else audits.concentration(audit)
     counts = share["examples"].values
     curves = share.transpose("examples", ...).values.reshape(len(counts), -1)
     curves = curves[:, ~np.isnan(curves).any(0)]
@@ -271,7 +271,7 @@ def layer_epoch(audit: Result) -> Figure:
     units = x.attrs.get("units", "nat")
     for axes, make, sign in zip(
         figure.subplots(1, 2, sharey=True),
-        (kernels.net_influence, kernels.gross_influence),
+        (audits.net_influence, audits.gross_influence),
         ("", "|"),
         strict=True,
     ):

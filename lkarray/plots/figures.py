@@ -13,9 +13,9 @@ from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lkarray.checking import checked
+from lkarray.analysis.losses import loss_gain
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
-from lkarray.kernels import loss_gain
 from lkarray.labels import items, require_unique, squared
 from lkarray.results import Result, as_array, as_dataset
 from lkarray.schema import CENTER_LOSS, COMPONENT, RANK, Losses, losses_node

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter
 
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.labels import as_columns, in_order, one_each
 from lkarray.results import Result, as_array, as_dataset

@@ -11,7 +11,7 @@ from matplotlib import color_sequences, colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.labels import items
 from lkarray.results import as_dataset
 

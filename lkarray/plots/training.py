@@ -11,7 +11,7 @@ from matplotlib import color_sequences
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.labels import in_order, items, one_each, squared
 from lkarray.results import Result, alone, as_array, as_dataset
 from lkarray.schema import COMPONENT, MODE, TIME

@@ -18,7 +18,8 @@ from lkarray import store as stores
 from lkarray.errors import NonFiniteError
 from lkarray.nn import Batches, FlatModel
 from lkarray.nn.batches import MapDataset
-from lkarray.sampling import checks, layout
+from lkarray.sampling import checking as checks
+from lkarray.sampling import stacking as layout
 from lkarray.sampling.chain import Schedule, Seat, Stack
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.randomness import ChainRandomness

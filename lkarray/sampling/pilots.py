@@ -17,10 +17,10 @@ from zarr.storage import MemoryStore
 
 from lkarray import progress as progress_bars
 from lkarray import schema
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import DivergedError
 from lkarray.nn.batches import Batches, MapDataset, check_dataset, check_workers
-from lkarray.sampling import checks
+from lkarray.sampling import checking as checks
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.replay import forgetting
 from lkarray.sampling.run import sample

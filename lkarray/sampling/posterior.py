@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from lkarray.checking import NATURAL
+from lkarray.arguments import NATURAL
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.copying import refuse_uncopyable
 from lkarray.nn.losses import LossFunction, per_example_loss

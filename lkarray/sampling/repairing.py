@@ -15,7 +15,7 @@ from lkarray import schema
 from lkarray import store as stores
 from lkarray.errors import DamagedError, LkarrayError
 from lkarray.nn.batches import MapDataset
-from lkarray.sampling import checks
+from lkarray.sampling import checking as checks
 from lkarray.sampling.chain import Schedule, Seat, Stack
 from lkarray.sampling.job import Job, center_losses, check_center, prepare
 from lkarray.sampling.posterior import LocalPosterior

@@ -18,10 +18,10 @@ from zarr.storage import MemoryStore
 
 from lkarray import schema
 from lkarray import store as stores
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import FingerprintError
 from lkarray.nn.batches import MapDataset, check_workers
-from lkarray.sampling import checks
+from lkarray.sampling import checking as checks
 from lkarray.sampling.chain import Schedule
 from lkarray.sampling.job import Job
 from lkarray.sampling.posterior import LocalPosterior

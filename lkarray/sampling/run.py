@@ -13,10 +13,11 @@ import zarr
 from lkarray import progress as progress_bars
 from lkarray import schema
 from lkarray import store as stores
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import StoreError
 from lkarray.nn.batches import MapDataset, check_workers
-from lkarray.sampling import checks, parts, workers
+from lkarray.sampling import checking as checks
+from lkarray.sampling import parts, workers
 from lkarray.sampling.chain import Schedule
 from lkarray.sampling.job import Job, Prepared, check_center, prepare, run_group
 from lkarray.sampling.posterior import LocalPosterior

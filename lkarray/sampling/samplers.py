@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lkarray.checking import POSITIVE, Limits, check_fields
+from lkarray.arguments import POSITIVE, Limits, check_fields
 from lkarray.nn.losses import identity
 from lkarray.sampling.schedules import SCHEDULES, Schedule
 

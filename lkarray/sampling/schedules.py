@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lkarray.checking import COUNT, POSITIVE, Limits, check_fields
+from lkarray.arguments import COUNT, POSITIVE, Limits, check_fields
 
 #: Anything that maps a step (from 0) to a factor of the step size.
 Schedule = Callable[[int], float]

@@ -18,7 +18,7 @@ from zarr.storage import MemoryStore
 
 from lkarray import store as stores
 from lkarray.errors import LockedError, StoreError
-from lkarray.sampling import checks
+from lkarray.sampling import checking as checks
 from lkarray.sampling.job import Job, Prepared, check_center, prepare, run_group
 from lkarray.sampling.target import Target
 from lkarray.store.location import address, local_path

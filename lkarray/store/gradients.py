@@ -17,7 +17,7 @@ import xarray as xr
 import zarr
 
 from lkarray import schema
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.schema import OUTPUT, TIME, VariableSpec
 from lkarray.store.chunks import (
     chunk_keys,

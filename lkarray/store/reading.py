@@ -14,7 +14,7 @@ import zarr
 from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import DamagedError, DivergedError, LkarrayError, StoreError
 from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.chunks import damaged, read, read_whole, require_chunks

@@ -17,7 +17,7 @@ import zarr
 from zarr.core.sync import sync
 
 from lkarray import schema
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import DamagedError, StoreError, StoreVersionError
 from lkarray.store.audits import audit_marks
 from lkarray.store.gradients import gradient_marks

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import Subset
 
-from lkarray.checking import array
+from lkarray.arguments import array
 from lkarray.nn.batches import Batches, MapDataset
 from lkarray.training.recorder import Recorder
 from lkarray.training.trace import Trace

@@ -16,7 +16,7 @@ from torch import Tensor
 from lkarray import progress as bars
 from lkarray import schema
 from lkarray import store as store_
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError, NonFiniteError
 from lkarray.nn.batches import MapDataset

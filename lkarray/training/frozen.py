@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.nn.batches import Batches, MapDataset
 from lkarray.nn.copying import copy_module
 from lkarray.nn.losses import LossFunction, per_example_loss

@@ -11,7 +11,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from lkarray import schema
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
 from lkarray.nn.batches import MapDataset, fresh

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import progress as bars
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import NonFiniteError
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.modes import with_gradients

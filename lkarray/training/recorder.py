@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lkarray import progress as bars
 from lkarray import store
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import FingerprintError, LockedError, StoreError
 from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.nn.losses import LossFunction

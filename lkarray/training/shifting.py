@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.nn.batches import MapDataset, fresh
 from lkarray.nn.losses import logits

@@ -12,7 +12,7 @@ import zarr
 from torch import Tensor, nn
 
 from lkarray import schema, store
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.errors import FingerprintError, StoreError
 from lkarray.nn.batches import Batches, MapDataset
 from lkarray.nn.flat import FlatModel

@@ -4,7 +4,7 @@ import xarray as xr
 
 import lkarray as lk
 from lkarray import errors, plots
-from lkarray.kernels.gradients import INFLUENCE
+from lkarray.analysis.gradients.gradient_kernels import INFLUENCE
 
 M, N, LAYERS, EPOCHS = 60, 6, 3, 8
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import lkarray as lk
 from lkarray import errors, workflow
 from lkarray.accessor import LossAccessor
-from lkarray.checking import checked
+from lkarray.arguments import checked
 from lkarray.cli import main
 from tests.conftest import random_losses
 from tests.properties import fuzzing

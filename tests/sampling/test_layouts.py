@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from zarr.storage import MemoryStore
 
 import lkarray as lk
-from lkarray.sampling import layout
+from lkarray.sampling import stacking as layout
 from tests.conftest import classification, small_network
 
 OPTIONS = {
@@ -207,7 +207,7 @@ def test_auto__slow_models_are_measured_on_a_few_inputs(batch_size, monkeypatch)
     Counting.seen = 0
     posterior = lk.LocalPosterior(Counting(), data)
     from lkarray.sampling.chain import Schedule
-    from lkarray.sampling.checks import observed_labels, observed_sets
+    from lkarray.sampling.checking import observed_labels, observed_sets
     from lkarray.sampling.job import Job, prepare
 
     sets = observed_sets(data)

@@ -137,7 +137,7 @@ def said(monkeypatch):
 
 
 def test_progress__every_stage_of_a_run_has_its_word(said, monkeypatch):
-    from lkarray.sampling import layout
+    from lkarray.sampling import stacking as layout
 
     monkeypatch.setattr(layout, "WORTH_SECONDS", 0.0)
     monkeypatch.setattr(layout, "_PART_SECONDS", 1e-3)

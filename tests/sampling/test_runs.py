@@ -13,7 +13,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors
-from lkarray.sampling import layout
+from lkarray.sampling import stacking as layout
 from tests.conftest import classification, small_network
 
 OPTIONS = {

@@ -659,7 +659,7 @@ def test_refused__access_that_is_denied(server, bucket, sample, no_work, action)
         "Principal": "*",
         "Action": action,
         "Resource": f"arn:aws:s3:::{name}/*",
-    }  # noqa: E501
+    }
     server.request(
         f"{name}?policy", body=json.dumps({"Version": "2012-10-17", "Statement": [rule]}).encode()
     )

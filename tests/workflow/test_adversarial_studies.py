@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from lkarray_workflows import adversarial, adversarial_modes, adversarial_training, svhn
-from lkarray_workflows.adversarial_report import claims, pooled
-from lkarray_workflows.attacks import KINDS
+from lkarray_workflows.shared import adversarial_modes
+from lkarray_workflows.shared.adversarial_report import claims, pooled
+from lkarray_workflows.shared.attacks import KINDS
+from lkarray_workflows.studies import adversarial, adversarial_training, svhn
 from scipy.io import savemat
 
 import lkarray as lk

@@ -5,12 +5,12 @@ import json
 
 import numpy as np
 import pytest
-from lkarray_workflows import fashion, glosses
+from lkarray_workflows.studies import fashion, glosses
 from matplotlib.image import imread
 
 import lkarray as lk
 from lkarray import errors
-from tests.taxonomy.test_taxonomy import wordnet  # noqa: F401
+from tests.analysis.hierarchy.test_taxonomy import wordnet  # noqa: F401
 
 
 def check_report(folder, figures):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from lkarray_workflows import (
+from lkarray_workflows.studies import (
     development,
     digits_probe,
     gamma_sweep,
@@ -21,7 +21,7 @@ from PIL import Image
 
 import lkarray as lk
 from lkarray import errors
-from tests.taxonomy.test_taxonomy import wordnet  # noqa: F401
+from tests.analysis.hierarchy.test_taxonomy import wordnet  # noqa: F401
 from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
 
 pytestmark = pytest.mark.slow

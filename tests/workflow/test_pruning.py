@@ -5,7 +5,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from lkarray_workflows import audit_retraining, pruning, pruning_report, retraining
+from lkarray_workflows.shared import pruning_report, retraining
+from lkarray_workflows.studies import audit_retraining, pruning
 
 import lkarray as lk
 from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401

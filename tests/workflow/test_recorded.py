@@ -7,7 +7,8 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from lkarray_workflows import (
+from lkarray_workflows.shared import images, recorded, retraining
+from lkarray_workflows.studies import (
     adversarial,
     adversarial_training,
     audit_flips,
@@ -18,7 +19,6 @@ from lkarray_workflows import (
     gamma_sweep,
     glosses,
     imagenet,
-    images,
     ips_map,
     language,
     lenet_audit,
@@ -26,8 +26,6 @@ from lkarray_workflows import (
     mislabeled_images,
     modular_arithmetic,
     pruning,
-    recorded,
-    retraining,
     svhn,
 )
 
@@ -136,7 +134,7 @@ def test_studies__of_wordnet_want_it_before_they_make_a_folder(study, tmp_path, 
     def missing():
         raise errors.MissingCorpusError("nltk's WordNet corpus is missing; get it with: ...")
 
-    monkeypatch.setattr("lkarray.taxonomy.sources.open_wordnet", missing)
+    monkeypatch.setattr("lkarray.analysis.hierarchy.sources.open_wordnet", missing)
     monkeypatch.setattr(study, "require_files", lambda *args: None, raising=False)
     with pytest.raises(errors.MissingCorpusError):
         study.run(study.Config.build("small"), tmp_path / "run", progress=False)

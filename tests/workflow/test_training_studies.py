@@ -2,7 +2,13 @@
 
 import numpy as np
 import pytest
-from lkarray_workflows import audit_flips, audit_retraining, ips_map, lenet_audit, lenet_training
+from lkarray_workflows.studies import (
+    audit_flips,
+    audit_retraining,
+    ips_map,
+    lenet_audit,
+    lenet_training,
+)
 
 import lkarray as lk
 from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401

@@ -240,7 +240,7 @@ def test_cli__errors_are_one_line_and_an_exit_code(tmp_path):
 
 
 def test_cli__settings_are_options_too(monkeypatch, tmp_path):
-    from lkarray_workflows import digits
+    from lkarray_workflows.studies import digits
 
     built = []
     monkeypatch.setattr(digits, "run", lambda config, folder, progress: built.append(config) or "")

@@ -1,0 +1,1 @@
+"""What a user holds, and what may be asked of it: losses, gradients, audits, hierarchies."""

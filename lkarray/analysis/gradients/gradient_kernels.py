@@ -1,0 +1,368 @@
+"""Kernels of gradient tensors ``gradient(time, example, param)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lkarray.analysis.gradients.ghost import factor_kernel, holds_factors
+from lkarray.arguments import checked, one_of, require_real
+from lkarray.errors import SchemaError
+from lkarray.kernels.gram import check_shared, free_dim, gram
+from lkarray.results import as_array
+from lkarray.schema import (
+    AUDIT,
+    EXAMPLE,
+    FACTOR,
+    GRADIENTS,
+    LEARNING_RATE,
+    PARAM,
+    TIME,
+    Losses,
+    as_gradients,
+)
+
+#: Powers of the learning rate inside a sum over time: none, one, two.
+WEIGHTS = (None, "lr", "lr2")
+#: What the attribute ``kernel`` calls an array that is no kernel: not symmetric, not PSD.
+INFLUENCE = "influence operator"
+
+
+@checked()
+def lgk(
+    G: Losses,
+    y: Losses | None = None,
+    *,
+    precision: str = "float32",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    r"""Return the loss-gradient kernel at each time (PLGK def. 6, eq. 10), lazily.
+
+    .. math:: LGK_{mn}(t) = \sum_p g_m(t, p) g_n(t, p)
+
+    Parameters
+    ----------
+    G
+        Gradients ``(time, example, param)`` of examples' losses, or what holds them; or their
+        factors (`lkarray.gradient_factors`), which are cheaper and give the same numbers. One
+        time may have been selected: ``G.isel(time=-1)``.
+    y
+        Gradients of other examples at the same times; ``None`` means ``G``.
+    precision, memory
+        As for `lkarray.gram`.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``lgk(time, example, example_2)``, or without ``time`` where one was selected; nats
+        squared per squared unit of the parameters. See `lkarray.gram` for cost and errors.
+    """
+    return _kernel("lgk", G, y, each=(TIME,), precision=precision, memory=memory)
+
+
+@checked()
+def plgk(
+    G: Losses,
+    y: Losses | None = None,
+    *,
+    weight: str | None = None,
+    precision: str = "float32",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    r"""Return the path-integrated loss-gradient kernel P' (PLGK def. 7, eq. 11), lazily.
+
+    .. math:: P'_{mn} = \sum_t w(t) \sum_p g_m(t, p) g_n(t, p)
+
+    For an adaptive optimizer's inner product (eq. 29) pass ``G * A**0.5``, with its diagonal
+    preconditioner ``A(time, param)``.
+
+    Parameters
+    ----------
+    G, y, precision, memory
+        As for `lgk`.
+    weight
+        ``None``: w = 1, as defined. ``"lr"``: the learning rate of each time, with which eq. 12
+        holds under a schedule. ``"lr2"``: its square, the Gram of the tensor of eq. 38. The
+        rates are those of ``G``, and are read at once: one number a time.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``plgk(example, example_2)``, symmetric and positive semi-definite without ``y``. Where
+        one time was selected, its term of the sum. See `lkarray.gram` for cost and errors.
+
+    Raises
+    ------
+    SchemaError
+        A weight is asked for, and ``G`` has no ``learning_rate(time)``, or it is missing (NaN)
+        or negative at some time.
+    """
+    return _kernel("plgk", G, y, weight=weight, precision=precision, memory=memory)
+
+
+@checked()
+def ips(
+    G: Losses,
+    y: Losses | None = None,
+    *,
+    weight: str | None = None,
+    precision: str = "float32",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return the intrinsic perceptual similarity (PLGK def. 8, eq. 15), lazily.
+
+    The cosine of two examples' path features: the `plgk`, normalised.
+
+    Parameters
+    ----------
+    G, y, weight, precision, memory
+        As for `plgk`.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``ips(example, example_2)`` between -1 and 1, with a diagonal of exactly 1 without ``y``.
+        An example whose gradient is zero at all times has 0 with all, itself included. Labels
+        enter through the loss: it is a supervised diagnostic (remark 4.3).
+    """
+    return _kernel(
+        "ips", G, y, weight=weight, normalize="cosine", precision=precision, memory=memory
+    )
+
+
+@checked()
+def chord_distance(k: Losses) -> xr.DataArray:
+    r"""Return :math:`\sqrt{2 - 2 k}`, the chord between path features (PLGK eq. 16), lazily.
+
+    Parameters
+    ----------
+    k
+        What `ips` (or another cosine kernel, such as `lkarray.correlation`) returned; or
+        gradients, whose `ips` is then taken.
+
+    Returns
+    -------
+    xarray.DataArray
+        Of the kernel's dims, between 0 and 2. In float32, distances below 5e-4 are rounding. An
+        example without gradient is at the root of 2 from all, itself included.
+
+    Raises
+    ------
+    ValueError
+        ``k`` is no cosine kernel, or an influence operator.
+    """
+    cosine = _cosine(k, "chord_distance")
+    return _distance((2 - 2 * cosine) ** 0.5, "chord_distance", cosine, units="1")
+
+
+@checked()
+def angle_distance(k: Losses) -> xr.DataArray:
+    r"""Return :math:`\arccos k`, the angle between path features (PLGK eq. 16), lazily.
+
+    Parameters
+    ----------
+    k
+        As for `chord_distance`.
+
+    Returns
+    -------
+    xarray.DataArray
+        Of the kernel's dims, in radians, between 0 and pi. In float32, angles below 5e-4 are
+        rounding. An example without gradient is at pi/2 from all, itself included.
+
+    Raises
+    ------
+    ValueError
+        ``k`` is no cosine kernel, or an influence operator.
+    """
+    cosine = _cosine(k, "angle_distance")
+    angle = xr.apply_ufunc(np.arccos, cosine, dask="allowed")
+    return _distance(angle, "angle_distance", cosine, units="rad")
+
+
+@checked()
+def temporal_kernel(
+    G: Losses,
+    *,
+    weight: str | None = "lr2",
+    precision: str = "float32",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    r"""Return the temporal kernel (PLGK eq. 40), lazily.
+
+    .. math:: K[t, t'] = w(t) w(t') \sum_{m, p} g_m(t, p) g_m(t', p)
+
+    Parameters
+    ----------
+    G, precision, memory
+        As for `lgk`.
+    weight
+        ``"lr2"``: w is the learning rate, as printed. ``"lr"``: its root. ``None``: 1.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``temporal_kernel(time, time_2)``, whose trace is the sum of the squared (weighted)
+        gradients. Rates scale the result, not the tensor.
+
+    Raises
+    ------
+    SchemaError
+        As for `plgk`.
+    """
+    x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
+    root = root_weight(x, weight)
+    over = tuple(str(dim) for dim in x.dims if dim != TIME)
+    out = gram(x, over=over, precision=precision, memory=memory)
+    if root is not None:
+        rate = np.broadcast_to(root.values, (x.sizes[TIME],))
+        both = np.multiply.outer(rate, rate).astype(out.dtype)
+        out = out.copy(data=out.data * both)
+    return named(out, "temporal_kernel", weight, units="nat^2")
+
+
+def require_kernel(k: xr.DataArray | xr.Dataset, what: str) -> None:
+    """Raise ``ValueError`` where ``k`` says of itself that it is an influence operator.
+
+    Parameters
+    ----------
+    k
+        Any array; with neither the attribute ``kernel`` nor the dim ``audit`` it passes. Or a
+        Dataset, such as an audit.
+    what
+        What needs a kernel, for the message.
+    """
+    if isinstance(k, xr.Dataset):
+        k = k["influence"] if "influence" in k.data_vars else xr.DataArray()
+    if k.attrs.get("kernel") == INFLUENCE or AUDIT in k.dims:
+        raise ValueError(
+            f"{what} needs a kernel, and {k.name!r} is an influence operator: weighted on one side "
+            "only, it is neither symmetric nor positive semi-definite (PLGK definition 2), so it "
+            "measures no similarity; use lk.plgk or lk.ips of the loss gradients"
+        )
+
+
+def root_weight(x: xr.DataArray, weight: str | None) -> xr.Variable | None:
+    """Return the root of the weight of each time, checked: the factor of each operand."""
+    one_of("weight", weight, WEIGHTS)
+    if weight is None:
+        return None
+    name = LEARNING_RATE.name
+    if name not in x.coords or not set(x.coords[name].dims) <= {TIME}:
+        raise SchemaError(
+            f"weight={weight!r} needs the learning rate of each time, and there is no coordinate "
+            "learning_rate(time); add it with G.assign_coords(learning_rate=('time', rates)), "
+            "or pass weight=None"
+        )
+    # One number a time: cheap to read, and a missing one is better known now.
+    rate = x.coords[name].variable.compute(scheduler="synchronous")
+    values = rate.values.astype(np.float64)
+    wrong = np.flatnonzero(~np.isfinite(values) | (values < 0))
+    if len(wrong):
+        index = (
+            x.indexes[TIME] if TIME in x.indexes and rate.dims else np.arange(x.sizes.get(TIME, 1))
+        )
+        raise SchemaError(
+            "learning_rate is missing, infinite or negative at the times "
+            f"{index[wrong[:5]].tolist()}; select times with one (no step follows the last state "
+            "of a run), or pass weight=None"
+        )
+    return xr.Variable(rate.dims, np.sqrt(values) if weight == "lr" else values)
+
+
+def weighted(x: xr.DataArray, root: xr.Variable | None) -> xr.DataArray:
+    """Return ``x`` times a factor of each time, at its own precision, chunks as they are."""
+    if root is None:
+        return x
+    if x.chunks is None and not x.variable._in_memory:
+        x = x.chunk({})
+    factor = root.astype(np.result_type(x.dtype, np.float32))
+    return x.copy(data=(x.variable * factor).transpose(*x.dims).data)
+
+
+def _kernel(
+    name: str,
+    G: Losses,
+    y: Losses | None,
+    *,
+    each: tuple[str, ...] = (),
+    weight: str | None = None,
+    normalize: str | None = None,
+    precision: str,
+    memory: int | str | None,
+) -> xr.DataArray:
+    units = "1" if normalize == "cosine" else "nat^2"
+    if holds_factors(G):
+        options: dict[str, Any] = {"precision": precision, "memory": memory}
+        cosine = normalize == "cosine"
+        root = root_weight(_coordinates(G), weight)
+        out = factor_kernel(G, y, root=root, path=not each, cosine=cosine, **options)
+        return named(out.assign_attrs(normalize=normalize or "none"), name, weight, units=units)
+    x = as_gradients(G, need=(EXAMPLE, PARAM))
+    other = None if y is None else as_gradients(y, name="y", need=(EXAMPLE, PARAM))
+    path = path_dims(x, each)
+    if other is not None:
+        kept = (*path["over"], *path["each"])
+        free_dim(other, "y", tuple(path["over"]), tuple(path["each"]))
+        check_shared(x, other, kept)
+    root = root_weight(x, weight)
+    out = gram(
+        weighted(x, root),
+        None if other is None else weighted(other, root),
+        normalize=normalize,
+        precision=precision,
+        memory=memory,
+        **path,
+    )
+    return named(out, name, weight, units=units)
+
+
+def _coordinates(G: Losses) -> xr.DataArray:
+    """Return the factors with their coordinates."""
+    return G if isinstance(G, xr.DataArray) else xr.DataArray(G[FACTOR.name])
+
+
+def path_dims(x: xr.DataArray, each: tuple[str, ...]) -> dict[str, Any]:
+    """Return which dims are contracted, and which kept in step, of those that there are."""
+    kept = [dim for dim in each if dim in x.dims]
+    return {"over": [d for d in (TIME, PARAM) if d in x.dims and d not in kept], "each": kept}
+
+
+def named(x: xr.DataArray, name: str, weight: str | None, *, units: str) -> xr.DataArray:
+    """Return a kernel with its name and what it was made with."""
+    return x.rename(name).assign_attrs(weight=weight or "none", units=units)
+
+
+def kernel_or_gradients(k: Any, what: str) -> Any:
+    """Return the kernel that a node or a Dataset holds; what holds gradients as it is."""
+    if isinstance(k, xr.DataTree | xr.Dataset):
+        wide = any(PARAM in v.dims for v in k.data_vars.values()) or FACTOR.name in k.data_vars
+        if not wide and not (isinstance(k, xr.DataTree) and GRADIENTS in k.children):
+            return as_array(k, what)
+    return k
+
+
+def _cosine(k: Losses, what: str) -> xr.DataArray:
+    """Return a cosine kernel without rounding beyond [-1, 1], from itself or from gradients."""
+    k = kernel_or_gradients(k, "k")
+    if isinstance(k, xr.DataArray | xr.Dataset):
+        require_kernel(k, what)
+    if not isinstance(k, xr.DataArray) or PARAM in k.dims:
+        as_gradients(k, name="k", need=(EXAMPLE, PARAM))
+        k = ips(k)
+    require_real("k", k)
+    if k.attrs.get("normalize") != "cosine":
+        raise ValueError(
+            f"{what} needs a cosine kernel, as lk.ips returns it, and {k.name!r} is not known to "
+            "be one: its attribute 'normalize' is "
+            f"{k.attrs.get('normalize')!r}. In other kernels examples have norms, which no "
+            "distance on the sphere is about"
+        )
+    return k.clip(-1, 1)
+
+
+def _distance(x: xr.DataArray, name: str, k: xr.DataArray, *, units: str) -> xr.DataArray:
+    kept = {key: value for key, value in k.attrs.items() if key not in ("normalize", "kernel")}
+    return x.rename(name).drop_attrs(deep=False).assign_attrs(kept | {"units": units})

@@ -1,0 +1,226 @@
+"""Is training in the kernel regime yet, and do influences cancel? (PLGK section 6.3)."""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+import xarray as xr
+
+from lkarray import engine
+from lkarray.analysis.gradients.gradient_kernels import root_weight
+from lkarray.arguments import checked, one_of
+from lkarray.engine.running import RUNNING_BYTES, running_array
+from lkarray.errors import SchemaError
+from lkarray.kernels.gram import (
+    check_shared,
+    free_dim,
+    kernel_coords,
+    nan_for_infinite,
+    sample_coords,
+)
+from lkarray.kernels.spectra import svd
+from lkarray.results import Result, as_array
+from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
+
+
+@checked()
+def feature_overlap(G: Losses, *, reference: int = -1) -> xr.DataArray:
+    r"""Return the mean cosine of examples' gradients with those at a reference time, lazily.
+
+    Metric (i) of PLGK section 6.3, 1 once the directions of the loss gradients are those of
+    the reference:
+
+    .. math:: \rho(t) = \mathrm{mean}_n\, \cos(g_n(t), g_n(t_{ref}))
+
+    Parameters
+    ----------
+    G
+        Gradients ``(time, example, param)``.
+    reference
+        Position of the reference time; the last by default.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``feature_overlap(time)``, float64. An example without gradient at either time counts as
+        0, as in `ips`. One pass over the data, chunk by chunk.
+    """
+    x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
+    return _overlap(x, reference, "G").rename("feature_overlap")
+
+
+@checked()
+def activation_overlap(activations: Result, *, reference: int = -1) -> xr.DataArray:
+    """Return the mean cosine of examples' activations with those at a reference time, lazily.
+
+    Metric (iii) of PLGK section 6.3: `feature_overlap` of hidden-layer activations.
+
+    Parameters
+    ----------
+    activations
+        ``(time, example, unit)``, whatever the third dim is called.
+    reference
+        Position of the reference time; the last by default.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``activation_overlap(time)``, float64.
+    """
+    activations = as_array(activations, "activations")
+    return _overlap(activations, reference, "activations").rename("activation_overlap")
+
+
+def _overlap(x: xr.DataArray, reference: int, name: str) -> xr.DataArray:
+    dim = free_dim(x, name, (TIME, EXAMPLE), ())
+    wide = nan_for_infinite(x.drop_vars(list(x.coords)).astype(np.float64))
+    last = wide.isel({TIME: _position(x, reference)})
+    inner = (wide * last).sum(dim, skipna=False)
+    norm = (wide**2).sum(dim, skipna=False) ** 0.5
+    both = norm * norm.isel({TIME: _position(x, reference)})
+    cosine = (inner / both.where(both != 0, 1)).clip(-1, 1)
+    out = cosine.mean(EXAMPLE, skipna=False).drop_attrs(deep=False)
+    return out.assign_coords(sample_coords(x, TIME)).assign_attrs(reference=reference, units="1")
+
+
+@checked()
+def subspace_overlap(
+    G: Losses, k: int = 10, *, reference: int = -1, memory: int | str | None = None
+) -> xr.DataArray:
+    """Return how far the leading directions span those of a reference time, lazily.
+
+    Metric (ii) of PLGK section 6.3: the mean cosine of the principal angles between the spaces
+    of the ``k`` leading right singular vectors of the gradients at each time and the reference.
+
+    Parameters
+    ----------
+    G
+        Gradients ``(time, example, param)`` of training examples.
+    k
+        Dimensions of the spaces.
+    reference
+        Position of the reference time; the last by default.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``subspace_overlap(time)``, float64, between 0 and 1. Dimensions beyond the rank of a
+        time's gradients count as 0. Cost: a `lkarray.svd` of each time, and ``2 P k`` numbers.
+
+    Raises
+    ------
+    ValueError
+        ``k`` exceeds the smaller of examples and parameters.
+    """
+    x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
+    at = _position(x, reference)
+    bare = x.drop_vars([name for name in x.coords if name != x.name])
+    spaces = [
+        svd(bare.isel({TIME: t}), operator.index(k), over=PARAM, memory=memory)["v"]
+        for t in range(x.sizes[TIME])
+    ]
+    overlaps = [
+        xr.apply_ufunc(
+            _principal,
+            space,
+            spaces[at].rename({MODE: second(MODE)}),
+            input_core_dims=[[PARAM, MODE], [PARAM, second(MODE)]],
+            dask="parallelized",
+            output_dtypes=[np.float64],
+            dask_gufunc_kwargs={"allow_rechunk": True},
+        )
+        for space in spaces
+    ]
+    out: xr.DataArray = xr.concat(overlaps, TIME).rename("subspace_overlap")
+    out = out.drop_attrs(deep=False).assign_coords(sample_coords(x, TIME))
+    return out.assign_attrs(k=k, reference=reference, units="1")
+
+
+def _principal(a: np.ndarray, b: np.ndarray) -> float:
+    cosines = np.linalg.svd((a.T @ b).astype(np.float64), compute_uv=False)
+    return float(np.minimum(cosines, 1).mean())
+
+
+@checked()
+def influence_over_time(
+    train_G: Losses,
+    audit_G: Losses,
+    *,
+    weight: str | None = "lr",
+    memory: int | str | None = None,
+) -> xr.Dataset:
+    r"""Return the net and the gross influence of training on other examples, lazily.
+
+    .. math::
+
+        P_{mn}(t) = -\frac{1}{M} \sum_{s \le t} \eta_s\, g_m(s) \cdot g_n(s), \quad
+        S_n(t) = \sum_m P_{mn}(t), \quad G_n(t) = \sum_m |P_{mn}(t)|
+
+    S levels off while G grows where influences cancel (PLGK section 6.3). This is the forward
+    Euler form for full-batch gradient descent that takes one step at each recorded time; what a
+    recorded run really did, whatever its batches and optimizer, is the audit's.
+
+    Parameters
+    ----------
+    train_G
+        Gradients ``(time, example, param)`` of the M training examples, with the learning rates.
+    audit_G
+        Gradients of the examples asked about, at the same times.
+    weight
+        ``"lr"``; ``None`` leaves the rates out.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``net(time, example_2)``, the change of each loss in nats since the first time, and
+        ``gross(time, example_2)``, float64, with the coordinates of ``audit_G`` (``label_2``).
+        Entry t includes the step taken at that time. Compute both at once.
+
+    Raises
+    ------
+    SchemaError
+        Dims are missing, times or parameters differ, or rates are missing.
+
+    Notes
+    -----
+    ``2 T M N P`` operations; a tile of M x N and its running sum at a time, never T of them.
+    """
+    one_of("weight", weight, (None, "lr"))
+    x = as_gradients(train_G, name="train_G", need=(TIME, EXAMPLE, PARAM))
+    y = as_gradients(audit_G, name="audit_G", need=(TIME, EXAMPLE, PARAM))
+    for part, name in ((x, "train_G"), (y, "audit_G")):
+        free_dim(part, name, (PARAM,), (TIME,))
+    check_shared(x, y, (TIME, PARAM))
+    root = root_weight(x, weight)
+    rates = 1.0 if root is None else root.values**2
+    scale = -np.broadcast_to(rates, (x.sizes[TIME],)) / x.sizes[EXAMPLE]
+    left, right = (
+        engine.Operand(part, over=(PARAM,), each=(TIME,), rows=EXAMPLE, center=None, cosine=False)
+        for part in (x, y)
+    )
+    plan = engine.make_plan(left, right, memory=memory, sink=RUNNING_BYTES)
+    data = running_array(engine.Contraction(left, right, plan), scale)
+    coords = kernel_coords(x, y, (TIME,), EXAMPLE, EXAMPLE)
+    dims = (TIME, second(EXAMPLE))
+    return xr.Dataset(
+        {
+            "net": (dims, data[0], {"units": "nat", "long_name": "net influence"}),
+            "gross": (dims, data[1], {"units": "nat", "long_name": "gross influence"}),
+        },
+        coords={name: c for name, c in coords.items() if EXAMPLE not in c.dims},
+        attrs={"weight": weight or "none", "over": [PARAM]},
+    )
+
+
+def _position(x: xr.DataArray, reference: int) -> int:
+    reference, times = operator.index(reference), x.sizes[TIME]
+    if not -times <= reference < times:
+        raise SchemaError(
+            f"reference={reference} is the position of a time, and there are {times} of them"
+        )
+    return reference % times

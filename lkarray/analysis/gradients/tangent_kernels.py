@@ -1,0 +1,110 @@
+"""Influence operators: loss gradients on one side, gradients of outputs on the other."""
+
+from __future__ import annotations
+
+import xarray as xr
+
+from lkarray.analysis.gradients.gradient_kernels import (
+    INFLUENCE,
+    named,
+    path_dims,
+    root_weight,
+    weighted,
+)
+from lkarray.arguments import checked
+from lkarray.kernels.gram import check_shared, gram, kernel_coords, sample_coords
+from lkarray.kernels.unfolding import merge
+from lkarray.schema import EXAMPLE, OUTPUT, PARAM, TIME, Losses, as_gradients, second
+
+_COLUMNS = "lkarray_columns"  # examples and outputs, merged
+
+
+@checked()
+def lntk(
+    loss_G: Losses,
+    output_G: Losses,
+    *,
+    precision: str = "float32",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    r"""Return the loss-weighted NTK at each time (PLGK def. 4, eq. 5), lazily.
+
+    .. math:: LNTK_{mnd}(t) = \epsilon_m(t) \phi_m(t) \cdot \phi_{nd}(t)
+
+    An influence operator of examples on outputs, not a kernel: neither symmetric nor positive.
+
+    Parameters
+    ----------
+    loss_G
+        Gradients ``(time, example, param)`` of examples' losses.
+    output_G
+        Gradients ``(time, example, output, param)`` of outputs, at the same times.
+    precision, memory
+        As for `lkarray.gram`.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``lntk(time, example, example_2, output)``, or without ``time`` where one was selected:
+        rows are the examples of ``loss_G``, columns those of ``output_G`` and their outputs.
+    """
+    return _operator("lntk", loss_G, output_G, each=(TIME,), precision=precision, memory=memory)
+
+
+@checked()
+def pntk(
+    loss_G: Losses,
+    output_G: Losses,
+    *,
+    weight: str | None = None,
+    precision: str = "float32",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return the path-integrated NTK P, the sum of the `lntk` (PLGK def. 5, eq. 7), lazily.
+
+    Parameters
+    ----------
+    loss_G, output_G, precision, memory
+        As for `lntk`.
+    weight
+        As for `plgk`; the rates are those of ``loss_G``.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``pntk(example, example_2, output)``, an influence operator. With the weight ``"lr"``, the
+        change of an output over training is about ``-1/M`` times its sum over the M training
+        examples (eq. 8), for full-batch gradient descent recorded at every step.
+    """
+    return _operator("pntk", loss_G, output_G, weight=weight, precision=precision, memory=memory)
+
+
+def _operator(
+    name: str,
+    loss_G: Losses,
+    output_G: Losses,
+    *,
+    each: tuple[str, ...] = (),
+    weight: str | None = None,
+    precision: str,
+    memory: int | str | None,
+) -> xr.DataArray:
+    x = as_gradients(loss_G, name="loss_G", need=(EXAMPLE, PARAM))
+    y = as_gradients(output_G, name="output_G", need=(EXAMPLE, OUTPUT, PARAM))
+    path = path_dims(x, each)
+    check_shared(x, y, (*path["over"], *path["each"]), names=("loss_G", "output_G"))
+    root = root_weight(x, weight)
+    times = {TIME: y.coords[TIME]} if TIME in y.indexes else {}
+    columns = merge(weighted(y, root).variable, (EXAMPLE, OUTPUT), _COLUMNS)
+    flat = xr.DataArray(columns, coords=times, name=y.name)
+    out = gram(weighted(x, root), flat, precision=precision, memory=memory, **path)
+    kept = (*path["each"], EXAMPLE)
+    sizes = [x.sizes[dim] for dim in kept] + [y.sizes[dim] for dim in (EXAMPLE, OUTPUT)]
+    of_outputs = {k: v for k, v in sample_coords(y, OUTPUT).items() if v.dims}
+    split = xr.DataArray(
+        out.data.reshape(sizes),
+        dims=(*kept, second(EXAMPLE), OUTPUT),
+        coords=kernel_coords(x, y, kept[:-1], EXAMPLE, EXAMPLE) | of_outputs,
+        attrs=out.attrs | {"kernel": INFLUENCE},
+    )
+    return named(split, name, weight, units="nat")

@@ -1,0 +1,221 @@
+"""Lift of any discrete attribute, and groups of images by their mean colour."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from scipy import sparse
+
+from lkarray.analysis.hierarchy.lift import interval, jackknife, ratio
+from lkarray.analysis.hierarchy.pairs import as_table, count_pairs, labels_of, table_rows
+from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked, real_array, several
+from lkarray.kernels.groups import group_codes, with_labels
+from lkarray.labels import coded
+from lkarray.schema import SAMPLE, second
+from lkarray.waiting import workers_awaited
+
+_CHANNELS = ("red", "green", "blue")
+
+
+@workers_awaited("computed")
+@checked(blocks=Limits(least=2, most=100_000), level=SHARE, seed=NATURAL)
+def attribute_lift(
+    neighbors: xr.Dataset | xr.DataTree,
+    attribute: Hashable | Any,
+    *,
+    exclude: Hashable | Any | None = None,
+    blocks: int = 50,
+    level: float = 0.95,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Return how much more often neighbours share an attribute than pairs at large.
+
+    As loss-kernel figures 6D and 9 do for colour groups.
+
+    Parameters
+    ----------
+    neighbors
+        What `lkarray.neighbors` returns, nearest or (``largest=False``) farthest ones.
+    attribute
+        A coordinate of the samples, or one value for each sample, as for `lkarray.group_mean`: any
+        discrete attribute.
+    exclude
+        The coordinate, or the labels, whose pairs were left out of the search, so that chance
+        leaves them out too. By default what the table says, if it names one.
+    blocks
+        Parts that the queries are divided into, and left out one at a time, for the errors;
+        samples that share ``exclude`` stay together.
+    level, seed
+        Of the intervals, and of the division.
+
+    Returns
+    -------
+    xarray.Dataset
+        Computed; dims are named after the attribute, ``color`` say. ``transition(color,
+        color_2)``: the share of the neighbours of inputs of the first that are of the second,
+        with its ``base_rate`` (of random other inputs). ``lift(color)``: the ratio on the
+        diagonal, with ``low``, ``high``, ``standard_error``. ``pooled_lift``: matching pairs
+        over the number that chance would give, with the same. ``pairs(color)`` and
+        ``queries(color)``.
+
+    Raises
+    ------
+    SchemaError
+        There is no such coordinate, a value is missing, or a neighbour is not among the samples.
+    ValueError
+        There are fewer than two blocks.
+
+    Notes
+    -----
+    One pass over the table. Queries are left out, not candidates, so errors do not include
+    which inputs were there to be found.
+    """
+    near: xr.Dataset = as_table(neighbors)
+    rows = table_rows(near)
+    name, values, codes = group_codes(near["neighbor"], rows, attribute, what="attribute")
+    stated = near.attrs.get("exclude", "none")
+    if exclude is None and stated in near.coords:
+        exclude = stated
+    n, count = len(codes), len(values)
+    apart, excluded = np.arange(n), "none"
+    if exclude is not None:
+        near, excluded = with_labels(near, rows, exclude, what="exclude")
+        apart = coded(labels_of(near, rows, excluded, "exclude"), what=repr(excluded))[1]
+    block = np.random.default_rng(seed).integers(0, blocks, apart.max() + 1)[apart]
+    table, missing = count_pairs(near, rows, block * count + codes, codes, (blocks * count, count))
+    found = table.toarray().reshape(blocks, count, count).astype(float)
+    chance = _other_pairs(codes, apart, block, (blocks, count))
+    out: dict[str, Any] = {}
+    dims = (name, second(name))
+    total, base = found.sum(axis=0), chance.sum(axis=0)
+    out["transition"] = (dims, ratio(total, total.sum(axis=1, keepdims=True)))
+    out["base_rate"] = (dims, ratio(base, base.sum(axis=1, keepdims=True)))
+    kept = [(total - f, base - c) for f, c in zip(found, chance, strict=True)]
+    for prefix, of, shape in (("", _lift, (name,)), ("pooled_", _pooled, ())):
+        value, error = of(total, base), jackknife([of(*part) for part in kept])
+        low, high = interval(value, [error], level)
+        out[f"{prefix}lift"] = (shape, value)
+        out[f"{prefix}low"], out[f"{prefix}high"] = (shape, np.maximum(low, 0)), (shape, high)
+        out[f"{prefix}standard_error"] = (shape, error)
+    out["pairs"] = ((name,), total.sum(axis=1).astype(np.int64))
+    out["queries"] = ((name,), np.bincount(codes, minlength=count))
+    return xr.Dataset(
+        out,
+        coords={name: values, second(name): values},
+        attrs={
+            "exclude": excluded,
+            "largest": int(near.attrs.get("largest", 1)),
+            "missing_pairs": missing,
+            "blocks": blocks,
+            "level": level,
+            "seed": seed,
+        },
+    )
+
+
+def _other_pairs(
+    codes: np.ndarray, apart: np.ndarray, block: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """Count all pairs that a search could return: ``(block, attribute, attribute)``."""
+    blocks, count = shape
+    every = np.bincount(codes, minlength=count)
+    queries = np.bincount(block * count + codes, minlength=blocks * count)
+    out: np.ndarray = queries.reshape(blocks, count, 1) * every.astype(float)
+    # Pairs within one excluded value (or of a sample with itself), which share a block.
+    ones = np.ones(len(codes))
+    inside = sparse.csr_array((ones, (apart, codes)), shape=(apart.max() + 1, count))
+    inside.sum_duplicates()
+    of = np.empty(apart.max() + 1, np.int64)
+    of[apart] = block
+    for at in range(blocks):
+        part = inside[np.flatnonzero(of == at)]
+        out[at] -= (part.T @ part).toarray()
+    return out
+
+
+def _lift(found: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    rate = ratio(np.diagonal(found), found.sum(axis=1))
+    return ratio(rate, ratio(np.diagonal(chance), chance.sum(axis=1)))
+
+
+def _pooled(found: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    base = np.nan_to_num(ratio(np.diagonal(chance), chance.sum(axis=1)))
+    expected = (found.sum(axis=1) * base).sum()
+    return ratio(np.asarray(np.trace(found)), np.asarray(expected))
+
+
+@checked(k=COUNT)
+def color_groups(images: Any, k: int = 8) -> xr.DataArray:
+    """Return the group of each image by its mean colour (loss-kernel D.6).
+
+    Parameters
+    ----------
+    images
+        ``(sample, height, width, 3)`` or ``(sample, 3, height, width)``, red, green and blue:
+        an array, or an iterable of images of any sizes. A DataArray's or Series' index is that of
+        the result.
+    k
+        Groups. Their centres are images' mean colours, each the farthest from those before it
+        (farthest point sampling; Gonzalez 1985), beginning with the one farthest from the mean
+        of all.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``color(sample)``, group numbers from 0, each image's nearest centre; with the coordinates
+        ``red``, ``green`` and ``blue`` of the samples, and the centres as the attribute ``centers``
+        (k lists of 3).
+
+    Raises
+    ------
+    ValueError
+        Images have no three channels, or fewer than ``k`` mean colours differ.
+    """
+    index = images.index if isinstance(images, pd.Series) else None
+    if isinstance(images, xr.DataArray):
+        index = images.indexes.get(images.dims[0])
+    each = [_mean_color(image, at) for at, image in enumerate(several("images", images))]
+    if not each:
+        raise ValueError("images is empty; there are no colours to group")
+    mean = np.stack(each)
+    if not 1 <= k <= (distinct := len(np.unique(mean, axis=0))):
+        raise ValueError(f"k must be between 1 and {distinct}, the mean colours there are, not {k}")
+    centers = [int(_squares(mean, mean.mean(axis=0)).argmax())]
+    nearest = _squares(mean, mean[centers[0]])
+    group = np.zeros(len(mean), np.int64)
+    while len(centers) < k:
+        centers.append(int(nearest.argmax()))
+        away = _squares(mean, mean[centers[-1]])
+        group[away < nearest] = len(centers) - 1
+        nearest = np.minimum(nearest, away)
+    channels = {name: (SAMPLE, mean[:, at]) for at, name in enumerate(_CHANNELS)}
+    return xr.DataArray(
+        group,
+        dims=SAMPLE,
+        coords={SAMPLE: np.arange(len(mean)) if index is None else index, **channels},
+        name="color",
+        attrs={"centers": mean[centers].tolist(), "long_name": "group of the mean colour"},
+    )
+
+
+def _mean_color(given: Any, at: int) -> np.ndarray:
+    image = real_array(f"images[{at}]", given)
+    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]):
+        raise ValueError(
+            f"images: image {at} has shape {image.shape}; expected (height, width, 3) or "
+            "(3, height, width)"
+        )
+    if not image.size or not np.isfinite(image).all():
+        raise ValueError(f"images: image {at} is empty, or holds NaN or infinity")
+    axes = (0, 1) if image.shape[-1] == 3 else (1, 2)
+    found: np.ndarray = image.mean(axis=axes, dtype=np.float64)
+    return found
+
+
+def _squares(points: np.ndarray, center: np.ndarray) -> np.ndarray:
+    found: np.ndarray = ((points - center) ** 2).sum(axis=1)
+    return found

@@ -1,0 +1,65 @@
+"""Names of nodes and labels: as Python's own types, without blanks, and missing ones left out."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+from lkarray.analysis.hierarchy.sources import is_missing, plain
+from lkarray.arguments import mapping, several
+
+
+def checked_parents(
+    parents: Mapping[Hashable, Iterable[Hashable]],
+) -> dict[Hashable, tuple[Hashable, ...]]:
+    """Return the parents of each node, names plain, and missing ones left out: of a root."""
+    above: dict[Hashable, tuple[Hashable, ...]] = {}
+    empty = "" in parents  # then it is a name
+    for given, found in mapping("parents", parents).items():
+        node, names = (
+            plain(given, "parents"),
+            plain_all(f"parents[{given!r}]", several_or_one(found)),
+        )
+        kept = tuple(dict.fromkeys(p for p in names if not _absent(p, empty)))
+        if _absent(node, empty):
+            raise ValueError(
+                f"a node has no name, and the parents {names}; name it, or leave it out"
+            )
+        if node in above:
+            raise ValueError(
+                f"{node!r} is there twice, but for blanks around it, with the parents "
+                f"{above[node]} and {kept}; name it once, with all its parents"
+            )
+        if kept and any(_absent(p, empty) for p in names):
+            raise ValueError(
+                f"{node!r} has a parent, {kept[0]!r}, and one that is missing; leave that out, or "
+                "name no parent, for a root"
+            )
+        above[node] = kept
+    return above
+
+
+def _absent(name: Hashable, empty: bool) -> bool:
+    return is_missing(name) and not (empty and isinstance(name, str))
+
+
+def plain_all(name: str, labels: Any) -> tuple[Hashable, ...]:
+    """Return labels as Python's own types, checked."""
+    return tuple(plain(label, name) for label in several(name, labels))
+
+
+def named_nodes(name: str, labels: Any) -> dict[Hashable, Hashable]:
+    """Return nodes by their labels, of a mapping or of nodes that are their own labels."""
+    if not isinstance(labels, Mapping):
+        return {label: label for label in plain_all(name, labels)}
+    found = {plain(label, name): plain(node, name) for label, node in labels.items()}
+    if len(found) < len(labels):
+        raise ValueError(f"{name}: two are the same but for blanks around them; name each once")
+    return found
+
+
+def several_or_one(found: Any) -> tuple[Hashable, ...]:
+    """Return what an iterable holds, or the one thing that is none, text for example."""
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        return (found,)
+    return tuple(found)

@@ -1,0 +1,20 @@
+"""Analysis of losses(chain, draw, sample): kernels, neighbours, summaries, diagnostics."""
+
+from lkarray.analysis.losses.diagnostics import diagnostics
+from lkarray.analysis.losses.loss_kernels import correlation, covariance, influence
+from lkarray.analysis.losses.montecarlo import mcse
+from lkarray.analysis.losses.residuals import residualize
+from lkarray.analysis.losses.summaries import llc, loss_gain, loss_variance, singular_fluctuation
+
+__all__ = [
+    "correlation",
+    "covariance",
+    "diagnostics",
+    "influence",
+    "llc",
+    "loss_gain",
+    "loss_variance",
+    "mcse",
+    "residualize",
+    "singular_fluctuation",
+]

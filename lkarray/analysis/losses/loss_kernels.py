@@ -1,0 +1,192 @@
+"""Kernels and summaries of loss tensors ``loss(chain, draw, sample)``."""
+
+from __future__ import annotations
+
+import xarray as xr
+
+from lkarray import schema
+from lkarray.analysis.losses.summaries import attributes, loss_variance
+from lkarray.arguments import checked, one_of
+from lkarray.kernels.gram import CENTERS, free_dim, gram
+from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
+from lkarray.schema import POSTERIOR, STACKED, Losses, as_losses
+
+
+@checked()
+def covariance(
+    losses: Losses,
+    y: Losses | None = None,
+    *,
+    center: str = "pooled",
+    shrinkage: str | float | None = None,
+    precision: str = "float32",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return the loss kernel K, the covariance of per-sample losses (loss-kernel eq. 2).
+
+    Parameters
+    ----------
+    losses, y
+        Loss tensors ``(chain, draw, sample)``, or what holds one; ``y=None`` means ``losses``.
+    center
+        ``"pooled"`` subtracts one mean over all chains and divides by CT - 1, as the papers
+        do; ``"chain"`` subtracts each chain's mean and divides by C(T - 1).
+    shrinkage
+        ``"ledoit-wolf"`` (see `ledoit_wolf`) or a share d in [0, 1] returns
+        ``(1 - d) K + d mean(diag K) I``, whose error is smaller when draws are few.
+    precision
+        ``"float32"`` or ``"auto"``; see `gram`.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``covariance(sample, sample_2)`` in nats squared, lazy; see `gram` for cost, memory
+        and errors.
+    """
+    out = _kernel(
+        "covariance",
+        losses,
+        y,
+        center=center,
+        normalize="count",
+        precision=precision,
+        memory=memory,
+    )
+    if shrinkage is None:
+        return out
+    if y is not None:
+        raise ValueError("shrinkage is for the covariance of one tensor with itself, without y")
+    if shrinkage == "ledoit-wolf":
+        share: xr.DataArray | float = ledoit_wolf(losses, center=center, memory=memory)
+    elif isinstance(shrinkage, str) or not 0 <= shrinkage <= 1:
+        raise ValueError(f"shrinkage must be 'ledoit-wolf' or in [0, 1], not {shrinkage!r}")
+    else:
+        share = float(shrinkage)
+    if center == "chain":
+        raise ValueError("shrinkage is for pooled covariances")
+    level = loss_variance(losses).mean(skipna=False)
+    return shrunk(out, share, level).assign_attrs(shrinkage=shrinkage)
+
+
+@checked()
+def correlation(
+    losses: Losses,
+    y: Losses | None = None,
+    *,
+    center: str = "pooled",
+    precision: str = "float32",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return the loss correlation kernel R (loss-kernel section 2.3).
+
+    ``R = K(x, x') / sqrt(K(x, x) K(x', x'))``, and 0 where a sample's loss does not vary.
+    Its Monte-Carlo error is about one over the root of the *effective* number of draws.
+
+    Parameters
+    ----------
+    losses, y, center, precision, memory
+        As for `covariance`.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``correlation(sample, sample_2)`` between -1 and 1, lazy; see `gram`.
+    """
+    return _kernel(
+        "correlation",
+        losses,
+        y,
+        center=center,
+        normalize="cosine",
+        precision=precision,
+        memory=memory,
+    )
+
+
+@checked()
+def influence(
+    losses: Losses,
+    query: Losses,
+    *,
+    precision: str = "float32",
+    memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return the Bayesian influence of training samples on queries (loss-kernel eq. 6).
+
+    ``-Cov(train loss, query loss)``, pooled. The derivative of a query's posterior mean loss
+    with respect to a training sample's weight in the mean loss's sum is this times the
+    attribute ``derivative_scale = nbeta / n`` (design section 6), where nbeta is known.
+
+    Parameters
+    ----------
+    losses
+        Losses of training samples, ``(chain, draw, sample)``.
+    query
+        Losses of other inputs at the same draws; or any observable ``(chain, draw)``, or with
+        one more dim: ``tree["observables"]["name"]`` gives its susceptibilities to the weights of
+        the samples (Baker et al. 2025), up to scale.
+    precision
+        ``"float32"`` or ``"auto"``; see `gram`.
+    memory
+        Byte budget of a process.
+
+    Returns
+    -------
+    xarray.DataArray
+        ``influence(sample, query)`` in nats squared (or nats times the observable's unit), lazy;
+        ``influence(sample)`` for an observable of dims (chain, draw). See `gram`.
+    """
+    asked = schema.as_observable(query, name="query")
+    scalar = set(asked.dims) == set(POSTERIOR)
+    if scalar:
+        asked = asked.expand_dims(schema.QUERY, axis=-1)
+    each = tuple(dim for dim in STACKED if dim in asked.dims)
+    dim = free_dim(asked, "query", POSTERIOR, each)
+    names = {
+        name: f"{schema.QUERY}_{name}" for name, coord in asked.coords.items() if dim in coord.dims
+    }
+    query = asked.rename(names | {dim: schema.QUERY})
+    out = _kernel(
+        "influence",
+        losses,
+        query,
+        center="pooled",
+        normalize="count",
+        precision=precision,
+        scale=-1.0,
+        memory=memory,
+    )
+    attrs = attributes(losses)
+    if "nbeta" in attrs and "n_train" in attrs:
+        out.attrs["derivative_scale"] = attrs["nbeta"] / attrs["n_train"]
+    return out.isel({schema.QUERY: 0}, drop=True) if scalar else out
+
+
+def _kernel(
+    name: str,
+    losses: Losses,
+    y: Losses | None,
+    *,
+    center: str,
+    normalize: str,
+    memory: int | str | None,
+    precision: str = "float32",
+    scale: float = 1.0,
+) -> xr.DataArray:
+    one_of("center", center, CENTERS)
+    x = as_losses(losses, extra=STACKED)
+    out = gram(
+        x,
+        None if y is None else as_losses(y, name="y", extra=STACKED),
+        over=POSTERIOR,
+        each=[dim for dim in STACKED if dim in x.dims],
+        center=center,
+        normalize=normalize,
+        precision=precision,
+        scale=scale,
+        memory=memory,
+    )
+    out.attrs["units"] = "nat^2" if normalize == "count" else "1"
+    return out.rename(name)

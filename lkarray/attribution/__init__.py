@@ -1,0 +1,7 @@
+"""Attribution by other rules than the audit's, from the same recorded run. Loads torch."""
+
+from lkarray.attribution.influence_functions import influence_functions
+from lkarray.attribution.tracin import gradient_similarity, tracin, tracin_in_run
+from lkarray.attribution.trak import trak
+
+__all__ = ["gradient_similarity", "influence_functions", "tracin", "tracin_in_run", "trak"]

@@ -1,0 +1,269 @@
+"""What must hold before sampling, and what must be equal before it is resumed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lkarray import schema
+from lkarray._version import __version__
+from lkarray.arguments import at_least
+from lkarray.errors import FingerprintError
+from lkarray.nn import Batches, FlatModel
+from lkarray.nn.batches import MapDataset, check_dataset, fresh
+from lkarray.nn.flat import hash_weights
+from lkarray.nn.losses import identity
+from lkarray.nn.modes import gradients_on
+from lkarray.sampling.posterior import LocalPosterior
+from lkarray.sampling.samplers import Sampler
+from lkarray.sampling.target import Target
+from lkarray.store.fingerprints import hash_labels
+
+if TYPE_CHECKING:
+    from lkarray.sampling.job import Job
+
+#: Precisions that the observed forward pass may run in; losses are float32 all the same.
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_TRIED = 6  # items of which it is seen whether their losses are their own
+
+
+def check_types(posterior: object, sampler: object) -> None:
+    """Raise ``TypeError`` unless both are what `sample` takes."""
+    if not isinstance(posterior, LocalPosterior):
+        raise TypeError(f"posterior must be lk.LocalPosterior, not {type(posterior).__name__}")
+    if not isinstance(sampler, Sampler):
+        raise TypeError(
+            f"sampler must be one such as lk.SGLD(step_size=...), not {type(sampler).__name__}"
+        )
+
+
+def check_options(
+    autocast: str | None,
+    chains_per_device: int | str,
+    observables: Mapping[str, Any] | None,
+    *,
+    compiled: bool,
+) -> None:
+    """Raise unless the options of `sample` are among those there are."""
+    if compiled and chains_per_device not in ("auto", 1):
+        raise ValueError(
+            "compile=True is for chains that run one at a time; use chains_per_device=1 with it"
+        )
+    if autocast not in (None, *AUTOCAST):
+        raise ValueError(f"autocast must be None or one of {list(AUTOCAST)}, not {autocast!r}")
+    if chains_per_device != "auto":
+        at_least("chains_per_device", chains_per_device, 1)
+    for name, function in (observables or {}).items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name)) or str(name) in schema.RESERVED:
+            raise ValueError(f"observables: {name!r} must be a name that lkarray has no use for")
+        if not callable(function):
+            raise TypeError(f"observables[{name!r}] must be a function of the model")
+
+
+def observed_sets(
+    observed: MapDataset | Mapping[str, MapDataset],
+) -> dict[str, MapDataset]:
+    """Return the observed sets by group: ``losses``, then ``losses_<name>``."""
+    if not isinstance(observed, Mapping):
+        check_dataset(observed, "observed")
+        return {schema.LOSSES: observed}
+    if not observed:
+        raise ValueError("observed is empty; give at least one dataset")
+    sets = {}
+    for place, (name, dataset) in enumerate(observed.items()):
+        if not re.fullmatch(r"\w+", str(name)):
+            raise ValueError(f"observed: {name!r} must be made of letters, digits and underscores")
+        check_dataset(dataset, f"observed[{name!r}]")
+        sets[f"{schema.LOSSES}_{name}" if place else schema.LOSSES] = dataset
+    return sets
+
+
+def observed_labels(
+    observed: MapDataset | Mapping[str, MapDataset],
+    sets: Mapping[str, MapDataset],
+    coords: Mapping[str, Any] | None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Return the labels of the observed sets by group."""
+    if not isinstance(observed, Mapping):
+        return {group: schema.sample_coords(coords, len(sets[group])) for group in sets}
+    unknown = set(coords or {}) - set(observed)
+    if unknown:
+        raise ValueError(
+            f"coords: {sorted(map(str, unknown))} name no observed set; with several sets, give "
+            f"labels by their names, {list(observed)}"
+        )
+    return {
+        group: schema.sample_coords((coords or {}).get(name), len(dataset))
+        for name, (group, dataset) in zip(observed, sets.items(), strict=True)
+    }
+
+
+def check_loss(
+    posterior: LocalPosterior, flat: FlatModel, data: Batches, name: str, *, gradient: bool
+) -> None:
+    """Try the model, the loss and its gradient on the first few items.
+
+    Raises
+    ------
+    ValueError
+        The model or the loss fails, has no gradient, gives other losses when it is asked again,
+        or an example's loss depends on the others in its batch.
+    """
+    loss = posterior.loss
+    inputs, target = data.take(np.arange(min(2, data.n)))
+    with torch.set_grad_enabled(gradient):
+        try:
+            output = flat(fresh(inputs, target)[0])
+        except Exception as error:
+            shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else sorted(inputs)
+            raise ValueError(
+                f"the model failed on the first items of {name}, inputs of shape {shape}: {error}"
+            ) from error
+        loss.check(output, fresh(inputs, target)[1], min(2, data.n))
+        if gradient and not loss.per_example(output, target).requires_grad:
+            raise ValueError(
+                f"loss {loss.name!r} has no gradient with respect to what is trainable, "
+                f"{posterior.trainable}; use a differentiable loss, and parameters that the model "
+                "uses"
+            )
+    _check_independence(posterior, flat, data, name)
+
+
+def _check_independence(
+    posterior: LocalPosterior, flat: FlatModel, data: Batches, name: str
+) -> None:
+    """Compare losses in one batch with those of the same items in other company and order."""
+    count = min(_TRIED, data.n)
+    everyone = np.arange(count)
+
+    def losses(rows: np.ndarray) -> Tensor:
+        inputs, target = data.take(rows)
+        return flat.losses(posterior.loss, inputs, target, shared=True)[0].double()
+
+    with torch.no_grad():
+        together = losses(everyone)
+        again = losses(everyone)
+        turned = losses(everyone[::-1].copy()).flip(0)
+        half = losses(everyone[: (count + 1) // 2])
+    if not _close(together, again):
+        raise ValueError(
+            f"the model gives other losses for the same items of {name} when it is asked again: "
+            "something is random even in eval mode, dropout that ignores model.eval(), say; turn "
+            "it off"
+        )
+    for other, what in ((turned, "order"), (half, "company")):
+        if not _close(together[: len(other)], other):
+            raise ValueError(
+                f"the losses of {name} change with the {what} in which items stand in a batch, so "
+                "they are no losses of single examples: a BatchNorm without running statistics, "
+                f"or a loss ({posterior.loss.name}) that mixes examples; replace it"
+            )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    scale = max(float(a.nan_to_num(0, 0, 0).abs().max()), 1e-30)
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+
+
+def choose_device(
+    asked: torch.device | str | None, before: Mapping[str, Any] | None
+) -> torch.device:
+    """Return the device asked for, or the stored one, or CUDA where there is one."""
+    if asked is not None:
+        chosen = torch.device(asked)
+    elif before is not None:
+        chosen = torch.device(before["device"])
+    else:
+        chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {chosen} was asked for or stored, but CUDA is not available")
+        if chosen.index is None:
+            chosen = torch.device("cuda", torch.cuda.current_device())
+    return chosen
+
+
+def make_fingerprint(
+    job: Job, target: Target, *, shapes: Mapping[str, tuple[int, ...]], threads: int
+) -> dict[str, Any]:
+    """Return what must be equal for a resume to give the same numbers.
+
+    ``shapes`` are those of the observables at one draw.
+    """
+    posterior, sampler, schedule = job.posterior, job.sampler, job.schedule
+    device, n = target.flat.device, target.train.n
+    return {
+        "lkarray": __version__,
+        "torch": torch.__version__,
+        "weights": hash_weights(posterior.model),
+        "train_data": target.train.identity,
+        "observed_data": {observed.group: observed.data.identity for observed in target.observed},
+        "coords": {group: hash_labels(labels) for group, labels in job.coords.items()},
+        "observables": {
+            name: {"function": identity(function), "shape": list(shapes[name])}
+            for name, function in job.observables.items()
+        },
+        "loss": posterior.loss.name,
+        "nbeta": posterior.nbeta,
+        "gamma": posterior.gamma,
+        "trainable": posterior.trainable,
+        "sampler": sampler.settings(),
+        "state": [schema.PARAMETERS.name, *sampler.carries],
+        "burn_in": schedule.burn_in,
+        "thin": schedule.thin,
+        "batch_size": n if job.batch_size is None else min(job.batch_size, n),
+        "seed": job.seed,
+        "device": str(device),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": str(target.center.dtype).removeprefix("torch."),
+        "autocast": job.autocast,
+        "compile": job.compile,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "chains_per_device": target.flat.width,
+        "eval_rows": {observed.group: observed.rows for observed in target.observed},
+        "train_rows": target.train_rows,
+        "threads": threads,
+    }
+
+
+def check_center(stored: np.ndarray, now: np.ndarray, where: str) -> None:
+    """Raise unless the losses at w* are those stored: whatever a hash cannot see shows there."""
+    differ = ~np.isclose(stored, now, rtol=1e-4, atol=1e-6, equal_nan=True)
+    if differ.any() and (stored[differ] == 0).all() and np.isnan(now[differ]).all():
+        raise FingerprintError(
+            f"{where} was begun by an lkarray that stored padding as tokens of loss 0, which means "
+            "over tokens count; padding is NaN now, and one store cannot hold both. It opens as it "
+            "is (leave padding out by losses.where(center_loss != 0)). Nothing was touched: "
+            "sample into another path"
+        )
+    if differ.any():
+        stored, now = stored.reshape(len(stored), -1), now.reshape(len(now), -1)
+        first = int(np.argmax(differ.reshape(len(stored), -1).any(1)))
+        stored, now = stored[:, 0], now[:, 0]
+        raise FingerprintError(
+            f"{where}: the losses at w* are not those stored (first at sample position {first}: "
+            f"stored {stored[first]:g}, now {now[first]:g}), so the model, the loss or the data "
+            "behave otherwise than when it was made. Nothing was touched: use another path"
+        )
+
+
+@contextmanager
+def numerics(threads: int) -> Iterator[None]:
+    """Run with gradients on and the stored number of threads, on which last bits depend."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    cudnn = torch.backends.cudnn
+    try:
+        with (
+            gradients_on(),
+            cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True),
+        ):
+            yield
+    finally:
+        torch.set_num_threads(before)

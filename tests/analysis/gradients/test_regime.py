@@ -1,0 +1,332 @@
+import dask
+import numpy as np
+import pytest
+import xarray as xr
+from scipy.linalg import subspace_angles
+from scipy.stats import norm
+
+from lkarray import errors
+from lkarray.analysis.gradients.difficulty import difficulty_table, hidden_similarity, ips_scores
+from lkarray.analysis.gradients.gradient_kernels import INFLUENCE, ips, plgk
+from lkarray.analysis.gradients.regime import (
+    activation_overlap,
+    feature_overlap,
+    influence_over_time,
+    subspace_overlap,
+)
+from tests.analysis.gradients.test_gradients import RATES, tensor
+from tests.conftest import Forbidding
+
+
+@pytest.fixture
+def G(rng):
+    return tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
+
+
+@pytest.fixture
+def audit(rng):
+    return tensor(rng, example=7).chunk({"time": 1, "example": 3, "param": 11})
+
+
+# --- the kernel regime ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reference", [-1, 0, 2])
+def test_feature_overlap__is_the_mean_cosine(G, reference):
+    g = G.values
+    norm = np.linalg.norm(g, axis=-1)
+    cosine = (g * g[reference]).sum(-1) / (norm * norm[reference])
+    result = feature_overlap(G, reference=reference)
+    np.testing.assert_allclose(result, cosine.mean(1), atol=1e-14)
+    assert float(result[reference]) == pytest.approx(1)
+    assert result.dims == ("time",)
+    assert result.dtype == np.float64
+    np.testing.assert_allclose(
+        activation_overlap(G.rename(param="unit"), reference=reference), cosine.mean(1), atol=1e-14
+    )
+
+
+def test_feature_overlap__counts_examples_without_gradient_as_zero(G):
+    silent = G.where(xr.DataArray(np.arange(12) >= 3, dims="example"), 0)
+    assert float(feature_overlap(silent)[-1]) == pytest.approx(9 / 12)
+    tiny = (silent * 1e-30).astype("float32")
+    assert float(feature_overlap(tiny)[-1]) == pytest.approx(9 / 12)
+
+
+@pytest.mark.parametrize("reference", [-1, 1])
+@pytest.mark.parametrize("k", [1, 4])
+def test_subspace_overlap__is_the_mean_cosine_of_principal_angles(G, reference, k):
+    spaces = [np.linalg.svd(g)[2][:k].T for g in G.values]
+    expected = [np.cos(subspace_angles(v, spaces[reference])).mean() for v in spaces]
+    result = subspace_overlap(G, k, reference=reference)
+    np.testing.assert_allclose(result, expected, atol=1e-7)
+    assert result.indexes["time"].equals(G.indexes["time"])
+    assert result.dims == ("time",)
+
+
+def test_overlaps__refuse_bad_requests(G):
+    for overlap in (feature_overlap, subspace_overlap):
+        with pytest.raises(errors.SchemaError, match="position of a time, and there are 5"):
+            overlap(G, reference=5)
+        with pytest.raises(errors.SchemaError, match="lack \\['time'\\]"):
+            overlap(G.isel(time=0))
+    with pytest.raises(ValueError, match="k must be between 1 and 12"):
+        subspace_overlap(G, 13)
+    with pytest.raises(errors.SchemaError, match="must leave one"):
+        activation_overlap(G.expand_dims(layer=2))
+    with pytest.raises(TypeError, match="must be an xarray.DataArray"):
+        activation_overlap(G.values)
+
+
+# --- influence over time ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", ["lr", None])
+@pytest.mark.parametrize("memory", [None, "40 KiB"])
+def test_influence_over_time__equals_brute_force(rng, weight, memory):
+    train = tensor(rng, example=60).chunk({"time": 1, "example": 9, "param": 11})
+    audit = tensor(rng, example=25).chunk({"time": 1, "example": 9, "param": 11})
+    found = influence_over_time(train, audit, weight=weight, memory=memory).compute()
+    p, net, gross = np.zeros((60, 25)), [], []
+    for t in range(5):
+        p -= (RATES[t] if weight else 1) / 60 * train.values[t] @ audit.values[t].T
+        net.append(p.sum(0))
+        gross.append(np.abs(p).sum(0))
+    np.testing.assert_allclose(found["net"], net, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found["gross"], gross, rtol=1e-9)
+    assert found["net"].dims == ("time", "example_2")
+    assert found["label_2"].values.tolist() == audit["label"].values.tolist()
+    assert "label" not in found.coords
+    assert (found["gross"] >= abs(found["net"]) - 1e-12).all()
+
+
+def test_influence_over_time__is_cut_into_tiles_within_a_budget(rng):
+    train = tensor(rng, example=60).chunk({"time": 1, "example": 9, "param": 11})
+    cut = influence_over_time(train, train, memory="40 KiB")["net"]
+    assert len(cut.data.chunks[1]) > 1
+    np.testing.assert_allclose(cut, influence_over_time(train, train)["net"], atol=1e-12)
+
+
+def test_influence_over_time__ends_at_the_weighted_plgk(G, audit):
+    found = influence_over_time(G, audit)
+    p = -plgk(G, audit, weight="lr") / 12
+    np.testing.assert_allclose(found["net"][-1], p.sum("example"), atol=1e-12)
+    np.testing.assert_allclose(found["gross"][-1], abs(p).sum("example"))
+
+
+def test_influence_over_time__is_the_change_of_the_losses_in_full_batch_descent(rng):
+    """Linear regression, half squared error: exact as the step size vanishes."""
+    x, y = rng.normal(size=(8, 3)), rng.normal(size=8)
+    theta, eta, gradients, losses = np.zeros(3), 1e-4, [], []
+    for _ in range(50):
+        residual = x @ theta - y
+        losses.append(residual**2 / 2)
+        gradients.append(residual[:, None] * x)
+        theta = theta - eta * gradients[-1].mean(0)
+    change = (x @ theta - y) ** 2 / 2 - losses[0]
+    G = xr.DataArray(
+        np.array(gradients),
+        dims=("time", "example", "param"),
+        coords={"learning_rate": ("time", np.full(50, eta))},
+    )
+    found = influence_over_time(G, G)
+    np.testing.assert_allclose(found["net"][-1], change, rtol=2e-3)
+
+
+def test_influence_over_time__refuses_what_does_not_fit(G, audit):
+    with pytest.raises(ValueError, match="weight must be one of \\(None, 'lr'\\)"):
+        influence_over_time(G, audit, weight="lr2")
+    with pytest.raises(errors.SchemaError, match="no coordinate learning_rate"):
+        influence_over_time(G.drop_vars("learning_rate"), audit)
+    with pytest.raises(errors.SchemaError, match="5 and 4 entries along 'time'"):
+        influence_over_time(G, audit.isel(time=slice(4)))
+    with pytest.raises(errors.SchemaError, match="30 and 3 entries along 'param'"):
+        influence_over_time(G, audit.isel(param=slice(3)))
+    with pytest.raises(errors.SchemaError, match="audit_G.* lack \\['time'\\]"):
+        influence_over_time(G, audit.isel(time=0))
+    with pytest.raises(errors.SchemaError, match="must leave one"):
+        influence_over_time(G, audit.expand_dims(output=2))
+
+
+def test_regime__computes_nothing_until_asked(G, audit):
+    with dask.config.set(scheduler=Forbidding()):
+        feature_overlap(G)
+        subspace_overlap(G, 3)
+        influence_over_time(G, audit)
+        ips_scores(ips(audit, G), np.arange(12) % 3, np.arange(7) % 3)
+        x, y = (g.isel(time=0).rename(param="unit") for g in (audit, G))
+        hidden_similarity(x, y, np.arange(12) % 3, np.arange(7) % 3, k=2)
+
+
+# --- difficulty -------------------------------------------------------------------------------
+
+PREDICTED = np.array([2, 0, 1, 1, 0, 2, 2])
+
+
+def test_ips_scores__equal_a_direct_computation(G, audit):
+    similarity = ips(audit, G).chunk({"example": 3, "example_2": 5})
+    labels = np.arange(12) % 3
+    found = ips_scores(similarity, labels, PREDICTED).compute()
+    s = similarity.values
+    np.testing.assert_allclose(found["norm"], np.linalg.norm(s, axis=1))
+    for n, own in enumerate(PREDICTED):
+        means = [s[n, labels == c].mean() for c in range(3)]
+        margin = means[own] - max(means[:own] + means[own + 1 :])
+        assert float(found["margin"][n]) == pytest.approx(margin, abs=1e-12)
+    assert found["label"].dims == ("example",)
+    named = similarity.assign_coords(guess=("example", PREDICTED))
+    xr.testing.assert_allclose(
+        ips_scores(named, "label_2", "guess").drop_vars("guess").compute(), found
+    )
+
+
+def test_ips_scores__take_classes_of_any_kind(G, audit):
+    similarity = ips(audit, G)
+    names = np.array(["dog", "ant", "cat"])
+    found = ips_scores(similarity, names[np.arange(12) % 3], names[PREDICTED])
+    expected = ips_scores(similarity, np.arange(12) % 3, PREDICTED)
+    xr.testing.assert_allclose(found.compute(), expected.compute())
+
+
+def test_ips_scores__refuse_what_does_not_fit(G, audit):
+    similarity, labels = ips(audit, G), np.arange(12) % 3
+    with pytest.raises(ValueError, match="ips_scores needs a kernel"):
+        ips_scores(similarity.assign_attrs(kernel=INFLUENCE), labels, PREDICTED)
+    with pytest.raises(errors.SchemaError, match="expected rows and columns"):
+        ips_scores(similarity[0], labels, PREDICTED)
+    with pytest.raises(errors.SchemaError, match="shape \\(11,\\); expected \\(12,\\)"):
+        ips_scores(similarity, labels[1:], PREDICTED)
+    with pytest.raises(errors.SchemaError, match="shape \\(6,\\); expected \\(7,\\)"):
+        ips_scores(similarity, labels, PREDICTED[1:])
+    with pytest.raises(errors.SchemaError, match="of the predicted classes \\[7\\]"):
+        ips_scores(similarity, labels, np.where(PREDICTED == 2, 7, PREDICTED))
+    with pytest.raises(errors.SchemaError, match="at least two classes.*found \\[0\\]"):
+        ips_scores(similarity, labels * 0, PREDICTED * 0)
+    with pytest.raises(errors.SchemaError, match="'wnid' is no coordinate"):
+        ips_scores(similarity, "wnid", PREDICTED)
+
+
+@pytest.mark.parametrize("k", [1, 3, 100])
+@pytest.mark.parametrize("chunk", [True, False])
+def test_hidden_similarity__equals_a_direct_computation(rng, k, chunk):
+    test = xr.DataArray(rng.normal(size=(7, 9)), dims=("example", "unit"))
+    train = xr.DataArray(rng.normal(size=(20, 9)), dims=("example", "unit"))
+    labels = np.arange(20) % 3
+    a = test / np.linalg.norm(test, axis=1, keepdims=True)
+    b = train / np.linalg.norm(train, axis=1, keepdims=True)
+    expected = [
+        np.sort(a.values[n] @ b.values[labels == own].T)[::-1][:k].mean()
+        for n, own in enumerate(PREDICTED)
+    ]
+    if chunk:
+        test, train = test.chunk({"example": 2}), train.chunk({"unit": 4})
+    test = test.assign_coords(guess=("example", PREDICTED))
+    found = hidden_similarity(test, train, labels, "guess", k=k)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert found["guess"].dims == ("example",)
+
+
+def test_hidden_similarity__refuses_what_does_not_fit(rng):
+    x = xr.DataArray(rng.normal(size=(6, 4)), dims=("example", "unit"))
+    labels = np.arange(6) % 2
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        hidden_similarity(x, x, labels, labels, k=0)
+    with pytest.raises(errors.SchemaError, match="no training example is of the predicted"):
+        hidden_similarity(x, x, labels, labels + 1)
+    with pytest.raises(errors.SchemaError, match="train_activations has dims"):
+        hidden_similarity(x, x.rename(example="sample"), labels, labels)
+    with pytest.raises(errors.SchemaError, match="4 and 3 entries|lack"):
+        hidden_similarity(x, x[:, :3], labels, labels)
+
+
+def test_difficulty_table__equals_its_definitions(rng):
+    n = 40
+    wrong = np.arange(n) < 8
+    loss = rng.exponential(size=n) + wrong
+    scores = {"good": -loss, "noise": rng.normal(size=n), "constant": np.ones(n)}
+    table = difficulty_table(scores, wrong, xr.DataArray(loss, dims="example"))
+    assert table["score"].values.tolist() == ["good", "noise", "constant"]
+    for name, score in scores.items():
+        row = table.sel(score=name)
+        pairs = [
+            (score[i] < score[j]) + 0.5 * (score[i] == score[j])
+            for i in np.flatnonzero(wrong)
+            for j in np.flatnonzero(~wrong)
+        ]
+        assert float(row["auroc"]) == pytest.approx(np.mean(pairs))
+        if name != "constant":
+            order = np.argsort(score)
+            hits = wrong[order]
+            precision = np.cumsum(hits) / np.arange(1, n + 1)
+            assert float(row["aupr"]) == pytest.approx(precision[hits].mean())
+            ranks = [np.argsort(np.argsort(v)) for v in (score, -loss)]
+            assert float(row["spearman"]) == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert float(table["spearman"].sel(score="good")) == pytest.approx(1)
+    assert np.isnan(table["spearman"].sel(score="constant"))
+    assert float(table["aupr"].sel(score="constant")) == pytest.approx(0.2)
+    assert table.attrs == {"examples": 40, "share_wrong": 0.2}
+
+
+def gaussian(rng, right=400, wrong=100, apart=1.0):
+    """Scores of unit variance, whose AUROC is Phi(apart / sqrt 2), and losses that go with them."""
+    missed = np.arange(right + wrong) < wrong
+    score = rng.normal(size=len(missed)) - apart * missed
+    return {"score": score}, missed, 0.8 * rng.normal(size=len(missed)) - score
+
+
+def test_difficulty_table__intervals_have_the_width_of_theory_and_of_fresh_examples(rng):
+    table = difficulty_table(*gaussian(rng), replicates=400, seed=3).isel(score=0)
+    area = norm.cdf(1 / np.sqrt(2))
+    first, second = area / (2 - area), 2 * area**2 / (1 + area)
+    hanley = area * (1 - area) + 99 * (first - area**2) + 399 * (second - area**2)  # and McNeil
+    fresh = xr.concat([difficulty_table(*gaussian(rng)) for _ in range(200)], "run").isel(score=0)
+    theory = {"auroc": np.sqrt(hanley / (100 * 400)), "aupr": None, "spearman": None}
+    for name, expected in theory.items():
+        low, high = float(table[f"{name}_low"]), float(table[f"{name}_high"])
+        assert low < float(table[name]) < high
+        spread = float(fresh[name].std())
+        assert (high - low) / (2 * 1.96) == pytest.approx(expected or spread, rel=0.2)
+        assert spread == pytest.approx(expected or spread, rel=0.2)
+    assert table.attrs["replicates"] == 400
+    assert table.attrs["level"] == 0.95
+
+
+def test_difficulty_table__replicates_change_no_estimate_and_follow_their_seed(rng):
+    scores, wrong, loss = gaussian(rng, 30, 10)
+    plain = difficulty_table(scores, wrong, loss)
+    tables = [difficulty_table(scores, wrong, loss, replicates=20, seed=s) for s in (5, 5, 6)]
+    xr.testing.assert_identical(tables[0], tables[1])
+    xr.testing.assert_equal(tables[0][list(plain)], plain)
+    assert float(tables[0]["auroc_low"][0]) != float(tables[2]["auroc_low"][0])
+
+
+def test_difficulty_table__draws_replicates_of_one_kind_again():
+    scores = {"good": np.array([0.0, 1.0, 2.0]), "constant": np.ones(3)}
+    table = difficulty_table(scores, [True, False, False], np.arange(3.0)[::-1], replicates=50)
+    assert table["auroc_low"].values.tolist() == [1, 0.5]
+    assert float(table["spearman_high"][0]) == pytest.approx(1)
+    assert np.isnan(table["spearman_low"][1])
+    with pytest.raises(ValueError, match="replicates must be at least 0"):
+        difficulty_table(scores, [True, False, False], np.ones(3), replicates=-1)
+
+
+def test_difficulty_table__takes_what_ips_scores_returns(G, audit):
+    scores = ips_scores(ips(audit, G), np.arange(12) % 3, PREDICTED)
+    table = difficulty_table(scores, PREDICTED == 1, np.arange(7.0))
+    assert table["score"].values.tolist() == ["norm", "margin"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "wrong", "loss", "message"),
+    [
+        ({"a": np.ones(3)}, [True, False], np.ones(2), "'a' has shape \\(3,\\) and wrong"),
+        ({"a": np.ones(2)}, [True, False], np.ones(3), "'loss' has shape \\(3,\\)"),
+        ({"a": [1, np.nan]}, [True, False], np.ones(2), "'a' is NaN for 1 examples; drop"),
+        ({"a": np.ones(2)}, [True, True], np.ones(2), "1 scores, and 2 of 2 examples are wrong"),
+        ({"a": np.ones(2)}, [False, False], np.ones(2), "0 of 2 examples are wrong"),
+        ({}, [False, True], np.ones(2), "there are 0 scores"),
+    ],
+)
+def test_difficulty_table__refuses_what_has_no_answer(scores, wrong, loss, message):
+    with pytest.raises(ValueError, match=message):
+        difficulty_table(scores, np.array(wrong), loss)

@@ -1,0 +1,350 @@
+"""Lift against its definition as a triple loop, and against what must come out."""
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lkarray as lk
+from lkarray.analysis.hierarchy import pairs
+from lkarray.errors import SchemaError
+from tests.analysis.hierarchy.test_taxonomy import dags, whole
+
+
+def table(neighbor, labels, **attrs):
+    return xr.Dataset(
+        {"neighbor": (("sample", "rank"), np.asarray(neighbor))},
+        coords={"sample": np.arange(len(labels)), "label": ("sample", np.asarray(labels))},
+        attrs=attrs,
+    )
+
+
+def defined(neighbor, labels, taxonomy, base, depth):
+    """Lift and pairs by the definition: every query, every neighbour, every depth."""
+    depths = {node: taxonomy.depth(node, depth) for node in taxonomy.nodes}
+    up = {label: set(taxonomy.ancestors(label)) for label in set(labels)}
+    deepest = max(depths[a] for label in set(labels) for a in up[label])
+    groups = sorted({depths[label] for label in labels})
+
+    def share(queries, candidates):
+        hits, total = np.zeros(deepest + 1), 0
+        for i in queries:
+            for j in candidates(i):
+                if j < 0 or labels[i] == labels[j]:
+                    continue
+                total += 1
+                for d in range(deepest + 1):
+                    hits[d] += any(depths[a] == d for a in up[labels[i]] & up[labels[j]])
+        return hits, total
+
+    everyone = range(len(labels))
+    rows, pairs_, expected = [], [], np.zeros(deepest + 1)
+    for group in groups:
+        queries = [i for i in everyone if depths[labels[i]] == group]
+        hits, total = share(queries, lambda i: neighbor[i])
+        chance = share(queries if base == "matched" else everyone, lambda i: everyone)
+        with np.errstate(all="ignore"):
+            rate = chance[0] / np.float64(chance[1])
+            rows.append(np.where(rate > 0, hits / np.float64(total) / rate, np.nan))
+        expected += np.nan_to_num(total * rate)
+        pairs_.append(total)
+    return groups, np.array(rows), pairs_
+
+
+@st.composite
+def problems(draw):
+    parents = draw(dags(8))
+    n = draw(st.integers(2, 9))
+    labels = draw(st.lists(st.sampled_from(sorted(parents)), min_size=n, max_size=n))
+    k = draw(st.integers(1, 3))
+    entries = st.lists(st.integers(-1, n - 1), min_size=k, max_size=k)
+    neighbor = draw(st.lists(entries, min_size=n, max_size=n))
+    return whole(parents), labels, neighbor
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    problems(),
+    st.sampled_from(["matched", "dataset"]),
+    st.sampled_from(["shortest", "longest", "first_path"]),
+)
+def test_lift__equals_the_triple_loop(problem, base, depth):
+    taxonomy, labels, neighbor = problem
+    found = lk.taxonomic_lift(
+        table(neighbor, labels), taxonomy, base=base, depth=depth, replicates=3
+    )
+    groups, lift, counts = defined(neighbor, labels, taxonomy, base, depth)
+    assert found["query_depth"].values.tolist() == groups
+    np.testing.assert_allclose(found["lift"], lift, rtol=1e-12)
+    assert found["pairs"].values.tolist() == counts
+    valid = np.asarray(neighbor) >= 0
+    assert found.attrs["missing_pairs"] == (~valid).sum()
+    same = sum(labels[i] == labels[j] for i, row in enumerate(neighbor) for j in row if j >= 0)
+    assert found.attrs["same_label_pairs_left_out"] == same
+
+
+def binary(depth):
+    """A complete binary tree; its leaves are its labels."""
+    edges = [
+        (word, word + bit)
+        for level in range(depth)
+        for word in (format(i, f"0{level}b") if level else "" for i in range(2**level))
+        for bit in "01"
+    ]
+    return lk.Taxonomy.from_edges(edges)
+
+
+def random_table(taxonomy, n, k, rng):
+    labels = rng.choice(taxonomy.labels, n)
+    neighbor = np.full((n, k), -1)
+    for i in range(n):
+        neighbor[i] = rng.choice(np.flatnonzero(labels != labels[i]), k, replace=False)
+    return table(neighbor, labels, exclude="label", k=k)
+
+
+def uneven():
+    """Leaves at depths 2 to 6, where the printed base rate misleads."""
+    edges = [("", word) for word in "ab"]
+    for level in range(1, 6):
+        edges += [("a" * level, "a" * level + bit) for bit in "ab"]
+        edges += [("b" * level, "b" * level + bit) for bit in "cd"] if level < 3 else []
+        edges += [("b" * level, "b" * (level + 1))] if level < 3 else []
+    return lk.Taxonomy.from_edges(edges)
+
+
+def test_lift__of_random_neighbours_is_1_under_the_matched_base_rate():
+    taxonomy, inside, outside = uneven(), 0, 0
+    for seed in range(5):
+        near = random_table(taxonomy, 600, 10, np.random.default_rng(seed))
+        found = lk.taxonomic_lift(near, taxonomy)
+        known = np.isfinite(found["lift"]) & (found["high"] - found["low"] > 1e-9)
+        held = (found["low"] <= 1) & (found["high"] >= 1)
+        inside += int((known & held).sum())
+        outside += int((known & ~held).sum())
+        assert (abs(found["pooled_lift"] - 1) < 0.2)[:3].all()
+        printed = lk.taxonomic_lift(near, taxonomy, base="dataset")
+        first = printed["lift"].sel(depth=1).values
+        assert np.ptp(first) > 0.1
+    assert inside > 12 * outside
+
+
+def test_lift__of_perfect_neighbours_is_the_largest_there_can_be():
+    """Each leaf's neighbours are its sibling's inputs: the rate is 1 down to their parent."""
+    levels, each = 4, 6
+    taxonomy = binary(levels)
+    labels = np.repeat(taxonomy.labels, each)
+    sibling = np.array([label[:-1] + "10"[int(label[-1])] for label in labels])
+    neighbor = np.array([np.flatnonzero(labels == other)[:4] for other in sibling])
+    found = lk.taxonomic_lift(table(neighbor, labels), taxonomy, replicates=50)
+    # Of the 15 other leaves, 2**(4 - d) - 1 share an ancestor at depth d.
+    expected = [15 / (2 ** (levels - d) - 1) for d in range(levels)]
+    np.testing.assert_allclose(found["lift"].sel(query_depth=levels)[:levels], expected)
+    np.testing.assert_allclose(found["pooled_lift"][:levels], expected)
+    assert np.isnan(found["lift"].sel(query_depth=levels, depth=levels))
+    assert found["queries"].item() == len(labels)
+    assert found["labels"].item() == 16
+
+
+def test_lift__standard_errors_are_those_of_other_labels():
+    """Over new draws of the labels, estimates scatter no more than the error says, nor far less."""
+    taxonomy = binary(6)
+    rng = np.random.default_rng(3)
+    lifts, errors = [], []
+    for _ in range(30):
+        chosen = rng.choice(taxonomy.labels, 24, replace=False)
+        labels = np.repeat(chosen, 10)
+        near = np.array([label[:2] for label in labels])
+        neighbor = np.full((len(labels), 5), -1)
+        for i in range(len(labels)):
+            weight = np.where(near == near[i], 3.0, 1.0) * (labels != labels[i])
+            neighbor[i] = rng.choice(len(labels), 5, replace=False, p=weight / weight.sum())
+        found = lk.taxonomic_lift(table(neighbor, labels), taxonomy, replicates=100)
+        lifts.append(float(found["pooled_lift"][2]))
+        errors.append(float(found["pooled_standard_error_labels"][2]))
+    assert 0.8 < np.mean(errors) / np.std(lifts) < 3
+
+
+def test_lift__is_the_same_however_the_table_comes(monkeypatch):
+    rng = np.random.default_rng(0)
+    taxonomy = uneven()
+    near = random_table(taxonomy, 200, 4, rng)
+    expected = lk.taxonomic_lift(near, taxonomy, replicates=5)
+    node = xr.DataTree.from_dict({"/derived/near": near})["derived/near"]
+    assert lk.taxonomic_lift(node, taxonomy, replicates=5).identical(expected)
+    lazy = near.chunk(sample=37, rank=2)
+    assert lk.taxonomic_lift(lazy, taxonomy, replicates=5).identical(expected)
+    named = near.assign_coords(sample=np.arange(200) * 3 + 5)
+    named["neighbor"] = named["neighbor"] * 3 + 5
+    assert np.array_equal(
+        lk.taxonomic_lift(named, taxonomy, replicates=5)["lift"], expected["lift"], equal_nan=True
+    )
+    monkeypatch.setattr(pairs, "_PAIRS", 64)
+    monkeypatch.setattr(pairs, "_DENSE", 1)
+    monkeypatch.setattr("lkarray.analysis.hierarchy.lift._BLOCK", 16)
+    found = lk.taxonomic_lift(near, taxonomy, replicates=5)
+    xr.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def taxonomic_losses(taxonomy, each=4, chains=5, draws=60, seed=0):
+    """Losses whose correlations follow the hierarchy: each node moves all that is below."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(taxonomy.labels, each)
+    series = {node: rng.normal(size=(chains, draws)) for node in taxonomy.nodes}
+    loss = np.stack([sum(series[a] for a in taxonomy.ancestors(y)) for y in labels], -1)
+    loss = loss + 0.7 * rng.normal(size=loss.shape)
+    return xr.DataArray(
+        loss.astype(np.float32),
+        dims=("chain", "draw", "sample"),
+        coords={"sample": np.arange(len(labels)), "label": ("sample", labels)},
+        name="loss",
+    )
+
+
+def test_lift__from_losses_searches_and_deletes_chains():
+    taxonomy = binary(3)
+    losses = taxonomic_losses(taxonomy)
+    found = lk.taxonomic_lift(losses.chunk(sample=7), taxonomy, k=4, replicates=20)
+    near = lk.neighbors(losses, 4, exclude="label")
+    table_ = lk.taxonomic_lift(near, taxonomy, replicates=20)
+    np.testing.assert_array_equal(found["lift"], table_["lift"])
+    assert found["lift"].sel(query_depth=3, depth=2) > 4
+    without = [
+        lk.taxonomic_lift(
+            lk.neighbors(losses.isel(chain=[c for c in range(5) if c != gone]), 4, exclude="label"),
+            taxonomy,
+            replicates=0,
+        )["lift"].sel(query_depth=3, depth=2)
+        for gone in range(5)
+    ]
+    error = np.sqrt(4 / 5 * ((np.array(without) - np.mean(without)) ** 2).sum())
+    np.testing.assert_allclose(
+        found["standard_error_chains"].sel(query_depth=3, depth=2), error, rtol=1e-9, atol=1e-12
+    )
+    assert losses.lk.taxonomic_lift(taxonomy, k=4, replicates=20).identical(found)
+    far = lk.taxonomic_lift(losses, taxonomy, k=4, largest=False, delete_chains=False)
+    assert far["lift"].sel(query_depth=3, depth=2) < 0.5
+    assert far.attrs["chains_deleted"] == 0
+
+
+def test_lift__bad_input_is_named():
+    taxonomy = binary(2)
+    near = table([[1], [0], [3], [2]], ["00", "01", "10", "11"])
+    with pytest.raises(ValueError, match="'12', 'x' not in the taxonomy"):
+        lk.taxonomic_lift(near.assign_coords(label=("sample", ["00", "x", "12", "11"])), taxonomy)
+    with pytest.raises(SchemaError, match="neighbour 9 at row 1, rank 0 is not among the 4"):
+        lk.taxonomic_lift(table([[1], [9], [3], [2]], near["label"].values), taxonomy)
+    with pytest.raises(SchemaError, match="neighbour -3 at row 2"):
+        lk.taxonomic_lift(table([[1], [0], [-3], [2]], near["label"].values), taxonomy)
+    with pytest.raises(SchemaError, match="'wnid' is not a coordinate"):
+        lk.taxonomic_lift(near, taxonomy, label="wnid")
+    with pytest.raises(ValueError, match="base must be one of"):
+        lk.taxonomic_lift(near, taxonomy, base="random")
+    with pytest.raises(TypeError, match="must be a Taxonomy"):
+        lk.taxonomic_lift(near, {"a": "b"})
+    with pytest.raises(ValueError, match="have only 12 others of another label"):
+        lk.taxonomic_lift(taxonomic_losses(taxonomy), taxonomy, k=13)
+    with pytest.raises(SchemaError, match="must hold integers"):
+        lk.taxonomic_lift(near.astype(float), taxonomy)
+
+
+def test_correlation_by_distance__equals_means_over_pairs():
+    taxonomy = binary(3)
+    losses = taxonomic_losses(taxonomy)
+    found = lk.correlation_by_distance(losses.chunk(sample=5), taxonomy, replicates=30)
+    r = lk.correlation(losses.astype(float)).values
+    labels = losses["label"].values
+    far = np.array([[taxonomy.distance(a, b) for b in labels] for a in labels])
+    other = ~np.eye(len(labels), dtype=bool)
+    for d in (0, 2, 4, 6):
+        np.testing.assert_allclose(
+            found["correlation"].sel(distance=d), r[other & (far == d)].mean(), rtol=1e-5
+        )
+        assert found["pairs"].sel(distance=d) == (other & (far == d)).sum()
+    assert (np.diff(found["correlation"]) < 0).all()
+    assert found["rank_correlation"] < -0.8
+    assert found["rank_low"] < found["rank_correlation"] < found["rank_high"]
+    assert found["label"].values.tolist() == list(taxonomy.order())
+    part = lk.correlation_by_distance(losses, taxonomy, within="0", replicates=0)
+    assert part["distance"].values.tolist() == [0, 2, 4]
+    with pytest.raises(ValueError, match="only 2 of the labels"):
+        lk.correlation_by_distance(losses, taxonomy, within="00")
+
+
+def test_residualize__takes_away_what_a_label_shares():
+    rng = np.random.default_rng(1)
+    chains, draws, n = 3, 400, 40
+    labels = np.repeat(np.arange(8), 5)
+    label_part = rng.normal(size=(8, chains, draws))
+    pair_part = rng.normal(size=(n // 2, chains, draws))  # of i and i + 20, of different labels
+    scale = rng.uniform(0.5, 20, n)
+    series = 3 * label_part[labels] + np.concatenate([pair_part, pair_part])
+    loss = np.moveaxis(series, 0, -1) * scale + 5
+    losses = xr.DataArray(
+        loss,
+        dims=("chain", "draw", "sample"),
+        name="loss",
+        coords={"sample": np.arange(n), "label": ("sample", labels)},
+    )
+    left = lk.residualize(losses.chunk(sample=7, draw=150))
+    z = (loss - loss.mean((0, 1))).reshape(-1, n)
+    z /= np.linalg.norm(z, axis=0)
+    for i in (0, 7, 39):
+        others = z[:, (labels == labels[i]) & (np.arange(n) != i)].sum(1)
+        slope = z[:, i] @ others / (others @ others)
+        norm = np.linalg.norm(loss[..., i] - loss[..., i].mean())
+        expected = norm * (z[:, i] - slope * others)
+        np.testing.assert_allclose(left.values[..., i].ravel(), expected, atol=1e-5 * norm)
+    before, after = (lk.correlation(x).values for x in (losses, left))
+    i = np.arange(20)
+    assert before[i, i + 20].mean() < 0.2
+    assert after[i, i + 20].mean() > 0.6
+    near = lk.neighbors(left, 1, exclude="label").compute()["neighbor"].values[:, 0]
+    assert np.array_equal(near, np.r_[i + 20, i])
+    alone = lk.residualize(losses, np.arange(n))
+    np.testing.assert_allclose(alone, losses - losses.mean(("chain", "draw")), atol=1e-9)
+
+
+def test_attribute_lift__equals_the_definition():
+    rng = np.random.default_rng(0)
+    n, k = 90, 5
+    color, label = rng.integers(0, 3, n), rng.integers(0, 12, n)
+    neighbor = np.array([rng.choice(np.flatnonzero(label != y), k, replace=False) for y in label])
+    near = table(neighbor, label, exclude="label").assign_coords(color=("sample", color))
+    found = lk.attribute_lift(near, "color")
+    for a in range(3):
+        rows = neighbor[color == a]
+        allowed = label[color == a][:, None] != label
+        for b in range(3):
+            rate = (color[rows] == b).mean()
+            chance = ((color == b) & allowed).sum() / allowed.sum()
+            assert found["transition"].sel(color=a, color_2=b) == pytest.approx(rate)
+            assert found["base_rate"].sel(color=a, color_2=b) == pytest.approx(chance)
+            if a == b:
+                assert found["lift"].sel(color=a) == pytest.approx(rate / chance)
+    assert found["low"].min() < 1 < found["high"].max()
+    assert abs(found["pooled_lift"] - 1) < 4 * found["pooled_standard_error"]
+    same = np.array(
+        [np.flatnonzero((color == c) & (label != y))[:k] for c, y in zip(color, label, strict=True)]
+    )
+    near["neighbor"] = (("sample", "rank"), same)
+    perfect = lk.attribute_lift(near, color)
+    np.testing.assert_allclose(perfect["transition"].values, np.eye(3))
+    assert (perfect["low"] > 1.5).all()
+
+
+def test_color_groups__are_spread_out():
+    rng = np.random.default_rng(0)
+    palette = np.array([[255, 0, 0], [0, 0, 255], [128, 128, 128]])
+    which = np.r_[rng.integers(0, 3, 50), 0, 1, 2]
+    images = palette[which][:, None, None, :] + rng.integers(-4, 5, (53, 6, 5, 3))
+    found = lk.color_groups(images, 3)
+    assert len({(a, b) for a, b in zip(which, found.values, strict=True)}) == 3
+    first = lk.color_groups(np.moveaxis(images, -1, 1), 3)
+    assert np.array_equal(found, first)
+    np.testing.assert_allclose(found["red"], images[..., 0].mean((1, 2)))
+    assert len(found.attrs["centers"]) == 3
+    with pytest.raises(ValueError, match="expected \\(height, width, 3\\)"):
+        lk.color_groups(np.zeros((4, 5, 6)))
+    with pytest.raises(ValueError, match="between 1 and 1, the mean colours"):
+        lk.color_groups(np.zeros((4, 5, 6, 3)))

@@ -1,0 +1,250 @@
+"""Taxonomies: against networkx-free brute force, WordNet through nltk, and known facts."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+from dask.base import tokenize
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lkarray as lk
+from lkarray.analysis.hierarchy import sources
+from lkarray.errors import MissingCorpusError
+
+ANIMALS = {
+    "dog": ["mammal", "pet"],
+    "cat": ["mammal", "pet"],
+    "trout": ["fish"],
+    "mammal": ["animal"],
+    "fish": ["animal"],
+    "pet": ["animal"],
+}
+
+
+@pytest.fixture(scope="module")
+def wordnet():
+    try:
+        return sources.open_wordnet()
+    except LookupError:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip("needs nltk's WordNet corpus: set NLTK_DATA")
+
+
+@st.composite
+def dags(draw, most: int = 12):
+    """Parents of nodes 0 .. n - 1, each below earlier ones only; several roots are common."""
+    n = draw(st.integers(2, most))
+    return {
+        node: draw(st.lists(st.integers(0, node - 1), max_size=3, unique=True)) if node else []
+        for node in range(n)
+    }
+
+
+def climbs(parents, node):
+    """Every upward path from a node, as lists of nodes."""
+    if not parents[node]:
+        return [[node]]
+    return [[node, *rest] for parent in parents[node] for rest in climbs(parents, parent)]
+
+
+def whole(parents):
+    return lk.Taxonomy(parents, labels=list(parents), roots=[n for n in parents if not parents[n]])
+
+
+@given(dags())
+def test_taxonomy__agrees_with_all_paths(parents):
+    found = whole(parents)
+    paths = {node: climbs(parents, node) for node in parents}
+    for a in parents:
+        lengths = [len(path) - 1 for path in paths[a]]
+        assert found.depth(a) == min(lengths)
+        assert found.depth(a, "longest") == max(lengths)
+        assert found.depth(a, "first_path") == len(paths[a][0]) - 1
+        assert set(found.ancestors(a)) == {node for path in paths[a] for node in path}
+    far = lk.taxonomy_distance(found)
+    for a in parents:
+        for b in parents:
+            steps = [
+                p.index(c) + q.index(c) for p in paths[a] for q in paths[b] for c in p if c in q
+            ]
+            expected = min(steps, default=np.inf)
+            assert found.distance(a, b) == far.sel(label=a, label_2=b) == expected
+            common = {c for p in paths[a] for c in p} & {c for q in paths[b] for c in q}
+            lowest = {c for c in common if not any(c in p[1:] for d in common for p in paths[d])}
+            assert set(found.lowest_common_ancestors(a, b)) == lowest
+
+
+@given(dags())
+def test_order__keeps_those_below_a_node_together(parents):
+    order = whole(parents).order()
+    assert sorted(order) == sorted(parents)
+    below = {node: {n for n in parents if node in main_line(parents, n)} for node in parents}
+    for nodes in below.values():
+        places = sorted(order.index(n) for n in nodes)
+        assert places == list(range(places[0], places[0] + len(places)))
+
+
+def main_line(parents, node):
+    """Upward along the parent with the longest path to a root."""
+    if not parents[node]:
+        return [node]
+    above = max(parents[node], key=lambda p: max(map(len, climbs(parents, p))))
+    return [node, *main_line(parents, above)]
+
+
+def test_taxonomy__asks():
+    found = lk.Taxonomy.from_parents(ANIMALS)
+    assert found.labels == ("dog", "cat", "trout")
+    assert found.roots == ("animal",)
+    assert found.ancestors("dog") == ("animal", "mammal", "pet", "dog")
+    assert found.ancestors("dog", 1) == ("mammal", "pet")
+    assert set(found.lowest_common_ancestors("dog", "cat")) == {"mammal", "pet"}
+    assert found.descendants("mammal") == ("dog", "cat")
+    assert found.children("animal") == ("mammal", "fish", "pet")
+    assert list(found.hues().values()) == [0.0, 0.45, 0.9]
+    assert len(found) == 3
+    assert "pet" in found
+    assert "3 labels, 7 nodes, 1 root, depth 2" in repr(found)
+
+
+def test_taxonomy__cannot_be_changed():
+    found = lk.Taxonomy.from_parents(ANIMALS)
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        found.labels = ()
+    with pytest.raises(ValueError, match="read-only"):
+        found.depths()[0] = 3
+
+
+def test_taxonomy__travels_to_workers():
+    found = lk.Taxonomy.from_parents(ANIMALS, {7: "dog", 3: "trout"})
+    found.depths()
+    again = pickle.loads(pickle.dumps(found))
+    assert again.labels == (7, 3)
+    assert again.distance(7, 3) == 4
+    assert tokenize(again) == tokenize(found)
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        again.nodes = ()
+
+
+def test_constructors__agree(tmp_path):
+    import networkx
+
+    expected = lk.Taxonomy.from_parents(ANIMALS)
+    edges = [(parent, child) for child, above in ANIMALS.items() for parent in above]
+    table = tmp_path / "edges.csv"
+    table.write_text("parent,child\n" + "".join(f"{a},{b}\n" for a, b in edges))
+    plain = tmp_path / "plain.json"
+    plain.write_text(
+        '{"dog": ["mammal", "pet"], "cat": ["mammal", "pet"], "trout": "fish",'
+        '"mammal": "animal", "fish": "animal", "pet": "animal"}'
+    )
+    expected.to_json(tmp_path / "own.json")
+    for found in (
+        lk.Taxonomy.from_edges(edges),
+        lk.Taxonomy.from_networkx(networkx.DiGraph(edges)),
+        lk.Taxonomy.from_csv(table),
+        lk.Taxonomy.from_json(plain),
+        lk.Taxonomy.from_json(tmp_path / "own.json"),
+        lk.Taxonomy(ANIMALS),
+    ):
+        assert set(found.labels) == set(expected.labels)
+        for label in expected.nodes:
+            assert set(found.ancestors(label)) == set(expected.ancestors(label))
+
+
+def test_labels__may_be_called_otherwise_than_nodes(tmp_path):
+    found = lk.Taxonomy.from_parents(ANIMALS, {7: "dog", np.int64(3): "trout"})
+    assert found.labels == (7, 3)
+    assert found.distance(7, np.int64(3)) == 4
+    assert found.node(7) == "dog"
+    found.to_json(tmp_path / "t.json")
+    assert lk.Taxonomy.from_json(tmp_path / "t.json").labels == (7, 3)
+    assert found.subset([3]).labels == (3,)
+
+
+def test_bad_input__is_named(tmp_path):
+    with pytest.raises(ValueError, match="must not have cycles, but there is .*a -> .*"):
+        lk.Taxonomy.from_edges([("a", "b"), ("b", "c"), ("c", "a")])
+    with pytest.raises(ValueError, match="label 'x' has no path to a root"):
+        lk.Taxonomy.from_parents(ANIMALS | {"x": None})
+    assert "x" in lk.Taxonomy.from_parents(ANIMALS | {"x": None}, roots=["animal", "x"])
+    with pytest.raises(ValueError, match="label 'dog' has no path to a root"):
+        lk.Taxonomy.from_parents(ANIMALS, roots=["thing"])
+    with pytest.raises(ValueError, match="'wolf' named as labels, but not in the taxonomy"):
+        lk.Taxonomy.from_parents(ANIMALS, ["dog", "wolf"])
+    with pytest.raises(ValueError, match="'wolf', 3 not in the taxonomy"):
+        lk.Taxonomy.from_parents(ANIMALS).positions(["dog", "wolf", 3])
+    with pytest.raises(ValueError, match="depth must be one of"):
+        lk.Taxonomy.from_parents(ANIMALS).depth("dog", "mean")
+    with pytest.raises(ValueError, match="edge 1 is 'ab'"):
+        lk.Taxonomy.from_edges([("a", "b"), "ab"])
+    (tmp_path / "t.csv").write_text("from,to\na,b\n")
+    with pytest.raises(ValueError, match="lacks \\['child', 'parent'\\]"):
+        lk.Taxonomy.from_csv(tmp_path / "t.csv")
+
+
+def test_imagenet__is_wordnets_own(wordnet):
+    found = lk.Taxonomy.imagenet()
+    rebuilt = lk.Taxonomy.wordnet(found.labels)
+    assert len(found) == 1000
+    for label in found.labels:
+        synset = wordnet.synset_from_pos_and_offset("n", int(label[1:]))
+        above = {s.name() for path in synset.hypernym_paths() for s in path}
+        assert set(found.ancestors(label)) == set(rebuilt.ancestors(label)) == above
+        assert found.depth(label) == synset.min_depth()
+        assert found.depth(label, "longest") == synset.max_depth()
+    rng = np.random.default_rng(0)
+    far = lk.taxonomy_distance(found)
+    for i, j in rng.integers(0, 1000, (50, 2)):
+        a, b = (wordnet.synset_from_pos_and_offset("n", int(found.labels[at][1:])) for at in (i, j))
+        assert far[i, j] == a.shortest_path_distance(b)
+
+
+def test_imagenet__is_in_torchvisions_order():
+    from torchvision.models._meta import _IMAGENET_CATEGORIES
+
+    found = lk.Taxonomy.imagenet()
+    assert list(found.labels) == sorted(found.labels)  # the challenge numbers wnids in order
+    titles = [found.title(number).lower() for number in range(1000)]
+    same = sum(
+        a.replace("-", " ") == b.lower().replace("-", " ")
+        for a, b in zip(titles, _IMAGENET_CATEGORIES, strict=True)
+    )
+    assert same > 900  # the others are called by another of the synset's words
+
+
+def test_imagenet__known_facts():
+    found = lk.Taxonomy.imagenet()
+    assert found.node(151) == found.node("n02085620") == "chihuahua.n.03"
+    assert found.depth(151) == 10  # by way of domestic animals; 13 by way of carnivores
+    assert found.depth(151, "longest") == 13 + 2
+    husky, pug = "n02110185", "n02110958"
+    assert found.lowest_common_ancestors(husky, pug) == ("dog.n.01",)
+    assert len(found.descendants("dog.n.01")) == 118
+    assert len(found.descendants("animal.n.01")) == 398
+    assert len(found.descendants("artifact.n.01")) == 522
+    order = found.order()
+    places = sorted(order.index(label) for label in found.descendants("dog.n.01"))
+    assert places[-1] - places[0] == 117
+
+
+def test_wordnet__takes_wnids_names_and_labels(wordnet):
+    assert lk.Taxonomy.wordnet(["n02084071", "cat.n.01"]).labels == ("n02084071", "cat.n.01")
+    found = lk.Taxonomy.wordnet({0: "jersey.n.03", 1: "n02084071"})
+    assert found.node(1) == "dog.n.01"
+    assert found.depth(1) == wordnet.synset("dog.n.01").min_depth()
+    with pytest.raises(ValueError, match="not in WordNet 3.0: 'dgo.n.01', 'n00000001'"):
+        lk.Taxonomy.wordnet(["dog.n.01", "dgo.n.01", "n00000001"])
+
+
+def test_wordnet__missing_corpus_says_the_command(monkeypatch, tmp_path):
+    class Missing:
+        def ensure_loaded(self):
+            raise LookupError
+
+    monkeypatch.setattr("nltk.corpus.wordnet", Missing())
+    with pytest.raises(MissingCorpusError, match="python -m nltk.downloader wordnet"):
+        lk.Taxonomy.wordnet(["dog.n.01"])

