@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +16,16 @@ import torch
 import xarray as xr
 from torch import nn
 from torch.utils.data import TensorDataset
-from zarr.storage import MemoryStore
 
 import lkarray as lk
+from lkarray.analysis.hierarchy import sources
+from tests.helpers.losses import (
+    CLUSTER,
+)
+from tests.helpers.networks import classification, small_network
+from tests.helpers.recorded_runs import batches_of, cross_entropy, examples, network
 
-pytest_plugins = ["tests.cluster.services"]
-
-#: Address of a scheduler: all that a test computes with Dask then runs there (tests/cluster).
-CLUSTER = os.environ.get("LKARRAY_TEST_CLUSTER")
+pytest_plugins = ["tests.helpers.services"]
 
 
 @pytest.fixture(scope="session", autouse=CLUSTER is not None)
@@ -34,17 +38,6 @@ def on_cluster() -> Iterator[None]:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-def classification(n: int = 40, features: int = 6, classes: int = 3) -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(n, features, generator=generator)
-    return TensorDataset(inputs, inputs[:, :classes].argmax(1))
-
-
-def small_network(features: int = 6, classes: int = 3) -> nn.Module:
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(features, 5), nn.Tanh(), nn.Linear(5, classes))
 
 
 @pytest.fixture
@@ -81,76 +74,11 @@ def sample(posterior: lk.LocalPosterior) -> Callable[..., xr.DataTree]:
     return call
 
 
-def in_memory(
-    posterior: lk.LocalPosterior, observed: object, *, step_size: float = 1e-4, draws: int = 2
-) -> xr.DataTree:
-    """`lk.sample` of one short chain into memory."""
-    return lk.sample(
-        posterior,
-        observed,
-        sampler=lk.SGLD(step_size=step_size),
-        chains=1,
-        draws=draws,
-        store=MemoryStore(),
-        progress=False,
-    )
-
-
 @pytest.fixture
 def store(tmp_path: Path, sample: Callable[..., xr.DataTree]) -> Path:
     path = tmp_path / "run.zarr"
     sample(path)
     return path
-
-
-def random_losses(
-    rng: np.random.Generator,
-    chains: int = 3,
-    draws: int = 20,
-    samples: int = 17,
-    dtype: str = "float32",
-) -> xr.DataArray:
-    """A loss tensor with structure: a few shared directions, offsets and scales."""
-    shared = rng.normal(size=(chains * draws, 4)) @ rng.normal(size=(4, samples))
-    values = shared + rng.normal(size=shared.shape) + rng.normal(size=samples) * 3
-    values = (values * np.exp(rng.normal(size=samples))).reshape(chains, draws, samples)
-    if np.dtype(dtype).kind in "iu":
-        values = np.round(values * 10)
-    return xr.DataArray(
-        values.astype(dtype),
-        dims=("chain", "draw", "sample"),
-        coords={"sample": np.arange(samples), "label": ("sample", np.arange(samples) % 4)},
-        name="loss",
-    )
-
-
-def numpy_covariance(losses: xr.DataArray, center: str = "pooled") -> np.ndarray:
-    """The kernel in float64, by its definition."""
-    x = losses.transpose("chain", "draw", "sample").values.astype(np.float64)
-    chains, draws, samples = x.shape
-    axis, means = ((0, 1), 1) if center == "pooled" else ((1,), chains)
-    x = (x - x.mean(axis=axis, keepdims=True)).reshape(-1, samples)
-    return x.T @ x / (chains * draws - means)
-
-
-def numpy_correlation(losses: xr.DataArray, center: str = "pooled") -> np.ndarray:
-    k = numpy_covariance(losses, center)
-    scale = np.sqrt(np.diag(k))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        r = k / np.outer(scale, scale)
-    # A mean may miss a constant by rounding: no variance is told by the values themselves.
-    dims = ("draw",) if center == "chain" else ("chain", "draw")
-    same = losses.max(dims) == losses.min(dims)
-    constant = (same.all("chain") if center == "chain" else same).values
-    varies = (scale > 0) & ~constant
-    return np.where(np.outer(varies, varies), r, 0.0)
-
-
-class Forbidding:
-    """A Dask scheduler that fails a test in which something computes too early."""
-
-    def __call__(self, graph: object, keys: object, **options: object) -> None:
-        raise AssertionError(f"computed {keys} although nothing was asked for")
 
 
 @pytest.fixture(scope="session")
@@ -162,3 +90,73 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (folder / "said.txt").write_text(done.stdout)
     return folder
+
+
+@pytest.fixture(scope="module")
+def wordnet():
+    try:
+        return sources.open_wordnet()
+    except LookupError:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip("needs nltk's WordNet corpus: set NLTK_DATA")
+
+
+@pytest.fixture
+def garments(tmp_path):
+    """Files as Fashion-MNIST has them: each class its own bright rows, in noise."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for part, n in (("train", 1200), ("t10k", 400)):
+        labels = rng.integers(0, 10, n).astype(np.uint8)
+        images = rng.integers(0, 120, (n, 28, 28)).astype(np.uint8)
+        for row in (0, 1):
+            images[np.arange(n), 2 * labels + row] += 100
+        for kind, header, values in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
+            data = bytes(header) + values.tobytes()
+            (folder / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
+    return folder
+
+
+@pytest.fixture
+def train() -> Callable[..., tuple[nn.Module, Any]]:
+    """Train the small network, recorded; returns it and the recorder."""
+
+    def call(
+        store: Any,
+        *,
+        make: Any = None,
+        steps: int = 22,
+        clip: Any = None,
+        resume: bool = False,
+        scheduler: Any = None,
+        model: nn.Module | None = None,
+        groups: bool = False,
+        **options: Any,
+    ) -> tuple[nn.Module, Any]:
+        model = network() if model is None else model
+        data = examples()
+        inputs, labels = data.tensors
+        parameters: Any = list(model.parameters())
+        if groups:
+            parameters = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 2e-3}]
+        optimizer = (make or (lambda p: torch.optim.Adam(p, 1e-2)))(parameters)
+        schedule = scheduler and scheduler(optimizer)
+        recorder = lk.record(
+            model, optimizer, data, loss=cross_entropy, store=store, scheduler=schedule, **options
+        )
+        with recorder as trace:
+            batches = batches_of(steps)
+            for batch in trace.remaining(batches) if resume else batches:
+                with trace.step(batch):
+                    optimizer.zero_grad()
+                    cross_entropy(model(inputs[batch]), labels[batch]).mean().backward()
+                    if clip:
+                        clip(model.parameters())
+                    optimizer.step()
+                if schedule:
+                    schedule.step()
+        return model, recorder
+
+    return call

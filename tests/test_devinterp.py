@@ -16,7 +16,7 @@ from zarr.codecs import ZstdCodec
 
 import lkarray as lk
 from lkarray import errors
-from tests.conftest import Forbidding
+from tests.helpers.losses import Forbidding
 
 CHAINS, DRAWS, TOKENS, BATCH, BURN_IN, THIN = 3, 6, 7, 4, 5, 2
 STEPS = BURN_IN + DRAWS * THIN

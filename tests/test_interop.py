@@ -10,7 +10,7 @@ import lkarray as lk
 from lkarray import errors
 from lkarray.analysis.losses.diagnostics import diagnostics
 from lkarray.interop import to_arviz
-from tests.conftest import Forbidding
+from tests.helpers.losses import Forbidding
 
 
 def squares(model: nn.Module) -> torch.Tensor:

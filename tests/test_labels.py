@@ -10,8 +10,7 @@ import lkarray as lk
 from lkarray import errors, plots, schema
 from lkarray.auditing.grouping import groupings
 from lkarray.embedding import _from_kernel
-from tests.training.conftest import cross_entropy, examples
-from tests.training.conftest import train as train
+from tests.helpers.recorded_runs import cross_entropy, examples
 
 N = 24
 ORDER = np.random.default_rng(7).permutation(N)

@@ -12,7 +12,7 @@ import xarray as xr
 import zarr
 
 import lkarray as lk
-from tests.conftest import classification, small_network
+from tests.helpers.networks import classification, small_network
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

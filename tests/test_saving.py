@@ -15,7 +15,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors, saving
-from tests.conftest import numpy_correlation, random_losses
+from tests.helpers.losses import numpy_correlation, random_losses
 
 
 @pytest.fixture

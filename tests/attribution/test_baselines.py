@@ -16,8 +16,8 @@ from lkarray.attribution.influence_functions import influence_functions
 from lkarray.attribution.tracin import gradient_similarity, tracin, tracin_in_run
 from lkarray.attribution.trak import trak
 from lkarray.training.projection import Projection
-from tests.auditing.brute import audited, cross_entropy, gradients, recorded
-from tests.training.conftest import DTYPE
+from tests.helpers.audited_runs import audited, cross_entropy, gradients, recorded
+from tests.helpers.recorded_runs import DTYPE
 
 LAST = slice(35, 53)  # of the network's parameters, the last layer
 

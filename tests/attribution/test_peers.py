@@ -21,8 +21,8 @@ from trak.score_computers import BasicScoreComputer, BasicSingleBlockScoreComput
 
 import lkarray as lk
 from lkarray.training.projection import Projection
-from tests.auditing.brute import audited, gradients, recorded
-from tests.training.conftest import DTYPE, network
+from tests.helpers.audited_runs import audited, gradients, recorded
+from tests.helpers.recorded_runs import DTYPE, network
 
 DOUBLE = 1e-10  # of the largest score: captum and curvlinops follow the model's float64
 SINGLE = 5e-5  # traker keeps gradients, inverses and scores in float32 (or less), of any model

@@ -10,8 +10,8 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from zarr.storage import MemoryStore
 
 import lkarray as lk
-from tests.auditing.brute import audited, batches_of, brute_force, cross_entropy, recorded
-from tests.training.conftest import DTYPE, examples
+from tests.helpers.audited_runs import audited, batches_of, brute_force, cross_entropy, recorded
+from tests.helpers.recorded_runs import DTYPE, examples
 
 OPTIMIZERS = {
     "sgd": lambda p, **o: optim.SGD(p, 0.1, **o),
@@ -136,7 +136,7 @@ def test_audit__error_is_of_third_order_in_a_step():
 
 def path_by_hand(trace, data, nodes, weights, stride=1):
     """Integrate along straight stretches of the path by plain autograd."""
-    from tests.auditing.brute import gradients
+    from tests.helpers.audited_runs import gradients
 
     total = np.zeros(len(data))
     for a in range(0, trace.steps, stride):

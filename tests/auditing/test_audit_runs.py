@@ -16,8 +16,8 @@ import lkarray as lk
 from lkarray import errors
 from lkarray.auditing import budget
 from lkarray.store import audits
-from tests.auditing.brute import audited, cross_entropy, recorded
-from tests.training.conftest import DTYPE, examples, network
+from tests.helpers.audited_runs import audited, cross_entropy, recorded
+from tests.helpers.recorded_runs import DTYPE, examples, network
 
 adam = lambda p: optim.Adam(p, 1e-2)  # noqa: E731
 
@@ -135,8 +135,8 @@ def test_audit__cut_off_anywhere_goes_on_with_the_same_bits(
 
 KILLED = """
     import sys, time
-    from tests.auditing.brute import audited, recorded, cross_entropy
-    from tests.training.conftest import examples, network
+    from tests.helpers.audited_runs import audited, recorded, cross_entropy
+    from tests.helpers.recorded_runs import examples, network
     from lkarray.store import audits
     from lkarray.auditing import panel
     import lkarray as lk

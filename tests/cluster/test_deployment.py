@@ -29,7 +29,7 @@ import lkarray as lk
 from lkarray import errors
 from lkarray._version import __version__
 from lkarray.cli import main
-from tests.cluster.services import Slurm, wait_for
+from tests.helpers.services import Slurm, wait_for
 
 pytestmark = pytest.mark.services
 

@@ -18,10 +18,10 @@ from distributed import Client
 
 import lkarray as lk
 from lkarray import errors
-from tests.cluster.hosts import Host, NoHosts, network, start_scheduler, start_worker
-from tests.conftest import numpy_correlation, random_losses
-from tests.faults.test_workers import identical
-from tests.faults.test_workers import sample as sample_slowly
+from tests.helpers.hosts import Host, NoHosts, network, start_scheduler, start_worker
+from tests.helpers.losses import numpy_correlation, random_losses
+from tests.helpers.workers import identical
+from tests.helpers.workers import sample as sample_slowly
 
 pytestmark = pytest.mark.services
 

@@ -3,7 +3,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import dask
@@ -17,7 +16,7 @@ from lkarray import engine, errors
 from lkarray.engine.cache import CACHE, MOMENTS, PanelCache
 from lkarray.engine.operand import Operand
 from lkarray.engine.plan import make_plan, memory_budget
-from tests.conftest import numpy_correlation, random_losses
+from tests.helpers.losses import counting, numpy_correlation, random_losses
 
 
 def operand(losses, **changes):
@@ -103,19 +102,6 @@ def test_panels__are_freed_with_their_kernel(rng):
     del kernel
     gc.collect()
     assert CACHE.nbytes + MOMENTS.nbytes <= held
-
-
-def counting(losses, chunks):
-    """The losses in Dask chunks that count how often each is computed."""
-    reads, lock = Counter(), threading.Lock()
-
-    def read(block, block_info=None):
-        with lock:
-            reads[tuple(block_info[0]["chunk-location"])] += 1
-        return block
-
-    data = da.from_array(losses.values, chunks=chunks).map_blocks(read, dtype=losses.dtype)
-    return losses.copy(data=data), reads
 
 
 def test_source__each_chunk_is_computed_once_when_the_budget_allows(rng):

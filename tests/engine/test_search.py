@@ -11,7 +11,7 @@ import xarray as xr
 import lkarray as lk
 from lkarray import engine
 from lkarray.engine import lowprecision, search
-from tests.conftest import numpy_correlation, random_losses
+from tests.helpers.losses import numpy_correlation, random_losses
 
 
 def found(losses, ask, precision, side=40):

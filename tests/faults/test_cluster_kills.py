@@ -15,8 +15,8 @@ import xarray as xr
 
 import lkarray as lk
 from lkarray import errors
-from tests.conftest import numpy_correlation, random_losses
-from tests.faults.test_workers import identical, sample
+from tests.helpers.losses import numpy_correlation, random_losses
+from tests.helpers.workers import identical, sample
 
 pytestmark = pytest.mark.services
 

@@ -6,8 +6,8 @@ import xarray as xr
 
 import lkarray as lk
 from lkarray import errors
-from tests.conftest import numpy_correlation, random_losses
-from tests.sampling.test_bad_input import own_disk, run_on
+from tests.helpers.disks import own_disk, run_on
+from tests.helpers.losses import numpy_correlation, random_losses
 
 
 def damage(store, how):

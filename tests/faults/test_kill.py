@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lkarray as lk
-from tests.conftest import classification, small_network
+from tests.helpers.networks import classification, small_network
 
 KILLS = 10
 CHAINS, DRAWS = 3, 150
@@ -55,7 +55,7 @@ def sample_slowly(path: Path, pause: float, width: int = 1) -> None:
 def test_sample__killed_ten_times_resumes_bit_for_bit(tmp_path, seed, width):
     """One chain at a time, and in stacks of two of which the last has an empty seat."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "lkarray.sampling", "tests.conftest"])
+    context.set_forkserver_preload(["torch", "lkarray.sampling", "tests.helpers.networks"])
 
     def start(path: Path, pause: float) -> multiprocessing.process.BaseProcess:
         process = context.Process(target=sample_slowly, args=(path, pause, width))

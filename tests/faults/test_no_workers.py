@@ -17,9 +17,9 @@ from distributed.core import Status
 import lkarray as lk
 from lkarray import errors
 from lkarray.cluster import replacing, watching
-from tests.auditing.brute import audited, recorded
-from tests.conftest import numpy_correlation, random_losses
-from tests.faults.test_workers import sample
+from tests.helpers.audited_runs import audited, recorded
+from tests.helpers.losses import numpy_correlation, random_losses
+from tests.helpers.workers import sample
 
 pytestmark = pytest.mark.timeout(240)  # a busy machine takes 20 s to start a worker
 

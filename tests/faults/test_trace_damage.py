@@ -14,10 +14,10 @@ from lkarray import errors
 from lkarray.store import audits, gradients, trajectory
 from lkarray.store.location import create_root
 from lkarray.training import repair_trace
-from tests.auditing.brute import audited, recorded
 from tests.faults import test_commit_kills as made
-from tests.faults.damage import Attack, Files, attacks, contents, noticed
-from tests.training.conftest import cross_entropy, examples, network
+from tests.helpers.audited_runs import audited, recorded
+from tests.helpers.damage import Attack, Files, attacks, contents, noticed
+from tests.helpers.recorded_runs import cross_entropy, examples, network
 
 OPTIMIZERS = {
     "adam": lambda p: optim.Adam(p, 1e-2),

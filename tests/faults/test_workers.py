@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,42 +12,9 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors
-from tests.conftest import CLUSTER, classification, small_network
-
-CHAINS, DRAWS = 4, 250
-
-
-class Slow(lk.SGLD):
-    """SGLD that takes its time and commits at every draw, so that kills fall inside commits."""
-
-    def step(self, *args, **options):
-        from lkarray.store import commit
-
-        super().step(*args, **options)
-        if pause := os.environ.get("LKARRAY_TEST_PAUSE"):  # in workers only
-            commit.COMMIT_SECONDS = commit._COMMIT_SHARE = 0.0
-            time.sleep(float(pause))
-
-
-Slow.__name__ = "SGLD"
-
-
-def posterior():
-    return lk.LocalPosterior(small_network(), classification(n=100), nbeta=10.0, gamma=50.0)
-
-
-def sample(path, client, **options):
-    chosen = {"sampler": Slow(step_size=1e-3), "chains": CHAINS, "draws": DRAWS} | options
-    return lk.sample(
-        posterior(),
-        classification(n=100),
-        burn_in=5,
-        batch_size=16,
-        store=path,
-        client=client,
-        progress=False,
-        **chosen,
-    )
+from tests.helpers.losses import CLUSTER
+from tests.helpers.networks import classification, small_network
+from tests.helpers.workers import CHAINS, identical, sample
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +38,6 @@ def client(cluster):
     with Client(cluster) as connected:
         connected.wait_for_workers(2)
         yield connected
-
-
-def identical(a, b):
-    groups = ("losses", "sample_stats")
-    return all(a[g].to_dataset().compute().identical(b[g].to_dataset().compute()) for g in groups)
 
 
 @pytest.mark.parametrize("width", [1, 2])

@@ -4,8 +4,7 @@ import pytest
 
 import lkarray as lk
 from lkarray import errors
-from tests.conftest import numpy_correlation, numpy_covariance, random_losses
-from tests.engine.test_engine import counting
+from tests.helpers.losses import counting, numpy_correlation, numpy_covariance, random_losses
 
 
 def pair(rng, samples, chains=3, draws=20):

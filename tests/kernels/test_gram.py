@@ -6,7 +6,7 @@ import xarray as xr
 import lkarray as lk
 from lkarray import errors
 from lkarray.engine import contraction
-from tests.conftest import Forbidding, numpy_correlation, numpy_covariance, random_losses
+from tests.helpers.losses import Forbidding, numpy_correlation, numpy_covariance, random_losses
 
 
 @pytest.fixture

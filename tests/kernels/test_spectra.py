@@ -7,8 +7,13 @@ import xarray as xr
 import lkarray as lk
 from lkarray import errors
 from lkarray.kernels import spectra
-from tests.conftest import Forbidding, numpy_correlation, numpy_covariance, random_losses
-from tests.engine.test_engine import counting
+from tests.helpers.losses import (
+    Forbidding,
+    counting,
+    numpy_correlation,
+    numpy_covariance,
+    random_losses,
+)
 
 OVER = ("chain", "draw")
 

@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 import lkarray as lk
 from lkarray import errors, plots
 from lkarray.engine.numbers import top_k
-from tests.conftest import random_losses
+from tests.helpers.losses import random_losses
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import lkarray as lk
 from lkarray import plots
-from tests.analysis.hierarchy.test_lift import binary, random_table, taxonomic_losses
+from tests.helpers.hierarchies import binary, random_table, taxonomic_losses
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from lkarray import errors, workflow
 from lkarray.accessor import LossAccessor
 from lkarray.arguments import checked
 from lkarray.cli import main
-from tests.conftest import random_losses
-from tests.properties import fuzzing
-from tests.properties.fuzzing import Case, World
+from tests.helpers import fuzzing
+from tests.helpers.fuzzing import Case, World
+from tests.helpers.losses import random_losses
 
 #: Public names that are not called with arguments of a user.
 NOT_CALLED = {

@@ -12,7 +12,7 @@ import lkarray as lk
 from lkarray import engine, errors
 from lkarray.engine.numbers import Moments, top_k
 from lkarray.engine.plan import split
-from tests.conftest import numpy_correlation, numpy_covariance, random_losses
+from tests.helpers.losses import numpy_correlation, numpy_covariance, random_losses
 
 ANY = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

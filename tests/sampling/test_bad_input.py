@@ -1,9 +1,6 @@
 """Bad input gets a clear error before any work, and nothing already stored is lost."""
 
 import functools
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +13,8 @@ from torch.utils.data import IterableDataset, TensorDataset
 import lkarray as lk
 from lkarray import errors
 from lkarray.nn import per_example_loss
-from tests.conftest import in_memory
+from tests.helpers.disks import own_disk, run_on
+from tests.helpers.networks import in_memory
 
 
 @pytest.mark.parametrize("name", ["nbeta", "gamma"])
@@ -376,29 +374,6 @@ def test_sample__refuses_a_path_that_is_a_file_or_another_folder(tmp_path, sampl
 def test_sample__refuses_a_run_larger_than_the_disk(tmp_path, sample):
     with pytest.raises(errors.StoreError, match="would grow by .* GB free"):
         sample(tmp_path / "s", chains=256, draws=2**23)
-
-
-def can_mount() -> bool:
-    probe = ["unshare", "--mount", "--map-root-user", "true"]
-    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
-
-
-own_disk = pytest.mark.skipif(
-    sys.platform != "linux" or not can_mount(), reason="needs a private mount (Linux namespaces)"
-)
-
-
-def run_on(folder: Path, code: str, *mount: str) -> str:
-    """Run code on a file system of its own: a private mount, gone with the process."""
-    script = f"mount {' '.join(mount)} {folder} && exec {sys.executable} -c '{code}' {folder}"
-    done = subprocess.run(
-        ["unshare", "--mount", "--map-root-user", "sh", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    return done.stdout + done.stderr
 
 
 CODE = """

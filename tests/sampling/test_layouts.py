@@ -11,7 +11,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray.sampling import stacking as layout
-from tests.conftest import classification, small_network
+from tests.helpers.networks import classification, small_network
 
 OPTIONS = {
     "sampler": lk.SGLD(1e-4),

@@ -11,7 +11,7 @@ from zarr.storage import MemoryStore
 import lkarray as lk
 from lkarray import progress
 from lkarray.nn import Batches, batches
-from tests.conftest import classification, small_network
+from tests.helpers.networks import classification, small_network
 
 OPTIONS = {"sampler": lk.SGLD(1e-3), "chains": 2, "draws": 4, "batch_size": 8}
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from zarr.storage import MemoryStore
 import lkarray as lk
 from lkarray import errors
 from lkarray.sampling import stacking as layout
-from tests.conftest import classification, small_network
+from tests.helpers.networks import classification, small_network
 
 OPTIONS = {
     "sampler": lk.SGLD(step_size=1e-3),

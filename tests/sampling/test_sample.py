@@ -12,7 +12,7 @@ from zarr.storage import MemoryStore
 import lkarray as lk
 from lkarray.sampling.randomness import ChainRandomness
 from lkarray.sampling.samplers import SGLD
-from tests.conftest import in_memory
+from tests.helpers.networks import in_memory
 
 
 def losses_of(tree):

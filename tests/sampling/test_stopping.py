@@ -16,7 +16,7 @@ from torch import nn
 import lkarray as lk
 from lkarray import errors
 from lkarray.store import commit
-from tests.conftest import classification, small_network
+from tests.helpers.networks import classification, small_network
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
@@ -33,7 +33,7 @@ CHILD = """
 import sys
 import lkarray as lk
 from lkarray.store import commit
-from tests.conftest import classification, small_network
+from tests.helpers.networks import classification, small_network
 from torch import nn
 
 class Telling(nn.Module):
@@ -183,7 +183,7 @@ RESULTS = """
 import sys
 import numpy as np, torch
 import lkarray as lk
-from tests.conftest import classification, small_network
+from tests.helpers.networks import classification, small_network
 
 torch.set_num_threads(1)
 data, net, out = classification(), small_network(), sys.argv[1]

@@ -14,7 +14,7 @@ import lkarray as lk
 from lkarray import store as stores
 from lkarray.store import derived
 from lkarray.store.names import SAVED
-from tests.store.test_saved import kernel
+from tests.helpers.losses import kernel
 
 
 class Disk:

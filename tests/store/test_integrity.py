@@ -21,8 +21,8 @@ from lkarray import errors
 from lkarray import store as stores
 from lkarray.cli import main
 from lkarray.store import commit
-from tests.store import attacks
-from tests.store.attacks import ATTACKS, copied, files, sampled, swap
+from tests.helpers import attacks
+from tests.helpers.attacks import ATTACKS, copied, files, sampled, swap
 
 OLD = Path(__file__).parent / "data" / "store_0_1_0.tar.gz"
 

@@ -30,7 +30,7 @@ from lkarray import store as stores
 from lkarray.cli import main
 from lkarray.store import leases, objects
 from lkarray.store.location import address, describe, exists, inner_store
-from tests.conftest import classification, small_network
+from tests.helpers.networks import classification, small_network
 
 pytest.importorskip("moto.server")
 obstore = pytest.importorskip("obstore")
@@ -184,7 +184,7 @@ def test_observe__replays_a_run_from_a_url(bucket, posterior, sample):
 
 
 def test_training__is_recorded_resumed_and_differentiated_at_a_url(bucket, tmp_path):
-    from tests.training.conftest import batches_of, cross_entropy, examples, network
+    from tests.helpers.recorded_runs import batches_of, cross_entropy, examples, network
 
     made = {}
     for where in (f"{bucket}/run", tmp_path / "run"):
@@ -263,7 +263,7 @@ def kernel_of(source):
 def start():
     """Start a function in another process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "lkarray.sampling", "tests.conftest"])
+    context.set_forkserver_preload(["torch", "lkarray.sampling", "tests.helpers.networks"])
     started = []
 
     def call(function, *args):
@@ -365,7 +365,7 @@ def test_workers__two_processes_write_disjoint_chains_and_panels_as_one_does(
 ):
     from distributed import Client, LocalCluster
 
-    from tests.auditing.brute import audited, recorded
+    from tests.helpers.audited_runs import audited, recorded
 
     monkeypatch.setattr("lkarray.auditing.describing.rows_of_a_panel", lambda problem, budget: 3)
     trace = recorded(lambda p: optim.Adam(p, 1e-2), store=f"{bucket}/trace")

@@ -15,22 +15,7 @@ from lkarray import errors
 from lkarray import store as stores
 from lkarray.store import derived, names, results
 from lkarray.store.seals import SEAL
-
-VALUES = np.arange(256, dtype="f4").reshape(16, 16)
-LABELS = np.array([f"picture {i}" for i in range(16)])
-
-
-def kernel(values=VALUES, name="k", *, computed=None, **coords):
-    """A lazy kernel of four tiles; ``computed`` collects those that are computed."""
-
-    def note(block, block_info=None):
-        if computed is not None and block_info is not None:
-            computed.append(tuple(block_info[0]["chunk-location"]))
-        return block
-
-    data = da.from_array(values, chunks=8).map_blocks(note, dtype=values.dtype, meta=values[:0, :0])
-    coords = {"label": ("sample", np.resize(LABELS, len(values))), **coords}
-    return xr.DataArray(data, dims=("sample", "sample_2"), coords=coords, name=name)
+from tests.helpers.losses import LABELS, VALUES, kernel
 
 
 def content(path):

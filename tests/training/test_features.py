@@ -14,7 +14,7 @@ from lkarray.inspect import describe_store
 from lkarray.nn import Batches
 from lkarray.training import Projection, makers
 from lkarray.training import features as features_module
-from tests.training.conftest import cross_entropy, examples, network
+from tests.helpers.recorded_runs import cross_entropy, examples, network
 
 KNOWN = "--+-+----+--++---+-+++++"
 

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import errors
-from tests.training.conftest import batches_of, cross_entropy, examples, network
+from tests.helpers.recorded_runs import batches_of, cross_entropy, examples, network
 
 
 def convolutional():

@@ -15,7 +15,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors
-from tests.training.conftest import batches_of, cross_entropy, examples, network
+from tests.helpers.recorded_runs import batches_of, cross_entropy, examples, network
 
 OPTIMIZERS = {
     "sgd": lambda p: optim.SGD(p, 0.1, weight_decay=0.01),
@@ -202,7 +202,7 @@ def test_record__refuses_a_store_of_other_weights_code_or_settings(train, tmp_pa
 
 KILLED = """
     import sys, time
-    from tests.training.conftest import network, examples, batches_of, cross_entropy
+    from tests.helpers.recorded_runs import network, examples, batches_of, cross_entropy
     from lkarray.store import trajectory
     trajectory._BLOCK_STEPS = 8
     import torch, lkarray as lk

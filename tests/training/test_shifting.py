@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 import lkarray as lk
 from lkarray import errors
 from lkarray.training.shifting import coefficients, directions
-from tests.training.conftest import cross_entropy, examples, network
+from tests.helpers.recorded_runs import cross_entropy, examples, network
 
 
 @pytest.fixture

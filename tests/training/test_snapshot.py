@@ -9,7 +9,7 @@ from torch import nn
 
 import lkarray as lk
 from lkarray import errors
-from tests.training.conftest import cross_entropy, examples, network
+from tests.helpers.recorded_runs import cross_entropy, examples, network
 
 
 @pytest.fixture

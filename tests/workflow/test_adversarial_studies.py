@@ -12,7 +12,7 @@ from lkarray_workflows.studies import adversarial, adversarial_training, svhn
 from scipy.io import savemat
 
 import lkarray as lk
-from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
+from tests.helpers.studies import check_report
 
 SMALL = [
     *("batches=8", "batch_size=64", "epochs=4", "learning_rate=6e-4", "pairs=5", "tried=400"),
@@ -23,7 +23,7 @@ SMALL = [
 @pytest.mark.slow
 def test_adversarial__cut_off_in_the_middle_gives_the_same_numbers(
     tmp_path,
-    garments,  # noqa: F811
+    garments,
     monkeypatch,
     caplog,
 ):
@@ -100,7 +100,7 @@ def test_with_drive__is_of_the_whole_training_set(rng):
 
 
 @pytest.mark.slow
-def test_adversarial_training__goes_on_with_a_part(tmp_path, garments, monkeypatch):  # noqa: F811
+def test_adversarial_training__goes_on_with_a_part(tmp_path, garments, monkeypatch):
     settings = [
         *("batches=6", "batch_size=64", "epochs=5", "learning_rate=2e-3", "pairs=4", "tried=150"),
         *("features=100", "parts=3", "radius=0.1", "attack_steps=2"),

@@ -1,42 +1,12 @@
 """The studies on WordNet's labels, run whole at small size on real definitions and made images."""
 
-import gzip
-import json
-
 import numpy as np
 import pytest
 from lkarray_workflows.studies import fashion, glosses
-from matplotlib.image import imread
 
 import lkarray as lk
 from lkarray import errors
-from tests.analysis.hierarchy.test_taxonomy import wordnet  # noqa: F401
-
-
-def check_report(folder, figures):
-    page = (folder / "report/index.html").read_text()
-    for name in figures:
-        assert f'src="{name}.png"' in page
-        assert imread(folder / f"report/{name}.png").std() > 0.05
-    return json.loads((folder / "report/metrics.json").read_text())
-
-
-@pytest.fixture
-def garments(tmp_path):
-    """Files as Fashion-MNIST has them: each class its own bright rows, in noise."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for part, n in (("train", 1200), ("t10k", 400)):
-        labels = rng.integers(0, 10, n).astype(np.uint8)
-        images = rng.integers(0, 120, (n, 28, 28)).astype(np.uint8)
-        for row in (0, 1):
-            images[np.arange(n), 2 * labels + row] += 100
-        for kind, header, values in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
-            data = bytes(header) + values.tobytes()
-            (folder / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
-    return folder
-
+from tests.helpers.studies import check_report
 
 SMALL = [
     "train=1000",
@@ -50,7 +20,7 @@ SMALL = [
 ]
 
 
-def test_fashion__runs_whole_and_again(tmp_path, garments, wordnet, caplog):  # noqa: F811
+def test_fashion__runs_whole_and_again(tmp_path, garments, wordnet, caplog):
     config = fashion.Config.build("small", [*SMALL, f"data={garments}"])
     fashion.run(config, tmp_path / "run", progress=False)
     figures = ["by_distance", *(f"matrix_{name}" for name in fashion.KERNELS)]
@@ -74,7 +44,7 @@ def test_fashion__missing_files_are_named(tmp_path, garments):
         fashion.run(config, tmp_path / "run", progress=False)
 
 
-def test_glosses__classes_are_the_deepest_large_hypernyms(wordnet):  # noqa: F811
+def test_glosses__classes_are_the_deepest_large_hypernyms(wordnet):
     nouns, classes = glosses.assign_classes(40, 30)
     of = dict(zip(nouns, classes, strict=True))
     names, counts = np.unique(classes, return_counts=True)
@@ -95,7 +65,7 @@ def test_glosses__classes_are_the_deepest_large_hypernyms(wordnet):  # noqa: F81
 
 
 @pytest.mark.slow
-def test_glosses__small_runs_whole(tmp_path, wordnet):  # noqa: F811
+def test_glosses__small_runs_whole(tmp_path, wordnet):
     config = glosses.Config.build("small")
     glosses.run(config, tmp_path, progress=False)
     figures = ["controls", "by_depth", "settings", "by_distance", "matrix"]

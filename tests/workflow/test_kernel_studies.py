@@ -21,8 +21,7 @@ from PIL import Image
 
 import lkarray as lk
 from lkarray import errors
-from tests.analysis.hierarchy.test_taxonomy import wordnet  # noqa: F401
-from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
+from tests.helpers.studies import check_report
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +64,7 @@ def test_modular_arithmetic__tables_of_both_tasks_are_right():
         modular_arithmetic.all_pairs(9)
 
 
-def test_digits_probe__gains_of_changed_labels_are_larger(tmp_path, garments, caplog):  # noqa: F811
+def test_digits_probe__gains_of_changed_labels_are_larger(tmp_path, garments, caplog):
     settings = "train=800", "test=300", "relabelled_epochs=150", "mapped=300", "batch_size=32"
     config = digits_probe.Config.build("small", [*settings, f"data={garments}"])
     figures = "gain_against_loss", "gallery", "map", "relabelled"
@@ -74,7 +73,7 @@ def test_digits_probe__gains_of_changed_labels_are_larger(tmp_path, garments, ca
     assert -1 <= metrics["clean"]["pearson"]["value"] <= 1
 
 
-def test_mislabeled_images__variance_finds_changed_labels(tmp_path, garments, caplog):  # noqa: F811
+def test_mislabeled_images__variance_finds_changed_labels(tmp_path, garments, caplog):
     settings = "train=800", "observed=400", "test=200", "width=8"
     config = mislabeled_images.Config.build("small", [*settings, f"data={garments}"])
     figures = "gain", "map", "variance"
@@ -83,7 +82,7 @@ def test_mislabeled_images__variance_finds_changed_labels(tmp_path, garments, ca
     assert metrics["variance"]["ratio"]["value"] > 1.5
 
 
-def test_gamma_sweep__kernels_at_every_gamma(tmp_path, garments, wordnet, caplog):  # noqa: F811
+def test_gamma_sweep__kernels_at_every_gamma(tmp_path, garments, wordnet, caplog):
     settings = "train=800", "observed=200", "neighbors=15"
     config = gamma_sweep.Config.build("small", [*settings, f"data={garments}"])
     figures = "by_distance", "cka", "convergence", "lift"
@@ -95,7 +94,7 @@ def test_gamma_sweep__kernels_at_every_gamma(tmp_path, garments, wordnet, caplog
     assert (np.diff([one["cka"] for one in metrics["kernels"]])[:, -3:] > -0.02).all()
 
 
-def test_development__kernels_of_checkpoints(tmp_path, garments, wordnet, caplog):  # noqa: F811
+def test_development__kernels_of_checkpoints(tmp_path, garments, wordnet, caplog):
     settings = "train=800", "observed=200", "neighbors=15", "steps=0,10"
     config = development.Config.build("small", [*settings, f"data={garments}"])
     metrics = run_twice(development, config, tmp_path / "run", caplog, ["maps", "curves"])
@@ -178,7 +177,7 @@ def test_imagenet_prototypes__runs_whole(tmp_path, caplog):
     assert metrics["mean_gain"]["frozen"] < metrics["mean_gain"]["whole"]
 
 
-def test_language__finds_the_same_next_token_first(tmp_path, wordnet, caplog):  # noqa: F811
+def test_language__finds_the_same_next_token_first(tmp_path, wordnet, caplog):
     config = language.Config.build("small", ["epochs=10", "windows=40"])
     metrics = run_twice(language, config, tmp_path / "run", caplog, ["lifts", "map"])
     assert metrics["loss"]["observed"] < metrics["loss"]["of token frequencies"]
@@ -191,7 +190,7 @@ def test_language__finds_the_same_next_token_first(tmp_path, wordnet, caplog):  
     assert (after[near["neighbor"].values.astype(int)] != after[:, None]).all()
 
 
-def test_language__tokens_and_their_kinds(wordnet):  # noqa: F811
+def test_language__tokens_and_their_kinds(wordnet):
     text = "Having 3 people's hats-on (often)."
     words = ["having", "3", "people's", "hats", "-", "on", "(", "often", ")", "."]
     assert language.split_text(text) == words

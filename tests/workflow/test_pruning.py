@@ -9,7 +9,7 @@ from lkarray_workflows.shared import pruning_report, retraining
 from lkarray_workflows.studies import audit_retraining, pruning
 
 import lkarray as lk
-from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
+from tests.helpers.studies import check_report
 
 N, CLASSES = 60, 4
 
@@ -195,7 +195,7 @@ TINY = [
 @pytest.mark.slow
 def test_pruning__runs_whole_and_goes_on_to_the_same_numbers(
     tmp_path,
-    garments,  # noqa: F811
+    garments,
     monkeypatch,
     caplog,
 ):
@@ -242,7 +242,7 @@ def test_pruning__runs_whole_and_goes_on_to_the_same_numbers(
 
 
 @pytest.mark.slow
-def test_pruning__chooses_as_audit_retraining_does(tmp_path, garments, monkeypatch):  # noqa: F811
+def test_pruning__chooses_as_audit_retraining_does(tmp_path, garments, monkeypatch):
     def stop(*args):
         raise RuntimeError("enough")
 

@@ -11,7 +11,7 @@ from lkarray_workflows.studies import (
 )
 
 import lkarray as lk
-from tests.workflow.test_hierarchy_studies import check_report, garments  # noqa: F401
+from tests.helpers.studies import check_report
 
 SMALL = ["batches=8", "batch_size=64", "epochs=4", "learning_rate=6e-4"]
 IPS_MAP = [
@@ -21,7 +21,7 @@ IPS_MAP = [
 
 
 @pytest.mark.slow
-def test_lenet_training__runs_whole_and_is_used_by_ips_map(tmp_path, garments, caplog):  # noqa: F811
+def test_lenet_training__runs_whole_and_is_used_by_ips_map(tmp_path, garments, caplog):
     config = lenet_training.Config.build("small", [*SMALL, "features=40", f"data={garments}"])
     lenet_training.run(config, tmp_path / "run", progress=False)
     metrics = check_report(tmp_path / "run", ["loss", "temporal", "participation", "regime"])
@@ -51,7 +51,7 @@ def test_lenet_training__runs_whole_and_is_used_by_ips_map(tmp_path, garments, c
 
 
 @pytest.mark.slow
-def test_ips_map__runs_whole_and_again(tmp_path, garments, caplog):  # noqa: F811
+def test_ips_map__runs_whole_and_again(tmp_path, garments, caplog):
     config = ips_map.Config.build("small", [*SMALL, *IPS_MAP, f"data={garments}"])
     ips_map.run(config, tmp_path / "run", progress=False)
     metrics = check_report(tmp_path / "run", ["map", "target", "distance", "axes_1", "axes_9"])
@@ -77,7 +77,7 @@ def test_ips_map__runs_whole_and_again(tmp_path, garments, caplog):  # noqa: F81
 @pytest.mark.slow
 def test_lenet_audit__runs_whole_and_goes_on_after_a_failure(
     tmp_path,
-    garments,  # noqa: F811
+    garments,
     monkeypatch,
     caplog,
 ):
@@ -123,7 +123,7 @@ def test_lenet_audit__runs_whole_and_goes_on_after_a_failure(
 
 
 @pytest.mark.slow
-def test_audit_retraining__arms_are_of_equal_size_and_steps(tmp_path, garments):  # noqa: F811
+def test_audit_retraining__arms_are_of_equal_size_and_steps(tmp_path, garments):
     config = audit_retraining.Config.build(
         "small", ["audited=40", "held_out=60", "epochs=3", f"data={garments}"]
     )
@@ -147,7 +147,7 @@ def test_audit_retraining__arms_are_of_equal_size_and_steps(tmp_path, garments):
 
 
 @pytest.mark.slow
-def test_audit_flips__ranks_changed_labels_by_every_score(tmp_path, garments):  # noqa: F811
+def test_audit_flips__ranks_changed_labels_by_every_score(tmp_path, garments):
     config = audit_flips.Config.build("small", ["epochs=30", "batch_size=32", f"data={garments}"])
     audit_flips.run(config, tmp_path / "run", progress=False)
     metrics = check_report(tmp_path / "run", ["scores", "suspects"])

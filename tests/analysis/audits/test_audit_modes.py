@@ -7,8 +7,8 @@ import xarray as xr
 
 import lkarray as lk
 from lkarray import errors
-from tests.analysis.gradients.test_gradients import tensor
-from tests.conftest import Forbidding
+from tests.helpers.gradients import tensor
+from tests.helpers.losses import Forbidding
 
 SCALE = 0.1 / 12
 

@@ -6,8 +6,8 @@ import xarray as xr
 import lkarray as lk
 from lkarray import errors
 from lkarray.analysis.gradients.gradient_kernels import INFLUENCE
-from tests.analysis.gradients.test_gradients import tensor
-from tests.conftest import Forbidding
+from tests.helpers.gradients import tensor
+from tests.helpers.losses import Forbidding
 
 M, N, OUTPUTS, LAYERS, EPOCHS = 57, 9, 3, 2, 4
 CHUNKS = {"example": 10, "audit": 4, "layer": 1, "epoch": 1}

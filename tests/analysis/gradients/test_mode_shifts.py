@@ -4,7 +4,7 @@ from scipy.stats import spearmanr
 
 from lkarray import errors, mode_coefficients, mode_shifts
 from lkarray.analysis.gradients.modes import modes
-from tests.analysis.gradients.test_gradients import tensor
+from tests.helpers.gradients import tensor
 
 
 @pytest.fixture

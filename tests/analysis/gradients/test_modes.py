@@ -14,8 +14,8 @@ from lkarray.analysis.gradients.modes import (
 )
 from lkarray.analysis.gradients.online import OjaModes, online_modes
 from lkarray.kernels.ranks import participation_ratio
-from tests.analysis.gradients.test_gradients import WEIGHTS, tensor
-from tests.conftest import Forbidding
+from tests.helpers.gradients import WEIGHTS, tensor
+from tests.helpers.losses import Forbidding
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from lkarray.analysis.gradients.regime import (
     influence_over_time,
     subspace_overlap,
 )
-from tests.analysis.gradients.test_gradients import RATES, tensor
-from tests.conftest import Forbidding
+from tests.helpers.gradients import RATES, tensor
+from tests.helpers.losses import Forbidding
 
 
 @pytest.fixture

@@ -9,15 +9,7 @@ from hypothesis import strategies as st
 import lkarray as lk
 from lkarray.analysis.hierarchy import pairs
 from lkarray.errors import SchemaError
-from tests.analysis.hierarchy.test_taxonomy import dags, whole
-
-
-def table(neighbor, labels, **attrs):
-    return xr.Dataset(
-        {"neighbor": (("sample", "rank"), np.asarray(neighbor))},
-        coords={"sample": np.arange(len(labels)), "label": ("sample", np.asarray(labels))},
-        attrs=attrs,
-    )
+from tests.helpers.hierarchies import binary, dags, random_table, table, taxonomic_losses, whole
 
 
 def defined(neighbor, labels, taxonomy, base, depth):
@@ -82,25 +74,6 @@ def test_lift__equals_the_triple_loop(problem, base, depth):
     assert found.attrs["missing_pairs"] == (~valid).sum()
     same = sum(labels[i] == labels[j] for i, row in enumerate(neighbor) for j in row if j >= 0)
     assert found.attrs["same_label_pairs_left_out"] == same
-
-
-def binary(depth):
-    """A complete binary tree; its leaves are its labels."""
-    edges = [
-        (word, word + bit)
-        for level in range(depth)
-        for word in (format(i, f"0{level}b") if level else "" for i in range(2**level))
-        for bit in "01"
-    ]
-    return lk.Taxonomy.from_edges(edges)
-
-
-def random_table(taxonomy, n, k, rng):
-    labels = rng.choice(taxonomy.labels, n)
-    neighbor = np.full((n, k), -1)
-    for i in range(n):
-        neighbor[i] = rng.choice(np.flatnonzero(labels != labels[i]), k, replace=False)
-    return table(neighbor, labels, exclude="label", k=k)
 
 
 def uneven():
@@ -184,21 +157,6 @@ def test_lift__is_the_same_however_the_table_comes(monkeypatch):
     monkeypatch.setattr("lkarray.analysis.hierarchy.lift._BLOCK", 16)
     found = lk.taxonomic_lift(near, taxonomy, replicates=5)
     xr.testing.assert_allclose(found, expected, rtol=1e-12)
-
-
-def taxonomic_losses(taxonomy, each=4, chains=5, draws=60, seed=0):
-    """Losses whose correlations follow the hierarchy: each node moves all that is below."""
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(taxonomy.labels, each)
-    series = {node: rng.normal(size=(chains, draws)) for node in taxonomy.nodes}
-    loss = np.stack([sum(series[a] for a in taxonomy.ancestors(y)) for y in labels], -1)
-    loss = loss + 0.7 * rng.normal(size=loss.shape)
-    return xr.DataArray(
-        loss.astype(np.float32),
-        dims=("chain", "draw", "sample"),
-        coords={"sample": np.arange(len(labels)), "label": ("sample", labels)},
-        name="loss",
-    )
 
 
 def test_lift__from_losses_searches_and_deletes_chains():

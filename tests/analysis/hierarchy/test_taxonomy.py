@@ -1,17 +1,15 @@
 """Taxonomies: against networkx-free brute force, WordNet through nltk, and known facts."""
 
-import os
 import pickle
 
 import numpy as np
 import pytest
 from dask.base import tokenize
 from hypothesis import given
-from hypothesis import strategies as st
 
 import lkarray as lk
-from lkarray.analysis.hierarchy import sources
 from lkarray.errors import MissingCorpusError
+from tests.helpers.hierarchies import dags, whole
 
 ANIMALS = {
     "dog": ["mammal", "pet"],
@@ -23,35 +21,11 @@ ANIMALS = {
 }
 
 
-@pytest.fixture(scope="module")
-def wordnet():
-    try:
-        return sources.open_wordnet()
-    except LookupError:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip("needs nltk's WordNet corpus: set NLTK_DATA")
-
-
-@st.composite
-def dags(draw, most: int = 12):
-    """Parents of nodes 0 .. n - 1, each below earlier ones only; several roots are common."""
-    n = draw(st.integers(2, most))
-    return {
-        node: draw(st.lists(st.integers(0, node - 1), max_size=3, unique=True)) if node else []
-        for node in range(n)
-    }
-
-
 def climbs(parents, node):
     """Every upward path from a node, as lists of nodes."""
     if not parents[node]:
         return [[node]]
     return [[node, *rest] for parent in parents[node] for rest in climbs(parents, parent)]
-
-
-def whole(parents):
-    return lk.Taxonomy(parents, labels=list(parents), roots=[n for n in parents if not parents[n]])
 
 
 @given(dags())

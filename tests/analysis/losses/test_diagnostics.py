@@ -12,7 +12,7 @@ import lkarray as lk
 from lkarray import errors
 from lkarray.analysis.losses import convergence
 from lkarray.analysis.losses.diagnostics import diagnostics
-from tests.conftest import numpy_correlation, random_losses
+from tests.helpers.losses import numpy_correlation, random_losses
 
 PER_SAMPLE = list(convergence.PER_SAMPLE)
 

@@ -8,7 +8,7 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 
 import lkarray as lk
 from lkarray import errors
-from tests.conftest import Forbidding, numpy_correlation, numpy_covariance, random_losses
+from tests.helpers.losses import Forbidding, numpy_correlation, numpy_covariance, random_losses
 
 
 def left_out(a, b, blocks, kind):

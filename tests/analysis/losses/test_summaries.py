@@ -7,7 +7,7 @@ import xarray as xr
 
 import lkarray as lk
 from lkarray import errors
-from tests.conftest import Forbidding, numpy_correlation, random_losses
+from tests.helpers.losses import Forbidding, numpy_correlation, random_losses
 
 
 def tree_of(losses, nbeta=3.0):

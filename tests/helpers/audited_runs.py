@@ -13,7 +13,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray.training.optimizers import RULES, kind_named
-from tests.training.conftest import DTYPE, batches_of, cross_entropy, examples, network
+from tests.helpers.recorded_runs import DTYPE, batches_of, cross_entropy, examples, network
 
 __all__ = ["DTYPE", "audited", "batches_of", "brute_force", "cross_entropy", "recorded"]
 

@@ -22,8 +22,8 @@ from zarr.storage import MemoryStore
 import lkarray as lk
 from lkarray import plots
 from lkarray.errors import LkarrayError
-from tests.auditing.brute import audited, recorded
-from tests.conftest import classification, small_network
+from tests.helpers.audited_runs import audited, recorded
+from tests.helpers.networks import classification, small_network
 
 PACKAGE = str(Path(lk.__file__).parent)
 LABEL = np.array([0, 1, 2] * 14)[:40]

@@ -16,7 +16,7 @@ import lkarray as lk
 from lkarray import store as stores
 from lkarray.store import layout
 from lkarray.store.seals import seal
-from tests.conftest import classification, small_network
+from tests.helpers.networks import classification, small_network
 
 DEPTH, WIDTH = 4, 16
 
