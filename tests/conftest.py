@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from hypothesis import settings
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -24,6 +25,9 @@ from tests.helpers.losses import (
 )
 from tests.helpers.networks import classification, small_network
 from tests.helpers.recorded_runs import batches_of, cross_entropy, examples, network
+
+settings.register_profile("lkarray", deadline=None)
+settings.load_profile("lkarray")
 
 pytest_plugins = ["tests.helpers.services"]
 

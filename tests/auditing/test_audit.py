@@ -74,7 +74,7 @@ def test_audit__is_what_forward_accumulation_gives(name, clip):
     assert (found["residual"] != 0).all()
 
 
-@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(
     name=st.sampled_from(sorted(OPTIMIZERS)),
     clip=st.sampled_from(sorted(CLIPS)),

@@ -280,7 +280,7 @@ def chunked(draw):
     return g
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(chunked(), st.sampled_from(list(WEIGHTS)))
 def test_plgk__is_positive_semi_definite(g, weight):
     kernel = plgk(g, weight=weight).values.astype(np.float64)

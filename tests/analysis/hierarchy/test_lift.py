@@ -55,7 +55,7 @@ def problems(draw):
     return whole(parents), labels, neighbor
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     problems(),
     st.sampled_from(["matched", "dataset"]),
