@@ -2,9 +2,10 @@
 
 from lkarray.kernels.alignment import cka, cka_curve, frobenius
 from lkarray.kernels.gram import gram
-from lkarray.kernels.groups import group_mean, linear_operator
+from lkarray.kernels.groups import group_mean
 from lkarray.kernels.histogram import histogram
 from lkarray.kernels.neighbors import neighbors
+from lkarray.kernels.operators import linear_operator
 from lkarray.kernels.ranks import energy_rank, participation_ratio
 from lkarray.kernels.shrinkage import ledoit_wolf
 from lkarray.kernels.spectra import eigh, svd

@@ -15,10 +15,15 @@ from lkarray.arguments import COUNT, checked, one_of
 from lkarray.engine import Operand
 from lkarray.engine.strips import make_strips, total
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import CENTERS, check_shared, degrees_of_freedom, free_dim
+from lkarray.kernels.operands import (
+    CENTERS,
+    NORMALIZERS,
+    check_shared,
+    degrees_of_freedom,
+    free_dim,
+)
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
 
-_NORMALIZERS = ("count", "cosine")
 Pair = tuple[int, int]
 
 
@@ -239,7 +244,7 @@ class _Products:
         memory: int | str | None,
     ) -> None:
         one_of("center", center, CENTERS)
-        one_of("normalize", normalize, _NORMALIZERS)
+        one_of("normalize", normalize, NORMALIZERS)
         self.memory = memory
         first = tensors[0]
         rows = free_dim(first, "a", POSTERIOR, ())

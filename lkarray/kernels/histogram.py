@@ -11,7 +11,8 @@ import xarray as xr
 from lkarray import engine
 from lkarray.arguments import REPEATS, checked
 from lkarray.engine.histograms import HISTOGRAM_BYTES, Bins, histogram_array
-from lkarray.kernels.groups import group_codes, kernel_operand
+from lkarray.kernels.groups import group_codes
+from lkarray.kernels.operands import kernel_operand
 from lkarray.schema import POSTERIOR, Losses, second
 
 

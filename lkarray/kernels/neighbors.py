@@ -12,14 +12,9 @@ import xarray as xr
 from lkarray import engine
 from lkarray.arguments import checked, one_of
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import (
-    CENTERS,
-    PRECISIONS,
-    degrees_of_freedom,
-    free_dim,
-    sample_coords,
-)
+from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import with_labels
+from lkarray.kernels.operands import CENTERS, PRECISIONS, degrees_of_freedom, free_dim
 from lkarray.labels import coded, require_unique
 from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
 

@@ -12,7 +12,7 @@ from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.arguments import checked
 from lkarray.engine.strips import make_strips, total
-from lkarray.kernels.groups import kernel_operand
+from lkarray.kernels.operands import kernel_operand
 from lkarray.schema import Losses
 
 

@@ -26,14 +26,16 @@ from lkarray.engine.strips import (
     total,
 )
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import (
+from lkarray.kernels.coords import sample_coords
+from lkarray.kernels.krylov import Krylov, decompose, iterate, project
+from lkarray.kernels.operands import (
     CENTERS,
+    NORMALIZERS,
     as_tensor,
     degrees_of_freedom,
+    dim_names,
     free_dim,
-    sample_coords,
 )
-from lkarray.kernels.krylov import Krylov, decompose, iterate, project
 from lkarray.kernels.unfolding import merge
 from lkarray.results import Result
 from lkarray.schema import MODE
@@ -107,7 +109,7 @@ def svd(
     strips, and ``q (k + 10) max_passes`` float64.
     """
     x = as_tensor(x, "x")
-    over = (over,) if isinstance(over, str) else tuple(over)
+    over = dim_names(over)
     operand, free, scale = _operand(x, over, center, normalize)
     rows = along_rows(operand, memory_budget(memory))
     short, long = _sides(operand, rows)
@@ -172,7 +174,7 @@ def eigh(
     ``q x q`` decomposition (``O(q**3)``: minutes beyond q = 10,000; for a few modes use `svd`).
     """
     x = as_tensor(x, "x")
-    over = (over,) if isinstance(over, str) else tuple(over)
+    over = dim_names(over)
     operand, free, scale = _operand(x, over, center, normalize)
     rows = operand.n >= prod(operand.shape)
     short, long = _sides(operand, rows)
@@ -211,7 +213,7 @@ def _operand(
 ) -> tuple[Operand, tuple[str, ...], float]:
     """Return the unfolding, the dims of its rows, and the factor of its entries."""
     one_of("center", center, (None, *CENTERS))
-    one_of("normalize", normalize, (None, "count", "cosine"))
+    one_of("normalize", normalize, (None, *NORMALIZERS))
     free = tuple(str(dim) for dim in x.dims if dim not in over)
     if not free:
         raise SchemaError(f"over={over} leaves no dim of {x.dims} for the rows")

@@ -14,9 +14,7 @@ from lkarray.engine.numbers import Moments, top_k
 from lkarray.engine.plan import split
 from tests.helpers.losses import numpy_correlation, numpy_covariance, random_losses
 
-ANY = settings(
-    max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+ANY = settings(max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = ["float16", "float32", "float64", "int16", "int32", "uint8"]
 
 

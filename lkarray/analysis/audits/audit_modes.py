@@ -11,7 +11,8 @@ from lkarray.analysis.gradients.gradient_kernels import require_kernel
 from lkarray.arguments import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import NonFiniteError, SchemaError
-from lkarray.kernels.gram import nan_for_infinite, sample_coords
+from lkarray.kernels.coords import sample_coords
+from lkarray.kernels.operands import nan_for_infinite
 from lkarray.kernels.spectra import svd
 from lkarray.labels import in_order
 from lkarray.results import Result, as_array, opened

@@ -14,7 +14,7 @@ from lkarray.analysis.audits.sums import as_influence, small_computed, whole_inf
 from lkarray.arguments import COUNT, checked
 from lkarray.engine.numbers import top_k
 from lkarray.errors import NonFiniteError
-from lkarray.kernels.gram import sample_coords
+from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.labels import require_unique
 from lkarray.results import Result

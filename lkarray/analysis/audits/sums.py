@@ -13,7 +13,7 @@ import xarray as xr
 
 from lkarray.arguments import checked, require_real
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import sample_coords
+from lkarray.kernels.coords import sample_coords
 from lkarray.results import Result, as_array, opened
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, WINDOW
 from lkarray.waiting import computed

@@ -10,7 +10,8 @@ import xarray as xr
 from lkarray.analysis.gradients.ghost import factor_kernel, holds_factors
 from lkarray.arguments import checked, one_of, require_real
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import check_shared, free_dim, gram
+from lkarray.kernels.gram import gram
+from lkarray.kernels.operands import check_shared, free_dim
 from lkarray.results import as_array
 from lkarray.schema import (
     AUDIT,

@@ -16,7 +16,9 @@ from lkarray.analysis.gradients.gradient_kernels import (
 )
 from lkarray.arguments import checked, require_real
 from lkarray.errors import NonFiniteError, SchemaError
-from lkarray.kernels.gram import check_shared, gram, nan_for_infinite, sample_coords
+from lkarray.kernels.coords import sample_coords
+from lkarray.kernels.gram import gram
+from lkarray.kernels.operands import check_shared, nan_for_infinite
 from lkarray.kernels.spectra import svd
 from lkarray.kernels.unfolding import merge
 from lkarray.labels import in_order, squared

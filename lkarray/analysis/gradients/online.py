@@ -12,7 +12,7 @@ import xarray as xr
 from lkarray.arguments import COUNT, NATURAL, POSITIVE, checked
 from lkarray.engine import Operand
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import sample_coords
+from lkarray.kernels.coords import sample_coords
 from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients
 
 

@@ -12,13 +12,8 @@ from lkarray.analysis.gradients.gradient_kernels import root_weight
 from lkarray.arguments import checked, one_of
 from lkarray.engine.running import RUNNING_BYTES, running_array
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import (
-    check_shared,
-    free_dim,
-    kernel_coords,
-    nan_for_infinite,
-    sample_coords,
-)
+from lkarray.kernels.coords import kernel_coords, sample_coords
+from lkarray.kernels.operands import check_shared, free_dim, nan_for_infinite
 from lkarray.kernels.spectra import svd
 from lkarray.results import Result, as_array
 from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second

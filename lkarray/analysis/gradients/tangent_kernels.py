@@ -12,7 +12,9 @@ from lkarray.analysis.gradients.gradient_kernels import (
     weighted,
 )
 from lkarray.arguments import checked
-from lkarray.kernels.gram import check_shared, gram, kernel_coords, sample_coords
+from lkarray.kernels.coords import kernel_coords, sample_coords
+from lkarray.kernels.gram import gram
+from lkarray.kernels.operands import check_shared
 from lkarray.kernels.unfolding import merge
 from lkarray.schema import EXAMPLE, OUTPUT, PARAM, TIME, Losses, as_gradients, second
 

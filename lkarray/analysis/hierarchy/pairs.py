@@ -10,7 +10,7 @@ import xarray as xr
 from scipy import sparse
 
 from lkarray.errors import SchemaError
-from lkarray.kernels.gram import sample_coords
+from lkarray.kernels.coords import sample_coords
 from lkarray.schema import RANK
 
 _PAIRS = 2**22  # in memory, at a time

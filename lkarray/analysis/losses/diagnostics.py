@@ -18,7 +18,8 @@ from lkarray.arguments import COUNT, NATURAL, checked
 from lkarray.engine import Operand
 from lkarray.engine.strips import Strips, make_strips
 from lkarray.errors import DivergedError, SchemaError
-from lkarray.kernels.gram import free_dim, sample_coords
+from lkarray.kernels.coords import sample_coords
+from lkarray.kernels.operands import free_dim
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, losses_node
 from lkarray.waiting import workers_awaited
 

@@ -8,7 +8,8 @@ import xarray as xr
 from lkarray import engine
 from lkarray.arguments import checked
 from lkarray.engine.jackknife import Blocks, jackknife_array, jackknife_bytes
-from lkarray.kernels.gram import check_shared, free_dim, kernel_coords
+from lkarray.kernels.coords import kernel_coords
+from lkarray.kernels.operands import check_shared, free_dim
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, second
 
 _ONE_CHAIN = 10  # blocks that a lone chain is cut into
