@@ -65,12 +65,12 @@ def _problem() -> tuple[Any, Any]:
 
 def _small_blocks() -> None:
     """Make blocks and chunks small, so that a small store has several of each."""
-    from lkarray.store import commit, layout, trajectory
+    from lkarray.store import commit, layout, trace_layout
 
     commit.COMMIT_SECONDS = commit._COMMIT_SHARE = 0.0
     layout.block_draws = lambda draws, values: 32
     layout.loss_chunks = lambda depth, samples, tail=(): (1, depth, 64)
-    trajectory._BLOCK_STEPS = 8
+    trace_layout._BLOCK_STEPS = 8
 
 
 def make_sampled(path: Path, *, draws: int = 70, pause: float = 0.0) -> None:

@@ -32,7 +32,7 @@ from lkarray.nn.batches import MapDataset
 from lkarray.nn.features import Features
 from lkarray.nn.gradients import NotFactoredError
 from lkarray.nn.modes import with_gradients
-from lkarray.store import trajectory
+from lkarray.store import trace_layout
 from lkarray.training.choosing import as_trace, select
 from lkarray.training.recorder import Recorder
 from lkarray.training.trace import Trace
@@ -290,7 +290,7 @@ def _chosen(problem: Problem) -> list[str]:
 def _rates(problem: Problem, step: int) -> np.ndarray:
     """Return the learning rate of each tensor at a step: that of its parameter group."""
     groups = [problem.trace.mark["group_of"][i] for i in problem.tensors]
-    field = trajectory.FIELDS.index("learning_rate")
+    field = trace_layout.FIELDS.index("learning_rate")
     return np.asarray(problem.trace.coefficients[step, groups, field])
 
 

@@ -24,7 +24,7 @@ from lkarray.nn.flat import FlatModel
 from lkarray.nn.gradients import ExampleGradients
 from lkarray.nn.reference import Reference
 from lkarray.schema import EXAMPLE, PARAM, TIME
-from lkarray.store import trajectory
+from lkarray.store import trace_layout, trajectory
 from lkarray.training.checking import literal
 from lkarray.training.choosing import as_examples, select
 from lkarray.training.trace import Trace
@@ -261,7 +261,7 @@ class Problem:
 
     @cached_property
     def _norms(self) -> np.ndarray:
-        return trajectory.step_rows(self.trace.root, trajectory.NORM.name, 0, self.trace.steps)
+        return trajectory.step_rows(self.trace.root, trace_layout.NORM.name, 0, self.trace.steps)
 
     def check_norm(self, step: int, square: float) -> bool:
         """Say whether a batch gradient of a squared norm is the recorded one."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lkarray.store import trajectory
+from lkarray.store import trace_layout
 from lkarray.training.optimizers import RULES, kind_named
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Realised:
 
     def __init__(self, trace: Trace, *, plain: bool = False) -> None:
         self._trace, self.plain = trace, plain
-        self._fields = {name: i for i, name in enumerate(trajectory.FIELDS)}
+        self._fields = {name: i for i, name in enumerate(trace_layout.FIELDS)}
         divides = RULES[kind_named(trace.mark["optimizer"])].divides
         self._divides = "" if plain else divides
         self._group_of: list[int] = trace.mark["group_of"]

@@ -10,8 +10,8 @@ import zarr
 
 from lkarray import schema
 from lkarray.errors import MemoryBudgetError
-from lkarray.store import trajectory
-from lkarray.store.layout import stored_at
+from lkarray.store import trace_layout, trajectory
+from lkarray.store.nodes import stored_at
 from lkarray.training.replay import Replay
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class States:
         self._held: dict[int, _Segment] = {}
         group = trace.root[schema.TRAJECTORY]
         assert isinstance(group, zarr.Group)
-        self._clipped = trace.every == 1 and trajectory.DIAGONAL.name in group
+        self._clipped = trace.every == 1 and trace_layout.DIAGONAL.name in group
 
     def theta(self, step: int) -> np.ndarray:
         """Return the parameters before a step, ``(param,)``; the number of steps gives the last."""
@@ -107,9 +107,9 @@ class States:
 
         return _Segment(
             start,
-            rows(trajectory.PARAMETERS.name),
-            rows(trajectory.DENOMINATOR.name) if self._divided else None,
-            rows(trajectory.DIAGONAL.name) if self._clipped else None,
+            rows(trace_layout.PARAMETERS.name),
+            rows(trace_layout.DENOMINATOR.name) if self._divided else None,
+            rows(trace_layout.DIAGONAL.name) if self._clipped else None,
         )
 
     def _replay(self, start: int, stop: int) -> _Segment:
@@ -143,5 +143,5 @@ def segment_length(trace: Trace, *, divided: bool, memory: int) -> int:
         )
     if trace.every > 1:
         return int(min(fit, trace.every))
-    array = stored_at(trace.root, f"{schema.TRAJECTORY}/{trajectory.PARAMETERS.name}")
+    array = stored_at(trace.root, f"{schema.TRAJECTORY}/{trace_layout.PARAMETERS.name}")
     return int(min(fit, array.chunks[0]))

@@ -26,7 +26,7 @@ from lkarray.sampling.randomness import ChainRandomness
 from lkarray.sampling.samplers import Sampler
 from lkarray.sampling.target import Observable, ObservedSet, Target
 from lkarray.store.chunks import read_whole
-from lkarray.store.layout import stored_at
+from lkarray.store.nodes import stored_at
 
 logger = logging.getLogger("lkarray")
 

@@ -38,7 +38,7 @@ from lkarray.store.mending import (
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.problems import Problem
 from lkarray.store.seals import seal_of
-from lkarray.store.trajectory import ROOT
+from lkarray.store.trace_layout import ROOT
 
 _CHECKSUMS = {f"{schema.COMMIT}/{spec.name}" for spec in (schema.LATEST, schema.BLOCKS)}
 _COMMITTED = re.compile(r"(.+)/c/(\d+)(?:/\d+)*")

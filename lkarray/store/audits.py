@@ -22,6 +22,7 @@ import zarr
 from zarr.core.sync import sync
 
 from lkarray.schema import AUDIT, EPOCH
+from lkarray.store.arrays import CODECS, create_array, create_coord, require_space
 from lkarray.store.audit_layout import FIELDS, INFLUENCE, RECORD, RESULTS, STATE, AuditLayout
 from lkarray.store.checksums import crc, json_digest
 from lkarray.store.chunks import (
@@ -38,7 +39,6 @@ from lkarray.store.chunks import (
 )
 from lkarray.store.committed import array_names, reading, require_seals
 from lkarray.store.fingerprints import group_made_with, refuse_other_group
-from lkarray.store.layout import CODECS, create_array, create_coord, require_space
 from lkarray.store.location import (
     MARK,
     as_store,

@@ -23,6 +23,7 @@ import zarr
 
 from lkarray import schema
 from lkarray.errors import StoreError
+from lkarray.store.arrays import stored
 from lkarray.store.chunks import (
     chunk_keys,
     chunk_size,
@@ -34,14 +35,7 @@ from lkarray.store.chunks import (
     require_chunks,
 )
 from lkarray.store.digests import Digests, Latest
-from lkarray.store.layout import (
-    carried,
-    loss_groups,
-    recorded,
-    run_groups,
-    stored,
-    stored_fingerprint,
-)
+from lkarray.store.layout import carried, loss_groups, recorded, run_groups, stored_fingerprint
 from lkarray.store.location import is_sealed, local_path, writing
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import broken_seals, seal_of

@@ -12,10 +12,10 @@ import zarr
 from zarr.abc.store import Store
 
 from lkarray.errors import GroupError
+from lkarray.store.arrays import finish
 from lkarray.store.chunks import flush_tree
 from lkarray.store.exact import require_exact, restored, storable
 from lkarray.store.files import fsync
-from lkarray.store.layout import finish
 from lkarray.store.location import StoreLike, describe, is_sealed, local_path, open_root, writing
 from lkarray.store.locking import writer_lock
 from lkarray.store.names import DERIVED, HIDDEN, SAVED, check_name, names_in

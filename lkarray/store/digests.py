@@ -21,8 +21,9 @@ import zarr
 
 from lkarray import schema
 from lkarray.store.chunks import digests, missing, read
-from lkarray.store.layout import BLOCK_HEAD, HEAD, carried, pieces, recorded, stored_at
+from lkarray.store.layout import BLOCK_HEAD, HEAD, carried, pieces, recorded
 from lkarray.store.location import is_sealed
+from lkarray.store.nodes import stored_at
 
 
 class Latest(NamedTuple):

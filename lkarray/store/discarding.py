@@ -7,7 +7,7 @@ from typing import Any
 
 from zarr.core.sync import sync
 
-from lkarray.store.layout import finish, listed
+from lkarray.store.arrays import finish, listed
 from lkarray.store.location import StoreLike, as_store, open_root, update_mark, writing
 from lkarray.store.locking import writer_lock
 

@@ -17,7 +17,7 @@ import pandas as pd
 import xarray as xr
 
 from lkarray.errors import SchemaError
-from lkarray.store.layout import CODECS
+from lkarray.store.arrays import CODECS
 from lkarray.store.names import SAVED, check_name
 from lkarray.store.seals import SEAL
 

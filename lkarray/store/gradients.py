@@ -19,6 +19,7 @@ import zarr
 from lkarray import schema
 from lkarray.arguments import checked
 from lkarray.schema import OUTPUT, TIME, VariableSpec
+from lkarray.store.arrays import create_array, create_coord, require_space
 from lkarray.store.chunks import (
     chunk_keys,
     damaged,
@@ -32,11 +33,6 @@ from lkarray.store.chunks import (
 from lkarray.store.committed import reading, require_seals
 from lkarray.store.discarding import discard
 from lkarray.store.fingerprints import group_made_with, refuse_other_group
-from lkarray.store.layout import (
-    create_array,
-    create_coord,
-    require_space,
-)
 from lkarray.store.location import (
     MARK,
     StoreLike,

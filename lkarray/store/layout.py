@@ -1,9 +1,7 @@
-"""How arrays are laid out in a store, and the making and growing of them."""
+"""How a sampled run is laid out in a store: the making and growing of its arrays."""
 
 from __future__ import annotations
 
-import shutil
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -11,14 +9,11 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import Store
-from zarr.codecs import Crc32cCodec
 from zarr.core.sync import sync
-from zarr.errors import ZarrUserWarning
 
 from lkarray import schema
 from lkarray.errors import GroupError, StoreError
-from lkarray.schema import VariableSpec
+from lkarray.store.arrays import create_array, create_coord, listed, require_space, stored
 from lkarray.store.chunks import chunk_keys, flush, flush_tree, missing
 from lkarray.store.location import (
     MARK,
@@ -26,19 +21,13 @@ from lkarray.store.location import (
     as_store,
     create_root,
     describe,
-    inner_store,
     is_sealed,
-    local_path,
     update_mark,
     writing,
 )
 from lkarray.store.names import SAVED
-from lkarray.store.nodes import WRITE_ALL, group_at, stored_at
-from lkarray.store.objects import UrlStore
+from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import seal
-
-#: Bit flips pass raw and zstd chunks unseen, and zstd halves the speed of reading.
-CODECS = (Crc32cCodec(),)
 
 #: Bytes that one chain buffers before it must write a block; and the draws of a block beyond
 #: which it is not worth more than a few bytes, so that memory stays flat in draws.
@@ -95,33 +84,6 @@ def loss_chunks(depth: int, samples: int, tail: tuple[int, ...] = ()) -> tuple[i
     """
     width = 2048 if depth >= 200 or samples <= 2048 else 8192
     return 1, depth, min(max(width // prod(tail), 1), samples), *tail
-
-
-def create_array(
-    group: zarr.Group,
-    spec: VariableSpec,
-    shape: tuple[int, ...],
-    chunks: tuple[int, ...],
-    *,
-    dtype: Any = None,
-    fill: Any = None,
-    attrs: Mapping[str, Any] | None = None,
-) -> zarr.Array:
-    """Create the array of ``spec``: NaN, zero or ``fill`` where nothing was written."""
-    dtype = np.dtype(dtype or spec.dtype)
-    if fill is None:
-        fill = np.nan if dtype.kind == "f" else 0
-    return group.create_array(
-        spec.name,
-        shape=shape,
-        chunks=chunks,
-        dtype=dtype,
-        fill_value=dtype.type(fill),
-        compressors=CODECS,
-        dimension_names=spec.dims,
-        attributes=spec.attrs() | dict(attrs or {}),
-        config=WRITE_ALL,
-    )
 
 
 def create_run(
@@ -223,20 +185,6 @@ def _create_set(root: zarr.Group, of: LossSet, chains: int, draws: int, depth: i
         create_coord(group, name, values, schema.SAMPLE)
 
 
-def create_coord(group: zarr.Group, name: str, values: np.ndarray, dim: str) -> None:
-    """Write a coordinate of one dim, whole."""
-    array = group.create_array(
-        name,
-        shape=values.shape,
-        chunks=values.shape,
-        dtype=str if values.dtype.kind == "T" else values.dtype,
-        compressors=CODECS,
-        dimension_names=(dim,),
-        config=WRITE_ALL,
-    )
-    array[:] = values
-
-
 def stored_fingerprint(root: zarr.Group) -> dict[str, Any] | None:
     """Return the settings that the stored losses were made with, ``None`` before that."""
     return dict(root.attrs[MARK]).get(schema.LOSSES)  # type: ignore[arg-type, return-value]
@@ -260,15 +208,6 @@ def drop_unfinished(root: zarr.Group) -> None:
             )
     for name in goes:
         sync(root.store.delete_dir(name))
-
-
-def listed(store: Store) -> list[str]:
-    """Return the names at a store's top, of groups without metadata too."""
-
-    async def names() -> list[str]:
-        return [name async for name in store.list_dir("")]
-
-    return sync(names())
 
 
 def loss_groups(root: zarr.Group) -> list[str]:
@@ -347,67 +286,3 @@ def _add_records(record: zarr.Array, chains: Iterable[int]) -> None:
     for key in missing(record.store, keys):
         record[int(key.split("/")[-2])] = 0
     flush(record.store, keys)
-
-
-def finish(root: zarr.Group) -> None:
-    """Consolidate the metadata, so that plain readers open the store in one read."""
-    if root.store.supports_consolidated_metadata:
-        with writing(root.store, safe="Every draw is stored"), warnings.catch_warnings():
-            # Zarr warns that version 3 leaves it unspecified; readers without it just ignore it.
-            warnings.simplefilter("ignore", ZarrUserWarning)
-            zarr.consolidate_metadata(root.store, zarr_format=3)
-            flush(root.store, ["zarr.json"])
-
-
-def stored(root: zarr.Group, group: str, spec: VariableSpec) -> zarr.Array:
-    """Return the stored array of ``spec``, which writes chunks of nothing but zeros too."""
-    return stored_at(root, f"{group}/{spec.name}")
-
-
-def require_space(store: Store, needed: int) -> None:
-    """Raise `StoreError` unless the disk of a local store has ``needed`` bytes free.
-
-    Object storage has space, and is asked for the right to write.
-    """
-    folder = local_path(store)
-    if folder is None:
-        if isinstance(store, UrlStore):
-            with writing(store, safe="Nothing was computed"):
-                store.probe()
-        return
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise StoreError(
-            f"{describe(store)} would grow by {needed / 1e9:.2f} GB, but the disk has "
-            f"{free / 1e9:.2f} GB free; observe fewer samples, take fewer draws, or choose "
-            "another disk"
-        )
-
-
-def parts_of(root: zarr.Group) -> dict[str, Any] | None:
-    """Return what a store of several runs is made of: ``dim`` and ``labels``; or ``None``."""
-    return dict(root.attrs[MARK]).get("parts")  # type: ignore[arg-type, return-value]
-
-
-def create_parts(path: StoreLike, dim: str, labels: Sequence[Any]) -> zarr.Group:
-    """Create a store of several runs, or add labels to one; each run has a store in it."""
-    store = as_store(path)
-    root = create_root(store)
-    before = parts_of(root)
-    if stored_fingerprint(root) is not None or (before and before["dim"] != dim):
-        raise StoreError(
-            f"{describe(store)} holds another kind of run; nothing was touched. Choose another path"
-        )
-    known = before["labels"] if before else []
-    with writing(store):
-        root.require_group(dim)
-        flush(store, [f"{dim}/zarr.json"])
-        update_mark(root, parts={"dim": dim, "labels": list(dict.fromkeys([*known, *labels]))})
-    return root
-
-
-def part_store(store: Store, dim: str, label: Any) -> Store:
-    """Return the store of one run among several."""
-    return inner_store(store, f"{dim}/{label}")

@@ -18,11 +18,12 @@ from zarr.core.sync import sync
 
 from lkarray import schema
 from lkarray.errors import DamagedError
+from lkarray.store.arrays import stored
 from lkarray.store.checksums import crc, json_digest
 from lkarray.store.chunks import chunk_keys, digests, flush, read, stored_digests
 from lkarray.store.commit import Record, empty_rows
 from lkarray.store.digests import Digests
-from lkarray.store.layout import carried, loss_groups, recorded, stored
+from lkarray.store.layout import carried, loss_groups, recorded
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.problems import Problem
 from lkarray.store.reading import changed_settings

@@ -16,6 +16,7 @@ from zarr.errors import ZarrUserWarning
 from lkarray import schema
 from lkarray.arguments import checked
 from lkarray.errors import DamagedError, DivergedError, LkarrayError, StoreError
+from lkarray.store.arrays import stored
 from lkarray.store.audits import audit_marks, open_audit
 from lkarray.store.chunks import damaged, read, read_whole, require_chunks
 from lkarray.store.commit import Record, read_record
@@ -24,16 +25,14 @@ from lkarray.store.gradients import gradient_marks, open_gradients
 from lkarray.store.layout import (
     SETTINGS,
     loss_groups,
-    part_store,
-    parts_of,
     recorded_paths,
     run_groups,
-    stored,
     stored_fingerprint,
 )
 from lkarray.store.location import StoreLike, describe, is_sealed, open_root
 from lkarray.store.names import DERIVED, folders
 from lkarray.store.nodes import group_at, stored_at
+from lkarray.store.parts import part_store, parts_of
 from lkarray.store.results import results
 from lkarray.store.seals import SEAL, broken_seals, seal_of
 from lkarray.store.trajectory import open_trajectory, read_steps, trace_fingerprint

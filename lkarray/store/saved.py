@@ -22,10 +22,10 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from lkarray.errors import DamagedError, GroupError, StoreError
+from lkarray.store.arrays import CODECS, finish
 from lkarray.store.checksums import crc
 from lkarray.store.chunks import chunk_key, missing
 from lkarray.store.exact import checked_attrs, plain_attrs, require_exact, restored, storable
-from lkarray.store.layout import CODECS, finish
 from lkarray.store.location import create_root, describe, exists, open_root, sizes
 from lkarray.store.names import SAVED, names_in
 from lkarray.store.results import COMPLETE, complete, is_unfinished, wanted_chunks

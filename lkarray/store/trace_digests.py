@@ -19,9 +19,9 @@ import zarr
 
 from lkarray.errors import DamagedError
 from lkarray.schema import TRAJECTORY, VariableSpec
+from lkarray.store.arrays import create_array
 from lkarray.store.checksums import crc
 from lkarray.store.chunks import chunk_keys, damaged, digests, missing, read, stored_digests
-from lkarray.store.layout import create_array
 from lkarray.store.nodes import stored_at
 from lkarray.store.problems import Problem
 from lkarray.store.verifying_pieces import chunk_problems

@@ -21,14 +21,16 @@ from lkarray.arguments import checked
 from lkarray.errors import DamagedError, StoreError, StoreVersionError
 from lkarray.store.audits import audit_marks
 from lkarray.store.gradients import gradient_marks
-from lkarray.store.layout import part_store, parts_of, stored_fingerprint
+from lkarray.store.layout import stored_fingerprint
 from lkarray.store.location import StoreLike, as_store, describe, is_sealed, open_root
 from lkarray.store.names import DERIVED, folders, own_group
 from lkarray.store.nodes import node_at
+from lkarray.store.parts import part_store, parts_of
 from lkarray.store.problems import Problem
 from lkarray.store.results import below_diagonal, results, saved_elsewhere
 from lkarray.store.seals import seal_of, stored_metadata
-from lkarray.store.trajectory import ROOT, trace_fingerprint
+from lkarray.store.trace_layout import ROOT
+from lkarray.store.trajectory import trace_fingerprint
 from lkarray.store.verifying_pieces import (
     METADATA,
     chunk_problems,

@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 
 from lkarray.errors import DamagedError
-from lkarray.store import audits, gradients, trajectory
+from lkarray.store import audits, gradients, trace_layout, trajectory
 from lkarray.store.chunks import chunk_key, chunk_keys, read, stored_digests
 from lkarray.store.committed import array_names
 from lkarray.store.location import is_sealed
@@ -24,7 +24,7 @@ _TRIES = 3  # of looking at what a writer goes on replacing
 
 def trace_problems(root: zarr.Group) -> Iterator[Problem]:
     """Yield the faults of a store's training run."""
-    yield from _steady(trajectory.ROOT, lambda: _trace(root), lambda: trajectory.read_steps(root))
+    yield from _steady(trace_layout.ROOT, lambda: _trace(root), lambda: trajectory.read_steps(root))
 
 
 def gradient_problems(root: zarr.Group, group: str) -> Iterator[Problem]:
@@ -97,15 +97,15 @@ def _unreadable(problems: list[Problem]) -> bool:
 
 
 def _trace(root: zarr.Group) -> Iterator[Problem]:
-    groups = (trajectory.ROOT, trajectory.OPTIMIZER, trajectory.LAST)
+    groups = (trace_layout.ROOT, trace_layout.OPTIMIZER, trace_layout.LAST)
     faults = [problem for path in groups for problem in _sealed(root, path)]
     yield from faults
     if _unreadable(faults):
         return
-    record = stored_at(root, f"{trajectory.ROOT}/record")
+    record = stored_at(root, f"{trace_layout.ROOT}/record")
     if digests_of(root) is None:
-        for name in (*trajectory.DESCRIBED, trajectory.TENSOR):
-            yield from chunk_problems(stored_at(root, f"{trajectory.ROOT}/{name}"), ())
+        for name in (*trace_layout.DESCRIBED, trace_layout.TENSOR):
+            yield from chunk_problems(stored_at(root, f"{trace_layout.ROOT}/{name}"), ())
         for array, at, pieces in trajectory.committed_chunks(root):
             yield from chunk_problems(array, at, pieces=pieces)
         return
@@ -121,7 +121,7 @@ def _trace(root: zarr.Group) -> Iterator[Problem]:
             kept = trajectory.kept_rows(every, start, stop)
             yield from block_problems(root, number, slice(start, stop), kept)
         except DamagedError as error:
-            yield Problem("mismatch", f"{trajectory.ROOT}/digest", str(error))
+            yield Problem("mismatch", f"{trace_layout.ROOT}/digest", str(error))
     yield from state_problems(root, steps, block, slot)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import zarr
 
 from lkarray.schema import VariableSpec
+from lkarray.store.arrays import create_array
 from lkarray.store.chunks import chunk_keys, damaged, flush, missing, read
 from lkarray.store.committed import require_seals
-from lkarray.store.layout import create_array
 from lkarray.store.location import writing
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import add_to_seal, seal_of
@@ -31,7 +31,7 @@ from lkarray.store.trace_digests import (
     state_problems,
     text_digest,
 )
-from lkarray.store.trajectory import (
+from lkarray.store.trace_layout import (
     BATCH,
     CLIP,
     CLIP_VALUE,
@@ -46,11 +46,8 @@ from lkarray.store.trajectory import (
     PARAMETERS,
     ROOT,
     TraceLayout,
-    committed_chunks,
-    kept_rows,
-    read_steps,
-    step_rows,
 )
+from lkarray.store.trajectory import committed_chunks, kept_rows, read_steps, step_rows
 
 _COMMIT_SECONDS, _COMMIT_SHARE = 30.0, 50.0
 

@@ -6,7 +6,8 @@ from lkarray.training.hidden import activations, mode_sensitivity
 from lkarray.training.means import mean_gradient
 from lkarray.training.optimizers import RULES, Coefficients, Rule
 from lkarray.training.projection import Projection
-from lkarray.training.recorder import Recorder, record
+from lkarray.training.recorder import Recorder
+from lkarray.training.recording import record
 from lkarray.training.repairing import repair_trace
 from lkarray.training.shifting import shift_modes
 from lkarray.training.trace import Trace, open_trace

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lkarray.nn.flat import dense
-from lkarray.store.trajectory import FIELDS
+from lkarray.store.trace_layout import FIELDS
 from lkarray.training.optimizers import carried, rule_of
 
 #: Relative difference that rounding may make, by dtype.

@@ -13,7 +13,7 @@ from lkarray.nn.losses import LossFunction, per_example_loss
 from lkarray.nn.modes import with_gradients
 from lkarray.nn.trainable import moving_indices
 from lkarray.store.location import StoreLike
-from lkarray.training.recorder import record
+from lkarray.training.recording import record
 from lkarray.training.trace import Trace, open_trace
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lkarray._version import __version__
 from lkarray.nn.flat import hash_weights
 from lkarray.nn.losses import identity
-from lkarray.store.trajectory import TraceLayout
+from lkarray.store.trace_layout import TraceLayout
 
 if TYPE_CHECKING:
     from lkarray.training.capture import Capture

@@ -1,4 +1,4 @@
-"""`record`: a training run, kept step by step while the user's own loop trains."""
+"""A run being recorded: what each step leaves, and how a killed run goes on."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lkarray import progress as bars
 from lkarray import store
-from lkarray.arguments import checked
 from lkarray.errors import FingerprintError, LockedError, StoreError
-from lkarray.nn.batches import MapDataset, check_workers
+from lkarray.nn.batches import MapDataset
 from lkarray.nn.losses import LossFunction
-from lkarray.nn.modes import gradients_on, with_gradients
+from lkarray.nn.modes import gradients_on
 from lkarray.nn.trainable import require_module
-from lkarray.store import trajectory
+from lkarray.store import trace_layout, trajectory
 from lkarray.store.location import StoreLike, create_root, exists, open_root
 from lkarray.store.writing_trace import Row, TraceWriter
 from lkarray.training import guards
@@ -32,111 +30,6 @@ from lkarray.training.schedule import load_schedule, schedule_state
 from lkarray.training.trace import Trace, open_trace
 
 Indices = Sequence[int] | np.ndarray | Tensor
-
-
-@checked()
-@with_gradients
-def record(
-    model: nn.Module,
-    optimizer: Optimizer,
-    train_set: MapDataset,
-    *,
-    loss: str | LossFunction = "cross_entropy",
-    store: StoreLike,
-    scheduler: Any = None,
-    every: int = 1,
-    check_every: int = 100,
-    num_workers: int | None = None,
-    progress: bool = True,
-) -> Recorder:
-    """Record a training run while your own loop trains.
-
-    ::
-
-        with lk.record(model, optimizer, train_set, store="train.zarr") as trace:
-            for indices in batches:
-                with trace.step(indices):
-                    optimizer.zero_grad()
-                    F.cross_entropy(model(inputs[indices]), labels[indices]).backward()
-                    optimizer.step()
-
-    Each step keeps the parameters before it, the examples of its batch, and what the optimizer
-    really did: preconditioner, momentum, learning rate, clipping, both kinds of weight decay, read
-    from its state. So a trace answers questions that were not thought of while training.
-
-    Parameters
-    ----------
-    model
-        Any module of float32 or float64 parameters on one device.
-    optimizer
-        ``SGD``, ``Adam``, ``AdamW``, ``NAdam``, ``RMSprop`` or ``Adagrad`` of ``torch.optim``; for
-        another, add to ``lkarray.training.RULES``. Frozen parameters that it holds
-        (``requires_grad`` false) are left out of the trace.
-    train_set
-        Map-style dataset of ``(input, target)``: the items that are trained on, as they are
-        trained on.
-    loss
-        A name or a callable, as for `lkarray.LocalPosterior`: its mean over the batch must be
-        what the loop's backward pass differentiates.
-    store
-        Path, URL or Zarr store.
-    scheduler
-        A learning-rate scheduler, so that `Recorder.remaining` can set it back too. The rates
-        themselves are read from the optimizer.
-    every
-        Keep the parameters of each ``every``-th step only; those between are computed again when
-        they are asked for, to the same bits on the same device. The optimizer's state is kept with
-        them.
-    check_every
-        Steps from one check to the next, of what is recorded against the model: the gradient
-        applied must be the mean of per-example gradients, and the update what the optimizer's
-        rule says. A check costs about one forward and backward pass; the first two steps have one.
-    num_workers
-        Processes that read the training set's items for these checks; as in `lkarray.sample`.
-    progress
-        Whether to show a bar over that reading when it takes longer than two seconds.
-
-    Returns
-    -------
-    Recorder
-        A context manager; enter it before the first step.
-
-    Raises
-    ------
-    TypeError
-        The optimizer is not known, or an argument is of the wrong type.
-    ValueError
-        The optimizer has parameters that the model lacks, parameters are on several devices, or
-        examples of a batch influence each other. In `Recorder.step`: the step breaks one of the
-        rules there.
-    FingerprintError
-        The store has a trace of other code, weights, data or settings.
-    DamagedError
-        Something of the trace in the store is missing, or not what was committed; it is left as it
-        is.
-    LockedError
-        Another process writes to the store.
-
-    Notes
-    -----
-    Memory: two blocks of steps (16 MiB of parameters each, or one step of a larger model), and as
-    much again for an optimizer with a preconditioner. Disk: the parameters of a step (twice
-    that with a preconditioner), divided by ``every``. A killed run leaves a trace up to the last
-    commit (each block, at least every 30 s); run the loop again, over `Recorder.remaining` or
-    from its beginning, to go on.
-    """
-    with bars.showing(progress):
-        return Recorder(
-            model,
-            optimizer,
-            train_set,
-            loss,
-            store,
-            scheduler,
-            every,
-            check_every,
-            check_workers(num_workers),
-        )
 
 
 class Recorder:
@@ -223,7 +116,7 @@ class Recorder:
         if not any(error) and self.steps == self._writer.committed == 0:
             raise ValueError(guards.NOTHING)
 
-    def _prepare(self) -> tuple[Any, trajectory.TraceLayout]:
+    def _prepare(self) -> tuple[Any, trace_layout.TraceLayout]:
         """Make the trace, or check that the one there is of this run."""
         layout = layout_of(self._capture, len(self._optimizer.param_groups), self._every)
         now = fingerprint(self._model, self._check, self._capture, self._every)
@@ -240,7 +133,7 @@ class Recorder:
                 return root, layout
         if self._refused is not None:
             raise self._refused
-        return trajectory.create_trace(target, layout, now), layout
+        return trace_layout.create_trace(target, layout, now), layout
 
     def _keeper(self, index: int) -> Callable[[Tensor], None]:
         def keep(parameter: Tensor) -> None:
@@ -355,17 +248,17 @@ class Recorder:
                 self._check.refuse_other_bits(before, capture.raw, batch)
             self._check.update(capture, before, after, applied, coefficients, denominator, at)
         values: dict[str, Any] = {
-            trajectory.COEFFICIENTS.name: coefficients,
-            trajectory.CLIP.name: factors,
-            trajectory.CLIP_VALUE.name: bound,
-            trajectory.BATCH.name: batch,
-            trajectory.LOSS.name: loss,
-            trajectory.NORM.name: norm,
+            trace_layout.COEFFICIENTS.name: coefficients,
+            trace_layout.CLIP.name: factors,
+            trace_layout.CLIP_VALUE.name: bound,
+            trace_layout.BATCH.name: batch,
+            trace_layout.LOSS.name: loss,
+            trace_layout.NORM.name: norm,
         }
         if at % self._every == 0:
-            values[trajectory.PARAMETERS.name] = before.cpu().numpy()
+            values[trace_layout.PARAMETERS.name] = before.cpu().numpy()
         if denominator is not None and self._every == 1:
-            values[trajectory.DENOMINATOR.name] = denominator.cpu().numpy()
+            values[trace_layout.DENOMINATOR.name] = denominator.cpu().numpy()
         if at < self._writer.committed:
             self._compare(values, at)
         elif self._refused is not None:
@@ -381,8 +274,8 @@ class Recorder:
     def _compare(self, values: dict[str, Any], at: int) -> None:
         """Raise unless a step that is stored came out the same."""
         stored = trajectory.read_row(self._root, at, self._every)
-        batch = stored[trajectory.BATCH.name]
-        stored[trajectory.BATCH.name] = batch[batch >= 0]
+        batch = stored[trace_layout.BATCH.name]
+        stored[trace_layout.BATCH.name] = batch[batch >= 0]
         differ = [n for n in stored if n in values and not np.array_equal(stored[n], values[n])]
         if differ:
             raise FingerprintError(
@@ -414,7 +307,7 @@ class Recorder:
         stored, given = self._writer.committed, iter(batches)
         if stored and self.steps == 0:
             for at, batch in enumerate(islice(given, stored)):
-                self._compare({trajectory.BATCH.name: np.asarray(batch)}, at)
+                self._compare({trace_layout.BATCH.name: np.asarray(batch)}, at)
             self._restore()
         yield from given
 

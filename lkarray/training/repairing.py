@@ -10,7 +10,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 
 from lkarray import store as stores
-from lkarray.store import trajectory
+from lkarray.store import trace_layout, trajectory
 from lkarray.store.chunks import chunk_keys, flush
 from lkarray.store.location import address, create_root, writing
 from lkarray.store.nodes import stored_at
@@ -80,7 +80,7 @@ def _repair(root: zarr.Group, trace: Trace, number: int, rows: slice) -> list[st
     before: dict[str, Buffer | None] = {}
     with writing(root.store, safe="What was whole is untouched"):
         for path in sorted(lost & set(taken)):
-            array = stored_at(root, f"{trajectory.ROOT}/{path}")
+            array = stored_at(root, f"{trace_layout.ROOT}/{path}")
             for start, values in taken[path].items():
                 keys = chunk_keys(array, (start // array.chunks[0],))
                 before |= {key: _content(root, key) for key in keys}
@@ -92,7 +92,7 @@ def _repair(root: zarr.Group, trace: Trace, number: int, rows: slice) -> list[st
             if _array_of(key) in still:
                 _put_back(root, key, content)
     done = sorted((lost & set(taken)) - still)
-    return [f"{trajectory.ROOT}/{p} of steps {rows.start} to {rows.stop - 1}" for p in done]
+    return [f"{trace_layout.ROOT}/{p} of steps {rows.start} to {rows.stop - 1}" for p in done]
 
 
 def _per_step(trace: Trace, rows: slice) -> _Rows:
@@ -103,10 +103,10 @@ def _per_step(trace: Trace, rows: slice) -> _Rows:
         theta.append(replay.until(step))
         replay.until(step + 1)
         denominators.append(replay.denominator())
-    found: _Rows = {trajectory.PARAMETERS.name: {rows.start: np.stack(theta)}}
+    found: _Rows = {trace_layout.PARAMETERS.name: {rows.start: np.stack(theta)}}
     known = [values for values in denominators if values is not None]
     if known:
-        found[trajectory.DENOMINATOR.name] = {rows.start: np.stack(known)}
+        found[trace_layout.DENOMINATOR.name] = {rows.start: np.stack(known)}
     return found
 
 
@@ -121,14 +121,14 @@ def _kept(trace: Trace, rows: slice) -> _Rows:
             continue
         replay.until(at * trace.every)
         for name, values in replay.state().items():
-            inside = "" if name == trajectory.PARAMETERS.name else "optimizer/"
+            inside = "" if name == trace_layout.PARAMETERS.name else "optimizer/"
             found.setdefault(f"{inside}{name}", {})[at] = values[None]
     return found
 
 
 def _array_of(path: str) -> str:
     """Return the path below the trajectory's group of the array that a problem is of."""
-    return path.removeprefix(f"{trajectory.ROOT}/").partition("/c/")[0].partition(" of ")[0]
+    return path.removeprefix(f"{trace_layout.ROOT}/").partition("/c/")[0].partition(" of ")[0]
 
 
 def _filled(array: zarr.Array, values: np.ndarray) -> np.ndarray:

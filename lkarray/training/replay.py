@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lkarray.errors import FingerprintError
-from lkarray.store import trajectory
+from lkarray.store import trace_layout, trajectory
 from lkarray.training.capture import Capture
 from lkarray.training.optimizers import kind_named
 
@@ -54,7 +54,7 @@ class Replay:
         self._optimizer = kind(groups)
         self._capture = Capture(moving, self._optimizer)
         state = trajectory.kept_state(trace.root, kept)
-        state[trajectory.PARAMETERS.name] = trajectory.kept_parameters(trace.root, kept)
+        state[trace_layout.PARAMETERS.name] = trajectory.kept_parameters(trace.root, kept)
         self._capture.load(state)
 
     def until(self, step: int) -> np.ndarray:

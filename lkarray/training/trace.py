@@ -19,7 +19,7 @@ from lkarray.nn.flat import FlatModel
 from lkarray.nn.losses import NAMED, LossFunction, PerExampleLoss, per_example_loss
 from lkarray.nn.modes import with_gradients
 from lkarray.nn.trainable import require_module
-from lkarray.store import trajectory
+from lkarray.store import trace_layout, trajectory
 from lkarray.store.chunks import read_whole
 from lkarray.store.committed import read_rows
 from lkarray.store.location import StoreLike, open_root
@@ -160,24 +160,24 @@ class Trace:
     @cached_property
     def losses(self) -> np.ndarray:
         """Mean loss of the batch before each step, ``(step,)`` nats; NaN where unchecked."""
-        return self._row(trajectory.LOSS.name)
+        return self._row(trace_layout.LOSS.name)
 
     @cached_property
     def coefficients(self) -> np.ndarray:
         """Scalars of each update, ``(step, group, field)``; see ``lkarray.training.optimizers``."""
-        return self._row(trajectory.COEFFICIENTS.name)
+        return self._row(trace_layout.COEFFICIENTS.name)
 
     @property
     def learning_rates(self) -> np.ndarray:
         """Learning rate of each step, ``(step,)``, of the optimizer's first group that trains."""
         first = min(self.mark["group_of"])  # groups before it are of frozen parameters alone
-        return np.asarray(self.coefficients[:, first, trajectory.FIELDS.index("learning_rate")])
+        return np.asarray(self.coefficients[:, first, trace_layout.FIELDS.index("learning_rate")])
 
     def options(self, step: int) -> list[dict[str, Any]]:
         """Return the options of each of the optimizer's groups that may change with the steps."""
         out = []
         for row in self.coefficients[step].tolist():
-            of = dict(zip(trajectory.FIELDS, row, strict=True))
+            of = dict(zip(trace_layout.FIELDS, row, strict=True))
             found: dict[str, Any] = {"lr": of["learning_rate"], "weight_decay": of["weight_decay"]}
             if not np.isnan(of["beta2"]):
                 found["betas"] = (of["mu"], of["beta2"])
@@ -189,17 +189,17 @@ class Trace:
     @cached_property
     def clip_bounds(self) -> np.ndarray:
         """Bound of clipping by value, ``(step,)``; infinite where there was none."""
-        return self._row(trajectory.CLIP_VALUE.name)
+        return self._row(trace_layout.CLIP_VALUE.name)
 
     @cached_property
     def clip(self) -> np.ndarray:
         """Factor that clipping gave each tensor's gradient, ``(step, tensor)``."""
-        return self._row(trajectory.CLIP.name)
+        return self._row(trace_layout.CLIP.name)
 
     @cached_property
     def batches(self) -> np.ndarray:
         """Examples of each batch, ``(step, position)``; -1 where a batch is smaller."""
-        return self._row(trajectory.BATCH.name)
+        return self._row(trace_layout.BATCH.name)
 
     def batch(self, step: int) -> np.ndarray:
         """Return the examples of one step's batch."""
@@ -232,12 +232,12 @@ class Trace:
                 f"steps must ascend within 0 to {self.steps}, the state after the last, not "
                 f"{wanted[:5]}..."
             )
-        kept = self._array(trajectory.PARAMETERS.name)
+        kept = self._array(trace_layout.PARAMETERS.name)
         rows = kept.chunks[0]
         block, first, replay = None, -1, None
         for step in wanted:
             if step == self.steps and step % self.every == 0:
-                yield step, trajectory.last_state(self.root)[trajectory.PARAMETERS.name]
+                yield step, trajectory.last_state(self.root)[trace_layout.PARAMETERS.name]
             elif step % self.every == 0:
                 at = step // self.every
                 if block is None or not first <= at < first + len(block):
@@ -260,7 +260,7 @@ class Trace:
         if not 0 <= step < self.steps:
             raise ValueError(f"step must be 0 to {self.steps - 1}, not {step}")
         if self.every == 1:
-            name = trajectory.DENOMINATOR.name
+            name = trace_layout.DENOMINATOR.name
             return np.asarray(trajectory.step_rows(self.root, name, step, step + 1)[0])
         replay = Replay(self, step // self.every)
         replay.until(step + 1)

@@ -12,7 +12,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 import lkarray as lk
-from lkarray.store import audits, gradients, trajectory
+from lkarray.store import audits, gradients, trace_layout, trajectory
 from lkarray.store.location import create_root, exists
 from lkarray.store.writing_trace import Row, TraceWriter
 
@@ -105,8 +105,8 @@ class Inline(Executor):
 # --- training runs --------------------------------------------------------------------------------
 
 
-def layout(every: int) -> trajectory.TraceLayout:
-    return trajectory.TraceLayout(
+def layout(every: int) -> trace_layout.TraceLayout:
+    return trace_layout.TraceLayout(
         [("a", "", 0, 3), ("b", "", 3, SIZE)], "float64", 1, every, True, ["exp_avg"], ["step"]
     )
 
@@ -120,7 +120,7 @@ def row(step: int, every: int) -> Row:
     """What a step leaves; batches widen beyond one chunk, and some steps are clipped."""
     rng = np.random.default_rng(step)
     values = {
-        "coefficients": rng.normal(size=(1, len(trajectory.FIELDS))),
+        "coefficients": rng.normal(size=(1, len(trace_layout.FIELDS))),
         "clip": rng.normal(size=2),
         "clip_value": rng.normal(),
         "batch": rng.integers(0, 99, 1500 if step in (1, 3) else 8 + step),
@@ -137,7 +137,7 @@ def row(step: int, every: int) -> Row:
 def train(store: Any, every: int, steps: int = STEPS) -> None:
     root = create_root(store)
     if trajectory.trace_fingerprint(root) is None:
-        trajectory.create_trace(store, layout(every), {"every": every})
+        trace_layout.create_trace(store, layout(every), {"every": every})
     writer = TraceWriter(create_root(store), layout(every), Inline())
     for step in range(writer.committed, steps):
         writer.append(row(step, every))
@@ -151,17 +151,17 @@ def train(store: Any, every: int, steps: int = STEPS) -> None:
 @LAST_OR_ALL
 @pytest.mark.parametrize("every", [1, 2])
 def test_trace__killed_after_any_write_goes_on_with_the_same_bits(every, last, monkeypatch):
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", BLOCK)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", BLOCK)
     whole_run = Log()
     train(whole_run, every)
     assert lk.verify(whole_run) == []
     whole = lk.open(whole_run)["trajectory"].to_dataset().compute()
-    kept = arrays(whole_run, trajectory.OPTIMIZER)
+    kept = arrays(whole_run, trace_layout.OPTIMIZER)
 
     def check(store: Log) -> None:
         xr_found = lk.open(store)["trajectory"].to_dataset().compute()
         assert xr_found.identical(whole)
-        assert_equal(arrays(store, trajectory.OPTIMIZER), kept)
+        assert_equal(arrays(store, trace_layout.OPTIMIZER), kept)
         found, expected = (trajectory.last_state(create_root(p)) for p in (store, whole_run))
         assert_equal(found, expected)
 

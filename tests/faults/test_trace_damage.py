@@ -11,7 +11,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors
-from lkarray.store import audits, gradients, trajectory
+from lkarray.store import audits, gradients, trace_layout, trajectory
 from lkarray.store.location import create_root
 from lkarray.training import repair_trace
 from tests.faults import test_commit_kills as made
@@ -27,7 +27,7 @@ OPTIMIZERS = {
 
 def computed(monkeypatch, store, optimizer: str, every: int) -> None:
     """Record a run of two blocks, and make gradients, factors and an audit of two panels."""
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", 5)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", 5)
     monkeypatch.setattr("lkarray.auditing.describing.rows_of_a_panel", lambda problem, budget: 2)
     trace = recorded(OPTIMIZERS[optimizer], store=store, every=every, steps=8)
     lk.gradient_features(trace, range(9), times=[0, 7], store=store)
@@ -88,7 +88,7 @@ def outcome(store: made.Log, attack: Attack, work, whole) -> str:
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_resume__of_a_damaged_run_is_refused_or_leaves_the_damage_to_be_seen(every, monkeypatch):
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", made.BLOCK)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", made.BLOCK)
     store = made.Log()
     made.train(store, every, steps=3)
     whole = made.Log()
@@ -130,7 +130,7 @@ def test_resume__of_damaged_tensors_and_audits(work, group):
     ],
 )
 def test_audit__of_a_run_that_misses_a_chunk_is_refused(lost, tmp_path, monkeypatch):
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", 5)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", 5)
     recorded(OPTIMIZERS["adam"], store=tmp_path / "t", steps=8)
     (tmp_path / "t" / lost).unlink()
 
@@ -193,7 +193,7 @@ def test_open__of_missing_labels_is_refused_and_lazy_chunks_when_they_are_read(t
     ],
 )
 def test_verify__names_the_file(key, attack, kind, monkeypatch):
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", made.BLOCK)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", made.BLOCK)
     store = made.Log()
     made.train(store, 1)
     made.differentiate(store, None)
@@ -229,7 +229,7 @@ def test_text_labels__have_a_checksum(tmp_path):
     ],
 )
 def test_verify__sees_chunks_in_each_others_places(a, b, monkeypatch):
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", made.BLOCK)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", made.BLOCK)
     store = made.Log()
     made.train(store, 2 if "optimizer" in a else 1)
     made.differentiate(store, None)
@@ -264,7 +264,7 @@ def as_before(store: made.Log) -> None:
 
 
 def test_old_stores__open_go_on_and_verify(monkeypatch):
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", made.BLOCK)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", made.BLOCK)
     store, whole = made.Log(), made.Log()
     made.train(store, 1, steps=3)
     as_before(store)
@@ -291,7 +291,7 @@ def test_old_stores__open_go_on_and_verify(monkeypatch):
 
 def test_clipping__that_ends_leaves_a_run_that_opens(monkeypatch):
     """The factors of clipping end with the block in which the last gradient was clipped."""
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", made.BLOCK)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", made.BLOCK)
     store = made.Log()
     made.train(store, 1, steps=9)
     found = lk.open(store)["trajectory"]["clip_diagonal"]
@@ -303,7 +303,7 @@ def test_clipping__that_ends_leaves_a_run_that_opens(monkeypatch):
 
 def test_batches__that_widen_are_no_damage(monkeypatch):
     """Blocks before a larger batch have no chunk of the examples beyond theirs."""
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", made.BLOCK)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", made.BLOCK)
     store = made.Log()
     made.train(store, 1, steps=4)
     monkeypatch.setattr(made, "row", lambda step, every, plain=made.row: plain(1, every))
@@ -328,7 +328,7 @@ def test_batches__that_widen_are_no_damage(monkeypatch):
 )
 def test_repair_trace__takes_lost_states_again_to_the_bit(every, attack, tmp_path, monkeypatch):
     path = tmp_path / "t"
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", 5 if every == 1 else 100)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", 5 if every == 1 else 100)
     recorded(OPTIMIZERS["adam"], store=path, steps=8, every=every)
     files = Files(path)
     before = dict(files)

@@ -203,8 +203,8 @@ def test_record__refuses_a_store_of_other_weights_code_or_settings(train, tmp_pa
 KILLED = """
     import sys, time
     from tests.helpers.recorded_runs import network, examples, batches_of, cross_entropy
-    from lkarray.store import trajectory
-    trajectory._BLOCK_STEPS = 8
+    from lkarray.store import trace_layout
+    trace_layout._BLOCK_STEPS = 8
     import torch, lkarray as lk
     model, data = network(), examples()
     inputs, labels = data.tensors
@@ -220,9 +220,9 @@ KILLED = """
 
 
 def test_record__killed_runs_leave_a_readable_trace_and_go_on(tmp_path, monkeypatch):
-    from lkarray.store import trajectory
+    from lkarray.store import trace_layout
 
-    monkeypatch.setattr(trajectory, "_BLOCK_STEPS", 8)
+    monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", 8)
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(KILLED))
     command = [sys.executable, str(script)]
