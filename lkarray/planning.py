@@ -12,7 +12,7 @@ import xarray as xr
 from dask.utils import format_bytes, format_time
 
 from lkarray.arguments import checked
-from lkarray.engine.contraction import Contraction, contraction_of
+from lkarray.engine.contraction import Contraction, contraction_of, count_tasks
 from lkarray.engine.plan import parts_of
 from lkarray.results import Result, as_dataset
 
@@ -110,13 +110,12 @@ def plan(kernel: Result) -> KernelPlan:
 
 def _describe(c: Contraction, array: xr.DataArray, written: int) -> KernelPlan:
     p = c.plan
-    layers = array.data.__dask_graph__().layers.values()
     seconds = max(c.operations / _rate(c.precision), _bytes_read(c) / _READ_RATE)
     return KernelPlan(
         tiles=sum(1 for _ in c.tiles()),
         side=max(s.stop - s.start for s in (*p.rows, *p.cols)),
         pieces=len(p.pieces),
-        tasks=sum(len(layer) for layer in layers if _is_ours(layer)),
+        tasks=count_tasks(array.data),
         operations=c.operations,
         bytes_read=_bytes_read(c),
         bytes_written=written,
@@ -125,11 +124,6 @@ def _describe(c: Contraction, array: xr.DataArray, written: int) -> KernelPlan:
         precision=c.precision,
         seconds=seconds,
     )
-
-
-def _is_ours(layer: Any) -> bool:
-    """Say whether a layer is made of tiles: the input's graph is inside the contraction."""
-    return bool(layer.is_materialized())
 
 
 def _bytes_read(c: Contraction) -> int:

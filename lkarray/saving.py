@@ -12,15 +12,13 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 import zarr
-from dask.base import tokenize
-from dask.delayed import Delayed
-from dask.highlevelgraph import HighLevelGraph
 from zarr.abc.store import Store
 from zarr.storage import MemoryStore
 
 from lkarray.arguments import checked
 from lkarray.engine.contraction import Contraction, Tile, compute_tile, contraction_of, gram_array
 from lkarray.engine.plan import WRITTEN_BYTES, make_plan, on_cluster
+from lkarray.engine.tasks import Tasks
 from lkarray.errors import SchemaError, StoreError
 from lkarray.progress import dask_bar
 from lkarray.results import Result, alone
@@ -212,8 +210,8 @@ def _sound(array: zarr.Array) -> set[Index]:
     there = stored_indices(array)
     batches = [there[start : start + _BATCH] for start in range(0, len(there), _BATCH)]
     check = dask.delayed(sound_chunks, pure=False)
-    found: list[list[Index]] = list(dask.compute(*(check(array, batch) for batch in batches)))
-    return {index for batch in found for index in batch}
+    sound: tuple[list[Index], ...] = dask.compute(*(check(array, batch) for batch in batches))
+    return {index for batch in sound for index in batch}
 
 
 def _compare(work: _Work, array: zarr.Array, written: Iterable[Index], group: str) -> None:
@@ -230,25 +228,17 @@ def _compare(work: _Work, array: zarr.Array, written: Iterable[Index], group: st
 
 
 def _run(work: _Work, array: zarr.Array, todo: Iterable[tuple[Any, list[Index]]]) -> None:
-    name = f"save-{tokenize(work.data.name, array.path, str(array.store))}"
-    graph: dict[Any, Any] = {f"{name}-array": array}
-    c = work.contraction
-    if c is not None:
-        graph[f"{name}-contraction"] = c
-    for number, (tile, outs) in enumerate(todo):
-        task: tuple[Any, ...]
-        if c is not None:
-            task = (_save_tile, f"{name}-contraction", tile, f"{name}-array", outs)
-        else:
-            task = (_save_block, (work.data.name, *tile), f"{name}-array", outs)
-        graph[(name, number)] = task
-    keys = [key for key in graph if isinstance(key, tuple)]
-    if not keys:
-        return
-    graph[f"{name}-all"] = (_count, keys)
-    below: list[Any] = [] if c is not None else [work.data]
-    whole = HighLevelGraph.from_collections(name, graph, below)
-    dask.compute(Delayed(f"{name}-all", whole, layer=name))
+    """Compute and write tiles, or blocks of an array, each in one task."""
+    tasks = Tasks("save", work.data.name, array.path, str(array.store))
+    target = tasks.hold(array)
+    if work.contraction is not None:
+        c = tasks.hold(work.contraction)
+        written = [tasks.then(_save_tile, c, tile, target, outs) for tile, outs in todo]
+    else:
+        blocks = [(tasks.block(work.data, index), outs) for index, outs in todo]
+        written = [tasks.then(_save_block, block, target, outs) for block, outs in blocks]
+    if written:
+        dask.compute(tasks.delayed(tasks.then(_count, written)))
 
 
 def _save_tile(c: Contraction, tile: Tile, array: zarr.Array, outs: list[Index]) -> int:
@@ -265,5 +255,5 @@ def _save_block(
     return len(outs)
 
 
-def _count(parts: list[int]) -> int:
-    return sum(parts)
+def _count(written: list[int]) -> int:
+    return sum(written)

@@ -177,6 +177,12 @@ def contraction_of(array: Any) -> Contraction | None:
     return None
 
 
+def count_tasks(array: da.Array) -> int:
+    """Return the tasks of a view of a contraction; the input's graph is inside the contraction."""
+    layers = array.__dask_graph__().layers.values()
+    return sum(len(layer) for layer in layers if layer.is_materialized())
+
+
 def gram_array(c: Contraction) -> da.Array:
     """Return the Gram as a Dask array ``(*each, rows, cols)``, one tile a chunk.
 

@@ -8,7 +8,7 @@ here is n x n unless n is the shorter side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, prod
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from dask.utils import format_bytes
 
-from lkarray.engine.blas import product_slot
 from lkarray.engine.operand import Operand, Piece
 from lkarray.engine.plan import (
     _BUFFERS,
@@ -32,10 +31,6 @@ from lkarray.errors import MemoryBudgetError
 _MOST = 2048  # of the long side in a strip: wider ones multiply no faster
 _NEAR = 4  # the longer side over the shorter, up to which either may be cut
 _HELD = 2  # strips of a task in memory: one in use, one being standardised
-
-#: What a pass calls on each strip: the blocks of all operands, the strip's place along the
-#: long side, and whatever else the pass was given.
-Step = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class Strips:
         return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     @property
-    def parts(self) -> list[range]:
+    def shares(self) -> list[range]:
         """Strips of each task of a pass: neighbours, so that its results are contiguous."""
         bounds = np.linspace(0, len(self.cuts), self.groups + 1).astype(int).tolist()
         return [range(a, b) for a, b in pairwise(bounds)]
@@ -226,137 +221,3 @@ def _cut(x: Operand, rows: bool, width: int) -> tuple[Any, ...]:
 
 def _volume(piece: Piece) -> int:
     return prod(stop - start for start, stop in piece)
-
-
-def total(
-    graph: dict[Any, Any],
-    name: str,
-    node: str,
-    strips: Strips,
-    step: Step,
-    *args: Any,
-    turn: int = 0,
-) -> str:
-    """Add a pass that sums ``step(blocks, span, *args)`` over all strips; return its key.
-
-    Sums are float64 (of arrays, or of tuples of arrays), in a fixed order. A pass of odd
-    ``turn`` visits each task's strips backwards, so that a cache of some of them is hit.
-    """
-    run = (_sum_strips, node, step)
-    graph[name] = (_add_all, _tasks(graph, f"{name}-sum", run, strips, args, turn))
-    return name
-
-
-def joined(
-    graph: dict[Any, Any],
-    name: str,
-    node: str,
-    strips: Strips,
-    step: Step,
-    *args: Any,
-    turn: int = 0,
-) -> list[Any]:
-    """Add a pass that joins ``step(blocks, span, *args)`` along the long side; return its keys.
-
-    One key, and one chunk of the result, for each task.
-    """
-    return _tasks(graph, f"{name}-join", (_join_strips, node, step), strips, args, turn)
-
-
-def _tasks(
-    graph: dict[Any, Any],
-    name: str,
-    run: tuple[Any, ...],
-    strips: Strips,
-    args: tuple[Any, ...],
-    turn: int,
-) -> list[Any]:
-    """Add the tasks of a pass, one for each group of strips; return their keys."""
-    keys = [(name, g) for g in range(len(strips.parts))]
-    for key, part in zip(keys, strips.parts, strict=True):
-        graph[key] = (*run, part, turn % 2 == 1, list(args))
-    return keys
-
-
-def joined_chunks(strips: Strips) -> tuple[int, ...]:
-    """Return the lengths of what `joined` gives."""
-    spans = strips.spans
-    return tuple(spans[p[-1]].stop - spans[p[0]].start for p in strips.parts)
-
-
-def _visit(strips: Strips, step: Step, k: int, args: list[Any]) -> Any:
-    blocks = strips.blocks(k)
-    with product_slot(many=False):
-        return step(blocks, strips.spans[k], *args)
-
-
-def _sum_strips(strips: Strips, step: Step, part: range, back: bool, args: list[Any]) -> Any:
-    out: Any = None
-    for k in reversed(part) if back else part:
-        found = _visit(strips, step, k, args)
-        if found is None:  # the pass is not needed any more
-            return None
-        out = _add(out, found)
-    return out
-
-
-def _join_strips(strips: Strips, step: Step, part: range, back: bool, args: list[Any]) -> Any:
-    found = {k: _visit(strips, step, k, args) for k in (reversed(part) if back else part)}
-    return np.concatenate([found[k] for k in part])
-
-
-def _add(total: Any, part: Any) -> Any:
-    if isinstance(part, tuple):
-        return tuple(_add(None if total is None else total[i], p) for i, p in enumerate(part))
-    if total is None:
-        return np.asarray(part, np.float64)
-    total += part
-    return total
-
-
-def _add_all(parts: list[Any]) -> Any:
-    if parts[0] is None:
-        return None
-    out = parts[0]
-    for part in parts[1:]:
-        out = (
-            tuple(a + b for a, b in zip(out, part, strict=True))
-            if isinstance(out, tuple)
-            else out + part
-        )
-    return out
-
-
-# --- steps ------------------------------------------------------------------------------------
-
-
-def gram_step(blocks: tuple[np.ndarray, ...], span: slice, exact: bool = False) -> np.ndarray:
-    """Return ``b b'``, the Gram of the short side, in float64 where ``exact``."""
-    b = blocks[0].astype(np.float64) if exact else blocks[0]
-    product: np.ndarray = b @ b.T
-    return product
-
-
-def cross_step(blocks: tuple[np.ndarray, ...], span: slice) -> np.ndarray:
-    """Return ``a b'`` of two operands that share their rows."""
-    product: np.ndarray = blocks[0] @ blocks[1].T
-    return product
-
-
-def times_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
-    """Return ``b M`` for a matrix along the long side."""
-    product: np.ndarray = blocks[0] @ matrix[span].astype(blocks[0].dtype, copy=False)
-    return product
-
-
-def project_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
-    """Return ``b' M`` for a matrix along the short side."""
-    product: np.ndarray = blocks[0].T @ matrix.astype(blocks[0].dtype, copy=False)
-    return product
-
-
-def apply_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
-    """Return ``b b' M`` for a matrix along the short side: both products in one reading."""
-    b = blocks[0]
-    product: np.ndarray = b @ (b.T @ matrix.astype(b.dtype, copy=False))
-    return product

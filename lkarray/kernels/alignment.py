@@ -8,12 +8,12 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import xarray as xr
-from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.arguments import COUNT, checked, one_of
 from lkarray.engine import Operand
-from lkarray.engine.strips import make_strips, total
+from lkarray.engine.passes import Passes
+from lkarray.engine.strips import make_strips
+from lkarray.engine.tasks import Key
 from lkarray.errors import SchemaError
 from lkarray.kernels.operands import (
     CENTERS,
@@ -63,8 +63,9 @@ def frobenius(
     tensors = [as_losses(a, name="a"), as_losses(a if b is None else b, name="b")]
     if b is None:
         tensors.pop()
-    found = _Products(tensors, center, normalize, memory).compute([(0, len(tensors) - 1)], None)
-    return _scalar(found[0], "frobenius", center=center, normalize=normalize)
+    pairs = [(0, len(tensors) - 1)]
+    products = _Products(tensors, center, normalize, memory).compute(pairs, None)
+    return _scalar(products[0], "frobenius", center=center, normalize=normalize)
 
 
 @checked()
@@ -118,13 +119,13 @@ def cka(
         raise ValueError(f"debiased must be False, 'samples' or 'draws', not {debiased!r}")
     x, y = as_losses(a, name="a"), as_losses(b, name="b")
     if debiased == "draws":
-        parts = [part for z in (x, y) for part in _halves(z)]
-        pairs = [(0, 1), (2, 3), (0, 3), (1, 2)]
-        return _align(parts, pairs, None, center, normalize, memory)
+        halves = [*_halves(x), *_halves(y)]  # even and odd chains of x, then of y
+        pairs = [(0, 1), (2, 3), (0, 3), (1, 2)]  # both norms, then both products
+        return _align(halves, pairs, None, center, normalize, memory)
     if debiased == "samples":
         rows = free_dim(x, "a", POSTERIOR, ())
         if x.sizes[rows] < 4:
-            raise ValueError(f"debiased='samples' needs four samples, found {x.sizes[rows]}")
+            raise ValueError(f"debiased='samples' needs four samples; there are {x.sizes[rows]}")
     kind = "unbiased" if debiased else "centred"
     if x is y or (x.chunks is not None and x.data is y.data):
         return _align([x], [(0, 0)] * 3, kind, center, normalize, memory)
@@ -177,30 +178,32 @@ def cka_curve(
     size = chains * length
     needs = {"held": 12 * size**2, "alone": 24 * size**2}
     strips = make_strips(operand, memory=memory, rows=True, needs=needs)
-    name = f"cka-curve-{tokenize(strips, points)}"
-    graph: dict[Any, Any] = {f"{name}-strips": strips}
-    mean = total(graph, f"{name}-mean", f"{name}-strips", strips, _mean_step)
-    args = (mean, operand.n, ((0, 0),), "centred")
-    found = total(graph, f"{name}-gram", f"{name}-strips", strips, _gram_step, *args, turn=1)
-    graph[(name, 0)] = (_curve, found, points, chains, length)
-    whole = HighLevelGraph.from_collections(name, graph)
-    data = da.Array(whole, name, ((len(points),),), dtype=np.float64)
+    passes = Passes("cka-curve", strips, points)
+    sums = passes.total(strips, _sum_step)
+    gram = passes.total(strips, _gram_step, sums, operand.n, ((0, 0),), "centred")
+    curve = passes.then(_curve, gram, points, chains, length)
+    data = passes.array([curve], (len(points),), np.float64)
     return xr.DataArray(data, dims="draws", coords={"draws": points}, name="cka")
 
 
 def _curve(
-    found: tuple[np.ndarray, ...], points: np.ndarray, chains: int, length: int
+    grams: tuple[np.ndarray, ...], points: np.ndarray, chains: int, length: int
 ) -> np.ndarray:
-    gram = found[0]
+    """Return the CKA of the first draws of each chain with all, from the Gram of the draws.
+
+    ``<K_t, K> = |X_t' X|^2`` for the draws ``X_t``, pooled: the rows of the Gram that are theirs,
+    centred over them; and ``|K_t|`` is the norm of the Gram centred on both sides.
+    """
+    (gram,) = grams  # (S, S)
     norm = np.linalg.norm(gram)
     draw = np.tile(np.arange(length), chains)
     out = np.empty(len(points))
     for p, t in enumerate(points):
         first = draw < t
-        part = gram[first] - gram[first].mean(0)
-        own = part[:, first] - part[:, first].mean(1, keepdims=True)
+        cross = gram[first] - gram[first].mean(0)
+        own = cross[:, first] - cross[:, first].mean(1, keepdims=True)
         scale = np.linalg.norm(own) * norm
-        out[p] = (part**2).sum() / scale if scale > 0 else np.nan
+        out[p] = (cross**2).sum() / scale if scale > 0 else np.nan
     return out
 
 
@@ -228,7 +231,7 @@ def _scalar(value: da.Array, name: str, **attrs: str) -> xr.DataArray:
 def _halves(x: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
     if x.sizes[CHAIN] < 2:
         raise ValueError(
-            f"debiased='draws' needs at least two chains, found {x.sizes[CHAIN]}; take more"
+            f"debiased='draws' needs at least two chains; there are {x.sizes[CHAIN]}, take more"
         )
     return x.isel(chain=slice(0, None, 2)), x.isel(chain=slice(1, None, 2))
 
@@ -265,54 +268,39 @@ class _Products:
         wide = n >= max(sizes)
         scale = np.array([self.scale[i] * self.scale[j] for i, j in pairs])
         distinct = tuple(dict.fromkeys(pairs))
-        name = f"inner-{tokenize(self.operands, pairs, kind, self.memory)}"
-        graph: dict[Any, Any] = {}
+        passes = Passes("inner", self.operands, pairs, kind, self.memory)
         if wide:
-            found = self._wide(graph, name, distinct, kind, sizes)
+            products = self._wide(passes, distinct, kind, sizes)
         else:
-            found = self._narrow(graph, name, distinct, kind)
-        graph[(name, 0)] = (_pick, found, distinct, list(pairs), scale)
-        whole = HighLevelGraph.from_collections(name, graph)
-        return da.Array(whole, name, ((len(pairs),),), dtype=np.float64)
+            products = self._narrow(passes, distinct, kind)
+        picked = passes.then(_pick, products, distinct, list(pairs), scale)
+        return passes.array([picked], (len(pairs),), np.float64)
 
     def _wide(
-        self,
-        graph: dict[Any, Any],
-        name: str,
-        pairs: tuple[Pair, ...],
-        kind: str | None,
-        sizes: list[int],
-    ) -> str:
+        self, passes: Passes, pairs: tuple[Pair, ...], kind: str | None, sizes: list[int]
+    ) -> Key:
+        """Add the products by ``S x S`` Grams of the draws: ``<K, L> = |X Y'|^2``."""
         held = 12 * sum(sizes[i] * sizes[j] for i, j in pairs)
         needs = {"held": held, "alone": 2 * held}
         strips = make_strips(*self.operands, memory=self.memory, rows=True, needs=needs)
-        node = f"{name}-strips"
-        graph[node] = strips
         n = self.operands[0].n
-        mean = None
-        if kind is not None:
-            mean = total(graph, f"{name}-mean", node, strips, _mean_step)
-        args = (mean, n, pairs, kind)
-        sums = total(graph, f"{name}-sums", node, strips, _gram_step, *args, turn=1)
-        graph[f"{name}-found"] = (_from_sums, sums, n, len(pairs), kind)
-        return f"{name}-found"
+        sums = None if kind is None else passes.total(strips, _sum_step)
+        # Backwards even where nothing was read before: one order of the sums for every kind.
+        grams = passes.total(strips, _gram_step, sums, n, pairs, kind, back=True)
+        return passes.then(_from_grams, grams, n, len(pairs), kind)
 
-    def _narrow(
-        self, graph: dict[Any, Any], name: str, pairs: tuple[Pair, ...], kind: str | None
-    ) -> str:
+    def _narrow(self, passes: Passes, pairs: tuple[Pair, ...], kind: str | None) -> Key:
+        """Add the products by the kernels themselves, n x n, one after another."""
         n, kernels = self.operands[0].n, []
-        for i, operand in enumerate(self.operands):
+        for operand in self.operands:
             kept = 8 * n * n * len(self.operands)
             needs = {"held": 12 * n * n, "kept": kept, "alone": kept + 16 * n * n}
             strips = make_strips(operand, memory=self.memory, rows=False, needs=needs)
-            graph[f"{name}-strips-{i}"] = strips
-            args = (f"{name}-kernel-{i}", f"{name}-strips-{i}", strips, _kernel_step)
-            kernels.append(total(graph, *args, kind is not None))
-        graph[f"{name}-found"] = (_from_kernels, kernels, pairs, kind)
-        return f"{name}-found"
+            kernels.append(passes.total(strips, _kernel_step, kind is not None))
+        return passes.then(_from_kernels, kernels, pairs, kind)
 
 
-def _mean_step(blocks: tuple[np.ndarray, ...], span: slice) -> tuple[np.ndarray, ...]:
+def _sum_step(blocks: tuple[np.ndarray, ...], span: slice) -> tuple[np.ndarray, ...]:
     return tuple(b.sum(1, dtype=np.float64) for b in blocks)
 
 
@@ -345,11 +333,12 @@ def _kernel_step(blocks: tuple[np.ndarray, ...], span: slice, centred: bool) -> 
     return product
 
 
-def _from_sums(sums: tuple[np.ndarray, ...], n: int, count: int, kind: str | None) -> np.ndarray:
-    squares = np.array([(c**2).sum() for c in sums[:count]])
+def _from_grams(grams: tuple[np.ndarray, ...], n: int, count: int, kind: str | None) -> np.ndarray:
+    """Return the products from ``count`` Grams; for HSIC sums over diagonals come after them."""
+    squares = np.array([(c**2).sum() for c in grams[:count]])
     if kind != "unbiased":
         return squares
-    return _unbiased(squares, *sums[count].T, n=n)
+    return _unbiased(squares, *grams[count].T, n=n)
 
 
 def _from_kernels(
@@ -380,8 +369,8 @@ def _unbiased(
 
 
 def _pick(
-    found: np.ndarray, distinct: tuple[Pair, ...], pairs: list[Pair], scale: np.ndarray
+    products: np.ndarray, distinct: tuple[Pair, ...], pairs: list[Pair], scale: np.ndarray
 ) -> np.ndarray:
-    at = [distinct.index(tuple(pair)) for pair in pairs]
-    picked: np.ndarray = found[at] * scale
+    order = [distinct.index(tuple(pair)) for pair in pairs]
+    picked: np.ndarray = products[order] * scale
     return picked

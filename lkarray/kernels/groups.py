@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, TypeVar
 
-import dask.array as da
 import numpy as np
 import xarray as xr
-from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.arguments import checked
-from lkarray.engine.strips import make_strips, total
+from lkarray.engine.passes import Passes
+from lkarray.engine.strips import make_strips
 from lkarray.errors import SchemaError
 from lkarray.kernels.operands import kernel_operand
 from lkarray.labels import coded, one_each
@@ -131,16 +129,12 @@ def group_mean(
     size = int(np.prod(operand.shape))
     held = 8 * len(values) * (min(size, operand.n) + len(values))
     strips = make_strips(operand, memory=memory, needs={"held": held, "alone": 2 * held})
-    key = f"group-mean-{tokenize(strips, codes, scale, self_pairs)}"
-    graph: dict[Any, Any] = {f"{key}-strips": strips, f"{key}-codes": codes}
+    passes = Passes("group-mean", strips, codes, scale, self_pairs)
     step = _group_rows if strips.rows else _group_draws
-    args = (f"{key}-codes", counts)
-    sums = total(graph, f"{key}-sums", f"{key}-strips", strips, step, *args)
-    graph[(key, 0, 0)] = (_group_finish, sums, counts, strips.rows, scale, self_pairs)
-    whole = HighLevelGraph.from_collections(key, graph)
-    data = da.Array(whole, key, ((len(values),), (len(values),)), dtype=np.float64)
+    sums = passes.total(strips, step, passes.hold(codes), counts)
+    mean = passes.then(_group_finish, sums, counts, strips.rows, scale, self_pairs)
     return xr.DataArray(
-        data,
+        passes.array([mean], (len(values), len(values)), np.float64),
         dims=(name, second(name)),
         coords={name: values, second(name): values},
         name=kernel,

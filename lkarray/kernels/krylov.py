@@ -7,11 +7,12 @@ Each pass over the strips multiplies the newest vectors; the best vectors are ta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from lkarray.engine.strips import Strips, apply_step, project_step, total
+from lkarray.engine.passes import Passes, apply_step, project_step
+from lkarray.engine.strips import Strips
+from lkarray.engine.tasks import Key
 
 _SEED = 0
 
@@ -36,21 +37,14 @@ def start(short: int, width: int) -> Krylov:
 
 
 def iterate(
-    graph: dict[Any, Any],
-    name: str,
-    node: str,
-    strips: Strips,
-    options: tuple[int, int, float, int],
-) -> tuple[Any, int]:
-    """Add the passes; return the key of the last state and the number of passes."""
-    k, width, tolerance, passes = options
-    state = f"{name}-state-0"
-    graph[state] = (start, strips.short, width)
-    for p in range(passes):
-        image = total(graph, f"{name}-pass-{p}", node, strips, krylov_step, state, turn=p)
-        last, state = state, f"{name}-state-{p + 1}"
-        graph[state] = (advance, last, image, k, width, tolerance)
-    return state, passes
+    passes: Passes, strips: Strips, k: int, width: int, tolerance: float, max_passes: int
+) -> Key:
+    """Add passes, each of which does nothing once the state before it is done; return the last."""
+    state = passes.then(start, strips.short, width)
+    for _ in range(max_passes):
+        image = passes.total(strips, krylov_step, state)
+        state = passes.then(advance, state, image, k, width, tolerance)
+    return state
 
 
 def krylov_step(blocks: tuple[np.ndarray, ...], span: slice, state: Krylov) -> np.ndarray | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from dask.base import tokenize
-from dask.delayed import Delayed
-from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.arguments import checked
-from lkarray.engine.strips import Strips, apply_step, joined, make_strips, project_step, total
+from lkarray.engine.passes import Passes, apply_step, project_step, times_step
+from lkarray.engine.strips import Strips, make_strips
 from lkarray.kernels.operands import kernel_operand
 from lkarray.schema import Losses
 from lkarray.waiting import compute
@@ -68,24 +66,13 @@ def linear_operator(
 
 
 def _multiply(strips: Strips, block: np.ndarray) -> np.ndarray:
-    name = f"operator-{tokenize(strips, block)}"
-    node = f"{name}-strips"
-    graph: dict[Any, Any] = {node: strips, f"{name}-block": block}
-    if strips.rows:
-        inner = total(graph, f"{name}-inner", node, strips, _times, f"{name}-block")
-        keys = joined(graph, f"{name}-outer", node, strips, project_step, inner, turn=1)
-        graph[name] = (_join, keys)
+    """Return ``K M`` for vectors ``M``, ``(n, vectors)``, without the kernel's factor."""
+    passes = Passes("operator", strips, block)
+    vectors = passes.hold(block)
+    if strips.rows:  # X' (X M): the second pass needs the whole sum of the first
+        inner = passes.total(strips, times_step, vectors)
+        product = passes.then(np.concatenate, passes.joined(strips, project_step, inner))
     else:
-        total(graph, name, node, strips, apply_step, f"{name}-block")
-    (out,) = compute(Delayed(name, HighLevelGraph.from_collections(name, graph), layer=name))
-    product: np.ndarray = np.asarray(out, np.float64)
-    return product
-
-
-def _times(blocks: tuple[np.ndarray, ...], span: slice, block: np.ndarray) -> np.ndarray:
-    product: np.ndarray = blocks[0] @ block[span].astype(blocks[0].dtype)
-    return product
-
-
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts)
+        product = passes.total(strips, apply_step, vectors)
+    (out,) = compute(passes.delayed(product))
+    return np.asarray(out, np.float64)

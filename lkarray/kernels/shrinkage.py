@@ -7,11 +7,10 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import xarray as xr
-from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.arguments import checked
-from lkarray.engine.strips import make_strips, total
+from lkarray.engine.passes import Passes
+from lkarray.engine.strips import make_strips
 from lkarray.kernels.operands import kernel_operand
 from lkarray.schema import Losses
 
@@ -47,13 +46,10 @@ def ledoit_wolf(
     short = min(draws, operand.n)
     needs = {"held": 12 * short**2, "alone": 16 * short**2}
     strips = make_strips(operand, memory=memory, needs=needs)
-    name = f"ledoit-wolf-{tokenize(strips)}"
-    graph: dict[Any, Any] = {f"{name}-strips": strips}
-    step = _rows_step if strips.rows else _draws_step
-    sums = total(graph, f"{name}-sums", f"{name}-strips", strips, step)
-    graph[(name,)] = (_intensity, sums, draws, operand.n, strips.rows)
-    data = da.Array(HighLevelGraph.from_collections(name, graph), name, (), dtype=np.float64)
-    return xr.DataArray(data, name="shrinkage")
+    passes = Passes("ledoit-wolf", strips)
+    sums = passes.total(strips, _rows_step if strips.rows else _draws_step)
+    share = passes.then(_intensity, sums, draws, operand.n, strips.rows)
+    return xr.DataArray(passes.array([share], (), np.float64), name="shrinkage")
 
 
 def _rows_step(blocks: tuple[np.ndarray, ...], span: slice) -> tuple[np.ndarray, float]:

@@ -5,26 +5,18 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
 import xarray as xr
-from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.arguments import COUNT, POSITIVE, checked, one_of
 from lkarray.engine import Operand
+from lkarray.engine.passes import Passes, gram_step, joined_lengths
 from lkarray.engine.plan import memory_budget
-from lkarray.engine.strips import (
-    Strips,
-    along_rows,
-    gram_step,
-    joined,
-    joined_chunks,
-    make_strips,
-    total,
-)
+from lkarray.engine.strips import Strips, along_rows, make_strips
+from lkarray.engine.tasks import Key
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.krylov import Krylov, decompose, iterate, project
@@ -132,17 +124,13 @@ def svd(
             "alone": max(vectors * (2 * max_passes + 8), 16 * long * width),
         }
     strips = make_strips(operand, memory=memory, rows=rows, needs=needs)
-    name = f"svd-{tokenize(strips, k, exact, tolerance, max_passes, scale)}"
-    graph: dict[Any, Any] = {f"{name}-strips": strips}
-    node = f"{name}-strips"
+    passes = Passes("svd", strips, k, exact, tolerance, max_passes, scale)
     if exact:
-        gram = total(graph, f"{name}-gram", node, strips, gram_step, short <= _EXACT)
-        state: Any = f"{name}-state"
-        graph[state] = (decompose, gram, width)
-        turn = 1
+        gram = passes.total(strips, gram_step, short <= _EXACT)
+        state = passes.then(decompose, gram, width)
     else:
-        state, turn = iterate(graph, name, node, strips, (k, width, tolerance, max_passes))
-    return _assemble(graph, name, node, strips, (state, turn, k, scale), x, free)
+        state = iterate(passes, strips, k, width, tolerance, max_passes)
+    return _assemble(_project(passes, strips, state, k, scale), operand, x, free)
 
 
 @checked()
@@ -180,12 +168,10 @@ def eigh(
     short, long = _sides(operand, rows)
     needs = _exact_needs(short, short, long)
     strips = make_strips(operand, memory=memory, rows=rows, needs=needs)
-    name = f"eigh-{tokenize(strips, scale)}"
-    node, state = f"{name}-strips", f"{name}-state"
-    graph: dict[Any, Any] = {node: strips}
-    gram = total(graph, f"{name}-gram", node, strips, gram_step, short <= _EXACT)
-    graph[state] = (decompose, gram, short)
-    out = _assemble(graph, name, node, strips, (state, 1, short, scale), x, free)
+    passes = Passes("eigh", strips, scale)
+    gram = passes.total(strips, gram_step, short <= _EXACT)
+    state = passes.then(decompose, gram, short)
+    out = _assemble(_project(passes, strips, state, short, scale), operand, x, free)
     values = (out["singular_value"] ** 2).rename("eigenvalue")
     vectors = out["u"].rename("eigenvector")
     return xr.Dataset({"eigenvalue": values, "eigenvector": vectors})
@@ -228,47 +214,44 @@ def _operand(
     return operand, free, degrees**-0.5 if normalize == "count" else 1.0
 
 
-def _assemble(
-    graph: dict[Any, Any],
-    name: str,
-    node: str,
-    strips: Strips,
-    how: tuple[Any, int, int, float],
-    x: xr.DataArray,
-    free: tuple[str, ...],
-) -> xr.Dataset:
+class _Modes(NamedTuple):
+    """Lazy arrays of modes; the vectors of the rows ``(row, mode)`` and of the columns."""
+
+    u: da.Array
+    v: da.Array
+    singular_value: da.Array
+    residual: da.Array
+    passes: da.Array
+
+
+def _project(passes: Passes, strips: Strips, state: Key, k: int, scale: float) -> _Modes:
     """Project onto the vectors of the short side, and decompose the projection."""
-    state, turn, k, scale = how
-    keys = joined(graph, f"{name}-project", node, strips, project, state, turn=turn)
-    squares = []
-    for g, key in enumerate(keys):
-        squares.append((f"{name}-squares", g))
-        graph[squares[-1]] = (_square, key)
-    small = f"{name}-small"
-    graph[small] = (_small, squares, state, k)
-    tops = []
-    for g, key in enumerate(keys):
-        tops.append((f"{name}-long", g))
-        graph[tops[-1]] = (_long_side, key, small)
-    sign = f"{name}-sign"
-    graph[sign] = (
-        _signs,
-        [(f"{name}-long", g) for g in range(len(keys))] if strips.rows else small,
-    )
+    blocks = passes.joined(strips, project, state)  # each (stretch of the long side, width)
+    squares = [passes.then(_square, block) for block in blocks]
+    small = passes.then(_small, squares, state, k)
+    tops = [passes.then(_long_side, block, small) for block in blocks]
+    # Signs are those of u, the rows: the long side or the short one.
+    sign = passes.then(_signs, tops if strips.rows else small)
     dtype = strips.operands[0].dtype
-    out: dict[str, Any] = {
-        f"{name}-l": {(f"{name}-l", g, 0): (_signed, top, sign) for g, top in enumerate(tops)},
-        f"{name}-q": {(f"{name}-q", 0, 0): (_signed_short, small, sign, dtype)},
-        f"{name}-s": {(f"{name}-s", 0): (_values, small, scale)},
-        f"{name}-r": {(f"{name}-r", 0): (_residual, state, k)},
-        f"{name}-p": {(f"{name}-p",): (_passes, state)},
-    }
-    needs: dict[str, set[str]] = {name: set()} | {layer: {name} for layer in out}
-    whole = HighLevelGraph({name: graph} | out, needs)
-    long = da.Array(whole, f"{name}-l", (joined_chunks(strips), (k,)), dtype=dtype)
-    short = da.Array(whole, f"{name}-q", ((strips.short,), (k,)), dtype=dtype)
-    u, v = (long, short) if strips.rows else (short, long)
-    operand = strips.operands[0]
+    longs = [passes.then(_signed, top, sign) for top in tops]
+    shorts = [passes.then(_signed_short, small, sign, dtype)]
+    values = [passes.then(_values, small, scale)]
+    residual, number = [passes.then(_residual, state, k)], [passes.then(_passes, state)]
+    long = passes.array(longs, (joined_lengths(strips), k), dtype)
+    short = passes.array(shorts, (strips.short, k), dtype)
+    return _Modes(
+        *((long, short) if strips.rows else (short, long)),
+        passes.array(values, (k,), np.float64),
+        passes.array(residual, (k,), np.float64),
+        passes.array(number, (), np.int64),
+    )
+
+
+def _assemble(
+    modes: _Modes, operand: Operand, x: xr.DataArray, free: tuple[str, ...]
+) -> xr.Dataset:
+    """Return modes with the dims and coordinates of the tensor that was unfolded."""
+    u, v, k = modes.u, modes.v, modes.u.shape[1]
     sizes = [x.sizes[dim] for dim in free]
     vectors = {
         "u": ((*free, MODE), u.reshape((*sizes, k)) if len(free) > 1 else u),
@@ -276,9 +259,9 @@ def _assemble(
             (*operand.over, MODE),
             v.reshape((*operand.shape, k)) if len(operand.over) > 1 else v,
         ),
-        "singular_value": (MODE, da.Array(whole, f"{name}-s", ((k,),), dtype=np.float64)),
-        "residual": (MODE, da.Array(whole, f"{name}-r", ((k,),), dtype=np.float64)),
-        "passes": ((), da.Array(whole, f"{name}-p", (), dtype=np.int64)),
+        "singular_value": (MODE, modes.singular_value),
+        "residual": (MODE, modes.residual),
+        "passes": ((), modes.passes),
     }
     coords: dict[Hashable, Any] = sample_coords(x, *free) | sample_coords(x, *operand.over)
     attrs = {"over": list(operand.over), "center": operand.center or "none"}

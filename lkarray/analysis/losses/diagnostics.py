@@ -298,7 +298,7 @@ def _entry(
     needs = {"held": working, "kept": kept, "alone": 2 * kept + working}
     strips = make_strips(operand, memory=memory, rows=True, needs=needs)
     node = dask.delayed(strips, traverse=False)
-    tasks = [dask.delayed(_blocks)(node, part, wanted) for part in strips.parts]
+    tasks = [dask.delayed(_blocks)(node, part, wanted) for part in strips.shares]
     blocks = dask.compute(*tasks)
     stats, sums, series = zip(*blocks, strict=True)
     columns = dict(zip(convergence.PER_SAMPLE, np.concatenate(stats).T, strict=True))
