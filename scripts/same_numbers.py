@@ -168,7 +168,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.write:
-            np.savez(options.write, **arrays(Path(folder)))  # type: ignore[arg-type]
+            np.savez_compressed(options.write, **arrays(Path(folder)))  # type: ignore[arg-type]
             return 0
         files = []
         for number, checkout in enumerate((ROOT, options.against.resolve())):

@@ -24,6 +24,7 @@ from lkarray import plots
 from lkarray.errors import LkarrayError
 from tests.helpers.audited_runs import audited, recorded
 from tests.helpers.networks import classification, small_network
+from tests.helpers.recorded_runs import cross_entropy
 
 PACKAGE = str(Path(lk.__file__).parent)
 LABEL = np.array([0, 1, 2] * 14)[:40]
@@ -683,6 +684,12 @@ def _of_runs(w: World) -> Iterator[Case]:
     yield from _of_traces(w)
     yield Case("open", lk.open, {"path": w.path}, fast=False)
     yield Case("verify", lk.verify, {"path": w.path}, fast=False)
+    yield Case(
+        "repair",
+        lk.repair,
+        {"store": w.path, "posterior": w.posterior, "observed": w.data, "progress": False},
+        fast=False,
+    )
     yield Case("discard_trace", lk.discard_trace, {"path": w.folder / "no.zarr"}, fast=False)
     yield Case(
         "discard_gradients", lk.discard_gradients, {"path": w.folder / "no.zarr"}, fast=False
@@ -850,7 +857,7 @@ def _of_traces(w: World) -> Iterator[Case]:
     yield Case(
         "open_trace",
         lk.open_trace,
-        {"path": w.trace_path, "model": model, "train_set": data},
+        {"path": w.trace_path, "model": model, "train_set": data, "loss": cross_entropy},
         fast=False,
     )
 

@@ -74,7 +74,9 @@ def test_fuzz__has_every_public_function(world):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("part", ["losses", "gradients", "audits", "hierarchies"])
+@pytest.mark.parametrize(
+    "part", ["losses", "gradients", "audits", "hierarchies", "figures", "runs"]
+)
 def test_fuzz__every_odd_argument_is_taken_as_documented_or_refused_by_name(world, part):
     cases = list(getattr(fuzzing, f"_of_{part}")(world))
     before = fuzzing.contents(world.path), fuzzing.contents(world.trace_path)
