@@ -1,4 +1,4 @@
-"""Numbers that a change of structure must not move (`scripts/same_numbers.py` compares all bits)."""
+"""Numbers that a change of structure must not move; `scripts/same_numbers.py` compares all bits."""
 
 import importlib
 from pathlib import Path
