@@ -52,12 +52,12 @@ class Limits:
 
     def check_float(self, name: str, value: object) -> float:
         """Return a finite number within the limits as Python's own, or raise and name it."""
-        found = real(name, value)
-        if not math.isfinite(found) or self._broken(found):
+        finite = real(name, value)
+        if not math.isfinite(finite) or self._broken(finite):
             every = " and ".join(self._broken(math.nan))
             expected = "a positive number" if self == POSITIVE else f"a finite number of {every}"
             raise ValueError(f"{name} must be {expected}, not {_short(value)}")
-        return found
+        return finite
 
     def _broken(self, value: float) -> list[str]:
         """Return in words which of the limits a number is not within; NaN is within none."""
@@ -173,10 +173,10 @@ def integer(name: str, value: object) -> int:
 
 def number(name: str, value: object) -> float:
     """Return a finite real number as Python's own, or raise and name it."""
-    found = real(name, value)
-    if not math.isfinite(found):
+    finite = real(name, value)
+    if not math.isfinite(finite):
         raise ValueError(f"{name} must be a finite number, not {_short(value)}")
-    return found
+    return finite
 
 
 def _plain(value: object) -> object:
@@ -218,10 +218,10 @@ def path_like(name: str, value: object) -> Path:
     """Return the path of a file or folder, or raise and name it."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{name} must be a path, not {_kind(value)}")
-    found = os.fspath(value)
-    if not isinstance(found, str) or not found or "\0" in found:
-        raise ValueError(f"{name} must be the path of a file or folder, not {found!r}")
-    return Path(found)
+    path = os.fspath(value)
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ValueError(f"{name} must be the path of a file or folder, not {path!r}")
+    return Path(path)
 
 
 def mapping(name: str, value: object) -> Mapping[Any, Any]:
@@ -246,22 +246,22 @@ def array(name: str, value: object) -> np.ndarray:
     try:
         if isinstance(value, str | Mapping | set | xr.Dataset | xr.DataTree):
             raise TypeError
-        found = np.asarray(value)
-        if found.dtype.kind == "O" and found.ndim == 0:
+        values = np.asarray(value)
+        if values.dtype.kind == "O" and values.ndim == 0:
             raise TypeError
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"{name} must be an array, or lists that one can be made of, not {_kind(value)}"
         ) from None
-    return found
+    return values
 
 
 def real_array(name: str, value: object) -> np.ndarray:
     """Return an array of real numbers, or raise and name it."""
-    found = array(name, value)
-    if found.dtype.kind not in "fiub":
-        raise TypeError(f"{name} must be real numbers, not {found.dtype}")
-    return found
+    values = array(name, value)
+    if values.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be real numbers, not {values.dtype}")
+    return values
 
 
 def require_real(name: str, x: xr.DataArray) -> None:
@@ -409,5 +409,5 @@ def _kind(value: object) -> str:
 def _short(value: object) -> str:
     if isinstance(value, np.generic):
         value = value.item()
-    found = repr(value) if isinstance(value, str | bytes | bool | int | float | None) else ""
-    return found if 0 < len(found) <= 60 else type(value).__name__
+    shown = repr(value) if isinstance(value, str | bytes | bool | int | float | None) else ""
+    return shown if 0 < len(shown) <= 60 else type(value).__name__

@@ -1,6 +1,6 @@
 """The command line: ``lkarray run``, ``info``, ``verify`` and ``cluster check``.
 
-Exit codes: 0 done, or unchanged; 1 failed, or problems found; 2 wrong usage or settings, or
+Exit codes: 0 done, or unchanged; 1 failed, or there are problems; 2 wrong usage or settings, or
 a path that is missing under ``--if-changed``; 3 in use by another process, try again later; 130
 and 143 stopped by Ctrl-C and by SIGTERM.
 """
@@ -195,8 +195,8 @@ def check(
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     with client:
-        found = try_out(client, shared, loss=loss)
-    for finding in found:
+        findings = try_out(client, shared, loss=loss)
+    for finding in findings:
         click.echo(str(finding))
-    if any(finding.ok is False for finding in found):
+    if any(finding.ok is False for finding in findings):
         raise SystemExit(1)

@@ -194,8 +194,8 @@ def _attributes(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _array(flat: xr.Dataset, name: str, dims: tuple[str, ...], where: str) -> xr.DataArray:
     if name not in flat:
         raise SchemaError(
-            f"{where}: array {name!r} is missing; found {sorted(map(str, flat.data_vars))}. Copy "
-            "the store whole, or sample again"
+            f"{where}: array {name!r} is missing; there are {sorted(map(str, flat.data_vars))}. "
+            "Copy the store whole, or sample again"
         )
     if flat[name].dims != dims:
         raise SchemaError(

@@ -157,8 +157,8 @@ def similarity_by_distance(
     apart = pdist(points.transpose(rows, COMPONENT).values)
     same = codes[first] == codes[last]
     kinds = [_binned(values[at], apart[at], bins) for at in (same, ~same)]
-    found = xr.concat(kinds, xr.Variable(PAIRS, ["within", "between"]))
-    return found.assign_attrs(kernel=str(kernel.name), samples=len(codes))
+    curves = xr.concat(kinds, xr.Variable(PAIRS, ["within", "between"]))
+    return curves.assign_attrs(kernel=str(kernel.name), samples=len(codes))
 
 
 def _binned(values: np.ndarray, distance: np.ndarray, bins: int) -> xr.Dataset:

@@ -215,8 +215,7 @@ def is_missing(values: np.ndarray) -> np.ndarray:
         if not hasattr(values.dtype, "na_object"):
             return np.zeros(values.shape, bool)
         values = values.astype(object)
-    found: np.ndarray = pd.isna(values)
-    return found
+    return np.asarray(pd.isna(values))
 
 
 def _own_index(values: Any) -> pd.Index | None:

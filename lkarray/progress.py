@@ -68,12 +68,12 @@ def _make(**options: Any) -> Any:
     return made
 
 
-def _draw(found: weakref.ref[Any]) -> None:
+def _draw(reference: weakref.ref[Any]) -> None:
     """Draw a bar by the clock until it is closed."""
     closed = threading.Event()  # never set: it only waits
     pause = _DELAY
     while not closed.wait(pause):
-        bar_ = found()
+        bar_ = reference()
         if bar_ is None:
             return
         with bar_.get_lock():  # a bar that is being closed draws its last under the same lock

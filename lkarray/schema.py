@@ -185,21 +185,21 @@ def as_losses(obj: Losses, *, name: str = "losses", extra: tuple[str, ...] = ())
     SchemaError
         No variable has the dims; the message lists what there is.
     """
-    found = _variable(obj, name)
-    free = [str(dim) for dim in found.dims if dim not in (*POSTERIOR, *extra)]
+    losses = _variable(obj, name)
+    free = [str(dim) for dim in losses.dims if dim not in (*POSTERIOR, *extra)]
     for dim, remedy in _REMEDIES.items():
         if dim in free and len(free) > 1:
             raise SchemaError(
-                f"{name}: variable {found.name!r} has dims {found.dims}, and this takes one "
+                f"{name}: variable {losses.name!r} has dims {losses.dims}, and this takes one "
                 f"{dim} at a time: {remedy}"
             )
-    if any(dim not in found.dims for dim in POSTERIOR) or len(free) != 1:
+    if any(dim not in losses.dims for dim in POSTERIOR) or len(free) != 1:
         raise SchemaError(
-            f"{name}: variable {found.name!r} has dims {found.dims}, expected ('chain', 'draw') "
+            f"{name}: variable {losses.name!r} has dims {losses.dims}, expected ('chain', 'draw') "
             f"and one more; rename or select, for example x.rename({{...}}) or x.isel(...)"
         )
-    _refuse_empty(found, name)
-    return found
+    _refuse_empty(losses, name)
+    return losses
 
 
 def _refuse_empty(x: xr.DataArray, name: str) -> None:
@@ -221,8 +221,12 @@ _REMEDIES = {
 
 def as_observable(obj: Losses, *, name: str) -> xr.DataArray:
     """Return a variable of dims ``(chain, draw)``, or these and one more; see `as_losses`."""
-    found = _variable(obj, name)
-    return found if set(found.dims) == set(POSTERIOR) else as_losses(obj, name=name, extra=STACKED)
+    variable = _variable(obj, name)
+    return (
+        variable
+        if set(variable.dims) == set(POSTERIOR)
+        else as_losses(obj, name=name, extra=STACKED)
+    )
 
 
 def _variable(obj: Losses, name: str) -> xr.DataArray:
@@ -264,10 +268,10 @@ def _only_candidate(ds: xr.Dataset, name: str) -> xr.DataArray:
         return ds[LOSS.name]
     fits = [v for v in ds.data_vars if set(POSTERIOR) <= set(ds[v].dims)]
     if len(fits) != 1:
-        found = {str(v): ds[v].dims for v in ds.data_vars}
+        variables = {str(v): ds[v].dims for v in ds.data_vars}
         raise SchemaError(
             f"{name}: expected a variable 'loss', or exactly one with dims 'chain' and 'draw'; "
-            f"found {found}. Pass the DataArray you mean, for example ds['loss']"
+            f"there are {variables}. Pass the DataArray you mean, for example ds['loss']"
         )
     return ds[fits[0]]
 
@@ -305,10 +309,10 @@ def as_gradients(obj: Losses, *, name: str = "G", need: tuple[str, ...] = (PARAM
         fits = [v for v in obj.data_vars if {PARAM, *need} <= set(obj[v].dims)]
         chosen = [GRADIENT.name] if GRADIENT.name in fits else fits
         if len(chosen) != 1:
-            found = {str(v): obj[v].dims for v in obj.data_vars}
+            variables = {str(v): obj[v].dims for v in obj.data_vars}
             raise SchemaError(
-                f"{name}: expected a variable 'gradient' with dims {need}; found {found}. Pass "
-                "the DataArray you mean"
+                f"{name}: expected a variable 'gradient' with dims {need}; there are {variables}. "
+                "Pass the DataArray you mean"
             )
         rate = obj.get(LEARNING_RATE.name)
         obj = obj[chosen[0]]
@@ -337,7 +341,7 @@ def validate(ds: xr.Dataset, specs: Iterable[VariableSpec], *, where: str) -> No
         if spec.name not in ds:
             raise SchemaError(
                 f"{where}: variable {spec.name!r} ({spec.doc}) is missing; "
-                f"found {sorted(map(str, ds.data_vars))}"
+                f"there are {sorted(map(str, ds.data_vars))}"
             )
         var = ds[spec.name]
         if var.dims[: len(spec.dims)] != spec.dims:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lkarray.errors import ClusterError, LkarrayError, StoreError
 
@@ -52,8 +52,7 @@ def compute(*collections: Any, doing: str = "computed", safe: str = _SAFE) -> tu
 
 def computed(lazy: T, doing: str = "computed", safe: str = _SAFE) -> T:
     """Return an xarray object with its values in memory; see `compute`."""
-    out: T = compute(lazy, doing=doing, safe=safe)[0]
-    return out
+    return cast(T, compute(lazy, doing=doing, safe=safe)[0])
 
 
 @contextmanager

@@ -179,16 +179,16 @@ def of_module(name: str, module: Any) -> str:
         for one, value in vars(module).items()
         if inspect.isclass(value) and value.__module__ == module.__name__
     ]
-    found = [(one, getattr(module, one)) for one in names]
-    found = [pair for pair in found if callable(pair[1])]
+    members = [(one, getattr(module, one)) for one in names]
+    members = [pair for pair in members if callable(pair[1])]
     text = markdown(inspect.getdoc(module) or "") + "\n"
     if name == "cluster":
-        for one, value in found:
+        for one, value in members:
             text += f"#### `lk.{name}.{one}`\n\n"
             text += f"```python\n{signature(f'lk.{name}.{one}', value)}\n```\n\n"
             text += markdown(inspect.getdoc(value) or "") + "\n"
         return text
-    for one, value in found:
+    for one, value in members:
         bases = ""
         if inspect.isclass(value) and issubclass(value, Exception):
             call, bases = one, f" ({', '.join(base.__name__ for base in value.__bases__)})"
@@ -268,8 +268,8 @@ def inline(text: str) -> str:
     """Return text with its literals, formulas and references as Markdown, in long lines."""
     formulas: list[str] = []
 
-    def keep(found: re.Match[str]) -> str:
-        formulas.append(found.group(1).replace("\n", " "))
+    def keep(match: re.Match[str]) -> str:
+        formulas.append(match.group(1).replace("\n", " "))
         return f"\0{len(formulas) - 1}\0"
 
     text = re.sub(r":math:`([^`]*)`", keep, text)
@@ -280,9 +280,9 @@ def inline(text: str) -> str:
     return re.sub(r"\0(\d+)\0", lambda m: f"$`{formulas[int(m.group(1))]}`$", text)
 
 
-def reference(found: re.Match[str]) -> str:
+def reference(match: re.Match[str]) -> str:
     """Return a name in backticks, linked if it is on this page."""
-    name = found.group(1)
+    name = match.group(1)
     short = name.removeprefix("lkarray.")
     here = {shown(one) for names in GROUPS.values() for one in names}
     return f"[`{short}`](#{anchor(short)})" if short in here else f"`{name}`"

@@ -159,17 +159,17 @@ def shown(path: Path) -> dict[str, Any]:
     import lkarray as lk
 
     tree = lk.open(path)
-    found: dict[str, Any] = {"hidden": list(tree.attrs.get("hidden", []))}
+    contents: dict[str, Any] = {"hidden": list(tree.attrs.get("hidden", []))}
     for node in tree.subtree:
-        found[f"{node.path} attributes"] = _plain(
+        contents[f"{node.path} attributes"] = _plain(
             {k: v for k, v in node.attrs.items() if k != "hidden"}
         )
         for name, variable in node.to_dataset(inherit=False).variables.items():
             values = np.asarray(variable.values)
             text = values.tolist() if values.dtype.kind in "OT" else values.tobytes()
             about = (variable.dims, str(values.dtype), _plain(variable.attrs))
-            found[f"{node.path}/{name}"] = about, text
-    return found
+            contents[f"{node.path}/{name}"] = about, text
+    return contents
 
 
 def _plain(value: Any) -> str:
@@ -213,17 +213,17 @@ def spare(path: Path) -> set[Path]:
     from lkarray import store as stores
 
     root = stores.open_root(path)
-    found: set[Path] = set()
+    paths: set[Path] = set()
     if "state" in root:
         chains = root["commit/record"].shape[0]
         slots = {chain: stores.read_record(root, chain).slot for chain in range(chains)}
         for chain, slot in slots.items():
-            found.update(path.glob(f"state/*/c/{chain}/{1 - slot}/**/*"))
+            paths.update(path.glob(f"state/*/c/{chain}/{1 - slot}/**/*"))
     last = root.get("trajectory/last")
     if isinstance(last, zarr.Group):
         slot = int(np.asarray(root["trajectory/record"][:])[1])
-        found.update(path.glob(f"trajectory/last/*/c/{1 - slot}/**/*"))
-    return {p for p in found if p.is_file()}
+        paths.update(path.glob(f"trajectory/last/*/c/{1 - slot}/**/*"))
+    return {p for p in paths if p.is_file()}
 
 
 # The faults -------------------------------------------------------------------------------------

@@ -43,13 +43,13 @@ _CHAINS, _DRAWS, _SAMPLES = 2, 40, 300
 _WAIT = 45.0  # seconds that one step may take
 _FORGETTING = 2.0  # seconds in which workers forget what the steps before have left
 
-#: What a step tells: whether it went as it should, and what was found.
+#: What a step tells: whether it went as it should, and what it showed.
 Told: TypeAlias = Iterator[tuple[bool | None, str]]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one step of the self-test found.
+    """What one step of the self-test showed.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ class Finding:
     ok
         Whether it went as it should; ``None`` where it could not be tried, or deserves a look.
     message
-        What was found, and what to do about it.
+        What it showed, and what to do about it.
     """
 
     step: str
@@ -100,7 +100,7 @@ def check(client: Client, shared: StoreLike | None = None, *, loss: bool = True)
     client's own connection.
     """
     name = f"lkarray-check-{uuid.uuid4().hex[:8]}"
-    found: list[Finding] = []
+    findings: list[Finding] = []
     with ExitStack() as at_the_end:
         steps: dict[str, Callable[[], Told]] = {
             "workers": partial(_workers, client),
@@ -112,12 +112,12 @@ def check(client: Client, shared: StoreLike | None = None, *, loss: bool = True)
         }
         for step, work in steps.items():
             try:
-                found += [Finding(step, ok, message) for ok, message in work()]
+                findings += [Finding(step, ok, message) for ok, message in work()]
             except Exception as error:
-                found.append(Finding(step, False, f"{type(error).__name__}: {error}"))
-            if found[-1].ok is False and step in ("versions", "shared storage"):
+                findings.append(Finding(step, False, f"{type(error).__name__}: {error}"))
+            if findings[-1].ok is False and step in ("versions", "shared storage"):
                 break
-    return found
+    return findings
 
 
 def _folder(shared: StoreLike | None, name: str) -> str | Store:
@@ -307,8 +307,8 @@ def _put(folder: str | Store, name: str, text: str) -> None:
 
 
 def _get(folder: str | Store, name: str) -> str | None:
-    found = sync(as_store(folder).get(name, default_buffer_prototype()))
-    return None if found is None else found.to_bytes().decode()
+    buffer = sync(as_store(folder).get(name, default_buffer_prototype()))
+    return None if buffer is None else buffer.to_bytes().decode()
 
 
 def _remove(folder: str | Store) -> None:

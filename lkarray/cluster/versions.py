@@ -46,11 +46,11 @@ def mismatches(client: Client, *, needs: Iterable[str] = ()) -> list[str]:
     that it also works where the versions of Python differ.
     """
     needs = set(needs)
-    found: Any = client.get_versions(check=False, packages=[*REQUIRED, *OPTIONAL])
-    here = found["client"]["packages"]
-    lines = _differences("the scheduler", here, found["scheduler"]["packages"], _SCHEDULER, ())
+    answers: Any = client.get_versions(check=False, packages=[*REQUIRED, *OPTIONAL])
+    here = answers["client"]["packages"]
+    lines = _differences("the scheduler", here, answers["scheduler"]["packages"], _SCHEDULER, ())
     same: dict[tuple[str, ...], list[str]] = {}
-    for address, answer in sorted(found["workers"].items()):
+    for address, answer in sorted(answers["workers"].items()):
         if answer is None:
             continue  # it left while it was asked
         told = _differences("", here, answer["packages"], REQUIRED, OPTIONAL, needs)

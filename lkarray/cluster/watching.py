@@ -287,13 +287,13 @@ def worker_infos(client: Client) -> list[dict[str, Any]]:
         None is there, and none came.
     """
     with watched(client, for_worker=True) as wait:
-        while not (found := list(client.scheduler_info(n_workers=-1)["workers"].values())):
+        while not (workers := list(client.scheduler_info(n_workers=-1)["workers"].values())):
             if wait.error is not None:
                 raise wait.error
             if client.status in ("closing", "closed"):
                 raise WorkersLostError("the client was closed, or its scheduler is gone")
             time.sleep(0.1)
-    return found
+    return workers
 
 
 def connection_lost(client: Client, error: BaseException) -> bool:
@@ -321,8 +321,8 @@ async def _identity(client: Client, workers: int) -> dict[str, Any]:
 
 def _loop_of(client: Client) -> asyncio.AbstractEventLoop:
     loop: Any = client.loop
-    found: asyncio.AbstractEventLoop = loop.asyncio_loop
-    return found
+    own_loop: asyncio.AbstractEventLoop = loop.asyncio_loop
+    return own_loop
 
 
 def _fail(client: Client, error: WorkersLostError) -> None:

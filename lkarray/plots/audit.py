@@ -39,24 +39,24 @@ def completeness(audit: xr.DataTree | xr.Dataset) -> Figure:
         What `lkarray.audit` or `lkarray.completeness` returned.
     """
     given = "mre" in getattr(audit, "data_vars", ())
-    found = computed(as_dataset(audit, "audit") if given else audits.completeness(audit))
-    epochs = found[EPOCH].values if EPOCH in found.coords else np.arange(found.sizes[EPOCH])
+    table = computed(as_dataset(audit, "audit") if given else audits.completeness(audit))
+    epochs = table[EPOCH].values if EPOCH in table.coords else np.arange(table.sizes[EPOCH])
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     style: dict[str, Any] = {"marker": "o", "ms": 3, "color": _HELPFUL}
-    left.plot(epochs, found["mre"], **style)
-    units = found["mre"].attrs.get("units", "1")
+    left.plot(epochs, table["mre"], **style)
+    units = table["mre"].attrs.get("units", "1")
     left.set(xlabel="epoch", ylabel=f"MRE ({units})", title="Mean reconstruction error")
-    left.set_ylim(0, 1.08 * float(found["mre"].max()) or 1)
-    gap = np.clip(1 - found["lc"].values, _NEAREST, None)
+    left.set_ylim(0, 1.08 * float(table["mre"].max()) or 1)
+    gap = np.clip(1 - table["lc"].values, _NEAREST, None)
     right.plot(epochs, gap, **style)
     right.set(xlabel="epoch", ylabel="LC", title="Correlation with the true change")
     if np.isfinite(gap).any():
         _towards_one(right, gap[np.isfinite(gap)])
     for axes in (left, right):
         axes.grid(alpha=0.25)
-    if not found.attrs.get("complete", True):
-        figure.suptitle(f"partial audit: {found.attrs.get('incomplete', '')}", fontsize=10)
+    if not table.attrs.get("complete", True):
+        figure.suptitle(f"partial audit: {table.attrs.get('incomplete', '')}", fontsize=10)
     return figure
 
 

@@ -270,8 +270,7 @@ def _coordinate(x: xr.DataArray | xr.Dataset, name: str) -> np.ndarray:
         raise SchemaError(
             f"there is no coordinate {name!r}; there are {sorted(map(str, x.coords))}"
         )
-    values: np.ndarray = np.asarray(x.coords[name].values)
-    return values
+    return np.asarray(x.coords[name].values)
 
 
 def _palette(count: int) -> list[Any]:

@@ -218,10 +218,10 @@ def influence_against(
         )
         axes.grid(alpha=0.25)
     last = grid[-1]
-    for y, found in enumerate(correlations.values()):
-        jitter = np.linspace(-0.15, 0.15, len(found))
-        last.plot(found, y + jitter, ".", color=_COLORS[(y + 1) % len(_COLORS)], alpha=0.7)
-        last.plot([np.median(found)] * 2, [y - 0.3, y + 0.3], color="black", lw=1.5)
+    for y, entries in enumerate(correlations.values()):
+        jitter = np.linspace(-0.15, 0.15, len(entries))
+        last.plot(entries, y + jitter, ".", color=_COLORS[(y + 1) % len(_COLORS)], alpha=0.7)
+        last.plot([np.median(entries)] * 2, [y - 0.3, y + 0.3], color="black", lw=1.5)
     last.set_yticks(range(len(correlations)), list(correlations))
     last.set(xlabel="correlation with the clean image's influences", title="All pairs, medians")
     last.grid(axis="x", alpha=0.25)

@@ -186,14 +186,14 @@ def similarity_against_distance(
             alpha=0.6,
             label=f"to one input ({int(chosen.sum()):,} pairs)",
         )
-        found = by_distance.sel(pairs=pairs)
-        drawn = found.isel(bin=found["count"].values >= _LEAST)
+        curve = by_distance.sel(pairs=pairs)
+        drawn = curve.isel(bin=curve["count"].values >= _LEAST)
         x, mean, sd = (drawn[part].values for part in ("distance", "mean", "sd"))
-        count = int(found["count"].sum())
+        count = int(curve["count"].sum())
         axes.plot(x, mean, "o-", color=colour, label=f"all {count:,} pairs: mean and sd")
         axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
         axes.axhline(0, color="0.6", lw=0.8, zorder=0)
-        rank = float(found["rank_correlation"])
+        rank = float(curve["rank_correlation"])
         axes.set(
             xlabel="distance on the map",
             ylabel="similarity",

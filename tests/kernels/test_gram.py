@@ -149,7 +149,7 @@ def test_covariance__refuses_one_draw(losses):
 
 
 def test_covariance__refuses_what_holds_no_losses(losses):
-    with pytest.raises(errors.SchemaError, match="expected a variable 'loss'.*found"):
+    with pytest.raises(errors.SchemaError, match="expected a variable 'loss'.*there are"):
         lk.covariance(xr.Dataset({"a": ("x", [1.0])}))
     with pytest.raises(errors.SchemaError, match="neither a variable 'loss' nor a group"):
         lk.covariance(xr.DataTree())

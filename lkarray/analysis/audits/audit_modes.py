@@ -78,11 +78,13 @@ def audit_modes(
         raise ValueError(f"k must be between 1 and {n}, the training examples there are, not {k}")
     bare = kernel.drop_vars(list(kernel.coords))
     if n <= _DENSE and _DECOMPOSE * 8 * n**2 <= memory_budget(memory):
-        both = _dense(bare, k)
-        value, vector = both[0], both[1:]
+        # Eigenvalues as a first row, above their vectors: one task decomposes for both.
+        shape = {"dtype": np.float64, "chunks": ((n + 1,), (k,)), "meta": np.empty((0, 0))}
+        stacked = da.map_blocks(_eigh, bare.chunk(-1).data, k, **shape)
+        value, vector = stacked[0], stacked[1:]
     else:
-        found = svd(bare, k, over=columns, memory=memory)
-        value, vector = found["singular_value"].data, found["u"].data
+        decomposition = svd(bare, k, over=columns, memory=memory)
+        value, vector = decomposition["singular_value"].data, decomposition["u"].data
     out = xr.Dataset({"eigenvalue": (MODE, value), "vector": ((rows, MODE), vector)})
     out["drive"] = out["vector"].astype(np.float64).sum(rows, skipna=False)
     coords = sample_coords(kernel, rows) | {MODE: np.arange(out.sizes[MODE])}
@@ -148,8 +150,8 @@ def extend_audit(modes: Result, cross: Result, *, training: str | None = None) -
     train = _training_dim(cross, modes, rows, training)
     new = str(next(dim for dim in cross.dims if dim != train))
     cross = in_order(cross, train, modes.indexes.get(rows), modes.sizes[rows], what="cross")
-    parts = (nan_for_infinite(cross), vector.astype(np.float64))
-    bare, thin = (x.drop_vars(list(x.coords)) for x in parts)
+    operands = (nan_for_infinite(cross), vector.astype(np.float64))
+    bare, thin = (x.drop_vars(list(x.coords)) for x in operands)
     # Thin products: one a tile of the cross kernel, which is read once.
     projected = xr.dot(thin.rename({rows: train}), bare, dim=train)
     terms = (
@@ -163,17 +165,8 @@ def extend_audit(modes: Result, cross: Result, *, training: str | None = None) -
     return out.assign_coords(coords).assign_attrs(modes.attrs)
 
 
-def _dense(kernel: xr.DataArray, k: int) -> da.Array:
-    """Return the leading eigenvalues, as a first row, above their vectors, as columns."""
-    n = len(kernel)
-    whole = kernel.chunk(-1).data
-    both: da.Array = da.map_blocks(
-        _eigh, whole, k, dtype=np.float64, chunks=((n + 1,), (k,)), meta=np.empty((0, 0))
-    )
-    return both
-
-
 def _eigh(kernel: np.ndarray, k: int) -> np.ndarray:
+    """Return the leading eigenvalues, as a first row, above their vectors, as columns."""
     if not np.isfinite(kernel).all():
         raise NonFiniteError("audit_modes: kernel holds NaN or infinity; leave such examples out")
     n = len(kernel)

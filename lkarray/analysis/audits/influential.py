@@ -84,13 +84,14 @@ def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = 
     split = "lkarray_class" if by is None else by
     require_unique(x.indexes.get(source), f"the index of {source!r}")
     labels = np.asarray(x.indexes[source]) if source in x.indexes else np.arange(len(codes))
-    found: dict[str, xr.DataArray] = {}
+    columns: dict[str, xr.DataArray] = {}
     for end, (name, sign) in enumerate(_SIGNS.items()):
         entries = best[..., end, :, :]
         dims = (*rest, split, RANK)
-        found[name] = xr.DataArray(_labelled(entries, labels), dims=dims)
-        found[f"{name}_influence"] = xr.DataArray(_signed(entries, sign), dims=dims)
-    out = xr.Dataset(found).transpose(split, RANK, *rest)
+        columns[name] = xr.DataArray(_labels_of(entries, labels), dims=dims)
+        signed = da.map_blocks(_influences, entries, sign, dtype=np.float64)
+        columns[f"{name}_influence"] = xr.DataArray(signed, dims=dims)
+    out = xr.Dataset(columns).transpose(split, RANK, *rest)
     out = out.isel({split: 0}) if by is None else out.assign_coords({by: classes})
     for name, sign in _SIGNS.items():
         verb = "lowered" if sign < 0 else "raised"
@@ -161,7 +162,7 @@ def _best_entries(data: da.Array, codes: np.ndarray, classes: int, k: int) -> da
     kept = tuple(min(k, int(np.bincount(span).max())) for span in spans)
     *rest, last, end, group = range(data.ndim + 2)
     meta = np.empty((0,) * (data.ndim + 2), _ENTRY)
-    found = da.blockwise(
+    candidates = da.blockwise(
         _candidates,
         (*rest, end, group, last),
         data,
@@ -180,7 +181,7 @@ def _best_entries(data: da.Array, codes: np.ndarray, classes: int, k: int) -> da
     )
     keep = partial(_keep, k=k)
     best: da.Array = da.reduction(
-        found,
+        candidates,
         chunk=keep,
         aggregate=keep,
         axis=-1,
@@ -203,9 +204,9 @@ def _candidates(
     out["score"], out["place"] = -np.inf, -1
     for c in np.unique(code):
         members = np.flatnonzero(code == c)
-        part, count = flat[:, members], min(k, len(members))
+        influences, count = flat[:, members], min(k, len(members))
         for end, sign in enumerate(_SIGNS.values()):
-            score = sign * part
+            score = sign * influences
             index = top_k(score, count)
             out["score"][:, end, c, :count] = np.take_along_axis(score, index, axis=1)
             out["place"][:, end, c, :count] = place[members[index]]
@@ -218,23 +219,19 @@ def _keep(entries: np.ndarray, axis: Any, keepdims: bool, *, k: int) -> np.ndarr
     return np.take_along_axis(entries, order, axis=-1)
 
 
-def _labelled(entries: da.Array, labels: np.ndarray) -> da.Array:
+def _labels_of(entries: da.Array, labels: np.ndarray) -> Any:
+    """Return the labels of the examples at the entries' places; a missing one where it is -1."""
     missing: Any = ""
     if labels.dtype.kind in "iub":
         labels, missing = labels.astype(np.int64), -1
     elif labels.dtype.kind == "f":
         missing = np.nan
     padded = np.append(labels, np.array([missing], labels.dtype))  # which place -1 finds
-    found: da.Array = da.map_blocks(lambda e: padded[e["place"]], entries, dtype=padded.dtype)
-    return found
+    return da.map_blocks(lambda e: padded[e["place"]], entries, dtype=padded.dtype)
 
 
-def _signed(entries: da.Array, sign: int) -> da.Array:
-    def influence(e: np.ndarray) -> np.ndarray:
-        return np.where(e["place"] < 0, np.nan, sign * e["score"])
-
-    found: da.Array = da.map_blocks(influence, entries, dtype=np.float64)
-    return found
+def _influences(entries: np.ndarray, sign: int) -> np.ndarray:
+    return np.where(entries["place"] < 0, np.nan, sign * entries["score"])
 
 
 def _shares(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -243,8 +240,9 @@ def _shares(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     size.sort(axis=-1)
     held = np.cumsum(size[..., ::-1], axis=-1)
     chosen, total = held[..., counts - 1], held[..., -1:]
-    out: np.ndarray = np.divide(chosen, total, out=np.full_like(chosen, np.nan), where=total > 0)
-    return out
+    shares = np.full_like(chosen, np.nan)
+    np.divide(chosen, total, out=shares, where=total > 0)
+    return shares
 
 
 def _require_finite(values: np.ndarray) -> None:

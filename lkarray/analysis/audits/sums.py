@@ -61,17 +61,17 @@ def completeness(audit: xr.Dataset | xr.DataTree) -> xr.Dataset:
         ``audit`` does not hold the two, or they lack ``epoch``.
     """
     audit = _opened(audit)
-    found, true = (_variable(audit, name) for name in ("reconstruction", "epoch_change"))
-    for x in (found, true):
+    rebuilt, true = (_variable(audit, name) for name in ("reconstruction", "epoch_change"))
+    for x in (rebuilt, true):
         require_real(f"audit: {x.name}", x)
         if not x.size:
             raise SchemaError(f"audit: {x.name!r} is empty, of {dict(x.sizes)}")
-        if EPOCH not in x.dims or set(x.dims) != set(found.dims):
+        if EPOCH not in x.dims or set(x.dims) != set(rebuilt.dims):
             raise SchemaError(
                 f"{x.name!r} has dims {x.dims}; expected ('epoch', 'audit'), with 'output' or "
                 "without, of both 'reconstruction' and 'epoch_change'"
             )
-    a, b = (x.drop_vars(list(x.coords)).astype(np.float64) for x in (found, true))
+    a, b = (x.drop_vars(list(x.coords)).astype(np.float64) for x in (rebuilt, true))
     dims = [dim for dim in a.dims if dim != EPOCH]
     mre = abs(a - b).mean(dims, skipna=False)
     units = true.attrs.get("units", "1")
@@ -79,7 +79,7 @@ def completeness(audit: xr.Dataset | xr.DataTree) -> xr.Dataset:
     out["mre"].attrs = {"units": units, "long_name": "mean reconstruction error"}
     out["lc"].attrs = {"units": "1", "long_name": "correlation of reconstruction and change"}
     kept = {name: audit.attrs[name] for name in ("complete", "incomplete") if name in audit.attrs}
-    return out.assign_coords(sample_coords(found, EPOCH)).assign_attrs(kept).compute()
+    return out.assign_coords(sample_coords(rebuilt, EPOCH)).assign_attrs(kept).compute()
 
 
 @checked(audit=None)
@@ -223,8 +223,8 @@ def whole_influence(x: xr.DataArray, source: str) -> xr.DataArray:
 
 def small_computed(x: xr.DataArray, out: Computed) -> Computed:
     """Return a table of an audit computed; as it is where it is large and the audit on Dask."""
-    parts = out.data_vars.values() if isinstance(out, xr.Dataset) else [out]
-    large = sum(part.size for part in parts) > _SMALL
+    variables = out.data_vars.values() if isinstance(out, xr.Dataset) else [out]
+    large = sum(variable.size for variable in variables) > _SMALL
     return out if large and x.chunks is not None else computed(out)
 
 

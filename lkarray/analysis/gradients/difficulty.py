@@ -69,7 +69,7 @@ def ips_scores(
     own = _predicted(similarity, rows, predicted, classes)
     if len(classes) < 2:
         raise SchemaError(
-            f"a margin needs at least two classes of training examples, found {classes.tolist()}"
+            f"a margin needs at least two classes of training examples, not {classes.tolist()}"
         )
     member = np.zeros((len(codes), len(classes)), np.result_type(similarity.dtype, np.float32))
     member[np.arange(len(codes)), codes] = 1
@@ -202,9 +202,9 @@ def difficulty_table(
     the examples alone: the training run, and the training examples behind a score, stay as they
     are.
     """
-    found = opened(scores, "scores")
-    found = found if isinstance(found, xr.Dataset) else mapping("scores", found)
-    given = {str(name): score for name, score in found.items()}
+    table = opened(scores, "scores")
+    table = table if isinstance(table, xr.Dataset) else mapping("scores", table)
+    given = {str(name): score for name, score in table.items()}
     for name, score in ({"wrong": wrong} | given | {"loss": loss}).items():
         real_array(name if name in ("wrong", "loss") else f"scores[{name!r}]", score)
     for name, score in (given | {"loss": loss}).items():
@@ -228,22 +228,22 @@ def difficulty_table(
             f"scores, and {int(missed.sum())} of {len(missed)} examples are wrong"
         )
     values = np.stack(list(named.values()))
-    table = dict(zip(_MEASURES, _measures(values, missed, losses).T, strict=True))
+    measured = dict(zip(_MEASURES, _measures(values, missed, losses).T, strict=True))
     attrs = {"examples": len(missed), "share_wrong": float(missed.mean())}
     if replicates:
         rng = np.random.default_rng(seed)
-        drawn = np.stack(
+        replicated = np.stack(
             [
-                _measures(values[:, at], missed[at], losses[at])
-                for at in (_resampled(missed, rng) for _ in range(replicates))
+                _measures(values[:, drawn], missed[drawn], losses[drawn])
+                for drawn in (_resampled(missed, rng) for _ in range(replicates))
             ]
         )
         for column, name in enumerate(_MEASURES):
-            ends = [_interval(drawn[:, row, column]) for row in range(len(values))]
-            table |= {f"{name}_low": np.array(ends)[:, 0], f"{name}_high": np.array(ends)[:, 1]}
+            ends = [_interval(replicated[:, row, column]) for row in range(len(values))]
+            measured |= {f"{name}_low": np.array(ends)[:, 0], f"{name}_high": np.array(ends)[:, 1]}
         attrs |= {"replicates": replicates, "seed": seed, "level": _LEVEL}
     return xr.Dataset(
-        {name: ("score", column) for name, column in table.items()},
+        {name: ("score", column) for name, column in measured.items()},
         coords={"score": list(named)},
         attrs=attrs,
     )
@@ -273,17 +273,17 @@ def _measures(scores: np.ndarray, wrong: np.ndarray, loss: np.ndarray) -> np.nda
 def _resampled(wrong: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return a resampling of examples that has both right and wrong ones."""
     while True:
-        at = rng.integers(0, len(wrong), len(wrong))
-        if 0 < wrong[at].sum() < len(wrong):
-            return at
+        drawn = rng.integers(0, len(wrong), len(wrong))
+        if 0 < wrong[drawn].sum() < len(wrong):
+            return drawn
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
     """Return the ends of the percentile interval; resamplings without a number do not count."""
-    found = values[~np.isnan(values)]
-    if not len(found):
+    known = values[~np.isnan(values)]
+    if not len(known):
         return np.nan, np.nan
-    low, high = np.quantile(found, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    low, high = np.quantile(known, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -298,5 +298,4 @@ def _predicted(
             f"no training example is of the predicted classes {unknown[:5].tolist()}; pass "
             "similarities to examples of all classes"
         )
-    place: np.ndarray = np.searchsorted(classes, values)[codes]
-    return place
+    return np.searchsorted(classes, values).take(codes)

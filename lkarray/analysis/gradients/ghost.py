@@ -6,6 +6,8 @@ For a gradient that is an outer product ``b a'``, the inner product of two examp
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,8 +50,8 @@ def factor_kernel(
     for term in _terms(x, other):
         product: xr.DataArray | None = None
         for a, b in term:
-            found = gram(a, b, over=_ELEMENT, each=each, **options)
-            product = found if product is None else product * found
+            thin = gram(a, b, over=_ELEMENT, each=each, **options)
+            product = thin if product is None else product * thin
         assert product is not None
         total = product if total is None else total + product
     assert total is not None
@@ -101,26 +103,26 @@ def _terms(
         )
     pairs: dict[str, list[tuple[xr.DataArray, xr.DataArray | None]]] = {}
     for name, _, place in _stretches(x):
-        parts = [None if of is None else of[FACTOR.name].isel({_ELEMENT: place}) for of in (x, y)]
-        assert parts[0] is not None
-        pairs.setdefault(name, []).append((parts[0], parts[1]))
+        operands = [
+            None if of is None else of[FACTOR.name].isel({_ELEMENT: place}) for of in (x, y)
+        ]
+        assert operands[0] is not None
+        pairs.setdefault(name, []).append((operands[0], operands[1]))
     yield from pairs.values()
 
 
 def _norm(G: xr.Dataset, root: xr.Variable | None) -> xr.DataArray:
     """Return the norm of each example's path features, float64."""
-    total: Any = 0.0
+    products = []
     for term in _terms(G, None):
-        square: Any = 1.0
-        for part, _ in term:
-            square = square * (part.astype(np.float64) ** 2).sum(_ELEMENT)
-        total = total + square
+        squares = [(factor.astype(np.float64) ** 2).sum(_ELEMENT) for factor, _ in term]
+        products.append(functools.reduce(operator.mul, squares))
+    total = functools.reduce(operator.add, products)
     if root is not None:
         total = total * xr.Variable(root.dims, root.values**2)
     if TIME in total.dims:
         total = total.sum(TIME)
-    norm: xr.DataArray = total**0.5
-    return norm
+    return total**0.5
 
 
 def _normalised(

@@ -72,15 +72,15 @@ def modes(G: Losses, k: int, *, memory: int | str | None = None) -> xr.Dataset:
         )
     if TIME in x.dims:
         x = x.isel({TIME: 0})
-    found = svd(x, k, over=PARAM, memory=memory)
-    alignment = found["u"].astype(np.float64).sum(EXAMPLE, skipna=False)
+    decomposition = svd(x, k, over=PARAM, memory=memory)
+    alignment = decomposition["u"].astype(np.float64).sum(EXAMPLE, skipna=False)
     return xr.Dataset(
         {
-            "singular_value": found["singular_value"],
-            "direction": found["v"].transpose(MODE, PARAM),
-            "left": found["u"],
+            "singular_value": decomposition["singular_value"],
+            "direction": decomposition["v"].transpose(MODE, PARAM),
+            "left": decomposition["u"],
             "alignment": alignment,
-            "drive": alignment * found["singular_value"],
+            "drive": alignment * decomposition["singular_value"],
         },
         attrs={"over": [PARAM]},
     )
@@ -221,13 +221,13 @@ def parameter_modes(
     x = as_gradients(G, need=(EXAMPLE, PARAM))
     x = weighted(x, root_weight(x, weight))
     over = [str(dim) for dim in x.dims if dim != PARAM]
-    found = svd(x, k, over=over, memory=memory)
-    value = found["singular_value"] ** 2
+    decomposition = svd(x, k, over=over, memory=memory)
+    value = decomposition["singular_value"] ** 2
     trace = (x.astype(np.float64) ** 2).sum(skipna=False).variable
     return xr.Dataset(
         {
             "eigenvalue": value,
-            "direction": found["u"].transpose(MODE, PARAM),
+            "direction": decomposition["u"].transpose(MODE, PARAM),
             "share": value / trace.where(trace > 0),
         },
         attrs={"over": over, "weight": weight or "none"},

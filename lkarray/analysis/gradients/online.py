@@ -69,19 +69,19 @@ class OjaModes:
 
     def _start(self, batch: np.ndarray) -> None:
         _, s, rows = np.linalg.svd(batch, full_matrices=False)
-        found = min(self.k, len(s))
+        rank = min(self.k, len(s))
         noise = np.random.default_rng(self.seed).standard_normal((batch.shape[1], self.k))
-        basis = np.concatenate([rows[:found].T, noise.astype(batch.dtype)], axis=1)
+        basis = np.concatenate([rows[:rank].T, noise.astype(batch.dtype)], axis=1)
         self.directions = np.linalg.qr(basis[:, : self.k])[0]
-        squares = s[:found].astype(np.float64) ** 2 / len(batch)
-        self.energies = np.concatenate([squares, np.zeros(self.k - found)])
+        squares = s[:rank].astype(np.float64) ** 2 / len(batch)
+        self.energies = np.concatenate([squares, np.zeros(self.k - rank)])
 
     def squares(self, batch: np.ndarray) -> np.ndarray:
         """Return the squared norms of a batch's projection, and of the batch."""
         if self.directions is None:
             return np.array([np.nan, np.nan])
-        parts = batch @ self.directions, batch
-        return np.array([np.square(part, dtype=np.float64).sum() for part in parts])
+        matrices = batch @ self.directions, batch
+        return np.array([np.square(matrix, dtype=np.float64).sum() for matrix in matrices])
 
     def energy(self, batch: np.ndarray) -> float:
         """Return the share of a batch's norm that its projection holds (PLGK A.8); NaN of none."""
@@ -140,15 +140,15 @@ def online_modes(
     source = dask.delayed(read, traverse=False)
     state = dask.delayed(OjaModes(k, learning_rate=learning_rate, seed=seed), traverse=False)
     follow, direction, energy = (dask.delayed(f) for f in (_follow, _directions, _last))
-    found, energies = [], []
+    directions, energies = [], []
     for t in range(x.sizes[TIME]):
         pair = follow(state, source, t, batch_size)
         state = pair[0]
-        found.append(da.from_delayed(direction(state), (k, x.sizes[PARAM]), read.dtype))
+        directions.append(da.from_delayed(direction(state), (k, x.sizes[PARAM]), read.dtype))
         energies.append(da.from_delayed(energy(pair), (), np.float64))
     return xr.Dataset(
         {
-            "direction": ((TIME, MODE, PARAM), da.stack(found)),
+            "direction": ((TIME, MODE, PARAM), da.stack(directions)),
             "energy_captured": (TIME, da.stack(energies)),
         },
         coords=sample_coords(x, TIME) | sample_coords(x, PARAM) | {MODE: np.arange(k)},
@@ -179,8 +179,7 @@ def _directions(state: OjaModes) -> np.ndarray:
     assert state.directions is not None
     v = state.directions
     top = np.take_along_axis(v, np.abs(v).argmax(0)[None], 0)
-    signed: np.ndarray = (v * np.where(top < 0, -1, 1).astype(v.dtype)).T
-    return signed
+    return np.transpose(v * np.where(top < 0, -1, 1).astype(v.dtype))
 
 
 def _last(pair: tuple[OjaModes, float]) -> np.ndarray:

@@ -111,7 +111,7 @@ def subspace_overlap(
         ``k`` exceeds the smaller of examples and parameters.
     """
     x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
-    at = _position(x, reference)
+    position = _position(x, reference)
     bare = x.drop_vars([name for name in x.coords if name != x.name])
     spaces = [
         svd(bare.isel({TIME: t}), operator.index(k), over=PARAM, memory=memory)["v"]
@@ -121,7 +121,7 @@ def subspace_overlap(
         xr.apply_ufunc(
             _principal,
             space,
-            spaces[at].rename({MODE: second(MODE)}),
+            spaces[position].rename({MODE: second(MODE)}),
             input_core_dims=[[PARAM, MODE], [PARAM, second(MODE)]],
             dask="parallelized",
             output_dtypes=[np.float64],
@@ -188,15 +188,15 @@ def influence_over_time(
     one_of("weight", weight, (None, "lr"))
     x = as_gradients(train_G, name="train_G", need=(TIME, EXAMPLE, PARAM))
     y = as_gradients(audit_G, name="audit_G", need=(TIME, EXAMPLE, PARAM))
-    for part, name in ((x, "train_G"), (y, "audit_G")):
-        free_dim(part, name, (PARAM,), (TIME,))
+    for side, name in ((x, "train_G"), (y, "audit_G")):
+        free_dim(side, name, (PARAM,), (TIME,))
     check_shared(x, y, (TIME, PARAM))
     root = root_weight(x, weight)
     rates = 1.0 if root is None else root.values**2
     scale = -np.broadcast_to(rates, (x.sizes[TIME],)) / x.sizes[EXAMPLE]
     left, right = (
-        engine.Operand(part, over=(PARAM,), each=(TIME,), rows=EXAMPLE, center=None, cosine=False)
-        for part in (x, y)
+        engine.Operand(side, over=(PARAM,), each=(TIME,), rows=EXAMPLE, center=None, cosine=False)
+        for side in (x, y)
     )
     plan = engine.make_plan(left, right, memory=memory, sink=RUNNING_BYTES)
     data = running_array(engine.Contraction(left, right, plan), scale)

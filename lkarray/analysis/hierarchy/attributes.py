@@ -72,7 +72,7 @@ def attribute_lift(
     Notes
     -----
     One pass over the table. Queries are left out, not candidates, so errors do not include
-    which inputs were there to be found.
+    which inputs were there to search.
     """
     near: xr.Dataset = as_table(neighbors)
     rows = table_rows(near)
@@ -87,16 +87,16 @@ def attribute_lift(
         apart = coded(labels_of(near, rows, excluded, "exclude"), what=repr(excluded))[1]
     block = np.random.default_rng(seed).integers(0, blocks, apart.max() + 1)[apart]
     table, missing = count_pairs(near, rows, block * count + codes, codes, (blocks * count, count))
-    found = table.toarray().reshape(blocks, count, count).astype(float)
+    counts = table.toarray().reshape(blocks, count, count).astype(float)
     chance = _other_pairs(codes, apart, block, (blocks, count))
     out: dict[str, Any] = {}
     dims = (name, second(name))
-    total, base = found.sum(axis=0), chance.sum(axis=0)
+    total, base = counts.sum(axis=0), chance.sum(axis=0)
     out["transition"] = (dims, ratio(total, total.sum(axis=1, keepdims=True)))
     out["base_rate"] = (dims, ratio(base, base.sum(axis=1, keepdims=True)))
-    kept = [(total - f, base - c) for f, c in zip(found, chance, strict=True)]
+    kept = [(total - f, base - c) for f, c in zip(counts, chance, strict=True)]
     for prefix, of, shape in (("", _lift, (name,)), ("pooled_", _pooled, ())):
-        value, error = of(total, base), jackknife([of(*part) for part in kept])
+        value, error = of(total, base), jackknife([of(*numbers) for numbers in kept])
         low, high = interval(value, [error], level)
         out[f"{prefix}lift"] = (shape, value)
         out[f"{prefix}low"], out[f"{prefix}high"] = (shape, np.maximum(low, 0)), (shape, high)
@@ -131,21 +131,21 @@ def _other_pairs(
     inside.sum_duplicates()
     of = np.empty(apart.max() + 1, np.int64)
     of[apart] = block
-    for at in range(blocks):
-        part = inside[np.flatnonzero(of == at)]
-        out[at] -= (part.T @ part).toarray()
+    for number in range(blocks):
+        members = inside[np.flatnonzero(of == number)]
+        out[number] -= (members.T @ members).toarray()
     return out
 
 
-def _lift(found: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    rate = ratio(np.diagonal(found), found.sum(axis=1))
+def _lift(counts: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    rate = ratio(np.diagonal(counts), counts.sum(axis=1))
     return ratio(rate, ratio(np.diagonal(chance), chance.sum(axis=1)))
 
 
-def _pooled(found: np.ndarray, chance: np.ndarray) -> np.ndarray:
+def _pooled(counts: np.ndarray, chance: np.ndarray) -> np.ndarray:
     base = np.nan_to_num(ratio(np.diagonal(chance), chance.sum(axis=1)))
-    expected = (found.sum(axis=1) * base).sum()
-    return ratio(np.asarray(np.trace(found)), np.asarray(expected))
+    expected = (counts.sum(axis=1) * base).sum()
+    return ratio(np.asarray(np.trace(counts)), np.asarray(expected))
 
 
 @checked(k=COUNT)
@@ -212,10 +212,8 @@ def _mean_color(given: Any, at: int) -> np.ndarray:
     if not image.size or not np.isfinite(image).all():
         raise ValueError(f"images: image {at} is empty, or holds NaN or infinity")
     axes = (0, 1) if image.shape[-1] == 3 else (1, 2)
-    found: np.ndarray = image.mean(axis=axes, dtype=np.float64)
-    return found
+    return np.asarray(image.mean(axis=axes, dtype=np.float64))
 
 
 def _squares(points: np.ndarray, center: np.ndarray) -> np.ndarray:
-    found: np.ndarray = ((points - center) ** 2).sum(axis=1)
-    return found
+    return np.asarray(((points - center) ** 2).sum(axis=1))

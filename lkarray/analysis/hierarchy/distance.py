@@ -142,13 +142,15 @@ def correlation_by_distance(
     boot = np.stack([curve.mean(parts[0], w) for w in weights])
     ranks = np.array([_rank(parts[0], far, w) for w in weights])
     out: dict[str, Any] = {}
-    for name, dims, found, deleted in (
+    for name, dims, resamplings, deleted in (
         ("", ("distance",), boot, [curve.mean(part, weights[0]) for part in parts[1:]]),
         ("rank_", (), ranks, [np.array(_rank(part, far, weights[0])) for part in parts[1:]]),
     ):
-        errors = {"labels": spread(found[1:])} | ({"chains": jackknife(deleted)} if deleted else {})
-        low, high = interval(found[0], list(errors.values()), level)
-        out[name + ("correlation" if name else kernel)] = (dims, found[0])
+        errors = {"labels": spread(resamplings[1:])} | (
+            {"chains": jackknife(deleted)} if deleted else {}
+        )
+        low, high = interval(resamplings[0], list(errors.values()), level)
+        out[name + ("correlation" if name else kernel)] = (dims, resamplings[0])
         out[f"{name}low"], out[f"{name}high"] = (dims, low), (dims, high)
         for source, error in errors.items():
             out[f"{name}standard_error_{source}"] = (dims, error)
@@ -211,9 +213,9 @@ class _Curve:
 
 def _rank(means: np.ndarray, far: np.ndarray, weights: np.ndarray) -> float:
     """Spearman's correlation over pairs of different labels; resampled ones are repeated."""
-    at = np.repeat(np.arange(len(weights)), weights.astype(int))
-    i, j = np.triu_indices(len(at), 1)
-    i, j = at[i], at[j]
+    drawn = np.repeat(np.arange(len(weights)), weights.astype(int))
+    i, j = np.triu_indices(len(drawn), 1)
+    i, j = drawn[i], drawn[j]
     kept = (i != j) & np.isfinite(far[i, j])
     a, b = means[i, j][kept], far[i, j][kept]
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:

@@ -51,14 +51,14 @@ def depths(parents: Parents, convention: str) -> np.ndarray:
 
 def upward(parents: Parents, node: int) -> dict[int, int]:
     """Return the node and all of its ancestors, with the fewest edges up to each."""
-    found, queue = {node: 0}, deque([node])
+    steps, queue = {node: 0}, deque([node])
     while queue:
-        at = queue.popleft()
-        for parent in parents[at]:
-            if parent not in found:
-                found[parent] = found[at] + 1
+        lower = queue.popleft()
+        for parent in parents[lower]:
+            if parent not in steps:
+                steps[parent] = steps[lower] + 1
                 queue.append(parent)
-    return found
+    return steps
 
 
 def ancestry(parents: Parents, nodes: Iterable[int]) -> sparse.csr_array:
@@ -92,8 +92,8 @@ def distances(lines: sparse.csr_array) -> np.ndarray:
     for ancestor in np.flatnonzero(np.diff(columns.indptr)):
         span = slice(columns.indptr[ancestor], columns.indptr[ancestor + 1])
         below, steps = columns.indices[span], columns.data[span] - 1
-        at = np.ix_(below, below)
-        out[at] = np.minimum(out[at], steps[:, None] + steps)
+        pairs = np.ix_(below, below)
+        out[pairs] = np.minimum(out[pairs], steps[:, None] + steps)
     return out
 
 

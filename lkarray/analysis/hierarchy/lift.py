@@ -163,13 +163,13 @@ def taxonomic_lift(
     require_taxonomy(taxonomy)
     neighbors = as_table(neighbors)
     if isinstance(neighbors, xr.Dataset) and "neighbor" in neighbors:
-        parts: list[xr.Dataset] = []
+        deleted: list[xr.Dataset] = []
         table, label = with_labels(neighbors, table_rows(neighbors), label, what="label")
     else:
         neighbors = as_losses(neighbors)
         own = next(str(dim) for dim in neighbors.dims if dim not in POSTERIOR)
         neighbors, label = with_labels(neighbors, own, label, what="label")
-        table, parts = _searched(neighbors, label, k, largest, delete_chains, memory)
+        table, deleted = _searched(neighbors, label, k, largest, delete_chains, memory)
     rows = table_rows(table)
     values, codes = coded(labels_of(table, rows, label), what=repr(label))
     tree = make_tree(taxonomy, values, np.bincount(codes, minlength=len(values)), depth)
@@ -177,8 +177,8 @@ def taxonomic_lift(
     counts, facts = _other_labels(table, rows, codes, len(values))
     sums = add_up(counts, tree, np.concatenate([np.ones((1, len(values))), weights]))
     without = [
-        add_up(_other_labels(part, rows, codes, len(values))[0], tree, np.ones((1, len(values))))
-        for part in parts
+        add_up(_other_labels(near, rows, codes, len(values))[0], tree, np.ones((1, len(values))))
+        for near in deleted
     ]
     facts |= {
         "base": base,
@@ -189,7 +189,7 @@ def taxonomic_lift(
         "replicates": replicates,
         "level": level,
         "seed": seed,
-        "chains_deleted": len(parts),
+        "chains_deleted": len(deleted),
     }
     return _dataset(sums, without, tree, base, level, facts, keep_replicates)
 
@@ -200,8 +200,8 @@ def _searched(
     """Return the neighbours of other labels, and those without each chain, lazily."""
     x = as_losses(losses, name="neighbors")
     rows = next(str(dim) for dim in x.dims if dim not in POSTERIOR)
-    found = find_neighbors(x, k, exclude=label, largest=largest, memory=memory)
-    values, sizes = np.unique(labels_of(found, rows, label), return_counts=True)
+    near = find_neighbors(x, k, exclude=label, largest=largest, memory=memory)
+    values, sizes = np.unique(labels_of(near, rows, label), return_counts=True)
     most = int(sizes.argmax())
     if (left := int(sizes.sum() - sizes[most])) < k:
         raise ValueError(
@@ -210,10 +210,10 @@ def _searched(
         )
     chains = x.sizes[CHAIN]
     if not delete_chains or chains < 3:
-        return found, []
-    parts = [x.isel({CHAIN: [c for c in range(chains) if c != gone]}) for gone in range(chains)]
+        return near, []
+    subsets = [x.isel({CHAIN: [c for c in range(chains) if c != gone]}) for gone in range(chains)]
     options = {"exclude": label, "largest": largest, "memory": memory}
-    return found, [find_neighbors(part, k, **options) for part in parts]
+    return near, [find_neighbors(subset, k, **options) for subset in subsets]
 
 
 def _other_labels(
@@ -254,17 +254,17 @@ def add_up(counts: sparse.csr_array, tree: Tree, weights: np.ndarray) -> Sums:
     for start in range(0, size, step):
         stop = min(start + step, size)
         own = np.arange(stop - start), np.arange(start, stop)
-        at = np.zeros((stop - start, groups))
-        at[own[0], tree.group[start:stop]] = 1
-        found = counts[start:stop].toarray().astype(float)
+        member_of = np.zeros((stop - start, groups))
+        member_of[own[0], tree.group[start:stop]] = 1
+        block = counts[start:stop].toarray().astype(float)
         w, h = weights[:, start:stop], heavy[:, start:stop]
-        pairs += (w * (weights @ found.T)) @ at
-        base_pairs += (h * (heavy.sum(axis=1, keepdims=True) - h)) @ at
+        pairs += (w * (weights @ block.T)) @ member_of
+        base_pairs += (h * (heavy.sum(axis=1, keepdims=True) - h)) @ member_of
         for d, member in enumerate(tree.members):
             share = (member[start:stop] @ transposed[d]).toarray() > 0
             share[own] = False
-            shared[..., d] += (w * (weights @ np.where(share, found, 0).T)) @ at
-            base_shared[..., d] += (h * (heavy @ share.T.astype(float))) @ at
+            shared[..., d] += (w * (weights @ np.where(share, block, 0).T)) @ member_of
+            base_shared[..., d] += (h * (heavy @ share.T.astype(float))) @ member_of
     return Sums(shared, pairs, base_shared, base_pairs)
 
 
@@ -282,14 +282,12 @@ def spread(values: np.ndarray) -> np.ndarray:
     count = known.sum(axis=0)
     mean = ratio(np.where(known, values, 0).sum(axis=0), count)
     squares = np.where(known, (values - mean) ** 2, 0).sum(axis=0)
-    out: np.ndarray = np.sqrt(ratio(squares, count - 1.0))
-    return out
+    return np.asarray(np.sqrt(ratio(squares, count - 1.0)))
 
 
 def jackknife(values: Sequence[np.ndarray]) -> np.ndarray:
     """Return the standard error from values without each part in turn (Efron 1982)."""
-    out: np.ndarray = spread(np.stack(values)) * (len(values) - 1) / np.sqrt(len(values))
-    return out
+    return np.asarray(spread(np.stack(values)) * (len(values) - 1) / np.sqrt(len(values)))
 
 
 def interval(
@@ -312,16 +310,16 @@ def _dataset(
     facts: dict[str, Any],
     keep: bool,
 ) -> xr.Dataset:
-    both, one = ("query_depth", "depth"), ("query_depth",)
+    both, query_only = ("query_depth", "depth"), ("query_depth",)
     rate, base_rate = sums.rates(base)
     out: dict[str, Any] = {}
-    for name, dims, values, parts in (
-        ("", both, sums.lift(base), [part.lift(base)[0] for part in without]),
-        ("pooled_", ("depth",), sums.pooled(base), [part.pooled(base)[0] for part in without]),
+    for name, dims, values, deleted in (
+        ("", both, sums.lift(base), [fewer.lift(base)[0] for fewer in without]),
+        ("pooled_", ("depth",), sums.pooled(base), [fewer.pooled(base)[0] for fewer in without]),
     ):
         errors = {"labels": spread(values[1:])}
-        if parts:
-            errors["chains"] = jackknife(parts)
+        if deleted:
+            errors["chains"] = jackknife(deleted)
         low, high = interval(values[0], list(errors.values()), level)
         out[f"{name}lift"] = (dims, values[0], {"long_name": f"lift under the {base} base rate"})
         out[f"{name}low"], out[f"{name}high"] = (dims, np.maximum(low, 0)), (dims, high)
@@ -332,9 +330,9 @@ def _dataset(
     out["rate"] = (both, rate[0], {"long_name": "share of neighbours with a common ancestor"})
     out["base_rate"] = (both, base_rate[0], {"long_name": "the same by chance"})
     out["shared"] = (both, sums.shared[0].round().astype(np.int64))
-    out["pairs"] = (one, sums.pairs[0].round().astype(np.int64))
+    out["pairs"] = (query_only, sums.pairs[0].round().astype(np.int64))
     per_group = np.bincount(tree.group, tree.sizes, minlength=len(tree.query_depth))
-    out["queries"] = (one, per_group.round().astype(np.int64))
-    out["labels"] = (one, np.bincount(tree.group, minlength=len(tree.query_depth)))
+    out["queries"] = (query_only, per_group.round().astype(np.int64))
+    out["labels"] = (query_only, np.bincount(tree.group, minlength=len(tree.query_depth)))
     coords = {"query_depth": tree.query_depth, "depth": np.arange(len(tree.members))}
     return xr.Dataset(out, coords=coords, attrs=facts)

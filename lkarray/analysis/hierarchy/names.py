@@ -15,11 +15,9 @@ def checked_parents(
     """Return the parents of each node, names plain, and missing ones left out: of a root."""
     above: dict[Hashable, tuple[Hashable, ...]] = {}
     empty = "" in parents  # then it is a name
-    for given, found in mapping("parents", parents).items():
-        node, names = (
-            plain(given, "parents"),
-            plain_all(f"parents[{given!r}]", several_or_one(found)),
-        )
+    for given, listed in mapping("parents", parents).items():
+        node = plain(given, "parents")
+        names = plain_all(f"parents[{given!r}]", several_or_one(listed))
         kept = tuple(dict.fromkeys(p for p in names if not _absent(p, empty)))
         if _absent(node, empty):
             raise ValueError(
@@ -52,14 +50,14 @@ def named_nodes(name: str, labels: Any) -> dict[Hashable, Hashable]:
     """Return nodes by their labels, of a mapping or of nodes that are their own labels."""
     if not isinstance(labels, Mapping):
         return {label: label for label in plain_all(name, labels)}
-    found = {plain(label, name): plain(node, name) for label, node in labels.items()}
-    if len(found) < len(labels):
+    nodes = {plain(label, name): plain(node, name) for label, node in labels.items()}
+    if len(nodes) < len(labels):
         raise ValueError(f"{name}: two are the same but for blanks around them; name each once")
-    return found
+    return nodes
 
 
-def several_or_one(found: Any) -> tuple[Hashable, ...]:
-    """Return what an iterable holds, or the one thing that is none, text for example."""
-    if isinstance(found, str) or not isinstance(found, Iterable):
-        return (found,)
-    return tuple(found)
+def several_or_one(given: Any) -> tuple[Hashable, ...]:
+    """Return what an iterable holds, or what is none, text for example, alone."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        return (given,)
+    return tuple(given)

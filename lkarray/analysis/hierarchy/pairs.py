@@ -91,21 +91,21 @@ def count_pairs(
         raise SchemaError(f"the index of {rows!r} has values twice; make them distinct")
     names = None if index is None or _is_range(index) else index
     counted = _Counter(names, first, second, shape)
-    parts: list[Any]
+    counted_blocks: list[Any]
     if dask.is_dask_collection(table.data):
         lazy = table.data.rechunk({1: -1})
         starts = np.cumsum([0, *lazy.chunks[0][:-1]])
         blocks = lazy.to_delayed()[:, 0]
         count = dask.delayed(counted, pure=False)
-        parts = list(
+        counted_blocks = list(
             dask.compute(*(count(b, int(start)) for b, start in zip(blocks, starts, strict=True)))
         )
-        return _added([p[0] for p in parts], shape), sum(p[1] for p in parts)
+        return _added([p[0] for p in counted_blocks], shape), sum(p[1] for p in counted_blocks)
     values, step = table.values, max(1, _PAIRS // max(1, table.shape[1]))
     total, missing = sparse.csr_array(shape, dtype=np.int64), 0
     for start in range(0, len(values), step):
-        found, absent = counted(values[start : start + step], start)
-        total, missing = total + found, missing + absent
+        counts, absent = counted(values[start : start + step], start)
+        total, missing = total + counts, missing + absent
     return total, missing
 
 
@@ -137,16 +137,16 @@ class _Counter:
             counts = np.bincount(key, minlength=size).reshape(self.shape)
             return sparse.csr_array(counts), int(there.size - len(key))
         keys, counts = np.unique(key, return_counts=True)
-        at = (keys // self.shape[1], keys % self.shape[1])
-        return sparse.csr_array((counts, at), shape=self.shape), int(there.size - len(key))
+        cells = (keys // self.shape[1], keys % self.shape[1])
+        return sparse.csr_array((counts, cells), shape=self.shape), int(there.size - len(key))
 
 
 def _is_range(index: Any) -> bool:
     return index.dtype.kind in "iu" and np.array_equal(index, np.arange(len(index)))
 
 
-def _added(parts: list[sparse.csr_array], shape: tuple[int, int]) -> sparse.csr_array:
+def _added(tables: list[sparse.csr_array], shape: tuple[int, int]) -> sparse.csr_array:
     total = sparse.csr_array(shape, dtype=np.int64)
-    for part in parts:
-        total = total + part
+    for table in tables:
+        total = total + table
     return total

@@ -45,10 +45,10 @@ def read_imagenet() -> tuple[Parents, dict[str, str], dict[Hashable, str]]:
 def read_wordnet(synsets: Iterable[str]) -> tuple[Parents, dict[str, str], dict[Hashable, str]]:
     """Return parents by synset name, the name of each asked synset, and aliases (wnids)."""
     wordnet = open_wordnet()
-    found, unknown = {}, []
+    known, unknown = {}, []
     for synset in dict.fromkeys(synsets):
         try:
-            found[synset] = _synset(wordnet, synset)
+            known[synset] = _synset(wordnet, synset)
         except Exception:  # nltk raises several kinds for what is not there
             unknown.append(synset)
     if unknown:
@@ -59,7 +59,7 @@ def read_wordnet(synsets: Iterable[str]) -> tuple[Parents, dict[str, str], dict[
         )
     parents: Parents = {}
     aliases: dict[Hashable, str] = {}
-    todo = list(found.values())
+    todo = list(known.values())
     while todo:
         synset = todo.pop()
         if synset.name() in parents:
@@ -68,7 +68,7 @@ def read_wordnet(synsets: Iterable[str]) -> tuple[Parents, dict[str, str], dict[
         parents[synset.name()] = [s.name() for s in above]
         aliases[wnid(synset)] = synset.name()
         todo.extend(above)
-    return parents, {asked: synset.name() for asked, synset in found.items()}, aliases
+    return parents, {asked: synset.name() for asked, synset in known.items()}, aliases
 
 
 def open_wordnet() -> Any:
@@ -116,9 +116,9 @@ def read_csv(path: Any) -> Parents:
             f"{path} has the columns {names}, and lacks {sorted(missing)}: expected one row for "
             "each edge, with its parent and child"
         )
-    at = [names.index(name) for name in ("parent", "child")]
+    columns = [names.index(name) for name in ("parent", "child")]
     rows = [(f"{path}, line {n}", [*row, *[""] * len(names)]) for n, row in lines]
-    return parents_of((where, (row[at[0]], row[at[1]])) for where, row in rows)
+    return parents_of((where, (row[columns[0]], row[columns[1]])) for where, row in rows)
 
 
 def parents_of(edges: Iterable[tuple[str, tuple[Any, Any]]], *, prefixes: bool = False) -> Parents:
@@ -152,10 +152,10 @@ def parents_of(edges: Iterable[tuple[str, tuple[Any, Any]]], *, prefixes: bool =
         root = root and not (empty and isinstance(above, str) and not above)
         if not root:
             parents.setdefault(above, [])
-        found = parents.setdefault(below, [])
+        own = parents.setdefault(below, [])
         (roots if root else said).setdefault(below, where)
-        if not root and above not in found:
-            found.append(above)
+        if not root and above not in own:
+            own.append(above)
     for node, where in roots.items():
         if node in said:
             raise ValueError(
@@ -166,15 +166,15 @@ def parents_of(edges: Iterable[tuple[str, tuple[Any, Any]]], *, prefixes: bool =
 
 
 def plain(label: Any, name: str = "label") -> Any:
-    """Return a name as Python's own type, without blanks around it, so that it is found again."""
-    found = label.item() if isinstance(label, np.generic) else label
+    """Return a name as Python's own type, without blanks around it, so that equal ones match."""
+    native = label.item() if isinstance(label, np.generic) else label
     try:
-        hash(found)
+        hash(native)
     except TypeError:
         raise TypeError(
-            f"{name}: a {type(found).__name__} cannot be a node or label; use strings or numbers"
+            f"{name}: a {type(native).__name__} cannot be a node or label; use strings or numbers"
         ) from None
-    return found.strip(_BLANK) if isinstance(found, str) else found
+    return native.strip(_BLANK) if isinstance(native, str) else native
 
 
 def is_missing(name: Any) -> bool:

@@ -73,19 +73,19 @@ class Taxonomy:
         roots: Iterable[Node] | None = None,
     ) -> None:
         above = checked_parents(parents)
-        above |= {p: () for found in list(above.values()) for p in found if p not in above}
+        above |= {p: () for listed in list(above.values()) for p in listed if p not in above}
         if not above:
             raise ValueError("parents or edges are empty: a taxonomy needs at least one node")
         self.nodes = tuple(above)
-        position = {node: at for at, node in enumerate(self.nodes)}
-        self._parents = tuple(tuple(position[p] for p in found) for found in above.values())
+        position = {node: number for number, node in enumerate(self.nodes)}
+        self._parents = tuple(tuple(position[p] for p in listed) for listed in above.values())
         cycle = graph.find_cycle(self._parents)
         if cycle is not None:
             path = " -> ".join(str(self.nodes[node]) for node in reversed(cycle))
             raise ValueError(f"a taxonomy must not have cycles, but there is {path}")
-        inner = {p for found in self._parents for p in found}
+        inner = {p for listed in self._parents for p in listed}
         if labels is None:
-            labels = [node for at, node in enumerate(self.nodes) if at not in inner]
+            labels = [node for number, node in enumerate(self.nodes) if number not in inner]
         named = named_nodes("labels", labels)
         others = {} if aliases is None else named_nodes("aliases", mapping("aliases", aliases))
         absent = [node for node in others.values() if node not in position]
@@ -186,8 +186,10 @@ class Taxonomy:
         >>> Taxonomy.from_parents({"dog": "mammal", "bat": ["mammal", "flier"]}).roots
         ('mammal', 'flier')
         """
-        found = {node: several_or_one(above) for node, above in mapping("parents", parents).items()}
-        return cls(found, labels, roots=roots)
+        listed = {
+            node: several_or_one(above) for node, above in mapping("parents", parents).items()
+        }
+        return cls(listed, labels, roots=roots)
 
     @classmethod
     def from_networkx(
@@ -275,8 +277,8 @@ class Taxonomy:
         if at_depth is not None:
             at_depth = integer("at_depth", at_depth)
         shortest, longest = self.depths("shortest"), self.depths("longest")
-        found = graph.upward(self._parents, self._at(label))
-        order = sorted(found, key=lambda a: (longest[a], a))
+        above = graph.upward(self._parents, self._at(label))
+        order = sorted(above, key=lambda a: (longest[a], a))
         return tuple(self.nodes[a] for a in order if at_depth in (None, shortest[a]))
 
     def descendants(self, label: Hashable) -> tuple[Hashable, ...]:

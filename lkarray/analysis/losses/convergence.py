@@ -39,8 +39,8 @@ def _batches(n: int, draws: int) -> Iterator[slice]:
 
 def per_sample(values: np.ndarray) -> np.ndarray:
     """Return `PER_SAMPLE` of each series, ``(n, 7)`` in float64, from ``(n, chain, draw)``."""
-    parts = [_figures(values[some]) for some in _batches(len(values), prod(values.shape[1:]))]
-    return np.concatenate(parts)
+    figures = [_figures(values[some]) for some in _batches(len(values), prod(values.shape[1:]))]
+    return np.concatenate(figures)
 
 
 def _figures(values: np.ndarray) -> np.ndarray:
@@ -97,11 +97,11 @@ def drift(mean: np.ndarray) -> np.ndarray:
     shifted = mean - mean.min(axis=1, keepdims=True)
     time = np.arange(half) - (half - 1) / 2
     levels, errors = [], []
-    for part in (shifted[:, :half], shifted[:, -half:]):
-        level = part.mean(axis=1, keepdims=True)
-        slope = (part * time).sum(axis=1, keepdims=True) / (time**2).sum()
+    for stretch in (shifted[:, :half], shifted[:, -half:]):
+        level = stretch.mean(axis=1, keepdims=True)
+        slope = (stretch * time).sum(axis=1, keepdims=True) / (time**2).sum()
         levels.append(level[:, 0])
-        errors.append(mean_error((part - level - slope * time)[:, None]))
+        errors.append(mean_error((stretch - level - slope * time)[:, None]))
     with np.errstate(divide="ignore", invalid="ignore"):
         z: np.ndarray = (levels[1] - levels[0]) / np.hypot(*errors)
     return z
@@ -124,13 +124,13 @@ def kernel_ess(series: np.ndarray, pairs: np.ndarray) -> float:
     """
     varies = np.ptp(series, axis=(1, 2)) > 0
     pairs = pairs[varies[pairs].all(axis=1)]
-    found = []
+    sizes = []
     for some in _batches(len(pairs), prod(series.shape[1:])):
         left, right = (series[index].astype(np.float64) for index in pairs[some].T)
-        for part in (left, right):
-            part -= part.mean(axis=(1, 2), keepdims=True)
-        found.append(_arviz().ess(left * right, **_AXES, method="mean"))
-    return float(np.median(np.concatenate(found))) if found else np.nan
+        for factor in (left, right):
+            factor -= factor.mean(axis=(1, 2), keepdims=True)
+        sizes.append(_arviz().ess(left * right, **_AXES, method="mean"))
+    return float(np.median(np.concatenate(sizes))) if sizes else np.nan
 
 
 def relaxation_steps(step_size: Any, gamma: float | None, sampler: Mapping[str, Any]) -> Any:

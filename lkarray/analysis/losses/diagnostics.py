@@ -113,7 +113,7 @@ def diagnostics(
           ``2 / (step_size * gamma)`` for `SGLD` (others: see Notes), with the step size of the
           last draw. NaN where gamma is 0 or unknown.
 
-        The attribute ``verdicts`` lists the problems, each with the number that was found, what
+        The attribute ``verdicts`` lists the problems, each with its number, what
         it means, and the setting to change. It is empty when all is well. The attribute
         ``summary`` says so in one line.
 
@@ -143,17 +143,17 @@ def diagnostics(
     damping where there is no gradient; for `SGHMC` with friction a it is one over the real part
     of ``(a - sqrt(a^2 - 2 eps gamma)) / 2``, the slower root of its damped oscillation.
     """
-    found = _found(tree)
-    x = found.losses
+    given = _given(tree)
+    x = given.losses
     leading = [dim for dim in _LEADING if dim in x.dims]
     rows = [str(dim) for dim in x.dims if dim not in (*leading, *POSTERIOR)]
-    turned = _turned(found.stats, x, leading)
+    turned = _turned(given.stats, x, leading)
     each = []
-    for at in _places(x, leading):
-        usable = (turned.isel(at) < 0).values
-        one = x.isel(at) if usable.all() else x.isel(at).isel({CHAIN: usable})
-        padding = _padding(found.center, one, at)
-        flat = _flat(one)
+    for place in _places(x, leading):
+        usable = (turned.isel(place) < 0).values
+        losses = x.isel(place) if usable.all() else x.isel(place).isel({CHAIN: usable})
+        padding = _padding(given.center, losses, place)
+        flat = _flat(losses)
         entry = _entry(flat if padding is None else flat[..., ~padding], pairs, seed, memory)
         if padding is not None:
             entry |= {name: _spread(entry[name], padding) for name in convergence.PER_SAMPLE}
@@ -166,11 +166,11 @@ def diagnostics(
         shape = [x.sizes[dim] for dim in (*leading, *own)]
         out[name] = ((*leading, *own), np.stack([entry[name] for entry in each]).reshape(shape))
     out["kernel_error"] = 1 / np.sqrt(out["kernel_ess"])
-    out = out.assign(_of_stats(found, turned >= 0))
+    out = out.assign(_of_stats(given, turned >= 0))
     for variable in out.data_vars:
         units, meaning = _MEANING[str(variable)]
         out[variable].attrs = {"long_name": meaning} | ({"units": units} if units else {})
-    lines = verdicts(out, found.run, turned, list(_places(x, leading)))
+    lines = verdicts(out, given.run, turned, list(_places(x, leading)))
     return out.assign_attrs(
         over=list(POSTERIOR),
         draws=x.sizes[DRAW],
@@ -182,7 +182,7 @@ def diagnostics(
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Given:
     """What there is to diagnose."""
 
     losses: xr.DataArray
@@ -191,7 +191,7 @@ class _Found:
     run: Run
 
 
-def _found(tree: Losses) -> _Found:
+def _given(tree: Losses) -> _Given:
     """Return losses, statistics and settings of whatever was given, checked."""
     stats, attrs, hidden = xr.Dataset(), getattr(tree, "attrs", {}), []
     center = None
@@ -221,7 +221,7 @@ def _found(tree: Losses) -> _Found:
             f"diagnostics need at least {convergence.LEAST_DRAWS} draws of each chain, the losses "
             f"have {losses.sizes[DRAW]}; take more, for example lk.sample(..., draws=100)"
         )
-    return _Found(losses, center, stats, Run.of(losses, attrs, hidden))
+    return _Given(losses, center, stats, Run.of(losses, attrs, hidden))
 
 
 def _turned(stats: xr.Dataset, x: xr.DataArray, leading: list[str]) -> xr.DataArray:
@@ -234,19 +234,19 @@ def _turned(stats: xr.Dataset, x: xr.DataArray, leading: list[str]) -> xr.DataAr
     if schema.DIVERGED.name in stats:
         flags = xr.DataArray(stats[schema.DIVERGED.name].variable.astype(bool))
         out = xr.where(flags.any(DRAW), flags.argmax(DRAW), out).transpose(*dims)
-    for at in _places(x, leading):
-        if bool((out.isel(at) >= 0).all()):
+    for place in _places(x, leading):
+        if bool((out.isel(place) >= 0).all()):
             raise DivergedError(
-                f"every chain{f' of {at}' if at else ''} turned non-finite; sample into a new "
-                "store with a smaller step size, or a larger gamma"
+                f"every chain{f' of {place}' if place else ''} turned non-finite; sample into a "
+                "new store with a smaller step size, or a larger gamma"
             )
     return out
 
 
 def _places(x: xr.DataArray, dims: list[str]) -> Iterator[dict[str, int]]:
     """Yield every place along some dims; one empty place along none."""
-    for at in np.ndindex(*(x.sizes[dim] for dim in dims)):
-        yield dict(zip(dims, at, strict=True))
+    for position in np.ndindex(*(x.sizes[dim] for dim in dims)):
+        yield dict(zip(dims, position, strict=True))
 
 
 def _flat(x: xr.DataArray) -> xr.DataArray:
@@ -259,7 +259,9 @@ def _flat(x: xr.DataArray) -> xr.DataArray:
     return xr.DataArray(flat, name=x.name)
 
 
-def _padding(center: xr.DataArray | None, x: xr.DataArray, at: dict[str, int]) -> np.ndarray | None:
+def _padding(
+    center: xr.DataArray | None, x: xr.DataArray, place: dict[str, int]
+) -> np.ndarray | None:
     """Return which entries of `_flat` are padding: NaN at w*, or at every draw; ``None`` if none.
 
     The draws are read only where the losses at w* are not known.
@@ -268,10 +270,10 @@ def _padding(center: xr.DataArray | None, x: xr.DataArray, at: dict[str, int]) -
     if schema.TOKEN not in rows:
         return None
     if center is not None and schema.TOKEN in center.dims:
-        found = center.isel({dim: i for dim, i in at.items() if dim in center.dims}).isnull()
+        missing = center.isel({dim: i for dim, i in place.items() if dim in center.dims}).isnull()
     else:
-        found = x.isnull().all(POSTERIOR)
-    out: np.ndarray = found.transpose(*rows).values.reshape(-1)
+        missing = x.isnull().all(POSTERIOR)
+    out: np.ndarray = missing.transpose(*rows).values.reshape(-1)
     if out.all():
         raise SchemaError("every loss is NaN, as padding is; there is nothing to diagnose")
     return out if out.any() else None
@@ -313,11 +315,11 @@ def _entry(
 
 
 def _blocks(
-    strips: Strips, part: range, wanted: np.ndarray
+    strips: Strips, blocks: range, wanted: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the figures of some blocks of samples, the sum over these, and the series of a few."""
     stats, series, total = [], [], np.zeros(strips.short)
-    for k in part:
+    for k in blocks:
         (panel,), span = strips.blocks(k), strips.spans[k]
         stats.append(convergence.per_sample(panel.T.reshape(-1, *strips.operands[0].shape)))
         series.append(panel.T[wanted[(wanted >= span.start) & (wanted < span.stop)] - span.start])
@@ -325,12 +327,12 @@ def _blocks(
     return np.concatenate(stats), total, np.concatenate(series)
 
 
-def _of_stats(found: _Found, bad: xr.DataArray) -> dict[str, Any]:
+def _of_stats(given: _Given, bad: xr.DataArray) -> dict[str, Any]:
     """Return what the statistics of the draws tell."""
-    stats, run = found.stats.astype(np.float64), found.run
+    stats, run = given.stats.astype(np.float64), given.run
     out: dict[str, Any] = {}
     if schema.DISTANCE.name in stats:
-        late = stats[schema.DISTANCE.name].isel({DRAW: slice(found.losses.sizes[DRAW] // 2, None)})
+        late = stats[schema.DISTANCE.name].isel({DRAW: slice(given.losses.sizes[DRAW] // 2, None)})
         out["distance"] = late.mean(DRAW, skipna=False).where(~bad)
     if schema.ACCEPTANCE.name in stats:
         out["acceptance"] = stats[schema.ACCEPTANCE.name].mean(DRAW, skipna=True).where(~bad)

@@ -101,13 +101,13 @@ def _contraction(
     memory: int | str | None,
 ) -> engine.Contraction:
     """Return the contraction whose tiles are left-out covariances, planned for all of them."""
-    parts = [
+    operands = [
         engine.Operand(z, over=POSTERIOR, each=(), rows=dim, center="pooled", cosine=False)
         for z, dim in ((x, rows), (y, cols))
         if z is not None
     ]
-    plan = engine.make_plan(*parts, memory=memory, sink=jackknife_bytes(blocks))
-    return engine.Contraction(parts[0], parts[1] if len(parts) > 1 else None, plan)
+    plan = engine.make_plan(*operands, memory=memory, sink=jackknife_bytes(blocks))
+    return engine.Contraction(operands[0], operands[1] if len(operands) > 1 else None, plan)
 
 
 def _of_gain(x: xr.DataArray) -> xr.DataArray:

@@ -92,8 +92,8 @@ def residualize(losses: Losses, groups: Hashable | Any = "label") -> xr.DataArra
 
 
 def _block(x: xr.DataArray, rows: str, span: slice) -> np.ndarray:
-    part = np.asarray(x.isel({rows: span}).values, np.float64)
-    return part.reshape(-1, part.shape[-1]).T
+    losses = np.asarray(x.isel({rows: span}).values, np.float64)
+    return losses.reshape(-1, losses.shape[-1]).T
 
 
 def _standardised(
@@ -121,5 +121,4 @@ def _remainder(
     own = np.moveaxis(shared[codes[sample], chain, draw], 0, -1)
     factor = slope[sample]
     out = centred * (1 + factor) - own * (factor * norm[sample])
-    found: np.ndarray = out.astype(block.dtype, copy=False)
-    return found
+    return np.asarray(out, block.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -224,8 +225,7 @@ def _pooled(count: xr.DataArray, mean: xr.DataArray, square: xr.DataArray) -> xr
     total = count.sum(_BLOCK)
     center = (mean * count).sum(_BLOCK, skipna=False) / total
     between = (count * (mean - center) ** 2).sum(_BLOCK, skipna=False)
-    pooled: xr.DataArray = (square.sum(_BLOCK, skipna=False) + between) / (total - 1)
-    return pooled
+    return (square.sum(_BLOCK, skipna=False) + between) / (total - 1)
 
 
 def _error_of_mean(mean: xr.DataArray) -> xr.DataArray:
@@ -233,8 +233,7 @@ def _error_of_mean(mean: xr.DataArray) -> xr.DataArray:
     blocks = mean.sizes[_BLOCK]
     if blocks < 2:
         return mean.isel({_BLOCK: 0}, drop=True) * np.nan
-    error: xr.DataArray = mean.std(_BLOCK, ddof=1, skipna=False) / np.sqrt(blocks)
-    return error
+    return mean.std(_BLOCK, ddof=1, skipna=False) / math.sqrt(blocks)
 
 
 def _named(x: xr.DataArray, name: str, **attrs: Any) -> xr.DataArray:
@@ -244,7 +243,7 @@ def _named(x: xr.DataArray, name: str, **attrs: Any) -> xr.DataArray:
 def _enough(losses: xr.DataArray) -> None:
     draws = losses.sizes[CHAIN] * losses.sizes[DRAW]
     if draws < 2:
-        raise ValueError(f"a variance needs at least two draws, found {draws}; take more")
+        raise ValueError(f"a variance needs at least two draws, not {draws}; take more")
 
 
 def _dataset(tree: Losses) -> xr.Dataset:
@@ -261,7 +260,7 @@ def attributes(tree: Losses) -> dict[Any, Any]:
 
 
 def _nbeta(tree: Losses, given: float | None) -> float:
-    found = given if given is not None else attributes(tree).get("nbeta")
-    if found is None:
+    nbeta = given if given is not None else attributes(tree).get("nbeta")
+    if nbeta is None:
         raise ValueError("nbeta is not among the attributes of the losses; pass nbeta=...")
-    return number("nbeta", found)
+    return number("nbeta", nbeta)

@@ -75,7 +75,7 @@ def verdicts(
     Parameters
     ----------
     report
-        What `diagnostics` found.
+        The figures of `diagnostics`.
     run
         The settings of the run.
     turned
@@ -84,14 +84,14 @@ def verdicts(
         Entries along the leading dims of the report, each judged by itself; lines that several
         share are given once.
     """
-    found: dict[str, list[str]] = {}
-    for at in places:
-        one = report.isel(at)
-        for line in _of_one(one, run, turned.isel(at).values):
-            label = ", ".join(f"{dim} {one[dim].item()}" for dim in at)
-            found.setdefault(line, []).append(label)
+    shared: dict[str, list[str]] = {}
+    for place in places:
+        entry = report.isel(place)
+        for line in _of_one(entry, run, turned.isel(place).values):
+            label = ", ".join(f"{dim} {entry[dim].item()}" for dim in place)
+            shared.setdefault(line, []).append(label)
     lines = list(_left_out(run))
-    for line, labels in found.items():
+    for line, labels in shared.items():
         lines.append(f"{'; '.join(labels)}: {line}" if labels[0] else line)
     return lines
 

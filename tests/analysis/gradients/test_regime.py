@@ -200,7 +200,7 @@ def test_ips_scores__refuse_what_does_not_fit(G, audit):
         ips_scores(similarity, labels, PREDICTED[1:])
     with pytest.raises(errors.SchemaError, match="of the predicted classes \\[7\\]"):
         ips_scores(similarity, labels, np.where(PREDICTED == 2, 7, PREDICTED))
-    with pytest.raises(errors.SchemaError, match="at least two classes.*found \\[0\\]"):
+    with pytest.raises(errors.SchemaError, match="at least two classes.*not \\[0\\]"):
         ips_scores(similarity, labels * 0, PREDICTED * 0)
     with pytest.raises(errors.SchemaError, match="'wnid' is no coordinate"):
         ips_scores(similarity, "wnid", PREDICTED)
