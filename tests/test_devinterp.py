@@ -58,13 +58,12 @@ def write(path, names=("pile", "code"), *, samples=5, completed=True, failed=())
             dimension_names=dims,
             attributes={} if ids else {"_FillValue": "AAAAAAAA+H8="},
         )
-        found = rng.integers(0, 50, shape) if ids else rng.normal(3, 1, shape).astype("f4")
+        drawn = rng.integers(0, 50, shape) if ids else rng.normal(3, 1, shape).astype("f4")
         if dims[:2] == ("chain", "draw"):
-            found[list(failed), 2:] = (
-                np.nan
-            )  # devinterp leaves the rest of a failed chain unwritten
-        array[:] = found
-        values[name] = found
+            # devinterp leaves the rest of a failed chain unwritten.
+            drawn[list(failed), 2:] = np.nan
+        array[:] = drawn
+        values[name] = drawn
     sampler = {
         "lr": 1e-4,
         "n_beta": 30.0,

@@ -217,19 +217,19 @@ def test_mode_functions__bring_examples_and_modes_into_order(rng):
     G = xr.DataArray(
         rng.normal(size=(9, 20)), dims=("example", "param"), coords={"example": np.arange(9) + 4}
     )
-    found = lk.modes(G, 4).compute()
-    before = lk.mode_coefficients(found, G).compute()
+    modes = lk.modes(G, 4).compute()
+    before = lk.mode_coefficients(modes, G).compute()
     after = before + rng.normal(size=before.shape)
     felt = before.copy(data=rng.uniform(size=before.shape))
-    expected = lk.mode_shifts(found, before, after, felt)
+    expected = lk.mode_shifts(modes, before, after, felt)
     both = (turned(x, "example", "mode") for x in (after, felt))
-    xr.testing.assert_allclose(lk.mode_shifts(found, before, *both), expected)
+    xr.testing.assert_allclose(lk.mode_shifts(modes, before, *both), expected)
     with pytest.raises(errors.SchemaError, match="after has the index"):
-        lk.mode_shifts(found, before, after.assign_coords(example=np.arange(9)))
-    ratio = lk.cancellation_ratio(found, before)
-    xr.testing.assert_allclose(lk.cancellation_ratio(turned(found, "mode"), before), ratio)
+        lk.mode_shifts(modes, before, after.assign_coords(example=np.arange(9)))
+    ratio = lk.cancellation_ratio(modes, before)
+    xr.testing.assert_allclose(lk.cancellation_ratio(turned(modes, "mode"), before), ratio)
     with pytest.raises(errors.SchemaError, match="drive has the index"):
-        lk.cancellation_ratio(found.assign_coords(mode=np.arange(4) + 1), before)
+        lk.cancellation_ratio(modes.assign_coords(mode=np.arange(4) + 1), before)
 
 
 def test_temporal_modes__bring_columns_into_order(rng):
@@ -324,8 +324,8 @@ def test_color_groups__have_the_index_of_their_images(rng):
     named = xr.DataArray(
         images, dims=("sample", "y", "x", "c"), coords={"sample": np.arange(9) + 3}
     )
-    found = lk.color_groups(named[::-1], 3)
-    assert found["sample"].values.tolist() == list(range(11, 2, -1))
+    colors = lk.color_groups(named[::-1], 3)
+    assert colors["sample"].values.tolist() == list(range(11, 2, -1))
     series = pd.Series(list(images), index=np.arange(9) + 3)
     assert lk.color_groups(series, 3)["sample"].values.tolist() == list(range(3, 12))
     assert lk.color_groups(images, 3)["sample"].values.tolist() == list(range(9))
@@ -353,15 +353,15 @@ def test_gradients_and_audits__take_labels_by_their_index(train):
     of_all = pd.Series(names).sample(frac=1, random_state=0)
     G = lk.gradient_features(trace, chosen, times=[0], coords={"label": of_all}, store=store)
     assert G["label"].values.tolist() == names[chosen].tolist()
-    found = lk.audit(
+    audit = lk.audit(
         trace,
         chosen,
         coords={"label": of_all},
         examples=[1, 2, 30],
         example_coords={"train_label": of_all},
     )
-    assert found["label"].values.tolist() == names[chosen].tolist()
-    assert found["train_label"].values.tolist() == names[[1, 2, 30]].tolist()
+    assert audit["label"].values.tolist() == names[chosen].tolist()
+    assert audit["train_label"].values.tolist() == names[[1, 2, 30]].tolist()
     scores = lk.tracin(trace, chosen, coords={"label": of_all})
     assert scores["label"].values.tolist() == names[chosen].tolist()
     steps = (0, trace.steps)

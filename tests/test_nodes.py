@@ -12,7 +12,7 @@ from lkarray.analysis.gradients.gradient_kernels import INFLUENCE
 N, M, T = 12, 10, 5
 
 
-def things():
+def results():
     """Of each kind of result one, in memory, by name."""
     rng = np.random.default_rng(0)
     label = np.arange(N) % 4
@@ -69,7 +69,7 @@ def things():
         name="panel",
         coords={"time": np.arange(T), "kind": ("example", ["a", "b"] * 3)},
     )
-    found = {
+    inputs = {
         "kernel": R,
         "near": near,
         "points": points,
@@ -109,7 +109,7 @@ def things():
         ),
         "activations": G.rename("activations").rename(param="unit").drop_vars("learning_rate"),
     }
-    return {name: thing.compute() for name, thing in found.items()}
+    return {name: value.compute() for name, value in inputs.items()}
 
 
 def taxonomy():
@@ -120,12 +120,12 @@ def taxonomy():
 def made(tmp_path_factory):
     """Each result in memory, and the node of a store that holds it."""
     path = tmp_path_factory.mktemp("nodes") / "run.zarr"
-    found = things()
-    lk.save(found["kernel"].chunk(), path)
-    for name, thing in found.items():
-        store.put(path, name, thing)
+    inputs = results()
+    lk.save(inputs["kernel"].chunk(), path)
+    for name, value in inputs.items():
+        store.put(path, name, value)
     tree = lk.open(path)
-    return found, {name: tree[f"derived/{name}"] for name in found}
+    return inputs, {name: tree[f"derived/{name}"] for name in inputs}
 
 
 LABELS, GUESS = np.arange(M) % 2, np.arange(M)[::-1] % 2
@@ -223,11 +223,11 @@ def contents(answer):
 def test_nodes__give_the_answer_of_what_they_hold(made, name, monkeypatch):
     # UMAP itself takes a minute to compile: what it is given is compared.
     monkeypatch.setattr("lkarray.embedding._umap", lambda index, distance, *_: distance[:, :2])
-    found, nodes = made
-    expected = contents(TAKE[name](found))
+    inputs, nodes = made
+    expected = contents(TAKE[name](inputs))
     sets = {
         key: x if isinstance(x, xr.Dataset) else x.to_dataset(promote_attrs=False)
-        for key, x in found.items()
+        for key, x in inputs.items()
     }
     for given in (nodes, sets):
         answer = contents(TAKE[name](given))
@@ -246,9 +246,9 @@ def test_nodes__every_figure_is_among_these():
 
 
 def test_nodes__losses_save_and_plan(made, tmp_path):
-    found, nodes = made
+    inputs, nodes = made
     again = lk.save(nodes["kernel"], tmp_path / "copy.zarr")
-    np.testing.assert_array_equal(again, found["kernel"])
+    np.testing.assert_array_equal(again, inputs["kernel"])
     assert again.name == "correlation"
     with pytest.raises(ValueError, match="holds no tiles"):
         lk.plan(nodes["kernel"])

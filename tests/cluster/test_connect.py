@@ -87,7 +87,7 @@ def test_dashboard__takes_another_port_when_its_own_is_taken():
 
 
 @pytest.mark.parametrize(
-    ("asked", "machine", "found"),
+    ("asked", "machine", "shape"),
     [
         # A laptop, a big machine, one with little memory, and what the user says.
         ({}, (2, 24 * GIB), (2, 1, int(24 * GIB * 0.9) // 2)),
@@ -99,10 +99,10 @@ def test_dashboard__takes_another_port_when_its_own_is_taken():
         ({"workers": 3, "threads": 2, "memory": GIB}, (2, 24 * GIB), (3, 2, GIB)),
     ],
 )
-def test_local_shape__fits_cores_and_memory(asked, machine, found):
+def test_local_shape__fits_cores_and_memory(asked, machine, shape):
     given = {"workers": None, "threads": None, "memory": None} | asked
     cores, total = machine
-    assert opening.local_shape(**given, cores=cores, machine=total) == found
+    assert opening.local_shape(**given, cores=cores, machine=total) == shape
 
 
 @pytest.mark.parametrize(
@@ -222,8 +222,8 @@ def test_versions__that_differ_are_named_before_any_work(other_version, tmp_path
                 store=tmp_path / "s",
                 progress=False,
             )
-        found = lk.cluster.check(client, tmp_path)
-    assert [f.step for f in found if f.ok is False] == ["versions"]
+        findings = lk.cluster.check(client, tmp_path)
+    assert [f.step for f in findings if f.ok is False] == ["versions"]
     assert not (tmp_path / "s").exists()
     assert list(tmp_path.iterdir()) == []
 
@@ -241,9 +241,9 @@ def test_versions__of_scheduler_and_python_are_compared():
 
 def test_check__finds_nothing_wrong_with_a_sound_cluster(tmp_path):
     with lk.cluster.connect("local", workers=2, memory="1 GiB", dashboard=None) as client:
-        found = lk.cluster.check(client, tmp_path)
-    assert [f.step for f in found if not f.ok] == []
-    steps = {f.step for f in found}
+        findings = lk.cluster.check(client, tmp_path)
+    assert [f.step for f in findings if not f.ok] == []
+    steps = {f.step for f in findings}
     assert steps == {"workers", "versions", "threads", "shared storage", "tile job", "worker loss"}
     assert list(tmp_path.iterdir()) == []
 
@@ -263,15 +263,15 @@ def test_check__says_what_is_not_shared(tmp_path):
         worker = subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL)
         try:
             with lk.cluster.connect(cluster.scheduler_address) as client:
-                found = lk.cluster.check(client, tmp_path)
+                findings = lk.cluster.check(client, tmp_path)
         finally:
             worker.terminate()
             worker.wait()
-    bad = {f.step: f.message for f in found if f.ok is False}
+    bad = {f.step: f.message for f in findings if f.ok is False}
     assert list(bad) == ["shared storage"]
     assert "does not see what the client wrote" in bad["shared storage"]
     assert "Give a folder on storage that all hosts mount" in bad["shared storage"]
-    notes = {f.step: f.message for f in found if f.ok is None}
+    notes = {f.step: f.message for f in findings if f.ok is None}
     assert "start workers with OMP_NUM_THREADS=1" in notes["threads"]
     assert "no memory limit" in notes.get("workers", "no memory limit")
 
@@ -302,14 +302,14 @@ def test_check__leaves_workers_alone_that_hold_data_and_has_no_credentials(tmp_p
             with Client(cluster) as other, lk.cluster.connect(cluster.scheduler_address) as client:
                 held = other.scatter(list(range(3)))
                 monkeypatch.chdir(here)
-                found = lk.cluster.check(client, "stores")
+                findings = lk.cluster.check(client, "stores")
                 secret = lk.cluster.check(client, "s3://me:sec/ret@bucket/x", loss=False)
                 assert other.gather(held) == [0, 1, 2]
         finally:
             worker.terminate()
             worker.wait()
-    assert [f for f in found if f.ok is False] == []
-    notes = {f.step: f.message for f in found if f.ok is None}
+    assert [f for f in findings if f.ok is False] == []
+    notes = {f.step: f.message for f in findings if f.ok is None}
     assert "1 workers are at other work, or hold its data" in notes["worker loss"]
     assert "may run 512 threads" in notes["threads"]
     assert [f.step for f in secret if f.ok is False] == ["shared storage"]

@@ -56,10 +56,10 @@ def said(*command: str | Path, code: int | None = 0, **options: Any) -> str:
 
 def needs(program: str, package: str) -> str:
     """Return the path of a program, or skip."""
-    found = shutil.which(program)
-    if found is None:
+    path = shutil.which(program)
+    if path is None:
         pytest.skip(f"no {program} here: apt-get install --yes {package}")
-    return found
+    return path
 
 
 def command_is_known(words: list[str]) -> None:
@@ -68,9 +68,9 @@ def command_is_known(words: list[str]) -> None:
     context = click.Context(main, info_name="lkarray")
     while isinstance(command, click.Group):
         name, words = words[0], words[1:]
-        found = command.get_command(context, name)
-        assert found is not None, f"lkarray has no command {name!r}"
-        command = found
+        inner = command.get_command(context, name)
+        assert inner is not None, f"lkarray has no command {name!r}"
+        command = inner
     left = command.make_context(name, list(words), parent=context).params.get("rest", ())
     assert not left, f"lkarray {name} has no options {left}"
 
@@ -239,7 +239,7 @@ with Client(os.environ["DASK_SCHEDULER_ADDRESS"]) as client:
     shapes = {(worker["nthreads"], worker["memory_limit"]) for worker in workers}
     blas = set(client.run(lambda: os.environ["OMP_NUM_THREADS"]).values())
     scheme = client.scheduler.address.split(":")[0]
-    print("found", scheme, shapes, blas, client.submit(sum, [1, 2]).result())
+    print("reached", scheme, shapes, blas, client.submit(sum, [1, 2]).result())
 """
 
 
@@ -268,7 +268,7 @@ def test_slurm_cluster__computes_in_one_allocation_with_certificates(
     )
     state, log = slurm.wait(job, over, 90), log_of(tmp_path, job)
     assert state == "COMPLETED 0:0", log
-    assert f"found tls {{(1, {900 * MEBIBYTE})}} {{'1'}} 3" in log, log
+    assert f"reached tls {{(1, {900 * MEBIBYTE})}} {{'1'}} 3" in log, log
     assert not list(tmp_path.glob("scheduler-*.json"))
     assert "dashboard at:  http://127.0.0.1:" in log
 
@@ -561,8 +561,8 @@ def crd(document: Mapping[str, Any]) -> dict[str, Any]:
     (definition,) = yaml.safe_load_all(path.read_text())
     group, version = document["apiVersion"].split("/")
     assert definition["spec"]["group"] == group
-    (found,) = (v for v in definition["spec"]["versions"] if v["name"] == version)
-    schema = strict(found["schema"]["openAPIV3Schema"])
+    (served,) = (v for v in definition["spec"]["versions"] if v["name"] == version)
+    schema = strict(served["schema"]["openAPIV3Schema"])
     schema["properties"] |= {key: {} for key in ("apiVersion", "kind", "metadata")}
     return schema
 

@@ -72,18 +72,18 @@ def address(hosts, tmp_path_factory):
     """A cluster over the hosts; its workers sample slowly, to be cut off in the middle."""
     log = tmp_path_factory.mktemp("logs")
     scheduler, *others = hosts
-    found = start_scheduler(scheduler, log / "scheduler.log")
+    url = start_scheduler(scheduler, log / "scheduler.log")
     for host in others:
         start_worker(
             host,
-            found,
+            url,
             log / f"{host.name}.log",
             PYTHONPATH=f"{ROOT}:{ROOT / 'tests' / 'faults'}",
             LKARRAY_TEST_PAUSE="0.012",
         )
-    with Client(found, timeout=60) as client:
+    with Client(url, timeout=60) as client:
         client.wait_for_workers(2, timeout=60)
-    return found
+    return url
 
 
 def hosts_of(client: Client) -> set[str]:
@@ -93,11 +93,11 @@ def hosts_of(client: Client) -> set[str]:
 def test_check__across_hosts(address, hosts, tmp_path):
     with lk.cluster.connect(address, workers=2) as client:
         assert hosts_of(client) == {host.address for host in hosts[1:]}
-        found = lk.cluster.check(client, tmp_path)
+        findings = lk.cluster.check(client, tmp_path)
         client.wait_for_workers(2, timeout=60)
-    assert [str(f) for f in found if f.ok is False] == []
-    assert "on 2 hosts" in found[0].message
-    assert any("is not encrypted" in f.message for f in found)
+    assert [str(f) for f in findings if f.ok is False] == []
+    assert "on 2 hosts" in findings[0].message
+    assert any("is not encrypted" in f.message for f in findings)
 
 
 def test_engine_and_sampler__pass_their_tests_across_hosts(address, tmp_path):
@@ -151,14 +151,14 @@ def test_host_cut_off__while_sampling_changes_nothing(address, doomed, tmp_path)
         client.wait_for_workers(2, timeout=60)
         cutter = cut_when(doomed, under_way, done)
         try:
-            found = sample_slowly(store, client, **options)
+            tree = sample_slowly(store, client, **options)
         finally:
             done.set()
             cutter.join()
         assert cutter.cut, "the work was over before the host was cut off"
         assert doomed.address not in hosts_of(client)
     assert lk.verify(store) == []
-    assert identical(found, whole)
+    assert identical(tree, whole)
 
 
 def test_host_cut_off__while_a_kernel_is_written_changes_nothing(address, doomed, tmp_path, rng):
@@ -177,13 +177,13 @@ def test_host_cut_off__while_a_kernel_is_written_changes_nothing(address, doomed
         whole = lk.save(lazy, tmp_path / "whole.zarr").values
         cutter = cut_when(doomed, under_way, done)
         try:
-            found = lk.save(lazy, kernel).values
+            correlation = lk.save(lazy, kernel).values
         finally:
             done.set()
             cutter.join()
         assert cutter.cut, "the work was over before the host was cut off"
-    np.testing.assert_array_equal(found, whole)
-    np.testing.assert_allclose(found, numpy_correlation(losses), atol=2e-5)
+    np.testing.assert_array_equal(correlation, whole)
+    np.testing.assert_allclose(correlation, numpy_correlation(losses), atol=2e-5)
 
 
 def lk_open(path: Path):

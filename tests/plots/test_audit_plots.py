@@ -52,16 +52,16 @@ def drawn(figure):
 
 def test_completeness__spreads_correlations_near_one(audit):
     left, right = drawn(plots.completeness(audit))
-    found = lk.completeness(audit)
-    np.testing.assert_allclose(left.lines[0].get_ydata(), found["mre"])
-    np.testing.assert_allclose(right.lines[0].get_ydata(), 1 - found["lc"])
+    table = lk.completeness(audit)
+    np.testing.assert_allclose(left.lines[0].get_ydata(), table["mre"])
+    np.testing.assert_allclose(right.lines[0].get_ydata(), 1 - table["lc"])
     low, high = right.get_ylim()
-    assert low > (1 - found["lc"]).max()
-    assert 0 < high < (1 - found["lc"]).min()
+    assert low > (1 - table["lc"]).max()
+    assert 0 < high < (1 - table["lc"]).min()
     names = [label.get_text() for label in right.get_yticklabels()]
     assert len(set(names)) == len(names) > 1
     assert all(name == "0" or float(name) > 0.9 for name in names if "-" not in name)
-    again = drawn(plots.completeness(found))
+    again = drawn(plots.completeness(table))
     np.testing.assert_array_equal(again[1].lines[0].get_ydata(), right.lines[0].get_ydata())
 
 

@@ -115,7 +115,7 @@ def mapped():
 
 def test_similarity_by_distance__equals_a_loop_over_pairs(mapped):
     kernel, points, apart = mapped
-    found = lk.similarity_by_distance(kernel.chunk({"sample": 7}), points, bins=4)
+    curves = lk.similarity_by_distance(kernel.chunk({"sample": 7}), points, bins=4)
     group = points["label"].values
     for name in ("within", "between"):
         pairs = [
@@ -128,7 +128,7 @@ def test_similarity_by_distance__equals_a_loop_over_pairs(mapped):
         bins = [[] for _ in range(4)]
         for value, d in pairs:
             bins[min(int(4 * (d - low) / (high - low)), 3)].append(value)
-        row = found.sel(pairs=name)
+        row = curves.sel(pairs=name)
         assert row["count"].values.tolist() == [len(held) for held in bins]
         for at, held in enumerate(bins):
             if held:

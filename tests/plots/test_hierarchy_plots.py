@@ -43,15 +43,15 @@ def test_lift_curves__draws_each_kernel_about_its_value(lift):
 
 
 def test_hierarchy_matrices__show_mean_and_distance_in_order(losses):
-    found = lk.correlation_by_distance(losses, binary(3), replicates=5)
-    figure = plots.hierarchy_matrices(found)
+    by_distance = lk.correlation_by_distance(losses, binary(3), replicates=5)
+    figure = plots.hierarchy_matrices(by_distance)
     rendered(figure)
     images = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    np.testing.assert_allclose(images[0], found["label_mean"])
-    np.testing.assert_allclose(images[1], found["label_distance"])
-    curve = plots.correlation_against_distance({"kernel": found})
+    np.testing.assert_allclose(images[0], by_distance["label_mean"])
+    np.testing.assert_allclose(images[1], by_distance["label_distance"])
+    curve = plots.correlation_against_distance({"kernel": by_distance})
     rendered(curve)
-    np.testing.assert_allclose(curve.axes[0].lines[0].get_ydata(), found["correlation"])
+    np.testing.assert_allclose(curve.axes[0].lines[0].get_ydata(), by_distance["correlation"])
 
 
 def test_transitions__bars_add_up_to_one(losses):

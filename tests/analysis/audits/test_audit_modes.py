@@ -23,27 +23,27 @@ def gradients(request, rng):
 
 def test_audit_modes__are_those_of_the_kernel(gradients):
     kernel = lk.plgk(gradients[0])
-    found = lk.audit_modes(kernel, 5, scale=SCALE).compute()
+    modes = lk.audit_modes(kernel, 5, scale=SCALE).compute()
     value, vector = np.linalg.eigh(kernel.values)
     value, vector = value[::-1][:5], vector[:, ::-1][:, :5]
-    np.testing.assert_allclose(found["eigenvalue"], value)
-    assert found["vector"].dims == ("example", "mode")
-    np.testing.assert_allclose(np.abs((vector * found["vector"].values).sum(0)), 1)
-    np.testing.assert_allclose(found["drive"], found["vector"].sum("example"), atol=1e-12)
-    assert found["label"].dims == ("example",)
-    assert found.attrs == {"scale": SCALE, "weight": "none"}
+    np.testing.assert_allclose(modes["eigenvalue"], value)
+    assert modes["vector"].dims == ("example", "mode")
+    np.testing.assert_allclose(np.abs((vector * modes["vector"].values).sum(0)), 1)
+    np.testing.assert_allclose(modes["drive"], modes["vector"].sum("example"), atol=1e-12)
+    assert modes["label"].dims == ("example",)
+    assert modes.attrs == {"scale": SCALE, "weight": "none"}
 
 
 def test_extend_audit__with_all_modes_is_the_column_sums(gradients):
     train, new = gradients
     kernel, cross = lk.plgk(train), lk.plgk(new, train)
     modes = lk.audit_modes(kernel, 12, scale=SCALE).compute()
-    found = lk.extend_audit(modes, cross)
-    assert found["change"].dims == ("example",)
-    np.testing.assert_allclose(found["change"], -SCALE * cross.values.sum(1), rtol=1e-10)
-    np.testing.assert_allclose(found["contribution"].sum("mode"), found["change"])
-    assert found["contribution"].dims == ("mode", "example")
-    assert found["label"].values.tolist() == new["label"].values.tolist()
+    predicted = lk.extend_audit(modes, cross)
+    assert predicted["change"].dims == ("example",)
+    np.testing.assert_allclose(predicted["change"], -SCALE * cross.values.sum(1), rtol=1e-10)
+    np.testing.assert_allclose(predicted["contribution"].sum("mode"), predicted["change"])
+    assert predicted["contribution"].dims == ("mode", "example")
+    assert predicted["label"].values.tolist() == new["label"].values.tolist()
     own = lk.extend_audit(modes, kernel)
     np.testing.assert_allclose(own["change"], -SCALE * kernel.values.sum(0), rtol=1e-10)
 
@@ -52,17 +52,17 @@ def test_extend_audit__splits_by_mode_as_printed(gradients):
     train, new = gradients
     cross = lk.plgk(train, new)
     modes = lk.audit_modes(lk.plgk(train), 4, scale=SCALE).compute()
-    found = lk.extend_audit(modes, cross)
+    predicted = lk.extend_audit(modes, cross)
     q = modes["vector"].values
     expected = -SCALE * q.sum(0)[:, None] * (q.T @ cross.values)
-    np.testing.assert_allclose(found["contribution"], expected, atol=1e-12)
-    assert found["contribution"].dims == ("mode", "example_2")
+    np.testing.assert_allclose(predicted["contribution"], expected, atol=1e-12)
+    assert predicted["contribution"].dims == ("mode", "example_2")
     phi = train.transpose("example", "time", "param").values.reshape(12, -1)
     u, s, _ = np.linalg.svd(phi, full_matrices=False)
     star = new.transpose("example", "time", "param").values.reshape(7, -1)
     right = np.linalg.svd(phi, full_matrices=False)[2]
     by_svd = -SCALE * (u.sum(0) * s)[:4, None] * (right[:4] @ star.T)
-    np.testing.assert_allclose(found["contribution"], by_svd, atol=1e-10)
+    np.testing.assert_allclose(predicted["contribution"], by_svd, atol=1e-10)
 
 
 def test_audit_modes__of_large_kernels_are_iterated(rng, monkeypatch):
@@ -108,8 +108,8 @@ def test_extend_audit__is_the_change_of_losses_in_full_batch_descent(rng):
     change = (new @ theta - aim) ** 2 / 2 - first
     for weight, scale in ((None, eta / 8), ("lr", 1 / 8)):
         modes = lk.audit_modes(lk.plgk(G, weight=weight), 8, scale=scale)
-        found = lk.extend_audit(modes, lk.plgk(H, G, weight=weight))
-        np.testing.assert_allclose(found["change"], change, rtol=2e-3)
+        predicted = lk.extend_audit(modes, lk.plgk(H, G, weight=weight))
+        np.testing.assert_allclose(predicted["change"], change, rtol=2e-3)
 
 
 def test_extend_audit__finds_the_training_examples(rng):
@@ -123,16 +123,16 @@ def test_extend_audit__finds_the_training_examples(rng):
     bare = lk.plgk(new, train).drop_vars(["example", "example_2"])  # the second, where both fit
     np.testing.assert_allclose(lk.extend_audit(modes, bare)["change"], expected)
     turned = bare.transpose("example_2", "example")
-    found = lk.extend_audit(modes, turned, training="example_2")
-    np.testing.assert_allclose(found["change"], expected)
+    predicted = lk.extend_audit(modes, turned, training="example_2")
+    np.testing.assert_allclose(predicted["change"], expected)
 
 
 def test_audit_modes__compute_nothing_until_asked(rng):
     G = tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
     with dask.config.set(scheduler=Forbidding()):
         modes = lk.audit_modes(lk.plgk(G), 3, scale=1)
-        found = lk.extend_audit(modes, lk.plgk(G))
-    assert found["change"].chunks
+        predicted = lk.extend_audit(modes, lk.plgk(G))
+    assert predicted["change"].chunks
 
 
 def test_audit_modes__refuse_what_does_not_fit(rng):

@@ -52,10 +52,10 @@ def audit(request, rng):
 @pytest.fixture
 def epochs(rng):
     true = rng.normal(size=(EPOCHS, N)).cumsum(0)
-    found = true + 0.1 * rng.normal(size=true.shape)
+    rebuilt = true + 0.1 * rng.normal(size=true.shape)
     return xr.Dataset(
         {
-            "reconstruction": (("epoch", "audit"), found),
+            "reconstruction": (("epoch", "audit"), rebuilt),
             "epoch_change": (("epoch", "audit"), true, {"units": "nat"}),
         },
         coords={"epoch": np.arange(EPOCHS) + 1},
@@ -68,15 +68,15 @@ def epochs(rng):
 
 @pytest.mark.parametrize("chunks", [None, {"audit": 4}])
 def test_completeness__is_mre_and_lc_of_each_epoch(epochs, chunks):
-    found = lk.completeness(epochs if chunks is None else epochs.chunk(chunks))
+    table = lk.completeness(epochs if chunks is None else epochs.chunk(chunks))
     a, b = epochs["reconstruction"].values, epochs["epoch_change"].values
-    np.testing.assert_allclose(found["mre"], np.abs(a - b).mean(1))
+    np.testing.assert_allclose(table["mre"], np.abs(a - b).mean(1))
     expected = [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(found["lc"], expected)
-    assert found["epoch"].values.tolist() == [1, 2, 3, 4]
-    assert found["mre"].attrs["units"] == "nat"
-    assert found.attrs == {"complete": True}
-    assert found["mre"].chunks is None
+    np.testing.assert_allclose(table["lc"], expected)
+    assert table["epoch"].values.tolist() == [1, 2, 3, 4]
+    assert table["mre"].attrs["units"] == "nat"
+    assert table.attrs == {"complete": True}
+    assert table["mre"].chunks is None
 
 
 def test_completeness__counts_outputs_as_numbers(rng):
@@ -85,10 +85,10 @@ def test_completeness__counts_outputs_as_numbers(rng):
     ds = xr.Dataset({"reconstruction": (dims, a), "epoch_change": (dims, b)})
     turned = ds.assign(epoch_change=ds["epoch_change"].transpose("output", "epoch", "audit"))
     for given in (ds, turned):
-        found = lk.completeness(given)
-        np.testing.assert_allclose(found["mre"], np.abs(a - b).mean((1, 2)))
+        table = lk.completeness(given)
+        np.testing.assert_allclose(table["mre"], np.abs(a - b).mean((1, 2)))
         expected = [np.corrcoef(x.ravel(), y.ravel())[0, 1] for x, y in zip(a, b, strict=True)]
-        np.testing.assert_allclose(found["lc"], expected)
+        np.testing.assert_allclose(table["lc"], expected)
 
 
 def test_completeness__has_no_correlation_without_variance(epochs):
@@ -114,28 +114,28 @@ def test_completeness__refuses_what_is_no_audit(epochs):
 
 @pytest.mark.parametrize("k", [1, 7, 25, M, 100])
 def test_most_influential__is_the_ends_of_a_sort(audit, k):
-    found = lk.most_influential(audit, k).compute()
+    top = lk.most_influential(audit, k).compute()
     values, kept = summed(audit["influence"]).values, min(k, M)
     order = np.argsort(values, axis=0)
     for name, best in (("helpful", order[:kept]), ("harmful", order[::-1][:kept])):
-        assert found[name].dims == ("rank", "audit", "output")
-        np.testing.assert_array_equal(found[name], best * 2 + 5)
+        assert top[name].dims == ("rank", "audit", "output")
+        np.testing.assert_array_equal(top[name], best * 2 + 5)
         expected = np.take_along_axis(values, best, axis=0)
-        np.testing.assert_allclose(found[f"{name}_influence"], expected)
-    assert found.sizes["rank"] == kept
-    assert found["label"].dims == ("audit",)
-    assert found["helpful_influence"].attrs["units"] == "nat"
+        np.testing.assert_allclose(top[f"{name}_influence"], expected)
+    assert top.sizes["rank"] == kept
+    assert top["label"].dims == ("audit",)
+    assert top["helpful_influence"].attrs["units"] == "nat"
 
 
 @pytest.mark.parametrize("k", [3, 12])
 def test_most_influential__by_class_is_that_of_each_class(audit, k):
-    found = lk.most_influential(audit["influence"], k, by="train_label").compute()
-    assert found["helpful"].dims == ("train_label", "rank", "audit", "output")
-    assert found["train_label"].values.tolist() == [0, 1, 2, 3, 4]
+    top = lk.most_influential(audit["influence"], k, by="train_label").compute()
+    assert top["helpful"].dims == ("train_label", "rank", "audit", "output")
+    assert top["train_label"].values.tolist() == [0, 1, 2, 3, 4]
     for value in range(5):
         own = audit["influence"].isel(example=audit["train_label"].values == value)
         alone = lk.most_influential(own, k).compute()
-        there = found.sel(train_label=value)
+        there = top.sel(train_label=value)
         rest = there.isel(rank=slice(alone.sizes["rank"], None))
         for name in ("helpful", "harmful"):
             head = there.isel(rank=slice(alone.sizes["rank"]))
@@ -149,11 +149,11 @@ def test_most_influential__by_class_is_that_of_each_class(audit, k):
 def test_most_influential__gives_ties_to_the_first_however_it_is_cut(rng, chunk):
     x = influence(rng, ("example", "audit"))
     tied = cut(x.copy(data=rng.integers(-1, 2, x.shape).astype("f4")), {"example": chunk})
-    found = lk.most_influential(tied, 20)
+    top = lk.most_influential(tied, 20)
     values = tied.values
     for name, sign in (("helpful", 1), ("harmful", -1)):
         best = np.argsort(sign * values, axis=0, kind="stable")[:20]
-        np.testing.assert_array_equal(found[name], best * 2 + 5)
+        np.testing.assert_array_equal(top[name], best * 2 + 5)
 
 
 def test_most_influential__names_groups_and_positions(rng):
@@ -166,19 +166,19 @@ def test_most_influential__names_groups_and_positions(rng):
         group=names, kind=("group", np.arange(M) % 2)
     )
     for x in (grouped, grouped.astype("f8").chunk({"group": 9})):
-        found = lk.most_influential(x, 30, by="kind").compute()
-        assert found["helpful"].sel(kind=1)[0].values.tolist() == [
+        top = lk.most_influential(x, 30, by="kind").compute()
+        assert top["helpful"].sel(kind=1)[0].values.tolist() == [
             names[1::2][i] for i in bare.values[1::2].argmin(0)
         ]
-        assert (found["helpful"].sel(kind=1)[-1] == "").all()  # 28 of one kind, 29 of the other
-        assert found.attrs["source"] == "group"
+        assert (top["helpful"].sel(kind=1)[-1] == "").all()  # 28 of one kind, 29 of the other
+        assert top.attrs["source"] == "group"
 
 
 def test_most_influential__takes_classes_of_stored_strings(rng):
     x = influence(rng, ("example", "audit"))
     names = np.array(["ant", "bee", "cat"], np.dtypes.StringDType())[np.arange(M) % 3]
-    found = lk.most_influential(x.assign_coords(kind=("example", names)), 2, by="kind")
-    best = found["harmful"].sel(kind="bee")[0]
+    top = lk.most_influential(x.assign_coords(kind=("example", names)), 2, by="kind")
+    best = top["harmful"].sel(kind="bee")[0]
     np.testing.assert_array_equal(best, x["example"].values[1::3][x.values[1::3].argmax(0)])
 
 
@@ -217,24 +217,24 @@ def test_most_influential__refuses_influence_that_is_missing(rng):
 
 
 def test_concentration__is_the_share_of_the_largest(audit):
-    found = lk.concentration(audit)
+    share = lk.concentration(audit)
     size = np.sort(np.abs(summed(audit["influence"]).values), axis=0)[::-1]
-    counts = found["examples"].values
-    np.testing.assert_allclose(found, (size.cumsum(0) / size.sum(0))[counts - 1])
-    assert found.dims == ("examples", "audit", "output")
+    counts = share["examples"].values
+    np.testing.assert_allclose(share, (size.cumsum(0) / size.sum(0))[counts - 1])
+    assert share.dims == ("examples", "audit", "output")
     assert (counts[0], counts[-1]) == (1, M)
-    assert found["label"].dims == ("audit",)
+    assert share["label"].dims == ("audit",)
 
 
 def test_concentration__has_few_points_and_no_share_of_nothing(rng):
     x = xr.DataArray(rng.normal(size=(30_000, 2)), dims=("example", "audit"))
-    found = lk.concentration(x.chunk({"example": 7_000}) * [1, 0])
-    counts = found["examples"].values
+    share = lk.concentration(x.chunk({"example": 7_000}) * [1, 0])
+    counts = share["examples"].values
     assert len(counts) <= 200
     assert counts[-1] == 30_000
     assert (np.diff(counts) > 0).all()
-    assert float(found[-1, 0]) == pytest.approx(1)
-    assert np.isnan(found[:, 1]).all()
+    assert float(share[-1, 0]) == pytest.approx(1)
+    assert np.isnan(share[:, 1]).all()
 
 
 # --- net and gross ----------------------------------------------------------------------------
@@ -279,8 +279,8 @@ def test_net_influence__accumulates_over_time_only(rng):
     with pytest.raises(errors.SchemaError, match="groups={'time': 'epoch'}"):
         lk.net_influence(x, cumulative=True)
     windows = influence(rng, ("example", "audit", "epoch")).rename(epoch="window")
-    found = lk.net_influence(windows, cumulative=True)
-    np.testing.assert_allclose(found[:, -1], windows.values.astype(float).sum((0, 2)))
+    net = lk.net_influence(windows, cumulative=True)
+    np.testing.assert_allclose(net[:, -1], windows.values.astype(float).sum((0, 2)))
 
 
 # --- laziness, and what influence is not ------------------------------------------------------
@@ -297,7 +297,7 @@ def test_audits__large_tables_compute_nothing_until_asked(rng, monkeypatch):
             lk.concentration(x),
             *(f(x, cumulative=c) for f in (lk.net_influence, lk.gross_influence) for c in (0, 1)),
         ]
-    assert all(dask.is_dask_collection(found) for found in results)
+    assert all(dask.is_dask_collection(table) for table in results)
 
 
 class Largest:

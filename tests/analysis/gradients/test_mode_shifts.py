@@ -15,17 +15,17 @@ def at_end(rng):
 
 @pytest.fixture
 def moved(rng, at_end):
-    found, G = at_end
-    before = mode_coefficients(found, G).compute()
+    modes, G = at_end
+    before = mode_coefficients(modes, G).compute()
     return before, before + rng.normal(size=before.shape) * [5, 3, 2, 1, 0.5]
 
 
 def test_mode_shifts__are_means_over_examples(at_end, moved, rng):
-    found, _ = at_end
+    modes, _ = at_end
     before, after = moved
     felt = before.copy(data=rng.uniform(size=before.shape))
-    out = mode_shifts(found, before, after, felt)
-    delta, drive = (after - before).values, np.abs(found["drive"].values)
+    out = mode_shifts(modes, before, after, felt)
+    delta, drive = (after - before).values, np.abs(modes["drive"].values)
     np.testing.assert_allclose(out["change"], delta.mean(0))
     np.testing.assert_allclose(out["shift"], np.abs(delta).mean(0))
     np.testing.assert_allclose(out["contribution"], np.abs(delta * drive).mean(0))
@@ -44,27 +44,27 @@ def test_mode_shifts__are_means_over_examples(at_end, moved, rng):
 
 def test_mode_shifts__add_up_to_the_change_of_a_step(at_end, moved):
     """One example: contributions, signed, are what the step's effect on its loss changed by."""
-    found, _ = at_end
+    modes, _ = at_end
     before, after = (c.isel(example=[0]) for c in moved)
-    out = mode_shifts(found, before, after)
+    out = mode_shifts(modes, before, after)
     signed = (out["drive"] * out["change"]).sum("mode")
-    step = (found["drive"] * (after - before)).sum()
+    step = (modes["drive"] * (after - before)).sum()
     assert float(signed) == pytest.approx(float(step))
     np.testing.assert_allclose(abs(out["drive"] * out["change"]), out["contribution"])
     assert "sensitivity" not in out["factor"].values
 
 
 def test_mode_shifts__bad_input(at_end, moved):
-    found, _ = at_end
+    modes, _ = at_end
     before, after = moved
     with pytest.raises(errors.SchemaError, match="the same examples and modes"):
-        mode_shifts(found, before, after.isel(example=slice(3)))
+        mode_shifts(modes, before, after.isel(example=slice(3)))
     with pytest.raises(errors.SchemaError, match="before has dims .* expected"):
-        mode_shifts(found, found["direction"], found["direction"])
+        mode_shifts(modes, modes["direction"], modes["direction"])
     with pytest.raises(errors.SchemaError, match="drive"):
-        mode_shifts(found.drop_vars("drive"), before, after)
+        mode_shifts(modes.drop_vars("drive"), before, after)
     few = {"mode": slice(2)}
     with pytest.raises(errors.SchemaError, match="at least three"):
-        mode_shifts(found.isel(few), before.isel(few), after.isel(few))
+        mode_shifts(modes.isel(few), before.isel(few), after.isel(few))
     with pytest.raises(errors.SchemaError, match="sensitivity is of 2 modes"):
-        mode_shifts(found, before, after, before.isel(few))
+        mode_shifts(modes, before, after, before.isel(few))

@@ -126,41 +126,41 @@ def test_cancellation_ratio__refuses_other_modes(G, at_end):
 def test_parameter_modes__are_eigenvectors_of_the_parameter_covariance(G, weight):
     covariance = np.einsum("t,tmp,tmq->pq", WEIGHTS[weight], G.values, G.values)
     value, vector = np.linalg.eigh(covariance)
-    found = parameter_modes(G, 4, weight=weight).compute()
-    np.testing.assert_allclose(found["eigenvalue"], value[::-1][:4])
-    np.testing.assert_allclose(found["share"], value[::-1][:4] / value.sum())
-    overlap = np.abs(found["direction"].values @ vector[:, ::-1][:, :4])
+    modes = parameter_modes(G, 4, weight=weight).compute()
+    np.testing.assert_allclose(modes["eigenvalue"], value[::-1][:4])
+    np.testing.assert_allclose(modes["share"], value[::-1][:4] / value.sum())
+    overlap = np.abs(modes["direction"].values @ vector[:, ::-1][:, :4])
     np.testing.assert_allclose(overlap, np.eye(4), atol=1e-8)
-    assert (found["direction"].max("param") >= -found["direction"].min("param")).all()
+    assert (modes["direction"].max("param") >= -modes["direction"].min("param")).all()
 
 
 def test_parameter_modes__at_one_time_are_the_modes_up_to_sign(G, at_end):
-    found = parameter_modes(G.isel(time=-1), 6).compute()
-    np.testing.assert_allclose(found["eigenvalue"], at_end["singular_value"] ** 2)
-    overlap = (found["direction"].values * at_end["direction"].values).sum(1)
+    of_params = parameter_modes(G.isel(time=-1), 6).compute()
+    np.testing.assert_allclose(of_params["eigenvalue"], at_end["singular_value"] ** 2)
+    overlap = (of_params["direction"].values * at_end["direction"].values).sum(1)
     np.testing.assert_allclose(np.abs(overlap), 1)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_temporal_modes__decompose_the_temporal_kernel(G, weight):
     kernel = temporal_kernel(G, weight=weight)
-    found = temporal_modes(G, weight=weight).compute()
-    xr.testing.assert_allclose(found, temporal_modes(kernel).compute())
-    loading, value = found["loading"].values, found["eigenvalue"].values
+    decomposed = temporal_modes(G, weight=weight).compute()
+    xr.testing.assert_allclose(decomposed, temporal_modes(kernel).compute())
+    loading, value = decomposed["loading"].values, decomposed["eigenvalue"].values
     np.testing.assert_allclose(loading * value @ loading.T, kernel, atol=1e-10)
     np.testing.assert_allclose(loading.T @ loading, np.eye(5), atol=1e-12)
     assert (np.diff(value) <= 0).all()
-    assert float(found["share"].sum()) == pytest.approx(1)
-    assert (found["loading"].max("time") >= -found["loading"].min("time")).all()
-    assert found["time"].values.tolist() == G["time"].values.tolist()
+    assert float(decomposed["share"].sum()) == pytest.approx(1)
+    assert (decomposed["loading"].max("time") >= -decomposed["loading"].min("time")).all()
+    assert decomposed["time"].values.tolist() == G["time"].values.tolist()
     few = temporal_modes(kernel.compute(), 2)
-    xr.testing.assert_allclose(few, found.isel(mode=slice(2)))
+    xr.testing.assert_allclose(few, decomposed.isel(mode=slice(2)))
 
 
 def test_temporal_modes__of_nothing_hold_no_share(G):
-    found = temporal_modes(G * 0, weight=None).compute()
-    assert not found["eigenvalue"].any()
-    assert found["share"].isnull().all()
+    decomposed = temporal_modes(G * 0, weight=None).compute()
+    assert not decomposed["eigenvalue"].any()
+    assert decomposed["share"].isnull().all()
 
 
 def test_temporal_modes__refuse_what_is_no_temporal_kernel(G):
@@ -211,14 +211,14 @@ def test_oja__finds_the_leading_space_at_any_scale(rng, scale, dtype, rate):
     oja = OjaModes(5, learning_rate=rate)
     for batch in values[:-1]:
         oja.update(batch)
-    found = oja.directions
-    assert found.dtype == dtype
-    np.testing.assert_allclose(found.T @ found, np.eye(5), atol=1e-5)
+    directions = oja.directions
+    assert directions.dtype == dtype
+    np.testing.assert_allclose(directions.T @ directions, np.eye(5), atol=1e-5)
     test = values[-1]
     best = np.linalg.svd(values[:-1].reshape(-1, 40), full_matrices=False)[2][:5]
     optimum = np.linalg.norm(test @ best.T) / np.linalg.norm(test)
     assert oja.energy(test) >= 0.99 * optimum
-    cosines = np.linalg.svd(found.T @ basis[:5].T, compute_uv=False)
+    cosines = np.linalg.svd(directions.T @ basis[:5].T, compute_uv=False)
     assert cosines[:3].min() > 0.97
     energies = (0.75 ** np.arange(5)) ** 2 * scale**2
     np.testing.assert_allclose(oja.energies, energies, rtol=0.3)
@@ -255,18 +255,18 @@ def test_oja__survives_batches_of_zeros(rng):
 def test_online_modes__are_oja_frozen_at_each_time(rng):
     values, _ = stream(rng, 6, rows=12, params=30)
     G = xr.DataArray(values, dims=("time", "example", "param"), coords={"time": np.arange(6) * 7})
-    found = online_modes(G.chunk({"time": 1, "example": 4}), 3, batch_size=5, seed=1).compute()
+    followed = online_modes(G.chunk({"time": 1, "example": 4}), 3, batch_size=5, seed=1).compute()
     oja = OjaModes(3, seed=1)
     for t, gradients in enumerate(values):
         energy = oja.energy(gradients)
-        assert float(found["energy_captured"][t]) == pytest.approx(energy, nan_ok=True)
+        assert float(followed["energy_captured"][t]) == pytest.approx(energy, nan_ok=True)
         for start in (0, 5, 10):
             oja.update(gradients[start : start + 5])
-        overlap = (found["direction"].values[t] * oja.directions.T).sum(1)
+        overlap = (followed["direction"].values[t] * oja.directions.T).sum(1)
         np.testing.assert_allclose(np.abs(overlap), 1)
-    assert found["direction"].dims == ("time", "mode", "param")
-    assert found["time"].values.tolist() == [0, 7, 14, 21, 28, 35]
-    assert (found["direction"].max("param") >= -found["direction"].min("param")).all()
+    assert followed["direction"].dims == ("time", "mode", "param")
+    assert followed["time"].values.tolist() == [0, 7, 14, 21, 28, 35]
+    assert (followed["direction"].max("param") >= -followed["direction"].min("param")).all()
 
 
 def test_online_modes__refuse_bad_requests(G):

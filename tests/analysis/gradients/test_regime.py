@@ -86,18 +86,18 @@ def test_overlaps__refuse_bad_requests(G):
 def test_influence_over_time__equals_brute_force(rng, weight, memory):
     train = tensor(rng, example=60).chunk({"time": 1, "example": 9, "param": 11})
     audit = tensor(rng, example=25).chunk({"time": 1, "example": 9, "param": 11})
-    found = influence_over_time(train, audit, weight=weight, memory=memory).compute()
+    influences = influence_over_time(train, audit, weight=weight, memory=memory).compute()
     p, net, gross = np.zeros((60, 25)), [], []
     for t in range(5):
         p -= (RATES[t] if weight else 1) / 60 * train.values[t] @ audit.values[t].T
         net.append(p.sum(0))
         gross.append(np.abs(p).sum(0))
-    np.testing.assert_allclose(found["net"], net, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(found["gross"], gross, rtol=1e-9)
-    assert found["net"].dims == ("time", "example_2")
-    assert found["label_2"].values.tolist() == audit["label"].values.tolist()
-    assert "label" not in found.coords
-    assert (found["gross"] >= abs(found["net"]) - 1e-12).all()
+    np.testing.assert_allclose(influences["net"], net, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(influences["gross"], gross, rtol=1e-9)
+    assert influences["net"].dims == ("time", "example_2")
+    assert influences["label_2"].values.tolist() == audit["label"].values.tolist()
+    assert "label" not in influences.coords
+    assert (influences["gross"] >= abs(influences["net"]) - 1e-12).all()
 
 
 def test_influence_over_time__is_cut_into_tiles_within_a_budget(rng):
@@ -108,10 +108,10 @@ def test_influence_over_time__is_cut_into_tiles_within_a_budget(rng):
 
 
 def test_influence_over_time__ends_at_the_weighted_plgk(G, audit):
-    found = influence_over_time(G, audit)
+    influences = influence_over_time(G, audit)
     p = -plgk(G, audit, weight="lr") / 12
-    np.testing.assert_allclose(found["net"][-1], p.sum("example"), atol=1e-12)
-    np.testing.assert_allclose(found["gross"][-1], abs(p).sum("example"))
+    np.testing.assert_allclose(influences["net"][-1], p.sum("example"), atol=1e-12)
+    np.testing.assert_allclose(influences["gross"][-1], abs(p).sum("example"))
 
 
 def test_influence_over_time__is_the_change_of_the_losses_in_full_batch_descent(rng):
@@ -129,8 +129,8 @@ def test_influence_over_time__is_the_change_of_the_losses_in_full_batch_descent(
         dims=("time", "example", "param"),
         coords={"learning_rate": ("time", np.full(50, eta))},
     )
-    found = influence_over_time(G, G)
-    np.testing.assert_allclose(found["net"][-1], change, rtol=2e-3)
+    influences = influence_over_time(G, G)
+    np.testing.assert_allclose(influences["net"][-1], change, rtol=2e-3)
 
 
 def test_influence_over_time__refuses_what_does_not_fit(G, audit):
@@ -166,26 +166,26 @@ PREDICTED = np.array([2, 0, 1, 1, 0, 2, 2])
 def test_ips_scores__equal_a_direct_computation(G, audit):
     similarity = ips(audit, G).chunk({"example": 3, "example_2": 5})
     labels = np.arange(12) % 3
-    found = ips_scores(similarity, labels, PREDICTED).compute()
+    scores = ips_scores(similarity, labels, PREDICTED).compute()
     s = similarity.values
-    np.testing.assert_allclose(found["norm"], np.linalg.norm(s, axis=1))
+    np.testing.assert_allclose(scores["norm"], np.linalg.norm(s, axis=1))
     for n, own in enumerate(PREDICTED):
         means = [s[n, labels == c].mean() for c in range(3)]
         margin = means[own] - max(means[:own] + means[own + 1 :])
-        assert float(found["margin"][n]) == pytest.approx(margin, abs=1e-12)
-    assert found["label"].dims == ("example",)
+        assert float(scores["margin"][n]) == pytest.approx(margin, abs=1e-12)
+    assert scores["label"].dims == ("example",)
     named = similarity.assign_coords(guess=("example", PREDICTED))
     xr.testing.assert_allclose(
-        ips_scores(named, "label_2", "guess").drop_vars("guess").compute(), found
+        ips_scores(named, "label_2", "guess").drop_vars("guess").compute(), scores
     )
 
 
 def test_ips_scores__take_classes_of_any_kind(G, audit):
     similarity = ips(audit, G)
     names = np.array(["dog", "ant", "cat"])
-    found = ips_scores(similarity, names[np.arange(12) % 3], names[PREDICTED])
+    scores = ips_scores(similarity, names[np.arange(12) % 3], names[PREDICTED])
     expected = ips_scores(similarity, np.arange(12) % 3, PREDICTED)
-    xr.testing.assert_allclose(found.compute(), expected.compute())
+    xr.testing.assert_allclose(scores.compute(), expected.compute())
 
 
 def test_ips_scores__refuse_what_does_not_fit(G, audit):
@@ -221,9 +221,9 @@ def test_hidden_similarity__equals_a_direct_computation(rng, k, chunk):
     if chunk:
         test, train = test.chunk({"example": 2}), train.chunk({"unit": 4})
     test = test.assign_coords(guess=("example", PREDICTED))
-    found = hidden_similarity(test, train, labels, "guess", k=k)
-    np.testing.assert_allclose(found, expected, atol=1e-12)
-    assert found["guess"].dims == ("example",)
+    similarity = hidden_similarity(test, train, labels, "guess", k=k)
+    np.testing.assert_allclose(similarity, expected, atol=1e-12)
+    assert similarity["guess"].dims == ("example",)
 
 
 def test_hidden_similarity__refuses_what_does_not_fit(rng):

@@ -13,12 +13,12 @@ DEPTH = {"animal": 0, "mammal": 1, "fish": 1, "dog": 2, "cat": 2}
 EDGES = [("animal", "mammal"), ("animal", "fish"), ("mammal", "dog"), ("mammal", "cat")]
 
 
-def check(found):
-    assert set(found.nodes) == set(DEPTH)
-    assert found.roots == ("animal",)
-    assert set(found.labels) == {"dog", "cat", "fish"}
-    assert {node: found.depth(node) for node in found.nodes} == DEPTH
-    assert found.distance("dog", "fish") == 3
+def check(taxonomy):
+    assert set(taxonomy.nodes) == set(DEPTH)
+    assert taxonomy.roots == ("animal",)
+    assert set(taxonomy.labels) == {"dog", "cat", "fish"}
+    assert {node: taxonomy.depth(node) for node in taxonomy.nodes} == DEPTH
+    assert taxonomy.distance("dog", "fish") == 3
 
 
 @pytest.mark.parametrize(
@@ -46,11 +46,11 @@ def test_from_parents__a_missing_parent_is_that_of_a_root(none):
 
 
 def test_taxonomy__blanks_around_names_do_not_count():
-    found = Taxonomy.from_edges([(f" {a}\t", f"{b}\u00a0") for a, b in EDGES])
-    check(found)
-    assert found.node(" dog ") == "dog"
-    assert "dog\n" in found
-    assert found.subset(["dog ", " fish"]).labels == ("dog", "fish")
+    taxonomy = Taxonomy.from_edges([(f" {a}\t", f"{b}\u00a0") for a, b in EDGES])
+    check(taxonomy)
+    assert taxonomy.node(" dog ") == "dog"
+    assert "dog\n" in taxonomy
+    assert taxonomy.subset(["dog ", " fish"]).labels == ("dog", "fish")
     named = Taxonomy({"dog ": [" animal"]}, {" 1 ": "dog"}, aliases={"hund ": " dog"})
     assert (named.labels, named.node("1"), named.node("hund")) == (("1",), "dog", "dog")
     assert Taxonomy.from_edges([(1, 2), (1, 3)]).depth(np.int64(3)) == 1
@@ -108,9 +108,9 @@ def test_from_csv__refuses_other_encodings(tmp_path):
 def test_from_json__missing_parents_and_marks(tmp_path, mark, root):
     parents = {"animal": root} | {f" {child}": parent for parent, child in EDGES}
     (tmp_path / "t.json").write_text(mark + json.dumps(parents), "utf8")
-    found = Taxonomy.from_json(tmp_path / "t.json")
-    check(found)
-    found.to_json(tmp_path / "again.json")
+    taxonomy = Taxonomy.from_json(tmp_path / "t.json")
+    check(taxonomy)
+    taxonomy.to_json(tmp_path / "again.json")
     check(Taxonomy.from_json(tmp_path / "again.json"))
 
 
@@ -131,9 +131,11 @@ def test_taxonomy__contradictions_are_refused():
 
 def test_from_edges__a_name_with_a_row_of_its_own_is_a_name():
     """Namibia is NA, and a node may be called None as long as a row says where it belongs."""
-    found = Taxonomy.from_edges([("world", "NA"), ("NA", "Windhoek"), ("None", "x"), ("r", "None")])
-    assert found.parents("Windhoek") == ("NA",)
-    assert found.depth("x") == 2
+    taxonomy = Taxonomy.from_edges(
+        [("world", "NA"), ("NA", "Windhoek"), ("None", "x"), ("r", "None")]
+    )
+    assert taxonomy.parents("Windhoek") == ("NA",)
+    assert taxonomy.depth("x") == 2
 
 
 def test_from_edges__empty_text_above_several_is_the_root_of_words():
@@ -144,8 +146,8 @@ def test_from_edges__empty_text_above_several_is_the_root_of_words():
 
 def test_from_csv__empty_cells_are_so_many_roots(tmp_path):
     (tmp_path / "t.csv").write_text("parent,child\n,animal\n,plant\nanimal,dog\nplant,oak\n")
-    found = Taxonomy.from_csv(tmp_path / "t.csv")
-    assert found.roots == ("animal", "plant")
-    assert found.depth("dog") == found.depth("oak") == 1
+    taxonomy = Taxonomy.from_csv(tmp_path / "t.csv")
+    assert taxonomy.roots == ("animal", "plant")
+    assert taxonomy.depth("dog") == taxonomy.depth("oak") == 1
     two = Taxonomy.from_edges([(None, "animal"), (None, "plant"), ("animal", "dog")], ["dog"])
     assert two.roots == ("animal", "plant")

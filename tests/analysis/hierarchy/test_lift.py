@@ -63,17 +63,17 @@ def problems(draw):
 )
 def test_lift__equals_the_triple_loop(problem, base, depth):
     taxonomy, labels, neighbor = problem
-    found = lk.taxonomic_lift(
+    lifted = lk.taxonomic_lift(
         table(neighbor, labels), taxonomy, base=base, depth=depth, replicates=3
     )
     groups, lift, counts = defined(neighbor, labels, taxonomy, base, depth)
-    assert found["query_depth"].values.tolist() == groups
-    np.testing.assert_allclose(found["lift"], lift, rtol=1e-12)
-    assert found["pairs"].values.tolist() == counts
+    assert lifted["query_depth"].values.tolist() == groups
+    np.testing.assert_allclose(lifted["lift"], lift, rtol=1e-12)
+    assert lifted["pairs"].values.tolist() == counts
     valid = np.asarray(neighbor) >= 0
-    assert found.attrs["missing_pairs"] == (~valid).sum()
+    assert lifted.attrs["missing_pairs"] == (~valid).sum()
     same = sum(labels[i] == labels[j] for i, row in enumerate(neighbor) for j in row if j >= 0)
-    assert found.attrs["same_label_pairs_left_out"] == same
+    assert lifted.attrs["same_label_pairs_left_out"] == same
 
 
 def uneven():
@@ -90,12 +90,12 @@ def test_lift__of_random_neighbours_is_1_under_the_matched_base_rate():
     taxonomy, inside, outside = uneven(), 0, 0
     for seed in range(5):
         near = random_table(taxonomy, 600, 10, np.random.default_rng(seed))
-        found = lk.taxonomic_lift(near, taxonomy)
-        known = np.isfinite(found["lift"]) & (found["high"] - found["low"] > 1e-9)
-        held = (found["low"] <= 1) & (found["high"] >= 1)
+        lifted = lk.taxonomic_lift(near, taxonomy)
+        known = np.isfinite(lifted["lift"]) & (lifted["high"] - lifted["low"] > 1e-9)
+        held = (lifted["low"] <= 1) & (lifted["high"] >= 1)
         inside += int((known & held).sum())
         outside += int((known & ~held).sum())
-        assert (abs(found["pooled_lift"] - 1) < 0.2)[:3].all()
+        assert (abs(lifted["pooled_lift"] - 1) < 0.2)[:3].all()
         printed = lk.taxonomic_lift(near, taxonomy, base="dataset")
         first = printed["lift"].sel(depth=1).values
         assert np.ptp(first) > 0.1
@@ -109,14 +109,14 @@ def test_lift__of_perfect_neighbours_is_the_largest_there_can_be():
     labels = np.repeat(taxonomy.labels, each)
     sibling = np.array([label[:-1] + "10"[int(label[-1])] for label in labels])
     neighbor = np.array([np.flatnonzero(labels == other)[:4] for other in sibling])
-    found = lk.taxonomic_lift(table(neighbor, labels), taxonomy, replicates=50)
+    lifted = lk.taxonomic_lift(table(neighbor, labels), taxonomy, replicates=50)
     # Of the 15 other leaves, 2**(4 - d) - 1 share an ancestor at depth d.
     expected = [15 / (2 ** (levels - d) - 1) for d in range(levels)]
-    np.testing.assert_allclose(found["lift"].sel(query_depth=levels)[:levels], expected)
-    np.testing.assert_allclose(found["pooled_lift"][:levels], expected)
-    assert np.isnan(found["lift"].sel(query_depth=levels, depth=levels))
-    assert found["queries"].item() == len(labels)
-    assert found["labels"].item() == 16
+    np.testing.assert_allclose(lifted["lift"].sel(query_depth=levels)[:levels], expected)
+    np.testing.assert_allclose(lifted["pooled_lift"][:levels], expected)
+    assert np.isnan(lifted["lift"].sel(query_depth=levels, depth=levels))
+    assert lifted["queries"].item() == len(labels)
+    assert lifted["labels"].item() == 16
 
 
 def test_lift__standard_errors_are_those_of_other_labels():
@@ -132,9 +132,9 @@ def test_lift__standard_errors_are_those_of_other_labels():
         for i in range(len(labels)):
             weight = np.where(near == near[i], 3.0, 1.0) * (labels != labels[i])
             neighbor[i] = rng.choice(len(labels), 5, replace=False, p=weight / weight.sum())
-        found = lk.taxonomic_lift(table(neighbor, labels), taxonomy, replicates=100)
-        lifts.append(float(found["pooled_lift"][2]))
-        errors.append(float(found["pooled_standard_error_labels"][2]))
+        lifted = lk.taxonomic_lift(table(neighbor, labels), taxonomy, replicates=100)
+        lifts.append(float(lifted["pooled_lift"][2]))
+        errors.append(float(lifted["pooled_standard_error_labels"][2]))
     assert 0.8 < np.mean(errors) / np.std(lifts) < 3
 
 
@@ -155,18 +155,18 @@ def test_lift__is_the_same_however_the_table_comes(monkeypatch):
     monkeypatch.setattr(pairs, "_PAIRS", 64)
     monkeypatch.setattr(pairs, "_DENSE", 1)
     monkeypatch.setattr("lkarray.analysis.hierarchy.lift._BLOCK", 16)
-    found = lk.taxonomic_lift(near, taxonomy, replicates=5)
-    xr.testing.assert_allclose(found, expected, rtol=1e-12)
+    lifted = lk.taxonomic_lift(near, taxonomy, replicates=5)
+    xr.testing.assert_allclose(lifted, expected, rtol=1e-12)
 
 
 def test_lift__from_losses_searches_and_deletes_chains():
     taxonomy = binary(3)
     losses = taxonomic_losses(taxonomy)
-    found = lk.taxonomic_lift(losses.chunk(sample=7), taxonomy, k=4, replicates=20)
+    lifted = lk.taxonomic_lift(losses.chunk(sample=7), taxonomy, k=4, replicates=20)
     near = lk.neighbors(losses, 4, exclude="label")
     table_ = lk.taxonomic_lift(near, taxonomy, replicates=20)
-    np.testing.assert_array_equal(found["lift"], table_["lift"])
-    assert found["lift"].sel(query_depth=3, depth=2) > 4
+    np.testing.assert_array_equal(lifted["lift"], table_["lift"])
+    assert lifted["lift"].sel(query_depth=3, depth=2) > 4
     without = [
         lk.taxonomic_lift(
             lk.neighbors(losses.isel(chain=[c for c in range(5) if c != gone]), 4, exclude="label"),
@@ -177,9 +177,9 @@ def test_lift__from_losses_searches_and_deletes_chains():
     ]
     error = np.sqrt(4 / 5 * ((np.array(without) - np.mean(without)) ** 2).sum())
     np.testing.assert_allclose(
-        found["standard_error_chains"].sel(query_depth=3, depth=2), error, rtol=1e-9, atol=1e-12
+        lifted["standard_error_chains"].sel(query_depth=3, depth=2), error, rtol=1e-9, atol=1e-12
     )
-    assert losses.lk.taxonomic_lift(taxonomy, k=4, replicates=20).identical(found)
+    assert losses.lk.taxonomic_lift(taxonomy, k=4, replicates=20).identical(lifted)
     far = lk.taxonomic_lift(losses, taxonomy, k=4, largest=False, delete_chains=False)
     assert far["lift"].sel(query_depth=3, depth=2) < 0.5
     assert far.attrs["chains_deleted"] == 0
@@ -209,20 +209,20 @@ def test_lift__bad_input_is_named():
 def test_correlation_by_distance__equals_means_over_pairs():
     taxonomy = binary(3)
     losses = taxonomic_losses(taxonomy)
-    found = lk.correlation_by_distance(losses.chunk(sample=5), taxonomy, replicates=30)
+    curve = lk.correlation_by_distance(losses.chunk(sample=5), taxonomy, replicates=30)
     r = lk.correlation(losses.astype(float)).values
     labels = losses["label"].values
     far = np.array([[taxonomy.distance(a, b) for b in labels] for a in labels])
     other = ~np.eye(len(labels), dtype=bool)
     for d in (0, 2, 4, 6):
         np.testing.assert_allclose(
-            found["correlation"].sel(distance=d), r[other & (far == d)].mean(), rtol=1e-5
+            curve["correlation"].sel(distance=d), r[other & (far == d)].mean(), rtol=1e-5
         )
-        assert found["pairs"].sel(distance=d) == (other & (far == d)).sum()
-    assert (np.diff(found["correlation"]) < 0).all()
-    assert found["rank_correlation"] < -0.8
-    assert found["rank_low"] < found["rank_correlation"] < found["rank_high"]
-    assert found["label"].values.tolist() == list(taxonomy.order())
+        assert curve["pairs"].sel(distance=d) == (other & (far == d)).sum()
+    assert (np.diff(curve["correlation"]) < 0).all()
+    assert curve["rank_correlation"] < -0.8
+    assert curve["rank_low"] < curve["rank_correlation"] < curve["rank_high"]
+    assert curve["label"].values.tolist() == list(taxonomy.order())
     part = lk.correlation_by_distance(losses, taxonomy, within="0", replicates=0)
     assert part["distance"].values.tolist() == [0, 2, 4]
     with pytest.raises(ValueError, match="only 2 of the labels"):
@@ -269,19 +269,19 @@ def test_attribute_lift__equals_the_definition():
     color, label = rng.integers(0, 3, n), rng.integers(0, 12, n)
     neighbor = np.array([rng.choice(np.flatnonzero(label != y), k, replace=False) for y in label])
     near = table(neighbor, label, exclude="label").assign_coords(color=("sample", color))
-    found = lk.attribute_lift(near, "color")
+    lifted = lk.attribute_lift(near, "color")
     for a in range(3):
         rows = neighbor[color == a]
         allowed = label[color == a][:, None] != label
         for b in range(3):
             rate = (color[rows] == b).mean()
             chance = ((color == b) & allowed).sum() / allowed.sum()
-            assert found["transition"].sel(color=a, color_2=b) == pytest.approx(rate)
-            assert found["base_rate"].sel(color=a, color_2=b) == pytest.approx(chance)
+            assert lifted["transition"].sel(color=a, color_2=b) == pytest.approx(rate)
+            assert lifted["base_rate"].sel(color=a, color_2=b) == pytest.approx(chance)
             if a == b:
-                assert found["lift"].sel(color=a) == pytest.approx(rate / chance)
-    assert found["low"].min() < 1 < found["high"].max()
-    assert abs(found["pooled_lift"] - 1) < 4 * found["pooled_standard_error"]
+                assert lifted["lift"].sel(color=a) == pytest.approx(rate / chance)
+    assert lifted["low"].min() < 1 < lifted["high"].max()
+    assert abs(lifted["pooled_lift"] - 1) < 4 * lifted["pooled_standard_error"]
     same = np.array(
         [np.flatnonzero((color == c) & (label != y))[:k] for c, y in zip(color, label, strict=True)]
     )
@@ -296,12 +296,12 @@ def test_color_groups__are_spread_out():
     palette = np.array([[255, 0, 0], [0, 0, 255], [128, 128, 128]])
     which = np.r_[rng.integers(0, 3, 50), 0, 1, 2]
     images = palette[which][:, None, None, :] + rng.integers(-4, 5, (53, 6, 5, 3))
-    found = lk.color_groups(images, 3)
-    assert len({(a, b) for a, b in zip(which, found.values, strict=True)}) == 3
+    colors = lk.color_groups(images, 3)
+    assert len({(a, b) for a, b in zip(which, colors.values, strict=True)}) == 3
     first = lk.color_groups(np.moveaxis(images, -1, 1), 3)
-    assert np.array_equal(found, first)
-    np.testing.assert_allclose(found["red"], images[..., 0].mean((1, 2)))
-    assert len(found.attrs["centers"]) == 3
+    assert np.array_equal(colors, first)
+    np.testing.assert_allclose(colors["red"], images[..., 0].mean((1, 2)))
+    assert len(colors.attrs["centers"]) == 3
     with pytest.raises(ValueError, match="expected \\(height, width, 3\\)"):
         lk.color_groups(np.zeros((4, 5, 6)))
     with pytest.raises(ValueError, match="between 1 and 1, the mean colours"):

@@ -30,25 +30,25 @@ def climbs(parents, node):
 
 @given(dags())
 def test_taxonomy__agrees_with_all_paths(parents):
-    found = whole(parents)
+    taxonomy = whole(parents)
     paths = {node: climbs(parents, node) for node in parents}
     for a in parents:
         lengths = [len(path) - 1 for path in paths[a]]
-        assert found.depth(a) == min(lengths)
-        assert found.depth(a, "longest") == max(lengths)
-        assert found.depth(a, "first_path") == len(paths[a][0]) - 1
-        assert set(found.ancestors(a)) == {node for path in paths[a] for node in path}
-    far = lk.taxonomy_distance(found)
+        assert taxonomy.depth(a) == min(lengths)
+        assert taxonomy.depth(a, "longest") == max(lengths)
+        assert taxonomy.depth(a, "first_path") == len(paths[a][0]) - 1
+        assert set(taxonomy.ancestors(a)) == {node for path in paths[a] for node in path}
+    far = lk.taxonomy_distance(taxonomy)
     for a in parents:
         for b in parents:
             steps = [
                 p.index(c) + q.index(c) for p in paths[a] for q in paths[b] for c in p if c in q
             ]
             expected = min(steps, default=np.inf)
-            assert found.distance(a, b) == far.sel(label=a, label_2=b) == expected
+            assert taxonomy.distance(a, b) == far.sel(label=a, label_2=b) == expected
             common = {c for p in paths[a] for c in p} & {c for q in paths[b] for c in q}
             lowest = {c for c in common if not any(c in p[1:] for d in common for p in paths[d])}
-            assert set(found.lowest_common_ancestors(a, b)) == lowest
+            assert set(taxonomy.lowest_common_ancestors(a, b)) == lowest
 
 
 @given(dags())
@@ -70,35 +70,35 @@ def main_line(parents, node):
 
 
 def test_taxonomy__asks():
-    found = lk.Taxonomy.from_parents(ANIMALS)
-    assert found.labels == ("dog", "cat", "trout")
-    assert found.roots == ("animal",)
-    assert found.ancestors("dog") == ("animal", "mammal", "pet", "dog")
-    assert found.ancestors("dog", 1) == ("mammal", "pet")
-    assert set(found.lowest_common_ancestors("dog", "cat")) == {"mammal", "pet"}
-    assert found.descendants("mammal") == ("dog", "cat")
-    assert found.children("animal") == ("mammal", "fish", "pet")
-    assert list(found.hues().values()) == [0.0, 0.45, 0.9]
-    assert len(found) == 3
-    assert "pet" in found
-    assert "3 labels, 7 nodes, 1 root, depth 2" in repr(found)
+    taxonomy = lk.Taxonomy.from_parents(ANIMALS)
+    assert taxonomy.labels == ("dog", "cat", "trout")
+    assert taxonomy.roots == ("animal",)
+    assert taxonomy.ancestors("dog") == ("animal", "mammal", "pet", "dog")
+    assert taxonomy.ancestors("dog", 1) == ("mammal", "pet")
+    assert set(taxonomy.lowest_common_ancestors("dog", "cat")) == {"mammal", "pet"}
+    assert taxonomy.descendants("mammal") == ("dog", "cat")
+    assert taxonomy.children("animal") == ("mammal", "fish", "pet")
+    assert list(taxonomy.hues().values()) == [0.0, 0.45, 0.9]
+    assert len(taxonomy) == 3
+    assert "pet" in taxonomy
+    assert "3 labels, 7 nodes, 1 root, depth 2" in repr(taxonomy)
 
 
 def test_taxonomy__cannot_be_changed():
-    found = lk.Taxonomy.from_parents(ANIMALS)
+    taxonomy = lk.Taxonomy.from_parents(ANIMALS)
     with pytest.raises(AttributeError, match="cannot be changed"):
-        found.labels = ()
+        taxonomy.labels = ()
     with pytest.raises(ValueError, match="read-only"):
-        found.depths()[0] = 3
+        taxonomy.depths()[0] = 3
 
 
 def test_taxonomy__travels_to_workers():
-    found = lk.Taxonomy.from_parents(ANIMALS, {7: "dog", 3: "trout"})
-    found.depths()
-    again = pickle.loads(pickle.dumps(found))
+    taxonomy = lk.Taxonomy.from_parents(ANIMALS, {7: "dog", 3: "trout"})
+    taxonomy.depths()
+    again = pickle.loads(pickle.dumps(taxonomy))
     assert again.labels == (7, 3)
     assert again.distance(7, 3) == 4
-    assert tokenize(again) == tokenize(found)
+    assert tokenize(again) == tokenize(taxonomy)
     with pytest.raises(AttributeError, match="cannot be changed"):
         again.nodes = ()
 
@@ -116,7 +116,7 @@ def test_constructors__agree(tmp_path):
         '"mammal": "animal", "fish": "animal", "pet": "animal"}'
     )
     expected.to_json(tmp_path / "own.json")
-    for found in (
+    for taxonomy in (
         lk.Taxonomy.from_edges(edges),
         lk.Taxonomy.from_networkx(networkx.DiGraph(edges)),
         lk.Taxonomy.from_csv(table),
@@ -124,19 +124,19 @@ def test_constructors__agree(tmp_path):
         lk.Taxonomy.from_json(tmp_path / "own.json"),
         lk.Taxonomy(ANIMALS),
     ):
-        assert set(found.labels) == set(expected.labels)
+        assert set(taxonomy.labels) == set(expected.labels)
         for label in expected.nodes:
-            assert set(found.ancestors(label)) == set(expected.ancestors(label))
+            assert set(taxonomy.ancestors(label)) == set(expected.ancestors(label))
 
 
 def test_labels__may_be_called_otherwise_than_nodes(tmp_path):
-    found = lk.Taxonomy.from_parents(ANIMALS, {7: "dog", np.int64(3): "trout"})
-    assert found.labels == (7, 3)
-    assert found.distance(7, np.int64(3)) == 4
-    assert found.node(7) == "dog"
-    found.to_json(tmp_path / "t.json")
+    taxonomy = lk.Taxonomy.from_parents(ANIMALS, {7: "dog", np.int64(3): "trout"})
+    assert taxonomy.labels == (7, 3)
+    assert taxonomy.distance(7, np.int64(3)) == 4
+    assert taxonomy.node(7) == "dog"
+    taxonomy.to_json(tmp_path / "t.json")
     assert lk.Taxonomy.from_json(tmp_path / "t.json").labels == (7, 3)
-    assert found.subset([3]).labels == (3,)
+    assert taxonomy.subset([3]).labels == (3,)
 
 
 def test_bad_input__is_named(tmp_path):
@@ -161,28 +161,30 @@ def test_bad_input__is_named(tmp_path):
 
 
 def test_imagenet__is_wordnets_own(wordnet):
-    found = lk.Taxonomy.imagenet()
-    rebuilt = lk.Taxonomy.wordnet(found.labels)
-    assert len(found) == 1000
-    for label in found.labels:
+    taxonomy = lk.Taxonomy.imagenet()
+    rebuilt = lk.Taxonomy.wordnet(taxonomy.labels)
+    assert len(taxonomy) == 1000
+    for label in taxonomy.labels:
         synset = wordnet.synset_from_pos_and_offset("n", int(label[1:]))
         above = {s.name() for path in synset.hypernym_paths() for s in path}
-        assert set(found.ancestors(label)) == set(rebuilt.ancestors(label)) == above
-        assert found.depth(label) == synset.min_depth()
-        assert found.depth(label, "longest") == synset.max_depth()
+        assert set(taxonomy.ancestors(label)) == set(rebuilt.ancestors(label)) == above
+        assert taxonomy.depth(label) == synset.min_depth()
+        assert taxonomy.depth(label, "longest") == synset.max_depth()
     rng = np.random.default_rng(0)
-    far = lk.taxonomy_distance(found)
+    far = lk.taxonomy_distance(taxonomy)
     for i, j in rng.integers(0, 1000, (50, 2)):
-        a, b = (wordnet.synset_from_pos_and_offset("n", int(found.labels[at][1:])) for at in (i, j))
+        a, b = (
+            wordnet.synset_from_pos_and_offset("n", int(taxonomy.labels[at][1:])) for at in (i, j)
+        )
         assert far[i, j] == a.shortest_path_distance(b)
 
 
 def test_imagenet__is_in_torchvisions_order():
     from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-    found = lk.Taxonomy.imagenet()
-    assert list(found.labels) == sorted(found.labels)  # the challenge numbers wnids in order
-    titles = [found.title(number).lower() for number in range(1000)]
+    taxonomy = lk.Taxonomy.imagenet()
+    assert list(taxonomy.labels) == sorted(taxonomy.labels)  # the challenge numbers wnids in order
+    titles = [taxonomy.title(number).lower() for number in range(1000)]
     same = sum(
         a.replace("-", " ") == b.lower().replace("-", " ")
         for a, b in zip(titles, _IMAGENET_CATEGORIES, strict=True)
@@ -191,25 +193,25 @@ def test_imagenet__is_in_torchvisions_order():
 
 
 def test_imagenet__known_facts():
-    found = lk.Taxonomy.imagenet()
-    assert found.node(151) == found.node("n02085620") == "chihuahua.n.03"
-    assert found.depth(151) == 10  # by way of domestic animals; 13 by way of carnivores
-    assert found.depth(151, "longest") == 13 + 2
+    taxonomy = lk.Taxonomy.imagenet()
+    assert taxonomy.node(151) == taxonomy.node("n02085620") == "chihuahua.n.03"
+    assert taxonomy.depth(151) == 10  # by way of domestic animals; 13 by way of carnivores
+    assert taxonomy.depth(151, "longest") == 13 + 2
     husky, pug = "n02110185", "n02110958"
-    assert found.lowest_common_ancestors(husky, pug) == ("dog.n.01",)
-    assert len(found.descendants("dog.n.01")) == 118
-    assert len(found.descendants("animal.n.01")) == 398
-    assert len(found.descendants("artifact.n.01")) == 522
-    order = found.order()
-    places = sorted(order.index(label) for label in found.descendants("dog.n.01"))
+    assert taxonomy.lowest_common_ancestors(husky, pug) == ("dog.n.01",)
+    assert len(taxonomy.descendants("dog.n.01")) == 118
+    assert len(taxonomy.descendants("animal.n.01")) == 398
+    assert len(taxonomy.descendants("artifact.n.01")) == 522
+    order = taxonomy.order()
+    places = sorted(order.index(label) for label in taxonomy.descendants("dog.n.01"))
     assert places[-1] - places[0] == 117
 
 
 def test_wordnet__takes_wnids_names_and_labels(wordnet):
     assert lk.Taxonomy.wordnet(["n02084071", "cat.n.01"]).labels == ("n02084071", "cat.n.01")
-    found = lk.Taxonomy.wordnet({0: "jersey.n.03", 1: "n02084071"})
-    assert found.node(1) == "dog.n.01"
-    assert found.depth(1) == wordnet.synset("dog.n.01").min_depth()
+    taxonomy = lk.Taxonomy.wordnet({0: "jersey.n.03", 1: "n02084071"})
+    assert taxonomy.node(1) == "dog.n.01"
+    assert taxonomy.depth(1) == wordnet.synset("dog.n.01").min_depth()
     with pytest.raises(ValueError, match="not in WordNet 3.0: 'dgo.n.01', 'n00000001'"):
         lk.Taxonomy.wordnet(["dog.n.01", "dgo.n.01", "n00000001"])
 

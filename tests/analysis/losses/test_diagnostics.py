@@ -63,22 +63,22 @@ def said(tree, **options) -> str:
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.8])
 def test_ess__of_autoregressive_chains_is_the_known_one(rho):
     x = autoregressive(np.random.default_rng(3), rho, draws=1000, samples=100)
-    found = diagnostics(x)
+    report = diagnostics(x)
     for name, r in (("ess_bulk", rho), ("kernel_ess", rho**2)):
         expected = 4000 * (1 - r) / (1 + r)
-        mean = float(found[name].mean())
+        mean = float(report[name].mean())
         assert mean == pytest.approx(expected, rel=0.04), name
-    assert float(found["autocorrelation_draws"]) == pytest.approx((1 + rho) / (1 - rho), rel=0.05)
-    np.testing.assert_allclose(found["mcse"].mean(), found["ess_bulk"].mean() ** -0.5, rtol=0.03)
+    assert float(report["autocorrelation_draws"]) == pytest.approx((1 + rho) / (1 - rho), rel=0.05)
+    np.testing.assert_allclose(report["mcse"].mean(), report["ess_bulk"].mean() ** -0.5, rtol=0.03)
 
 
 def test_kernel_error__is_the_spread_of_entries_of_r():
     x = autoregressive(np.random.default_rng(4), 0.8, samples=80)
     entries = numpy_correlation(x)[np.triu_indices(80, 1)]
-    found = diagnostics(x)
-    assert float(found["kernel_error"]) == pytest.approx(entries.std(), rel=0.05)
+    report = diagnostics(x)
+    assert float(report["kernel_error"]) == pytest.approx(entries.std(), rel=0.05)
     # Products are no more correlated than a series, whose own size is far smaller.
-    assert float(found["kernel_ess"]) > 1.5 * float(found["ess_bulk"].median())
+    assert float(report["kernel_ess"]) > 1.5 * float(report["ess_bulk"].median())
 
 
 def test_figures__equal_those_of_arviz_sample_by_sample(rng):
@@ -86,7 +86,7 @@ def test_figures__equal_those_of_arviz_sample_by_sample(rng):
 
     losses = random_losses(rng, chains=3, draws=31)
     losses[..., 4] *= 1e-12  # ArviZ itself would take the products of these for constants
-    found = diagnostics(losses)
+    report = diagnostics(losses)
     for i in range(losses.sizes["sample"]):
         one = losses.values[..., i].astype("f8")
         expected = {
@@ -98,12 +98,12 @@ def test_figures__equal_those_of_arviz_sample_by_sample(rng):
             "between_variance": 31 * one.mean(axis=1).var(ddof=1),
         }
         for name, value in expected.items():
-            assert float(found[name][i]) == pytest.approx(float(value), rel=1e-9), name
-    np.testing.assert_allclose(found["mcse"], lk.mcse(losses)["loss_gain"], rtol=1e-5)
+            assert float(report[name][i]) == pytest.approx(float(value), rel=1e-9), name
+    np.testing.assert_allclose(report["mcse"], lk.mcse(losses)["loss_gain"], rtol=1e-5)
     pooled, apart = (
         np.diag(lk.covariance(losses.astype("f8"), center=c)) for c in ("pooled", "chain")
     )
-    np.testing.assert_allclose(found["pooling_excess"], pooled / apart - 1, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(report["pooling_excess"], pooled / apart - 1, rtol=1e-6, atol=1e-9)
 
 
 def test_kernel_ess__is_the_median_over_all_pairs_where_they_are_few(rng):
@@ -156,8 +156,8 @@ def test_relaxation__is_how_long_the_sampler_remembers(sampler):
         path.append(abs(float(theta)))
     far = np.array(path) / max(path) > 1e-6
     measured = -1 / np.polyfit(np.arange(4000)[far], np.log(np.array(path)[far]), 1)[0]
-    found = convergence.relaxation_steps(step_size, gamma, sampler)
-    assert found == pytest.approx(measured, rel=0.1)
+    steps = convergence.relaxation_steps(step_size, gamma, sampler)
+    assert steps == pytest.approx(measured, rel=0.1)
 
 
 # --- shapes, blocks, budgets ------------------------------------------------------------------
@@ -166,12 +166,12 @@ def test_relaxation__is_how_long_the_sampler_remembers(sampler):
 def test_diagnostics__of_constant_losses_are_nan_and_warn_of_nothing(rng):
     losses = random_losses(rng, draws=40)
     losses[..., 3] = 0.25
-    found = diagnostics(losses)
+    report = diagnostics(losses)
     for name in ("rhat", "ess_bulk", "ess_tail", "pooling_excess"):
-        assert np.isnan(found[name][3])
-        assert np.isfinite(found[name]).sum() == 16
+        assert np.isnan(report[name][3])
+        assert np.isfinite(report[name]).sum() == 16
     for name in ("mcse", "within_variance", "between_variance"):
-        assert found[name][3] == 0
+        assert report[name][3] == 0
     assert "no loss varies" in said(xr.zeros_like(losses))
     between = xr.zeros_like(losses) + np.arange(3.0).reshape(3, 1, 1)
     assert np.isposinf(diagnostics(between)["pooling_excess"]).all()
@@ -193,11 +193,11 @@ def test_diagnostics__do_not_depend_on_blocks_and_read_once(rng, monkeypatch):
         reads.clear()
         with dask.config.set(scheduler=scheduler):
             blocks.clear()
-            found = diagnostics(lazy, pairs=20, memory="3800 KiB")
+            report = diagnostics(lazy, pairs=20, memory="3800 KiB")
         assert len(blocks) > 1
         assert sum(blocks) == 256
         assert sorted(reads) == sorted(set(reads)) == list(np.ndindex(4, 1, 8))
-        xr.testing.assert_allclose(found, whole, rtol=1e-12)
+        xr.testing.assert_allclose(report, whole, rtol=1e-12)
     with pytest.raises(errors.MemoryBudgetError, match=r"\d+ KiB can"):
         diagnostics(lazy, pairs=20, memory="20 KiB")
 
@@ -212,20 +212,22 @@ def test_diagnostics__keep_leading_dims_and_tokens(rng):
     )
     several = xr.concat([tokens, 2 * tokens, tokens + 1], xr.Variable("component", list("abc")))
     several = several.expand_dims(checkpoint=[10])
-    found = diagnostics(several.chunk(sample=4))
-    assert found["rhat"].dims == ("checkpoint", "component", "sample", "token")
-    assert found["drift"].dims == ("checkpoint", "component", "chain")
-    assert found["kernel_ess"].dims == ("checkpoint", "component")
-    assert set(found.coords) == {"checkpoint", "component", "sample", "label", "token"} - {"sample"}
+    report = diagnostics(several.chunk(sample=4))
+    assert report["rhat"].dims == ("checkpoint", "component", "sample", "token")
+    assert report["drift"].dims == ("checkpoint", "component", "chain")
+    assert report["kernel_ess"].dims == ("checkpoint", "component")
+    assert set(report.coords) == {"checkpoint", "component", "sample", "label", "token"} - {
+        "sample"
+    }
     flat = diagnostics(x)
     for at, factor in (("a", 1), ("b", 2)):
-        one = found.sel(component=at, checkpoint=10)
+        one = report.sel(component=at, checkpoint=10)
         for name in PER_SAMPLE:
             scale = {"mcse": factor, "between_variance": factor**2, "within_variance": factor**2}
             expected = flat[name].values.reshape(10, 3) * scale.get(name, 1)
             np.testing.assert_allclose(one[name], expected, rtol=1e-6, err_msg=name)
         np.testing.assert_allclose(one["drift"], flat["drift"], rtol=1e-5)
-    lines = found.attrs["verdicts"]
+    lines = report.attrs["verdicts"]
     assert lines
     assert all(line.startswith("checkpoint 10, component ") for line in lines)
     assert any("component a; checkpoint 10, component b; " in line for line in lines)
@@ -289,27 +291,27 @@ def broken(losses: xr.DataArray) -> xr.DataArray:
 @pytest.mark.parametrize("seed", range(3))
 def test_verdicts__on_white_noise_are_none(seed):
     x = autoregressive(np.random.default_rng(seed), 0.0)
-    found = diagnostics(tree_of(x))
-    assert found.attrs["verdicts"] == []
-    assert found.attrs["summary"].startswith("all is well: R-hat at most 1.0")
-    assert float(found["kernel_ess"]) == pytest.approx(2000, rel=0.05)
-    assert abs(found["drift"]).max() < 4
-    np.testing.assert_allclose(found["distance"], np.arange(250, 500).mean())
+    report = diagnostics(tree_of(x))
+    assert report.attrs["verdicts"] == []
+    assert report.attrs["summary"].startswith("all is well: R-hat at most 1.0")
+    assert float(report["kernel_ess"]) == pytest.approx(2000, rel=0.05)
+    assert abs(report["drift"]).max() < 4
+    np.testing.assert_allclose(report["distance"], np.arange(250, 500).mean())
     one = diagnostics(tree_of(x.isel(sample=[0])))  # no pair, so no kernel to speak of
     assert np.isnan(one["kernel_ess"])
     assert "nan" not in one.attrs["summary"]
-    np.testing.assert_allclose(found["acceptance"], 0.9, rtol=1e-6)
-    assert float(found["relaxation_steps"]) == pytest.approx(2 / (1e-3 * 100))
+    np.testing.assert_allclose(report["acceptance"], 0.9, rtol=1e-6)
+    assert float(report["relaxation_steps"]) == pytest.approx(2 / (1e-3 * 100))
 
 
 def test_verdicts__on_a_shifted_chain_name_samples_and_what_to_change():
     x = autoregressive(np.random.default_rng(0), 0.0)
     x[1, :, :10] += 3
-    found = diagnostics(tree_of(x))
-    assert (found["rhat"][:10] > 1.2).all()
-    assert (found["rhat"][10:] < 1.05).all()
-    assert (found["pooling_excess"][:10] > 0.5).all()
-    (line,) = found.attrs["verdicts"]
+    report = diagnostics(tree_of(x))
+    assert (report["rhat"][:10] > 1.2).all()
+    assert (report["rhat"][10:] < 1.05).all()
+    assert (report["pooling_excess"][:10] > 0.5).all()
+    (line,) = report.attrs["verdicts"]
     assert "10 of 40 samples" in line
     assert "raise burn_in (now 50)" in line
     x[1] += 3
@@ -325,10 +327,10 @@ def test_verdicts__on_a_trend_give_its_size(way):
     x = autoregressive(np.random.default_rng(1), 0.0)
     slope = np.linspace(0, 0.5, 500)[:, None]
     x[2] += slope if way == "rises" else -slope
-    found = diagnostics(tree_of(x))
-    assert abs(found["drift"][2]) > 8
-    assert (abs(found["drift"][[0, 1, 3]]) < 4).all()
-    (line,) = found.attrs["verdicts"]
+    report = diagnostics(tree_of(x))
+    assert abs(report["drift"][2]) > 8
+    assert (abs(report["drift"][[0, 1, 3]]) < 4).all()
+    (line,) = report.attrs["verdicts"]
     assert f"the mean loss {way} during 1 of 4 chains" in line
     assert "burn_in" in line
 
@@ -351,10 +353,10 @@ def test_verdicts__on_settings_say_which_number_to_set():
 
 def test_verdicts__on_few_effective_draws_say_how_many_to_take():
     x = autoregressive(np.random.default_rng(6), 0.9, chains=8, draws=50)
-    found = diagnostics(x)
-    ess = float(found["kernel_ess"])
+    report = diagnostics(x)
+    ess = float(report["kernel_ess"])
     assert 25 < ess < 70
-    (line,) = (line for line in found.attrs["verdicts"] if "entries of R" in line)
+    (line,) = (line for line in report.attrs["verdicts"] if "entries of R" in line)
     assert f"an error of about {ess**-0.5:.2g}" in line
     draws = int(line.rsplit("draws=", 1)[1])
     assert draws == pytest.approx(50 * 100 / ess, abs=1)
@@ -385,17 +387,17 @@ def test_verdicts__name_a_chain_that_diverged_and_leave_it_out():
     for name in ("distance", "step_size", "acceptance"):
         tree["sample_stats"][name][0, 8:] = np.nan
     tree["sample_stats"]["diverged"][0, 7] = True
-    found = diagnostics(tree)
-    (line,) = found.attrs["verdicts"]
+    report = diagnostics(tree)
+    (line,) = report.attrs["verdicts"]
     assert line.startswith("chain 0 turned non-finite at draw 7 and is left out: reduce step_size")
-    assert found.attrs["summary"].startswith("1 problem:")
-    np.testing.assert_array_equal(found["diverged"], [True, False, False, False])
+    assert report.attrs["summary"].startswith("1 problem:")
+    np.testing.assert_array_equal(report["diverged"], [True, False, False, False])
     rest = diagnostics(tree.isel(chain=slice(1, None)))
     for name in [*PER_SAMPLE, "kernel_ess", "relaxation_steps", "autocorrelation_draws"]:
-        np.testing.assert_array_equal(found[name], rest[name], err_msg=name)
+        np.testing.assert_array_equal(report[name], rest[name], err_msg=name)
     for name in ("drift", "distance", "acceptance"):
-        assert np.isnan(found[name][0])
-        np.testing.assert_array_equal(found[name][1:], rest[name])
+        assert np.isnan(report[name][0])
+        np.testing.assert_array_equal(report[name][1:], rest[name])
     with pytest.raises(errors.NonFiniteError, match="'chain': \\[0\\]"):
         diagnostics(tree["losses"])
     tree["sample_stats"]["diverged"][:, 9] = True
@@ -408,30 +410,30 @@ def test_verdicts__name_a_chain_that_diverged_and_leave_it_out():
 
 def test_diagnostics__of_a_sampled_store(store):
     tree = lk.open(store)
-    found = diagnostics(tree)
-    assert set(found["rhat"].coords) == {"sample", "label"}
-    assert found["rhat"].notnull().all()
-    assert float(found["relaxation_steps"]) == pytest.approx(2 / (1e-3 * 50))
-    assert (found["distance"] > 0).all()
-    assert any("raise burn_in to 40" in line for line in found.attrs["verdicts"])
+    report = diagnostics(tree)
+    assert set(report["rhat"].coords) == {"sample", "label"}
+    assert report["rhat"].notnull().all()
+    assert float(report["relaxation_steps"]) == pytest.approx(2 / (1e-3 * 50))
+    assert (report["distance"] > 0).all()
+    assert any("raise burn_in to 40" in line for line in report.attrs["verdicts"])
     alone = diagnostics(tree["losses"])
-    xr.testing.assert_identical(alone["rhat"], found["rhat"])
+    xr.testing.assert_identical(alone["rhat"], report["rhat"])
     assert "distance" not in alone
     assert "acceptance" not in alone
-    assert all(isinstance(value.data, np.ndarray) for value in found.values())
+    assert all(isinstance(value.data, np.ndarray) for value in report.values())
     strided = diagnostics(tree.isel(sample=slice(None, None, 4)))
-    np.testing.assert_allclose(strided["ess_bulk"], found["ess_bulk"][::4])
+    np.testing.assert_allclose(strided["ess_bulk"], report["ess_bulk"][::4])
 
 
 def test_diagnostics__of_components_sampled_together(sample, tmp_path):
     tree = sample(tmp_path / "run.zarr", components={"first": ["0.*"], "second": ["2.*"]})
-    found = diagnostics(tree)
-    assert found["rhat"].dims == ("component", "sample")
-    assert found["distance"].dims == ("component", "chain")
-    assert found["relaxation_steps"].dims == ("component",)
+    report = diagnostics(tree)
+    assert report["rhat"].dims == ("component", "sample")
+    assert report["distance"].dims == ("component", "chain")
+    assert report["relaxation_steps"].dims == ("component",)
     expected = diagnostics(tree.isel(component=1))
-    np.testing.assert_allclose(found["ess_bulk"][1], expected["ess_bulk"])
-    lines = [line for line in found.attrs["verdicts"] if "burn_in to 40" in line]
+    np.testing.assert_allclose(report["ess_bulk"][1], expected["ess_bulk"])
+    lines = [line for line in report.attrs["verdicts"] if "burn_in to 40" in line]
     assert len(lines) == 1
     assert lines[0].startswith("component first; component second: ")
 

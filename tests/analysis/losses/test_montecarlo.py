@@ -16,7 +16,7 @@ def left_out(a, b, blocks, kind):
     chains, draws, _ = a.shape
     cuts = np.linspace(0, draws, blocks + 1).astype(int)
     x, y = (z.values.astype("f8") for z in (a, b))
-    found = []
+    kernels = []
     for c in range(chains):
         for start, stop in pairwise(cuts):
             keep = np.ones((chains, draws), bool)
@@ -24,10 +24,10 @@ def left_out(a, b, blocks, kind):
             p, q = x[keep] - x[keep].mean(0), y[keep] - y[keep].mean(0)
             if kind == "correlation":
                 p, q = (z / np.linalg.norm(z, axis=0) for z in (p, q))
-                found.append(p.T @ q)
+                kernels.append(p.T @ q)
             else:
-                found.append(p.T @ q / (keep.sum() - 1))
-    return np.sqrt(np.var(found, axis=0) * (len(found) - 1))
+                kernels.append(p.T @ q / (keep.sum() - 1))
+    return np.sqrt(np.var(kernels, axis=0) * (len(kernels) - 1))
 
 
 @pytest.mark.parametrize("kind", ["covariance", "correlation"])
@@ -35,9 +35,9 @@ def left_out(a, b, blocks, kind):
 @pytest.mark.parametrize("memory", [None, "60 KiB"])
 def test_mcse__equals_kernels_with_a_block_left_out(rng, kind, blocks, memory):
     losses = random_losses(rng, chains=4, samples=30)
-    found = lk.mcse(losses.chunk(draw=6, sample=8), blocks=blocks, memory=memory)[kind]
+    error = lk.mcse(losses.chunk(draw=6, sample=8), blocks=blocks, memory=memory)[kind]
     expected = left_out(losses, losses, blocks, kind)
-    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-5 * expected.max())
+    np.testing.assert_allclose(error, expected, rtol=2e-3, atol=1e-5 * expected.max())
     few = losses.isel(sample=slice(3, 9))
     some = lk.mcse(few, losses, blocks=blocks, memory=memory)[kind]
     np.testing.assert_allclose(some, expected[3:9], rtol=2e-3, atol=1e-5 * expected.max())
@@ -49,10 +49,10 @@ def test_mcse__of_gains_is_that_of_arviz_and_zero_without_variance(rng):
 
     losses = random_losses(rng, chains=4, draws=50)
     losses[..., 3] = 0.25
-    found = lk.mcse(losses.chunk(chain=1, draw=20, sample=5))["loss_gain"].values
-    assert found[3] == 0
+    errors = lk.mcse(losses.chunk(chain=1, draw=20, sample=5))["loss_gain"].values
+    assert errors[3] == 0
     expected = array_stats.mcse(losses.values[..., 5].astype("f8"), chain_axis=0, draw_axis=1)
-    assert found[5] == pytest.approx(float(expected))
+    assert errors[5] == pytest.approx(float(expected))
 
 
 def test_mcse__is_the_spread_of_independent_repeats():
@@ -92,9 +92,9 @@ def test_shrinkage__equals_sklearn(rng, samples):
     assert float(lk.ledoit_wolf(lazy, memory="2 MiB")) == pytest.approx(share, rel=1e-5)
     plain = numpy_covariance(losses)
     for asked, used in (("ledoit-wolf", share), (0.3, 0.3), (0.0, 0.0)):
-        found = lk.covariance(lazy, shrinkage=asked, memory="2 MiB")
+        shrunk = lk.covariance(lazy, shrinkage=asked, memory="2 MiB")
         expected = (1 - used) * plain + used * np.trace(plain) / samples * np.eye(samples)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(shrunk, expected, rtol=1e-4, atol=1e-4)
     for wrong in (1.5, "oas"):
         with pytest.raises(ValueError, match="ledoit-wolf"):
             lk.covariance(losses, shrinkage=wrong)
@@ -109,22 +109,22 @@ def test_histogram__counts_every_pair_once(rng, kernel, groups, memory):
     losses = random_losses(rng, samples=60)
     whole = (numpy_correlation if kernel == "correlation" else numpy_covariance)(losses)
     bounds = (-0.5, 0.6) if kernel == "correlation" else (-3.0, 4.0)
-    found = lk.histogram(
+    histogram = lk.histogram(
         losses, groups, bins=7, bounds=bounds, kernel=kernel, memory=memory
     ).compute()
-    total = found["count"].sum("bin") + found["below"] + found["above"]
+    total = histogram["count"].sum("bin") + histogram["below"] + histogram["above"]
     assert int(total.sum()) == 60 * 59
     labels = losses["label"].values if groups else np.zeros(60, int)
     name = groups or "group"
-    assert found["count"].dims == (name, f"{name}_2", "bin")
-    for a in found[name].values:
-        for b in found[f"{name}_2"].values:
+    assert histogram["count"].dims == (name, f"{name}_2", "bin")
+    for a in histogram[name].values:
+        for b in histogram[f"{name}_2"].values:
             pairs = (labels[:, None] == a) & (labels == b) & ~np.eye(60, dtype=bool)
             at = {name: a, f"{name}_2": b}
             counts, edges = np.histogram(whole[pairs], 7, bounds)
-            np.testing.assert_array_equal(found["count"].sel(at), counts)
-            np.testing.assert_allclose(found["bin_left"], edges[:-1])
-            assert int(found["below"].sel(at)) == (whole[pairs] < bounds[0]).sum()
+            np.testing.assert_array_equal(histogram["count"].sel(at), counts)
+            np.testing.assert_allclose(histogram["bin_left"], edges[:-1])
+            assert int(histogram["below"].sel(at)) == (whole[pairs] < bounds[0]).sum()
 
 
 def test_histogram__refuses_unclear_requests(rng):

@@ -71,9 +71,9 @@ def test_summaries__errors_cover_the_truth(rng):
 def test_summaries__stay_lazy(rng):
     ds = tree_of(random_losses(rng).chunk({"sample": 5}))
     with dask.config.set(scheduler=Forbidding()):
-        found = lk.loss_gain(ds), lk.llc(ds), lk.singular_fluctuation(ds)
-    assert all(part.chunks is not None for part in found)
-    assert all(part["standard_error"].chunks is not None for part in found)
+        summaries = lk.loss_gain(ds), lk.llc(ds), lk.singular_fluctuation(ds)
+    assert all(part.chunks is not None for part in summaries)
+    assert all(part["standard_error"].chunks is not None for part in summaries)
 
 
 def several(rng):
@@ -119,6 +119,6 @@ def test_influence__of_a_scalar_observable_is_a_susceptibility(rng):
     y = values.reshape(60) - values.mean()
     expected = -((x - x.mean(0)) * y[:, None]).sum(0) / 59
     for asked in (observable, observable.to_dataset(), observable.chunk({"chain": 1})):
-        found = lk.influence(losses, asked)
-        assert found.dims == ("sample",)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        influence = lk.influence(losses, asked)
+        assert influence.dims == ("sample",)
+        np.testing.assert_allclose(influence, expected, rtol=1e-4, atol=1e-5)
