@@ -158,7 +158,13 @@ def signature(name: str, value: Any, most: float = 96) -> str:
 def of_class(value: type) -> str:
     """Return a class's public methods and properties, with their first paragraphs."""
     rows = []
-    for name, member in sorted(vars(value).items()):
+    ours = [
+        base
+        for base in reversed(value.__mro__)
+        if base.__module__.startswith("lkarray") and not inspect.isabstract(base)
+    ]
+    members = {name: member for base in ours for name, member in vars(base).items()}
+    for name, member in sorted(members.items()):
         function = getattr(member, "__func__", member)
         if name.startswith("_") or not inspect.getdoc(member):
             continue

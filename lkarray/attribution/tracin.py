@@ -289,7 +289,7 @@ def _chosen(problem: Problem) -> list[str]:
 
 def _rates(problem: Problem, step: int) -> np.ndarray:
     """Return the learning rate of each tensor at a step: that of its parameter group."""
-    groups = [problem.trace.mark["group_of"][i] for i in problem.tensors]
+    groups = [problem.trace.fingerprint.group_of[i] for i in problem.tensors]
     field = trace_layout.FIELDS.index("learning_rate")
     return np.asarray(problem.trace.coefficients[step, groups, field])
 

@@ -57,7 +57,7 @@ def layout_of(
         windows,
         split,
         np.asarray([e for e, _, _ in problem.epochs]),
-        problem.trace.mark["dtype"],
+        problem.trace.fingerprint.dtype,
         _labels(problem, sizes, coords, example_coords),
         attrs,
         attrs["units"],
@@ -140,7 +140,7 @@ def fingerprint(problem: Problem) -> dict[str, Any]:
         for key, found in problem.groups.items()
     }
     return {
-        "trace": digest(sorted(trace.mark.items())),
+        "trace": digest(sorted(trace.fingerprint.stored().items())),
         "steps": [problem.start, problem.stop],
         "audit_set": problem.data.identity,
         "target": problem.audited.name,

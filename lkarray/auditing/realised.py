@@ -52,9 +52,9 @@ class Realised:
     def __init__(self, trace: Trace, *, plain: bool = False) -> None:
         self._trace, self.plain = trace, plain
         self._fields = {name: i for i, name in enumerate(trace_layout.FIELDS)}
-        divides = RULES[kind_named(trace.mark["optimizer"])].divides
+        divides = RULES[kind_named(trace.fingerprint.optimizer)].divides
         self._divides = "" if plain else divides
-        self._group_of: list[int] = trace.mark["group_of"]
+        self._group_of = trace.fingerprint.group_of
         self._values = trace.coefficients.copy()
         frozen = sorted(set(range(self._values.shape[1])) - set(self._group_of))
         self._values[:, frozen] = 0  # groups of frozen parameters alone have no numbers

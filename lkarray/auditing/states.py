@@ -134,7 +134,7 @@ def segment_length(trace: Trace, *, divided: bool, memory: int) -> int:
     MemoryBudgetError
         Two segments of one step do not fit.
     """
-    size = int(trace.stops[-1]) * np.dtype(trace.mark["dtype"]).itemsize * (1 + divided)
+    size = int(trace.stops[-1]) * np.dtype(trace.fingerprint.dtype).itemsize * (1 + divided)
     fit = memory // (2 * size)
     if fit < 1:
         raise MemoryBudgetError(

@@ -90,13 +90,13 @@ def digests(array: zarr.Array, leading: tuple[int, ...], values: np.ndarray) -> 
     whole = chunks[squeezed:]
     fixed = len(leading) - squeezed
     little = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
-    found = []
+    checksums = []
     for rest in _rest(array, leading):
         at = (*(0,) * fixed, *rest)
         place = tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, whole, strict=True))
         piece = values[place]
-        found.append(_padded_crc(piece, whole, array.fill_value, little))
-    return np.array(found, np.uint32)
+        checksums.append(_padded_crc(piece, whole, array.fill_value, little))
+    return np.array(checksums, np.uint32)
 
 
 def _padded_crc(piece: np.ndarray, whole: tuple[int, ...], fill: object, dtype: np.dtype) -> int:
@@ -105,13 +105,13 @@ def _padded_crc(piece: np.ndarray, whole: tuple[int, ...], fill: object, dtype: 
         padded = np.full(whole, fill, dtype)
         padded[tuple(map(slice, piece.shape))] = piece
         piece = padded
-    found = crc(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+    checksum = crc(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
     # Blocks are large, and what is lacking of an open one is most of it: no copy is made of it.
     lacking = prod(whole) - piece.size
     filled = np.full(min(lacking, _FILLED), fill, dtype).view(np.uint8)
     for start in range(0, lacking, _FILLED):
-        found = extend_crc(found, filled[: (lacking - start) * dtype.itemsize])
-    return found
+        checksum = extend_crc(checksum, filled[: (lacking - start) * dtype.itemsize])
+    return checksum
 
 
 def stored_digests(array: zarr.Array, keys: Sequence[str]) -> list[bytes | None]:
@@ -131,10 +131,10 @@ def stored_digests(array: zarr.Array, keys: Sequence[str]) -> list[bytes | None]
         return content if checked else crc(content).to_bytes(_CRC_BYTES, "little")
 
     async def look() -> list[bytes | None]:
-        found: list[bytes | None] = []
+        tails: list[bytes | None] = []
         for start in range(0, len(keys), _AT_ONCE):
-            found += await asyncio.gather(*map(one, keys[start : start + _AT_ONCE]))
-        return found
+            tails += await asyncio.gather(*map(one, keys[start : start + _AT_ONCE]))
+        return tails
 
     return sync(look())
 
@@ -174,10 +174,10 @@ def missing(store: Store, keys: Iterable[str], *, size: int | None = None) -> li
 
 def _has_content(path: str, size: int | None) -> bool:
     try:
-        found = os.stat(path).st_size
+        bytes_there = os.stat(path).st_size
     except OSError:
         return False
-    return found > 0 if size is None else found == size
+    return bytes_there > 0 if size is None else bytes_there == size
 
 
 def chunk_size(array: zarr.Array) -> int | None:

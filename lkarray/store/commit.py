@@ -1,6 +1,6 @@
 """When a draw counts: the block, the state in two slots, and the record that decides.
 
-The order of writing (design section 2) makes a kill at any moment harmless. A block of
+The order of writing (docs/reliability.md) makes a kill at any moment harmless. A block of
 losses and statistics is written whole, and its checksums (see `digests`); then the sampler's
 state goes to the slot that the record does not name; all of it is flushed to the disk; and only
 then the chain's record ``[draws, step, slot]``, one chunk, replaced in one move. What the record
@@ -80,7 +80,7 @@ def require_sound(root: zarr.Group, chains: Iterable[int] = ()) -> None:
     Raises
     ------
     DamagedError
-        The first fault found.
+        The first fault.
     """
     for path in run_groups(root):
         group = group_at(root, path)
@@ -205,11 +205,11 @@ class ChainRegion:
         self,
         arrays: Mapping[str, zarr.Array],
         at: tuple[int, int],
-        found: Mapping[str, np.ndarray],
+        now: Mapping[str, np.ndarray],
         known: Mapping[str, np.ndarray],
     ) -> None:
         for name, array in arrays.items():
-            differ = np.flatnonzero(found[name] != known[name])
+            differ = np.flatnonzero(now[name] != known[name])
             if len(differ):
                 key = chunk_keys(array, at)[int(differ[0])]
                 raise damaged(self._root.store, f"{key} is not the chunk that was committed")
@@ -225,14 +225,14 @@ class ChainRegion:
         if self.record.step == 0:
             return None
         at = self._chain, self.record.slot
-        found = {}
+        vectors = {}
         for name, array in self._vectors.items():
             require_chunks(array, at)
-            found[name] = read(array, at)
+            vectors[name] = read(array, at)
         if self._digests is not None and self._latest is not None:
-            now = self._digests.of_state(*at, found)
+            now = self._digests.of_state(*at, vectors)
             self._compare(self._vectors, at, now, self._latest.state)
-        return found
+        return vectors
 
     def diverged(self) -> bool:
         """Say whether the last draw was flagged as non-finite."""
@@ -329,14 +329,14 @@ class ChainRegion:
         record: Record,
     ) -> list[str]:
         chain, block = self._chain, start // self._depth
-        found, keys = to.no_block(), []
+        checksums, keys = to.no_block(), []
         if record.draws > start:
             kept = {path: values[: record.draws - start] for path, values in rows.items()}
-            found = to.of_block(chain, block, kept)
+            checksums = to.of_block(chain, block, kept)
             if record.draws == start + self._depth:
-                keys.append(to.write_block(chain, block, found))
+                keys.append(to.write_block(chain, block, checksums))
         carried = to.of_state(chain, record.slot, state)
-        row = Latest(chain, record.slot, record.draws, record.step, carried, found)
+        row = Latest(chain, record.slot, record.draws, record.step, carried, checksums)
         return [*keys, to.write_latest(row)]
 
 

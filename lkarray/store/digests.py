@@ -84,8 +84,8 @@ class Digests:
         row = read(self.latest, (chain, slot))
         ends = HEAD + pieces(self.vectors.values())
         state, block = _split(row[HEAD:ends], self.vectors), _split(row[ends:], self.arrays)
-        found = Latest(*map(int, row[:HEAD]), state, block)  # type: ignore[call-arg, arg-type]
-        return found if (found.chain, found.slot) == (chain, slot) else None
+        latest = Latest(*map(int, row[:HEAD]), state, block)  # type: ignore[call-arg, arg-type]
+        return latest if (latest.chain, latest.slot) == (chain, slot) else None
 
     def read_block(self, chain: int, block: int) -> dict[str, np.ndarray] | None:
         """Return the checksums of the chunks of a full block, ``None`` if they are missing.
@@ -126,9 +126,9 @@ class Digests:
         self.latest[row.chain, row.slot] = np.concatenate(parts).astype(np.uint32)
         return self.latest_key(row.chain, row.slot)
 
-    def write_block(self, chain: int, block: int, found: Mapping[str, np.ndarray]) -> str:
+    def write_block(self, chain: int, block: int, checksums: Mapping[str, np.ndarray]) -> str:
         """Write the checksums of a full block; return the key."""
-        row = np.concatenate([np.array([chain, block]), *found.values()])
+        row = np.concatenate([np.array([chain, block]), *checksums.values()])
         self.blocks[chain, block] = row.astype(np.uint32)
         return self.block_key(chain, block)
 
@@ -138,9 +138,9 @@ class Digests:
 
 
 def _split(row: np.ndarray, arrays: Mapping[str, zarr.Array]) -> dict[str, np.ndarray]:
-    found, start = {}, 0
+    by_name, start = {}, 0
     for name, array in arrays.items():
         stop = start + pieces([array])
-        found[name] = row[start:stop]
+        by_name[name] = row[start:stop]
         start = stop
-    return found
+    return by_name

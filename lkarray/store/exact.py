@@ -83,16 +83,16 @@ def _nano(dtype: np.dtype) -> np.dtype:
 
 def _text(name: str, values: np.ndarray) -> np.ndarray:
     """Return text as objects; anything else among it is refused, with its place."""
-    found = values.astype(object)
-    for place, value in enumerate(found.ravel().tolist()):
+    texts = values.astype(object)
+    for place, value in enumerate(texts.ravel().tolist()):
         if not isinstance(value, str):
-            at = np.unravel_index(place, found.shape)
+            at = np.unravel_index(place, texts.shape)
             where = f" at position {', '.join(map(str, at))}" if at else ""
             raise SchemaError(
                 f"{name!r} holds {value!r}{where} among its text, which cannot be stored; give it "
                 "a text of its own, as 'none', or make all of them numbers"
             )
-    return found
+    return texts
 
 
 def checked_attrs(attrs: Mapping[Any, Any], name: str) -> dict[str, Any]:
@@ -103,16 +103,16 @@ def checked_attrs(attrs: Mapping[Any, Any], name: str) -> dict[str, Any]:
     SchemaError
         One cannot be stored, or would change the values when they are read.
     """
-    found = plain_attrs(attrs, repr(name))
-    bad = sorted(_DECODED & set(found))
-    if " since " in str(found.get("units", "")):
+    plain = plain_attrs(attrs, repr(name))
+    bad = sorted(_DECODED & set(plain))
+    if " since " in str(plain.get("units", "")):
         bad.append("units")
     if bad:
         raise SchemaError(
             f"{name!r} has the attributes {bad}, by which xarray would change its values when they "
             "are read again; rename or drop them"
         )
-    return found
+    return plain
 
 
 def plain_attrs(attrs: Mapping[Any, Any], what: str) -> dict[str, Any]:
@@ -123,19 +123,19 @@ def plain_attrs(attrs: Mapping[Any, Any], what: str) -> dict[str, Any]:
     SchemaError
         One is nothing that JSON holds.
     """
-    found = {}
+    plain = {}
     for key, value in attrs.items():
         if key in (SEAL, SAVED, NOTED):
             continue  # of the store that it was read from
         if not isinstance(key, str):
             raise SchemaError(f"{what} has an attribute named {key!r}; names must be text")
         try:
-            found[key] = json.loads(json.dumps(value, default=_plain))
+            plain[key] = json.loads(json.dumps(value, default=_plain))
         except (TypeError, ValueError) as error:
             raise SchemaError(
                 f"attribute {key!r} of {what} cannot be stored ({error}); drop it, or make it text"
             ) from None
-    return found
+    return plain
 
 
 def _plain(value: Any) -> Any:

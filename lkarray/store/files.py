@@ -1,6 +1,6 @@
 """Files and folders as the operating system has them: durable, private, and never someone else's.
 
-A file is on the disk when it was flushed, and found again after a power cut when the folders that
+A file is on the disk when it was flushed, and still there after a power cut when the folders that
 lead to it were, too. What lkarray keeps for itself (locks, files that are being written) is made
 so that nobody else reads it and no link at its place is followed.
 """
@@ -78,10 +78,10 @@ def open_lock(path: Path) -> int:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV):
             raise
         raise _no_lock(path, _kind(os.lstat(path))) from None
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(handle)
-        kind = _kind(found) if not stat.S_ISREG(found.st_mode) else "a file of several names"
+        kind = _kind(status) if not stat.S_ISREG(status.st_mode) else "a file of several names"
         raise _no_lock(path, kind)
     return handle
 
@@ -93,14 +93,14 @@ def _no_lock(path: Path, kind: str) -> StoreError:
     )
 
 
-def _kind(found: os.stat_result) -> str:
+def _kind(status: os.stat_result) -> str:
     kinds = {
         stat.S_IFLNK: "a symbolic link",
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a named pipe",
         stat.S_IFSOCK: "a socket",
     }
-    return kinds.get(stat.S_IFMT(found.st_mode), "a device")
+    return kinds.get(stat.S_IFMT(status.st_mode), "a device")
 
 
 def _owner(path: Path) -> str | None:
@@ -155,9 +155,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def _mode(path: Path) -> int:
     """Return the permissions that a file has, or that a new one gets."""
     with suppress(FileNotFoundError):
-        found = os.lstat(path)
-        if stat.S_ISREG(found.st_mode):
-            return stat.S_IMODE(found.st_mode)
+        status = os.lstat(path)
+        if stat.S_ISREG(status.st_mode):
+            return stat.S_IMODE(status.st_mode)
     mask = os.umask(0o077)
     os.umask(mask)
     return 0o666 & ~mask

@@ -127,8 +127,8 @@ def gradient_group(name: str | None) -> str:
 
 def gradient_marks(root: zarr.Group) -> dict[str, Any]:
     """Return the groups of a store's gradient tensors, and what each was made with."""
-    found: Any = dict(root.attrs[MARK]).get(schema.GRADIENTS, {})  # type: ignore[arg-type]
-    return dict(found)
+    made: Any = dict(root.attrs[MARK]).get(schema.GRADIENTS, {})  # type: ignore[arg-type]
+    return dict(made)
 
 
 @checked()
@@ -251,8 +251,8 @@ class TensorWriter:
             self._rows[time] = read(self._digests, time) if known else np.zeros(shape, np.uint32)
         step = self.array.chunks[1]
         part = values[block * step - start : (block + 1) * step - start]
-        found = digests(self.array, (time, block), part)
-        self._rows[time][block] = found.reshape(self._rows[time].shape[1:])
+        checksums = digests(self.array, (time, block), part)
+        self._rows[time][block] = checksums.reshape(self._rows[time].shape[1:])
 
     def commit(self) -> None:
         """Make the shards written so far count."""
@@ -315,13 +315,13 @@ def open_gradients(root: zarr.Group, group: str) -> xr.Dataset:
         Something of it is missing or cannot be read.
     """
     name = tensor_name(root, group)
-    found = variables(root, group, lazy={name}, skip={DONE.name, DIGEST.name})
+    arrays = variables(root, group, lazy={name}, skip={DONE.name, DIGEST.name})
     whole = read_done(root, group).all(1)
     with reading(root.store, group):
         for labels in ("coordinates", "rows"):
-            found[name].attrs.pop(labels, None)
-        ds = xr.Dataset(found, attrs=described(group_at(root, group)))
-        ds = ds.set_coords(set(found) - {name})
+            arrays[name].attrs.pop(labels, None)
+        ds = xr.Dataset(arrays, attrs=described(group_at(root, group)))
+        ds = ds.set_coords(set(arrays) - {name})
         return ds if whole.all() else ds.isel({TIME: whole})
 
 
@@ -339,10 +339,10 @@ def tensor_name(root: zarr.Group, group: str) -> str:
     """Return the name of what a group holds: gradients, or their factors."""
     names = [spec.name for spec in (schema.GRADIENT, schema.FACTOR)]
     with reading(root.store, group):
-        found = [name for name in names if f"{group}/{name}" in root]
-    if not found:
+        held = [name for name in names if f"{group}/{name}" in root]
+    if not held:
         raise damaged(root.store, f"{group} holds neither of {names}")
-    return found[0]
+    return held[0]
 
 
 def _blocks(array: zarr.Array, rows: slice) -> range:

@@ -78,7 +78,7 @@ def block_draws(draws: int, values: int) -> int:
 
 
 def loss_chunks(depth: int, samples: int, tail: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """Return the chunk shape of ``loss(chain, draw, sample, ...)`` (design section 2).
+    """Return the chunk shape of ``loss(chain, draw, sample, ...)`` (docs/architecture.md).
 
     Chunks stay near 2 MiB, large enough to read fast and small enough to select.
     """
@@ -219,9 +219,9 @@ def loss_groups(root: zarr.Group) -> list[str]:
 def recorded_paths(root: zarr.Group) -> dict[str, tuple[str, ...]]:
     """Return what chains write a block of at each commit: paths, and their first dims."""
     observables = (stored_fingerprint(root) or {}).get("observables", {})
-    found = {f"{group}/{schema.LOSS.name}": schema.LOSS.dims for group in loss_groups(root)}
-    found |= {f"{schema.SAMPLE_STATS}/{spec.name}": spec.dims for spec in schema.STATS}
-    return found | {f"{schema.OBSERVABLES}/{name}": schema.POSTERIOR for name in observables}
+    paths = {f"{group}/{schema.LOSS.name}": schema.LOSS.dims for group in loss_groups(root)}
+    paths |= {f"{schema.SAMPLE_STATS}/{spec.name}": spec.dims for spec in schema.STATS}
+    return paths | {f"{schema.OBSERVABLES}/{name}": schema.POSTERIOR for name in observables}
 
 
 def carried_paths(root: zarr.Group) -> dict[str, tuple[str, ...]]:

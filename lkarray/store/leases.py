@@ -133,11 +133,11 @@ class Lease:
         for _ in range(3):
             if self.put(self._version, **changes):
                 return
-            found = _read(self._store, self._key)
-            if found is None or found.body.get("id") != self.body["id"]:
-                self._lost = holder(found.body) if found else "a process that removed the lock"
+            lock = _read(self._store, self._key)
+            if lock is None or lock.body.get("id") != self.body["id"]:
+                self._lost = holder(lock.body) if lock else "a process that removed the lock"
                 return
-            self._version = found.version
+            self._version = lock.version
 
 
 @contextmanager
@@ -170,41 +170,41 @@ def _acquire(store: UrlStore, key: str) -> Lease:
     began = since = time.monotonic()
     offset, said = 0.0, False
     while True:
-        found = _read(store, key)
-        if found is None:
+        lock = _read(store, key)
+        if lock is None:
             if lease.put(None):
                 return lease
             continue
-        if found.body.get("id") == lease.body["id"]:  # ours: the answer to the put was lost
-            if lease.put(found.version):
+        if lock.body.get("id") == lease.body["id"]:  # ours: the answer to the put was lost
+            if lease.put(lock.version):
                 return lease
             continue
-        if found.body.get("free"):
-            if lease.put(found.version):
+        if lock.body.get("free"):
+            if lease.put(lock.version):
                 return lease
             continue
         if first is None:
-            first = found
-            offset = (_server_time(store) - found.modified).total_seconds()
+            first = lock
+            offset = (_server_time(store) - lock.modified).total_seconds()
             since = time.monotonic()  # after the request, however long it took: rather too late
-        elif found.version != first.version:
-            raise LockedError(f"{store.url} is in use by {holder(found.body)}; wait for it")
-        expires = float(found.body.get("expires", EXPIRY))
+        elif lock.version != first.version:
+            raise LockedError(f"{store.url} is in use by {holder(lock.body)}; wait for it")
+        expires = float(lock.body.get("expires", EXPIRY))
         # A second more, since servers tell the time in whole seconds.
         left = expires + 1 - offset - (time.monotonic() - since)
         if left <= 0:
-            if lease.put(found.version):
+            if lease.put(lock.version):
                 logger.warning(
                     "%s: took over the lock of %s, which did not renew it for %.0f s",
                     store.url,
-                    holder(found.body),
+                    holder(lock.body),
                     expires,
                 )
                 return lease
-            first = found  # another process was faster: its renewals will tell
+            first = lock  # another process was faster: its renewals will tell
             continue
         if not said and time.monotonic() - began > 2 * RENEWAL:
-            who, said = holder(found.body), True
+            who, said = holder(lock.body), True
             logger.info("%s: waiting %.0f s for the lock of %s to expire", store.url, left, who)
         time.sleep(min(RENEWAL / 4, left))
 
@@ -230,8 +230,8 @@ def _read(store: UrlStore, key: str) -> _Found | None:
 
     try:
         with told(store.url):
-            found = obstore.get(store.store, key)
-            text, meta = bytes(found.bytes()), found.meta
+            answer = obstore.get(store.store, key)
+            text, meta = bytes(answer.bytes()), answer.meta
     except FileNotFoundError:
         return None
     try:

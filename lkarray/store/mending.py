@@ -227,17 +227,17 @@ class ChainMender:
         at = self._chain, self._start // self._depth
         count = self.draws - self._start
         known, lost = self._stored(at, full)
-        found = {}
+        replayed = {}
         for path, array in self._arrays.items():
             rows = self._rows[path]
-            found[path] = digests(array, at, rows[:count])
+            replayed[path] = digests(array, at, rows[:count])
             stop = min(self._depth, array.shape[1] - self._start)
             place = (self._chain, slice(self._start, self._start + stop))
             expected = None if known is None else known[path]
-            self._compare(array, at, found[path], expected, place, rows[:stop], count, full)
-        self._block = None if full else found
+            self._compare(array, at, replayed[path], expected, place, rows[:stop], count, full)
+        self._block = None if full else replayed
         if self._known is not None and full and lost:
-            row = np.concatenate([np.array(at), *found.values()]).astype(np.uint32)
+            row = np.concatenate([np.array(at), *replayed.values()]).astype(np.uint32)
             self._held.append((self._known.blocks, self._known.block_key(*at), at, row))
 
     def _stored(self, at: tuple[int, int], full: bool) -> tuple[dict[str, np.ndarray] | None, bool]:
@@ -261,23 +261,23 @@ class ChainMender:
         known = None
         if self._known is not None and self._latest_key() not in self._damaged:
             known = self._known.read_latest(*at)
-        found = {}
+        replayed = {}
         for name, array in self._vectors.items():
             values = self._last[name]
-            found[name] = digests(array, at, values)
+            replayed[name] = digests(array, at, values)
             expected = None if known is None else known.state[name]
-            self._compare(array, at, found[name], expected, at, values, None, True)
+            self._compare(array, at, replayed[name], expected, at, values, None, True)
         if self._known is not None and self._latest_key() in self._damaged:
             block = self._block if self._block is not None else self._known.no_block()
             numbers = np.array([*at, self._until.draws, self._until.step])
-            row = np.concatenate([numbers, *found.values(), *block.values()]).astype(np.uint32)
+            row = np.concatenate([numbers, *replayed.values(), *block.values()]).astype(np.uint32)
             self._held.append((self._known.latest, self._latest_key(), at, row))
 
     def _compare(
         self,
         array: zarr.Array,
         at: tuple[int, int],
-        found: np.ndarray,
+        replayed: np.ndarray,
         expected: np.ndarray | None,
         place: tuple[Any, ...],
         values: np.ndarray,
@@ -289,12 +289,12 @@ class ChainMender:
         tails = stored_digests(array, keys)
         for number, key in enumerate(keys):
             if key in self._damaged:
-                if expected is not None and expected[number] != found[number]:
+                if expected is not None and expected[number] != replayed[number]:
                     self._refuse(key)
                 self._held.append((array, key, *_piece(array, number, place, values)))
                 continue
             tail = tails[number]
-            same = tail is not None and int.from_bytes(tail, "little") == int(found[number])
+            same = tail is not None and int.from_bytes(tail, "little") == int(replayed[number])
             if not same and not full and tail is not None:
                 # More draws than count, of a commit that was cut off.
                 inner, piece = _piece(array, number, place, values)

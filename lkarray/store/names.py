@@ -112,10 +112,10 @@ def names_in(store: Store, path: str) -> list[str]:
         return [name async for name in store.list_dir(path)]
 
     try:
-        found = sync(names())
+        there = sync(names())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(name for name in found if name and not name.endswith(".partial"))
+    return sorted(name for name in there if name and not name.endswith(".partial"))
 
 
 def folders(store: Store, path: str) -> list[str]:

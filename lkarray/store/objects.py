@@ -346,7 +346,7 @@ _CAUSES: list[tuple[str, type[ObjectError], str, Callable[[str], str]]] = [
     (
         r"169\.254\.|metadata\.google|MissingAccount|must be specified|MissingCredentials",
         ObjectError,
-        "no credentials or account were found",
+        "there are no credentials or no account",
         lambda access: f"set {access}",
     ),
     (

@@ -15,7 +15,7 @@ class Problem(NamedTuple):
     path
         The piece: a chunk's key, or an array's or group's path.
     detail
-        What was expected and what was found.
+        What was expected, and what is there.
     """
 
     kind: str

@@ -155,8 +155,9 @@ def _open_sampled(root: zarr.Group) -> dict[str, xr.Dataset]:
     sampled[schema.SAMPLE_STATS] = stats
     observables = [path for path in recorded_paths(root) if path.startswith(_OBSERVABLES)]
     if observables:
-        found = {path.removeprefix(_OBSERVABLES): _lazy(root, path) for path in observables}
-        ds = xr.Dataset(found)
+        ds = xr.Dataset(
+            {path.removeprefix(_OBSERVABLES): _lazy(root, path) for path in observables}
+        )
         if schema.SAMPLE in ds.dims:
             about = sampled[schema.LOSSES]
             ds = ds.assign_coords(
@@ -168,18 +169,18 @@ def _open_sampled(root: zarr.Group) -> dict[str, xr.Dataset]:
 
 def _training_groups(root: zarr.Group) -> dict[str, xr.Dataset]:
     """Return what a store has of a training run: committed steps, finished tensors."""
-    found = {}
+    groups = {}
     if trace_fingerprint(root) is not None and read_steps(root)[0]:
-        found[schema.TRAJECTORY] = open_trajectory(root)
+        groups[schema.TRAJECTORY] = open_trajectory(root)
     for group in gradient_marks(root):
         ds = open_gradients(root, group)
         if ds.sizes[schema.TIME]:
-            found[group] = ds
+            groups[group] = ds
     for group in audit_marks(root):
         ds = open_audit(root, group)
         if ds.sizes[schema.AUDIT]:
-            found[group] = ds
-    return found
+            groups[group] = ds
+    return groups
 
 
 def _open_parts(
@@ -235,20 +236,20 @@ def _open_losses(root: zarr.Group, group: str) -> xr.Dataset:
     Dask's threads do not survive a fork, after which labels read by them would never come.
     """
     node = group_at(root, group)
-    found, first = {}, [spec.name for spec in schema.GROUPS[schema.LOSSES]]
+    variables, first = {}, [spec.name for spec in schema.GROUPS[schema.LOSSES]]
     there = set(folders(root.store, group))
     for name in [n for n in first if n in there] + sorted(there - set(first)):
         path = f"{group}/{name}"
         if name == schema.LOSS.name:
-            found[name] = _lazy(root, path)
+            variables[name] = _lazy(root, path)
         else:
             array = stored_at(root, path)
             dims = array.metadata.dimension_names or ()  # type: ignore[union-attr]
             attrs = {key: value for key, value in array.attrs.items() if key != "coordinates"}
-            found[name] = xr.Variable(dims, read_whole(array), attrs)
+            variables[name] = xr.Variable(dims, read_whole(array), attrs)
     attrs = {key: value for key, value in node.attrs.items() if key != SEAL}
-    ds = xr.Dataset({name: found[name] for name in first if name in found}, attrs=attrs)
-    return ds.assign_coords({name: found[name] for name in found if name not in first})
+    ds = xr.Dataset({name: variables[name] for name in first if name in variables}, attrs=attrs)
+    return ds.assign_coords({name: variables[name] for name in variables if name not in first})
 
 
 def _check_sealed(root: zarr.Group, group: str) -> None:
@@ -279,16 +280,18 @@ def changed_settings(root: zarr.Group, group: zarr.Group) -> Iterator[tuple[str,
 
 def _open_stats(root: zarr.Group, shape: tuple[int, ...]) -> xr.Dataset:
     """Open the statistics, cut to the sizes of the losses: growth may have been killed."""
-    found = {spec.name: _lazy(root, f"{schema.SAMPLE_STATS}/{spec.name}") for spec in schema.STATS}
+    variables = {
+        spec.name: _lazy(root, f"{schema.SAMPLE_STATS}/{spec.name}") for spec in schema.STATS
+    }
     sizes = {dim: slice(n) for dim, n in zip(schema.POSTERIOR, shape, strict=False)}
     return xr.Dataset(
-        {name: variable.isel(sizes, missing_dims="ignore") for name, variable in found.items()}
+        {name: variable.isel(sizes, missing_dims="ignore") for name, variable in variables.items()}
     )
 
 
 def _open_derived(root: zarr.Group) -> tuple[dict[str, xr.Dataset], list[str]]:
     """Open the finished results that a store keeps; others are left out, and what they are said."""
-    found, said = {}, []
+    derived, said = {}, []
     for path, problem in results(root):
         if problem is not None and problem.kind == "unfinished":
             said.append(f"{path} is left out: {problem.detail}")
@@ -296,14 +299,14 @@ def _open_derived(root: zarr.Group) -> tuple[dict[str, xr.Dataset], list[str]]:
         try:
             if problem is not None:
                 raise damaged(root.store, str(problem))
-            found[path] = restored(_open_result(root, path))
+            derived[path] = restored(_open_result(root, path))
         except Exception as error:  # xarray and every codec raise their own
             reason = (str(error) or repr(error)).splitlines()[0]
             said.append(
                 f"{path} is damaged and left out: {reason.removesuffix('.')}; compute it again, "
                 "or restore it from a copy"
             )
-    return found, said
+    return derived, said
 
 
 def _open_result(root: zarr.Group, path: str) -> xr.Dataset:

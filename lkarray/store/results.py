@@ -31,15 +31,15 @@ class Result(NamedTuple):
 
 def results(root: zarr.Group) -> list[Result]:
     """Return the results directly under ``/derived``, finished or not."""
-    found: list[Result] = []
+    finished: list[Result] = []
     for name in folders(root.store, DERIVED):
-        found += _result(root, f"{DERIVED}/{name}")
-    return found
+        finished += _result(root, f"{DERIVED}/{name}")
+    return finished
 
 
 def saved_elsewhere(root: zarr.Group) -> list[Result]:
     """Return the kernels that were saved in other groups, which `lkarray.open` does not show."""
-    found: list[Result] = []
+    kernels: list[Result] = []
 
     def look(path: str) -> None:
         for name in folders(root.store, path):
@@ -49,12 +49,12 @@ def saved_elsewhere(root: zarr.Group) -> list[Result]:
             node = _node(root, at)
             if isinstance(node, zarr.Group):
                 if SAVED in node.attrs:
-                    found.extend(_result(root, at))
+                    kernels.extend(_result(root, at))
                 else:
                     look(at)
 
     look("")
-    return found
+    return kernels
 
 
 def _node(root: zarr.Group, path: str) -> zarr.Group | zarr.Array | Exception | None:

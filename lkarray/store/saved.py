@@ -171,9 +171,9 @@ class SavedKernel:
         )
         stored = xr.open_zarr(node.store, group=self.group, consolidated=False, chunks=None)
         require_exact(restored(stored), self.given)
-        found = node.get(self.name)
+        array = node.get(self.name)
         fill = self.dtype.type(np.nan if self.dtype.kind in "fc" else 0)
-        if found is None:
+        if array is None:
             return node.create_array(
                 self.name,
                 shape=self.shape,
@@ -185,18 +185,18 @@ class SavedKernel:
                 attributes=dict(self.attrs),
             )
         same = (
-            isinstance(found, zarr.Array)
-            and (found.shape, found.dtype) == (self.shape, self.dtype)
-            and np.array_equal(found.fill_value, fill, equal_nan=True)
-            and not _differ(dict(found.attrs), dict(self.attrs))
+            isinstance(array, zarr.Array)
+            and (array.shape, array.dtype) == (self.shape, self.dtype)
+            and np.array_equal(array.fill_value, fill, equal_nan=True)
+            and not _differ(dict(array.attrs), dict(self.attrs))
         )
         if not same:
             raise DamagedError(
                 f"the metadata of {self.group}/{self.name} in {describe(node.store)} were changed "
                 "since saving it began; nothing was touched. Choose another group="
             )
-        assert isinstance(found, zarr.Array)
-        return found
+        assert isinstance(array, zarr.Array)
+        return array
 
     def resealed(self, store: Store, array: zarr.Array) -> bool:
         """Say whether the kernel was complete before, with other tiles than it has now."""
@@ -273,12 +273,12 @@ def _differ(a: Any, b: Any) -> bool:
 def stored_indices(array: zarr.Array) -> list[Index]:
     """Return the chunks of an array of which something is stored."""
     folder = f"{array.path}/c/"
-    found = []
+    indices = []
     for key, _ in sizes(array.store, folder):
         parts = key.removeprefix(folder).split("/")
         if len(parts) == array.ndim and all(part.isdecimal() for part in parts):
-            found.append(tuple(map(int, parts)))
-    return sorted(found)
+            indices.append(tuple(map(int, parts)))
+    return sorted(indices)
 
 
 def sound_chunks(array: zarr.Array, indices: Iterable[Index]) -> list[Index]:

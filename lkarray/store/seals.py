@@ -72,9 +72,9 @@ def add_to_seal(
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
-    found = group[name]
-    assert isinstance(found, zarr.Array)
-    return found
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array
 
 
 def _entry(array: zarr.Array, *, grows: bool = False, fills: bool = False) -> dict[str, Any]:
@@ -90,11 +90,11 @@ def metadata_digest(array: zarr.Array, *, without: Collection[str] = ()) -> int:
     return digest_of(stored_metadata(array), without=without)
 
 
-def digest_of(found: Mapping[str, Any], *, without: Collection[str] = ()) -> int:
+def digest_of(metadata: Mapping[str, Any], *, without: Collection[str] = ()) -> int:
     """Return a checksum of metadata as they were read."""
-    kept = {key: value for key, value in found.items() if key not in without}
+    kept = {key: value for key, value in metadata.items() if key not in without}
     if "shape" in without:  # what grows are chains, draws and steps, which come first
-        kept["tail"] = found.get("shape", [])[2:]
+        kept["tail"] = metadata.get("shape", [])[2:]
     return json_digest(kept)
 
 
@@ -109,25 +109,25 @@ def stored_metadata(node: zarr.Array | zarr.Group) -> dict[str, Any]:
     key = f"{node.path}/zarr.json".lstrip("/")
     buffer = sync(node.store.get(key, default_buffer_prototype()))
     try:
-        found: dict[str, Any] = json.loads(buffer.to_bytes() if buffer is not None else b"")
+        metadata: dict[str, Any] = json.loads(buffer.to_bytes() if buffer is not None else b"")
     except ValueError as error:
         raise DamagedError(
             f"{describe(node.store)} is damaged: {key} cannot be read ({error}); restore it from a "
             "copy"
         ) from None
-    return found
+    return metadata
 
 
 def content_digest(array: zarr.Array) -> int:
     """Return a checksum of what is stored of an array: of the checksums of its chunks, in order."""
-    found = stored_digests(array, chunk_keys(array))
-    return crc(b"".join(tail if tail is not None else b"none" for tail in found))
+    tails = stored_digests(array, chunk_keys(array))
+    return crc(b"".join(tail if tail is not None else b"none" for tail in tails))
 
 
 def seal_of(group: zarr.Group) -> dict[str, Any] | None:
     """Return a group's seal; ``None`` where it has none, as of lkarray 0.1.0."""
-    found = group.attrs.get(SEAL)
-    return found if isinstance(found, dict) and {"arrays", "attributes"} <= set(found) else None
+    seal = group.attrs.get(SEAL)
+    return seal if isinstance(seal, dict) and {"arrays", "attributes"} <= set(seal) else None
 
 
 def described(group: zarr.Group) -> dict[str, Any]:

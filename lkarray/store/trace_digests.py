@@ -73,8 +73,8 @@ def state_digests(array: zarr.Array, values: np.ndarray) -> np.ndarray:
 
 def text_digest(array: zarr.Array, slot: int) -> int:
     """Return the checksum of a slot's text, as it is stored."""
-    found = stored_digests(array, chunk_keys(array, (slot,)))
-    return chain([0 if tail is None else int.from_bytes(tail, "little") for tail in found])
+    tails = stored_digests(array, chunk_keys(array, (slot,)))
+    return chain([0 if tail is None else int.from_bytes(tail, "little") for tail in tails])
 
 
 def pieces_of(array: zarr.Array, width: int) -> int:
@@ -159,7 +159,7 @@ def _steps(
 
 def _kept(array: zarr.Array, kept: range, expected: int) -> Iterator[Problem]:
     where = f"{array.path} of kept states {kept.start} to {kept.stop - 1}"
-    found: list[int] = []
+    checksums: list[int] = []
     whole = True
     for at in kept:
         faults, values = _read(array, (at,), at)
@@ -167,8 +167,8 @@ def _kept(array: zarr.Array, kept: range, expected: int) -> Iterator[Problem]:
         if values is None:
             whole = False
         else:
-            found += state_digests(array, values).tolist()
-    if whole and chain(found) != expected:
+            checksums += state_digests(array, values).tolist()
+    if whole and chain(checksums) != expected:
         yield Problem("mismatch", where, _OTHERS)
 
 
@@ -201,8 +201,8 @@ def state_problems(root: zarr.Group, steps: int, block: int, slot: int) -> Itera
         yield from faults
         if values is None:
             continue
-        found = text_digest(of, slot) if path == _TEXT else chain(state_digests(of, values))
-        if found != row[path]:
+        checksum = text_digest(of, slot) if path == _TEXT else chain(state_digests(of, values))
+        if checksum != row[path]:
             yield Problem(
                 "mismatch", f"{of.path} of slot {slot}", "is not the state that was committed"
             )

@@ -107,11 +107,11 @@ def kept_rows(every: int, start: int, stop: int) -> range:
 
 def read_state(root: zarr.Group, path: str, row: int) -> dict[str, np.ndarray]:
     """Return the vectors and scalars of one state; what the optimizer lacked is NaN."""
-    found = {}
+    state = {}
     for array in _arrays(root, path):
         require_chunks(array, (row,))
-        found[array.basename] = read(array, row)
-    return found
+        state[array.basename] = read(array, row)
+    return state
 
 
 def last_state(root: zarr.Group) -> dict[str, np.ndarray]:
@@ -165,10 +165,10 @@ def _require(root: zarr.Group, array: zarr.Array, number: int, steps: int) -> No
 
 def read_row(root: zarr.Group, step: int, every: int) -> dict[str, np.ndarray]:
     """Return the batch of one step, and the parameters before it where they are kept."""
-    found = {BATCH.name: step_rows(root, BATCH.name, step, step + 1)[0]}
+    stored = {BATCH.name: step_rows(root, BATCH.name, step, step + 1)[0]}
     if step % every == 0:
-        found[PARAMETERS.name] = kept_parameters(root, step // every)
-    return found
+        stored[PARAMETERS.name] = kept_parameters(root, step // every)
+    return stored
 
 
 def open_trajectory(root: zarr.Group) -> xr.Dataset:
@@ -188,7 +188,7 @@ def open_trajectory(root: zarr.Group) -> xr.Dataset:
             return step_rows(root, array.basename, 0, steps)
         return read_whole(array)
 
-    found = variables(
+    arrays = variables(
         root,
         ROOT,
         lazy={PARAMETERS.name, DENOMINATOR.name},
@@ -197,15 +197,15 @@ def open_trajectory(root: zarr.Group) -> xr.Dataset:
         read=read_committed,
     )
     with reading(root.store, ROOT):
-        for name, variable in found.items():
-            found[name] = variable.isel(lengths, missing_dims="ignore")
-        if DIAGONAL.name in found:  # it ends where clipping did
-            short = max(steps - found[DIAGONAL.name].sizes[STEP], 0)
-            found[DIAGONAL.name] = found[DIAGONAL.name].pad({STEP: (0, short)}, constant_values=1)
+        for name, variable in arrays.items():
+            arrays[name] = variable.isel(lengths, missing_dims="ignore")
+        if DIAGONAL.name in arrays:  # it ends where clipping did
+            short = max(steps - arrays[DIAGONAL.name].sizes[STEP], 0)
+            arrays[DIAGONAL.name] = arrays[DIAGONAL.name].pad({STEP: (0, short)}, constant_values=1)
         coords: dict[str, Any] = {STEP: np.arange(steps), "field": list(FIELDS)}
         if every > 1:
             coords["kept"] = np.arange(0, steps, every)
-        return xr.Dataset(found).set_coords([*DESCRIBED]).assign_coords(coords)
+        return xr.Dataset(arrays).set_coords([*DESCRIBED]).assign_coords(coords)
 
 
 def committed_chunks(

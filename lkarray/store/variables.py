@@ -34,7 +34,7 @@ def variables(
     DamagedError
         An array or a chunk of it is missing or cannot be read; of lazy ones, when it is computed.
     """
-    found = {}
+    by_name = {}
     for name in array_names(group_at(root, path)):
         if name in skip:
             continue
@@ -45,5 +45,5 @@ def variables(
             else:
                 data = lazily(array) if name in lazy else read(array)
             dims = array.metadata.dimension_names or ()  # type: ignore[union-attr]
-            found[name] = xr.Variable(dims, data, dict(array.attrs))
-    return found
+            by_name[name] = xr.Variable(dims, data, dict(array.attrs))
+    return by_name

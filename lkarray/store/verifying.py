@@ -90,8 +90,8 @@ def check(path: StoreLike) -> tuple[list[Problem], list[str]]:
         what = f"of what must have been a store: {error}"
         return [Problem("corrupt", "zarr.json", what)], []
     notes = [] if is_sealed(root) else [f"{describe(root.store)}: {_UNSEALED}"]
-    found = {(p.kind, p.path, p.detail if p.kind == "mismatch" else ""): p for p in _all(root)}
-    return list(found.values()), notes
+    distinct = {(p.kind, p.path, p.detail if p.kind == "mismatch" else ""): p for p in _all(root)}
+    return list(distinct.values()), notes
 
 
 _UNSEALED = (
@@ -168,10 +168,10 @@ def _parts(root: zarr.Group, parts: dict[str, Any]) -> Iterator[Problem]:
         at = f"{parts['dim']}/{label}"
         inner = part_store(root.store, parts["dim"], label)
         try:
-            found = verify(inner)
+            problems = verify(inner)
         except StoreError as error:
-            found = [Problem("missing", "zarr.json", str(error))]
-        yield from (problem._replace(path=f"{at}/{problem.path}") for problem in found)
+            problems = [Problem("missing", "zarr.json", str(error))]
+        yield from (problem._replace(path=f"{at}/{problem.path}") for problem in problems)
 
 
 def _training(root: zarr.Group) -> Iterator[Problem]:
@@ -211,8 +211,7 @@ def _result(root: zarr.Group, group: str) -> Iterator[Problem]:
                 yield unreadable(path, error)
             continue
         if isinstance(array, zarr.Array):
-            found = (p for p in chunk_problems(array, ()) if not _left_out(array, p))
-            faults += list(found)
+            faults += [p for p in chunk_problems(array, ()) if not _left_out(array, p)]
     yield from faults
     # Of content that the seal does not know, where nothing worse is known of it already.
     yield from misplaced(sealed, faults)

@@ -37,9 +37,9 @@ def chunk_problems(
     """
     places = zip(chunk_keys(array, leading), _indices(array, leading), strict=True)
     for key, at in islice(places, pieces):
-        found = check_chunk(array, key, at)
-        if isinstance(found, Problem) and not (optional and found.kind == "missing"):
-            yield found
+        outcome = check_chunk(array, key, at)
+        if isinstance(outcome, Problem) and not (optional and outcome.kind == "missing"):
+            yield outcome
 
 
 def check_chunk(array: zarr.Array, key: str, at: tuple[int, ...]) -> Problem | int:
@@ -80,7 +80,7 @@ def without_metadata(store: Store, path: str) -> bool:
 
 
 def guarded(path: str, find: Callable[[], Iterable[Problem]]) -> Iterator[Problem]:
-    """Yield what is found; what ends the search is a fault too."""
+    """Yield the problems that a search gives; what ends it is a problem too."""
     try:
         yield from find()
     except Exception as error:  # zarr names no common base for what is broken
@@ -97,7 +97,7 @@ def group_problems(root: zarr.Group, path: str, *, sealed: bool) -> Iterator[Pro
         yield unreadable(path, error)
         return
     if not isinstance(node, zarr.Group):
-        yield Problem("mismatch", key, "expected a group, found an array")
+        yield Problem("mismatch", key, "expected a group, but it is an array")
         return
     if unknown:
         yield Problem("mismatch", key, f"unknown keys {unknown}")

@@ -50,9 +50,9 @@ def run_problems(root: zarr.Group) -> Iterator[Problem]:
     arrays: dict[str, zarr.Array] = {}
     broken: set[str] = set()
     for path in run_groups(root):
-        found = list(guarded(f"{path}/zarr.json", partial(_group, root, path)))
-        yield from found
-        broken |= {problem.path for problem in found}
+        problems = list(guarded(f"{path}/zarr.json", partial(_group, root, path)))
+        yield from problems
+        broken |= {problem.path for problem in problems}
     expected = _expected(root)
     for path in expected:
         try:
@@ -62,7 +62,7 @@ def run_problems(root: zarr.Group) -> Iterator[Problem]:
                 yield unreadable(path, error)
             continue
         if not isinstance(array, zarr.Array):
-            yield Problem("mismatch", path, "expected an array, found a group")
+            yield Problem("mismatch", path, "expected an array, but it is a group")
         elif f"{path}/zarr.json" not in broken:
             arrays[path] = array
     yield from guarded(schema.LOSSES, partial(_shapes, arrays, expected))
@@ -71,11 +71,11 @@ def run_problems(root: zarr.Group) -> Iterator[Problem]:
 
 def _expected(root: zarr.Group) -> dict[str, tuple[str, ...]]:
     """Return the paths of all arrays of a run that are of known names, and their first dims."""
-    found = recorded_paths(root) | carried_paths(root)
+    dims = recorded_paths(root) | carried_paths(root)
     for group in loss_groups(root):
-        found[f"{group}/{schema.CENTER_LOSS.name}"] = schema.CENTER_LOSS.dims
+        dims[f"{group}/{schema.CENTER_LOSS.name}"] = schema.CENTER_LOSS.dims
     specs = (schema.RECORD, schema.LATEST, schema.BLOCKS) if is_sealed(root) else (schema.RECORD,)
-    return found | {f"{schema.COMMIT}/{spec.name}": spec.dims for spec in specs}
+    return dims | {f"{schema.COMMIT}/{spec.name}": spec.dims for spec in specs}
 
 
 def _group(root: zarr.Group, path: str) -> Iterator[Problem]:
@@ -162,11 +162,11 @@ def counted_run(root: zarr.Group, arrays: dict[str, zarr.Array] | None = None) -
 
 def open_arrays(root: zarr.Group) -> dict[str, zarr.Array]:
     """Return the arrays of a run whose metadata can be read, by path."""
-    found = {}
+    arrays = {}
     for path in _expected(root):
         with suppress(DamagedError):
-            found[path] = stored_at(root, path)
-    return found
+            arrays[path] = stored_at(root, path)
+    return arrays
 
 
 def _beyond(record: zarr.Array, chains: int) -> Iterator[Problem]:
@@ -207,10 +207,10 @@ class CountedRun:
             return
         latest = None
         if self.known is not None and record.step:
-            found = self._latest(self.known, chain, record)
-            latest = found if isinstance(found, Latest) else None
-            if isinstance(found, Problem):
-                yield found
+            outcome = self._latest(self.known, chain, record)
+            latest = outcome if isinstance(outcome, Latest) else None
+            if isinstance(outcome, Problem):
+                yield outcome
         for path in carried_paths(self.root) if record.step else ():
             if path in self.arrays:
                 expected = latest.state[path.split("/")[1]] if latest else None
@@ -224,16 +224,16 @@ class CountedRun:
         faults = list(chunk_problems(known.latest, (chain, record.slot)))
         if faults:
             return faults[0]
-        found = known.read_latest(chain, record.slot)
-        if found is None:
+        latest = known.read_latest(chain, record.slot)
+        if latest is None:
             return Problem("mismatch", key, "it is that of another chain or slot")
-        if (found.draws, found.step) != (record.draws, record.step):
+        if (latest.draws, latest.step) != (record.draws, record.step):
             detail = (
                 f"the record of chain {chain} counts {record.draws} draws and {record.step} steps, "
-                f"the checksums beside it are of {found.draws} draws and {found.step} steps"
+                f"the checksums beside it are of {latest.draws} draws and {latest.step} steps"
             )
             return Problem("mismatch", chunk_key(self.arrays[_RECORD], (chain, 0)), detail)
-        return found
+        return latest
 
     def _block(
         self, chain: int, block: int, record: Record, latest: Latest | None, depth: int
@@ -273,10 +273,10 @@ class CountedRun:
         places = list(np.ndindex(array.cdata_shape[2:]))
         moved = []
         for number, (key, rest) in enumerate(zip(keys, places, strict=True)):
-            found = check_chunk(array, key, (*at, *rest))
-            if isinstance(found, Problem):
-                yield found
-            elif expected is not None and found != int(expected[number]):
+            outcome = check_chunk(array, key, (*at, *rest))
+            if isinstance(outcome, Problem):
+                yield outcome
+            elif expected is not None and outcome != int(expected[number]):
                 moved.append(number)
         if moved and rows is not None and expected is not None:
             # A commit that was cut off leaves more draws than count: only those that do matter.
@@ -332,7 +332,7 @@ def consolidated_problems(root: zarr.Group) -> Iterator[Problem]:
     if not copy:
         return
     groups = run_groups(root)
-    for path, found in copy["metadata"].items():
+    for path, copied in copy["metadata"].items():
         if path.split("/")[0] not in groups:
             continue
         try:
@@ -341,10 +341,10 @@ def consolidated_problems(root: zarr.Group) -> Iterator[Problem]:
         except DamagedError:  # named by itself
             continue
         if isinstance(node, zarr.Array):
-            same = json_digest(found) == json_digest(real)
+            same = json_digest(copied) == json_digest(real)
         else:
             known = (seal_of(node) or {}).get("attributes", {})
-            attrs = found.get("attributes", {})
+            attrs = copied.get("attributes", {})
             same = all(json_digest(attrs.get(key)) == known[key] for key in known)
         if not same:
             detail = f"its copy of the metadata of {path} differs from {path}/zarr.json"

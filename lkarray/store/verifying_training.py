@@ -45,17 +45,17 @@ def _steady(
     path: str, look: Callable[[], Iterator[Problem]], record: Callable[[], object]
 ) -> list[Problem]:
     """Return what a look finds; one during which a writer committed is taken again."""
-    found: list[Problem] = []
+    problems: list[Problem] = []
     for _ in range(_TRIES):
         unread: list[Problem] = []
         before = _told(path, record, unread)
-        found = []
-        _told(path, partial(_gather, look, found), found)
-        if not found or unread:  # what is wrong with the record is told by the look, if it can
-            return found or unread
+        problems = []
+        _told(path, partial(_gather, look, problems), problems)
+        if not problems or unread:  # what is wrong with the record is told by the look, if it can
+            return problems or unread
         if _told(path, record, unread) == before:
             break
-    return found
+    return problems
 
 
 def _told(path: str, what: Callable[[], object], problems: list[Problem]) -> object:
@@ -83,12 +83,12 @@ def _sealed(root: zarr.Group, path: str) -> list[Problem]:
     if known is None:
         gone = Problem("missing", f"{path}/zarr.json", "the seal is gone")
         return [gone] if is_sealed(root) else []
-    found = list(broken_seals(group))
-    broken = {problem.path for problem in found}
+    problems = list(broken_seals(group))
+    broken = {problem.path for problem in problems}
     for name, entry in known["arrays"].items():
         if "content" in entry and f"{path}/{name}/zarr.json" not in broken:
-            found += chunk_problems(stored_at(root, f"{path}/{name}"), ())
-    return found
+            problems += chunk_problems(stored_at(root, f"{path}/{name}"), ())
+    return problems
 
 
 def _unreadable(problems: list[Problem]) -> bool:

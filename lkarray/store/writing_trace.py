@@ -129,8 +129,8 @@ class TraceWriter:
             for path in self._kept_paths:
                 array = stored_at(root, f"{ROOT}/{path}")
                 for row in kept_rows(self._layout.every, start, self.steps):
-                    found = state_digests(array, read(array, row))
-                    self._block.kept.setdefault(path, []).extend(found)
+                    checksums = state_digests(array, read(array, row))
+                    self._block.kept.setdefault(path, []).extend(checksums)
 
     @property
     def _kept_paths(self) -> list[str]:
@@ -242,10 +242,10 @@ class TraceWriter:
             keys += _put(self._made(DIAGONAL), block.start, block.diagonal, number)
             keys += [f"{ROOT}/zarr.json", f"{ROOT}/{DIAGONAL.name}/zarr.json"]
         for kept, row in block.states.items():
-            found = dict(row.state or {})
+            states = dict(row.state or {})
             if layout.every > 1:
-                found[PARAMETERS.name] = row.values[PARAMETERS.name]
-            for name, values in found.items():
+                states[PARAMETERS.name] = row.values[PARAMETERS.name]
+            for name, values in states.items():
                 path = ROOT if name == PARAMETERS.name else OPTIMIZER
                 array = stored_at(root, f"{path}/{name}")
                 keys += _put(array, kept, values[None], kept)
@@ -267,12 +267,12 @@ class TraceWriter:
         if block.diagonal is not None:
             array = stored_at(root, f"{ROOT}/{DIAGONAL.name}")
             row[DIAGONAL.name] = rows_digest(array, number, block.diagonal, pieces)
-        row |= {path: chain(found) for path, found in block.kept.items()}
+        row |= {path: chain(checksums) for path, checksums in block.kept.items()}
         for name, values in state.items():
             array = stored_at(root, f"{LAST}/{name}")
             text = values.dtype.kind == "T"
-            found = text_digest(array, slot) if text else chain(state_digests(array, values))
-            row[f"last/{name}"] = found
+            checksum = text_digest(array, slot) if text else chain(state_digests(array, values))
+            row[f"last/{name}"] = checksum
         length = self._digests.shape[0]
         metadata = []
         if number >= length:

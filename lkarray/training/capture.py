@@ -103,8 +103,8 @@ class Capture:
             if g not in first:
                 first[g] = own
                 options = group.get("weight_decay", 0), group.get("betas", (0, np.nan))[1]
-                found = self.rule.coefficients(group, state, had)
-                rows[g] = (*astuple(found), *map(float, options))
+                update = self.rule.coefficients(group, state, had)
+                rows[g] = (*astuple(update), *map(float, options))
             elif own != first[g]:
                 raise ValueError(
                     f"the parameters of group {g} of the optimizer are at different steps of their "
@@ -153,10 +153,10 @@ class Capture:
         if self.scalars:
             rows = np.full((len(self.parameters), len(self.scalars)), np.nan)
             for i, p in enumerate(self.parameters):
-                found = self.optimizer.state.get(p, {})
+                own = self.optimizer.state.get(p, {})
                 for j, name in enumerate(self.scalars):
-                    if name in found:
-                        rows[i, j] = float(found[name])
+                    if name in own:
+                        rows[i, j] = float(own[name])
             out["scalars"] = rows
         return out
 
@@ -167,18 +167,16 @@ class Capture:
             for p, place in zip(self.parameters, self.places, strict=True):
                 p.copy_(theta[place].view(p.shape))
         for i, (p, place) in enumerate(zip(self.parameters, self.places, strict=True)):
-            found: dict[str, Any] = {}
+            own: dict[str, Any] = {}
             for j, name in enumerate(self.scalars):
                 value = state["scalars"][i, j]
                 if not np.isnan(value):
-                    found[name] = torch.tensor(value, dtype=torch.get_default_dtype())
+                    own[name] = torch.tensor(value, dtype=torch.get_default_dtype())
             for name in self.vectors:
                 part = torch.from_numpy(np.array(state[name][place]))
                 if not bool(torch.isnan(part).any()):
-                    found[name] = part.view(p.shape).to(
-                        p.device, memory_format=torch.preserve_format
-                    )
-            self.optimizer.state[p] = found
+                    own[name] = part.view(p.shape).to(p.device, memory_format=torch.preserve_format)
+            self.optimizer.state[p] = own
 
 
 def clipping(
@@ -238,10 +236,10 @@ def _exact_factor(raw: Tensor, applied: Tensor) -> float | None:
 
 
 def _neighbours(value: Tensor, reach: int = 3) -> list[Tensor]:
-    found = []
+    near_by = []
     for end in (-torch.inf, torch.inf):
         near = value
         for _ in range(reach):
             near = torch.nextafter(near, torch.full_like(near, end))
-            found.append(near)
-    return found
+            near_by.append(near)
+    return near_by

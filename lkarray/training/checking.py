@@ -48,8 +48,8 @@ class StepCheck:
             raise ValueError(f"parameters are {first.dtype}; record a float32 or float64 model")
         others = [*model.parameters(), *model.buffers()]
         if len({p.device for p in others}) > 1:
-            found = sorted({str(p.device) for p in others})
-            raise ValueError(f"the model is on several devices, {found}; move it to one")
+            devices = sorted({str(p.device) for p in others})
+            raise ValueError(f"the model is on several devices, {devices}; move it to one")
         self.flat = FlatModel(model, trainable=[literal(name) for name in self.parameters])
         self.train = Batches(
             train_set, name="train_set", device=first.device, num_workers=num_workers
@@ -198,13 +198,15 @@ def _moving(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
             "from model.parameters()"
         )
     wanted = {id(p) for p in held}
-    found = {name: p for name, p in model.named_parameters() if id(p) in wanted and p.requires_grad}
-    if not found:
+    moving = {
+        name: p for name, p in model.named_parameters() if id(p) in wanted and p.requires_grad
+    }
+    if not moving:
         raise ValueError(
             f"none of the optimizer's {len(held)} parameters requires a gradient, so that nothing "
             "is trained; call requires_grad_(True) on those to train"
         )
-    return found
+    return moving
 
 
 def literal(name: str) -> str:

@@ -69,12 +69,12 @@ def select(trace: Trace, params: str | Iterable[str] | None) -> list[int]:
         return list(range(len(trace.names)))
     chosen: set[int] = set()
     for pattern in [params] if isinstance(params, str) else params:
-        found = {
+        matching = {
             i
             for i, names in enumerate(zip(trace.names, trace.modules, strict=True))
             if any(fnmatchcase(name, pattern) for name in names)
         }
-        if not found:
+        if not matching:
             raise ValueError(f"params: {pattern!r} matches none of {trace.names}")
-        chosen |= found
+        chosen |= matching
     return sorted(chosen)

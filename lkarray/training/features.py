@@ -132,7 +132,7 @@ def gradient_features(
     if preconditioned and (steps[-1] >= source.steps or source.denominator(0) is None):
         raise ValueError(
             "preconditioned=True needs an optimizer that divides by something (Adam, RMSprop, "
-            f"Adagrad; this was {source.mark['optimizer']}) and steps, not the final parameters"
+            f"Adagrad; this was {source.fingerprint.optimizer}) and steps, not the final parameters"
         )
     projection = None if project is None else Projection(project, seed)
     with bars.showing(progress), bars.busy("preparing gradients"):
@@ -223,9 +223,9 @@ def gradient_plan(
 
 def _fingerprint(maker: Maker, layout: TensorLayout) -> dict[str, Any]:
     """Return what a tensor in the same group must share with this one to be gone on with."""
-    mark = repr(sorted(maker.trace.mark.items()))
+    trace = repr(sorted(maker.trace.fingerprint.stored().items()))
     return {
-        "trace": hashlib.sha256(mark.encode()).hexdigest()[:16],
+        "trace": hashlib.sha256(trace.encode()).hexdigest()[:16],
         "examples": maker.data.identity,
         "index": hashlib.sha256(maker.index.tobytes()).hexdigest()[:16],
         "times": layout.times.tolist(),

@@ -74,12 +74,12 @@ def activations(
         for start in range(0, data.n, _ROWS):
             rows = np.arange(start, min(start + _ROWS, data.n))
             inputs, _ = data.take(rows)
-            found = _output(source, named[module], inputs, len(rows))
+            units = _output(source, named[module], inputs, len(rows))
             if out is None:
-                shape = (len(steps), data.n, found.shape[1])
+                shape = (len(steps), data.n, units.shape[1])
                 _require(4 * int(np.prod(shape)), memory)
                 out = np.empty(shape, np.float32)
-            out[t, rows] = found.cpu().numpy()
+            out[t, rows] = units.cpu().numpy()
     return xr.DataArray(
         out,
         dims=(TIME, EXAMPLE, "unit"),
@@ -160,7 +160,7 @@ def mode_sensitivity(
     flat = source.flat
     data, index = as_examples(source, examples)
     source.set(step)
-    found = np.empty((data.n, len(vectors)))
+    sensitivity = np.empty((data.n, len(vectors)))
     norms = np.empty(data.n)
     slopes_of: list[np.ndarray] = []
     for start in range(0, data.n, _ROWS):
@@ -179,18 +179,18 @@ def mode_sensitivity(
                 (by_input,) = torch.autograd.grad(
                     gradient @ vector, inputs, retain_graph=True, materialize_grads=True
                 )
-                found[rows, k] = by_input.flatten(1).norm(dim=1).cpu().numpy()
+                sensitivity[rows, k] = by_input.flatten(1).norm(dim=1).cpu().numpy()
                 if kept is not None:
                     kept[:, k] = by_input.flatten(1).cpu().numpy()
         if kept is not None:
             slopes_of.append(kept)
         norms[rows] = _gradient_norms(source, inputs.detach(), target)
     with np.errstate(divide="ignore", invalid="ignore"):
-        corrected = np.where(norms[:, None] > 0, found / norms[:, None], np.nan)
+        corrected = np.where(norms[:, None] > 0, sensitivity / norms[:, None], np.nan)
     dims = (EXAMPLE, MODE)
     slope = {"slope": ((*dims, "input"), np.concatenate(slopes_of))} if whole else {}
     return xr.Dataset(
-        {"sensitivity": (dims, found), "corrected": (dims, corrected), **slope},
+        {"sensitivity": (dims, sensitivity), "corrected": (dims, corrected), **slope},
         coords={EXAMPLE: index, MODE: modes[MODE]},
         attrs={"step": step},
     )

@@ -107,9 +107,9 @@ class FactorMaker(Maker):
         self.columns = sum(size for _, _, size in self._stretches(self._found))
 
     @staticmethod
-    def _stretches(found: Features) -> list[tuple[str, str, int]]:
-        out = [("dense", "dense", found.dense.shape[1])]
-        for name, f in found.factors.items():
+    def _stretches(features: Features) -> list[tuple[str, str, int]]:
+        out = [("dense", "dense", features.dense.shape[1])]
+        for name, f in features.factors.items():
             out += [(name, "in", f.a.shape[3]), (name, "out", f.b.shape[3])]
         return [part for part in out if part[2]]
 
@@ -128,10 +128,10 @@ class FactorMaker(Maker):
 
     def shard(self, rows: slice) -> Tensor:
         """Return the factors of some examples, side by side, ``(example, element)``."""
-        found = self._engines[0].features(*self.data.take(np.arange(rows.start, rows.stop)))
-        parts = [found.dense]
+        features = self._engines[0].features(*self.data.take(np.arange(rows.start, rows.stop)))
+        parts = [features.dense]
         for name in self._found.factors:
-            f = found.factors[name]
+            f = features.factors[name]
             parts += [f.a[:, 0, 0], f.b[:, 0, 0]]
         return torch.cat(parts, 1)
 
@@ -145,13 +145,13 @@ def _numbers(
     if of == "loss":
         return None, [trace.loss]
     with torch.no_grad():
-        found = logits(flat(fresh(*probe)[0]))
-    if found.ndim != 2:
+        outputs = logits(flat(fresh(*probe)[0]))
+    if outputs.ndim != 2:
         raise ValueError(
-            f"of='output' needs outputs (batch, output), and the model gives {tuple(found.shape)}; "
-            "pass a function of (output, target) that gives (batch,)"
+            f"of='output' needs outputs (batch, output), and the model gives {tuple(outputs.shape)}"
+            "; pass a function of (output, target) that gives (batch,)"
         )
-    count = found.shape[1]
+    count = outputs.shape[1]
     return count, [partial(_output, c) for c in range(count)]
 
 

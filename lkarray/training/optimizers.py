@@ -1,7 +1,7 @@
 r"""What torch's optimizers did at a step, read from their state after it.
 
 Every optimizer here is linear in the gradients once its realised quantities are given
-(design section 6)::
+(docs/methods/adjoint.md)::
 
     u_t = C_t g_t + coupled theta_t
     b_t = mu b_{t-1} + S_t u_t
@@ -96,8 +96,7 @@ def _adam(group: Group, state: State, buffered: bool) -> Coefficients:
 def _adam_denominator(group: Group, state: State) -> Tensor:
     square = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
     correction = 1 - _number(group["betas"][1]) ** _number(state["step"])
-    found: Tensor = (square.sqrt() / correction**0.5).add_(group["eps"])
-    return found
+    return torch.sqrt(square).div(correction**0.5).add_(group["eps"])
 
 
 def _nadam(group: Group, state: State, buffered: bool) -> Coefficients:

@@ -119,7 +119,7 @@ class Recorder:
     def _prepare(self) -> tuple[Any, trace_layout.TraceLayout]:
         """Make the trace, or check that the one there is of this run."""
         layout = layout_of(self._capture, len(self._optimizer.param_groups), self._every)
-        now = fingerprint(self._model, self._check, self._capture, self._every)
+        now = fingerprint(self._model, self._check, self._capture, self._every).stored()
         target = store.as_store(self._path)
         if exists(target):
             root = create_root(target) if self._refused is None else open_root(target)

@@ -103,16 +103,16 @@ def _per_step(trace: Trace, rows: slice) -> _Rows:
         theta.append(replay.until(step))
         replay.until(step + 1)
         denominators.append(replay.denominator())
-    found: _Rows = {trace_layout.PARAMETERS.name: {rows.start: np.stack(theta)}}
+    taken: _Rows = {trace_layout.PARAMETERS.name: {rows.start: np.stack(theta)}}
     known = [values for values in denominators if values is not None]
     if known:
-        found[trace_layout.DENOMINATOR.name] = {rows.start: np.stack(known)}
-    return found
+        taken[trace_layout.DENOMINATOR.name] = {rows.start: np.stack(known)}
+    return taken
 
 
 def _kept(trace: Trace, rows: slice) -> _Rows:
     """Take the steps to a block's kept states again, from the last one of the block before."""
-    found: _Rows = {}
+    taken: _Rows = {}
     kept = trajectory.kept_rows(trace.every, rows.start, rows.stop)
     first = max(kept.start - 1, 0)
     replay = Replay(trace, first, compare=False)
@@ -122,8 +122,8 @@ def _kept(trace: Trace, rows: slice) -> _Rows:
         replay.until(at * trace.every)
         for name, values in replay.state().items():
             inside = "" if name == trace_layout.PARAMETERS.name else "optimizer/"
-            found.setdefault(f"{inside}{name}", {})[at] = values[None]
-    return found
+            taken.setdefault(f"{inside}{name}", {})[at] = values[None]
+    return taken
 
 
 def _array_of(path: str) -> str:

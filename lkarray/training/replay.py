@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +11,7 @@ from lkarray.errors import FingerprintError
 from lkarray.store import trace_layout, trajectory
 from lkarray.training.capture import Capture
 from lkarray.training.optimizers import kind_named
-
-if TYPE_CHECKING:
-    from lkarray.training.trace import Trace
+from lkarray.training.recorded_steps import RecordedSteps
 
 
 class Replay:
@@ -38,19 +36,19 @@ class Replay:
         The step that ``parameters`` come before.
     """
 
-    def __init__(self, trace: Trace, kept: int, *, compare: bool = True) -> None:
+    def __init__(self, trace: RecordedSteps, kept: int, *, compare: bool = True) -> None:
         self._trace, self._compares = trace, compare
         self.step = kept * trace.every
         module = trace.flat.module
         parameters = dict(module.named_parameters())
         moving = {name: parameters[name] for name in trace.names}
-        groups: list[dict[str, Any]] = [{"params": []} for _ in trace.mark["groups"]]
-        for name, g in zip(trace.names, trace.mark["group_of"], strict=True):
+        groups: list[dict[str, Any]] = [{"params": []} for _ in trace.fingerprint.groups]
+        for name, g in zip(trace.names, trace.fingerprint.group_of, strict=True):
             groups[g]["params"].append(moving[name])
         now = trace.options(min(self.step, trace.steps - 1))
-        for group, fixed, changing in zip(groups, trace.mark["groups"], now, strict=True):
+        for group, fixed, changing in zip(groups, trace.fingerprint.groups, now, strict=True):
             group.update(fixed | changing)
-        kind: Any = kind_named(trace.mark["optimizer"])
+        kind: Any = kind_named(trace.fingerprint.optimizer)
         self._optimizer = kind(groups)
         self._capture = Capture(moving, self._optimizer)
         state = trajectory.kept_state(trace.root, kept)
@@ -69,23 +67,23 @@ class Replay:
 
     def denominator(self) -> np.ndarray | None:
         """Return what the step just taken divided by."""
-        found = self._capture.denominator()
-        return None if found is None else found.cpu().numpy()
+        divisor = self._capture.denominator()
+        return None if divisor is None else divisor.cpu().numpy()
 
     def _take(self) -> None:
-        trace, at = self._trace, self.step
-        inputs, target = trace.train.take(trace.batch(at))
+        trace, step = self._trace, self.step
+        inputs, target = trace.train.take(trace.batch(step))
         self._optimizer.zero_grad(set_to_none=False)
         with torch.enable_grad():
             trace.loss(trace.flat(inputs), target).mean().backward()
-        bound = float(trace.clip_bounds[at])
+        bound = float(trace.clip_bounds[step])
         for i, p in enumerate(self._capture.parameters):
             assert p.grad is not None
             if np.isfinite(bound):
                 p.grad.clamp_(-bound, bound)
-            elif trace.clip[at, i] != 1:
-                p.grad.mul_(torch.tensor(trace.clip[at, i], dtype=p.dtype))
-        for group, options in zip(self._optimizer.param_groups, trace.options(at), strict=True):
+            elif trace.clip[step, i] != 1:
+                p.grad.mul_(torch.tensor(trace.clip[step, i], dtype=p.dtype))
+        for group, options in zip(self._optimizer.param_groups, trace.options(step), strict=True):
             group.update(options)
         self._optimizer.step()
         self.step += 1

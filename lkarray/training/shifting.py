@@ -154,8 +154,7 @@ def shift_modes(
                 total = total + loss * source.loss(source.flat(given), classes).sum()
             return total
 
-        found = _descend(objective, x0, radius, norm, steps, size, bounds)
-        moved.append(found.cpu())
+        moved.append(_descend(objective, x0, radius, norm, steps, size, bounds).cpu())
     return torch.cat(moved)
 
 
@@ -187,20 +186,19 @@ def _descend(
 
 
 def _lengths(x: Tensor) -> Tensor:
-    found: Tensor = x.flatten(1).norm(dim=1).view(-1, *(1,) * (x.ndim - 1))
-    return found
+    return torch.linalg.vector_norm(x.flatten(1), dim=1).view(-1, *(1,) * (x.ndim - 1))
 
 
 def directions(trace: Trace, modes: xr.Dataset) -> Tensor:
     """Return the directions of modes over all parameters of a trace, ``(mode, param)``."""
-    found: xr.DataArray | None
-    found, size = modes.get("direction"), trace.flat.theta.shape[1]
-    if found is None or dict(found.sizes) != {MODE: modes.sizes[MODE], PARAM: size}:
+    direction: xr.DataArray | None
+    direction, size = modes.get("direction"), trace.flat.theta.shape[1]
+    if direction is None or dict(direction.sizes) != {MODE: modes.sizes[MODE], PARAM: size}:
         raise SchemaError(
             f"modes must hold direction(mode, param) with param of {size}, as lk.modes gives for "
             "gradients of all parameters"
         )
-    values = np.array(found.transpose(MODE, PARAM).values)
+    values = np.array(direction.transpose(MODE, PARAM).values)
     return torch.from_numpy(values).to(trace.flat.theta)
 
 

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from torch import Tensor, nn
 
-from lkarray import schema, store
 from lkarray.arguments import checked
-from lkarray.errors import FingerprintError, StoreError
-from lkarray.nn.batches import Batches, MapDataset
-from lkarray.nn.flat import FlatModel
-from lkarray.nn.losses import NAMED, LossFunction, PerExampleLoss, per_example_loss
+from lkarray.errors import FingerprintError
+from lkarray.nn.batches import MapDataset
+from lkarray.nn.losses import LossFunction
 from lkarray.nn.modes import with_gradients
-from lkarray.nn.trainable import require_module
 from lkarray.store import trace_layout, trajectory
-from lkarray.store.chunks import read_whole
 from lkarray.store.committed import read_rows
-from lkarray.store.location import StoreLike, open_root
-from lkarray.store.nodes import stored_at
-from lkarray.training.checking import literal
-from lkarray.training.identity import code
+from lkarray.store.location import StoreLike
 from lkarray.training.optimizers import RULES, kind_named
+from lkarray.training.recorded_steps import RecordedSteps
 from lkarray.training.replay import Replay
 
 
@@ -72,7 +64,7 @@ def open_trace(
     return Trace(path, model, train_set, loss)
 
 
-class Trace:
+class Trace(RecordedSteps):
     """A recorded training run; made by `open_trace`.
 
     Attributes
@@ -90,51 +82,8 @@ class Trace:
     def __init__(
         self, path: StoreLike, model: nn.Module, train_set: MapDataset, loss: LossFunction | None
     ) -> None:
-        require_module(model)
-        self.root = open_root(path)
-        mark = trajectory.trace_fingerprint(self.root)
-        if mark is None:
-            raise StoreError(
-                f"{self.where} holds no training run; record one with lk.record(..., store=...)"
-            )
-        self.mark = mark
-        self.steps, _ = trajectory.read_steps(self.root)
-        if self.steps == 0:
-            raise StoreError(f"{self.where} holds no committed step yet; run the training again")
-        columns = {key: read_whole(self._array(key)) for key in _TENSORS}
-        self.names, self.modules = ([str(v) for v in columns[k]] for k in _TENSORS[:2])
-        self.starts, self.stops = (columns[k] for k in _TENSORS[2:])
-        self.every = int(mark["every"])
-        self.loss = self._loss(loss)
-        self._refuse("code", code(model), "the model is not the one that was trained")
-        device = next(model.parameters()).device
-        self.flat = FlatModel(model, trainable=[literal(name) for name in self.names])
-        self.train_set = train_set
-        self.train = Batches(train_set, name="train_set", device=device)
-        self._refuse("train_set", self.train.identity, "train_set is not what was trained on")
+        super().__init__(path, model, train_set, loss)
         self._check_first()
-
-    @property
-    def where(self) -> str:
-        """Name of the store, for messages."""
-        return store.describe(self.root.store)
-
-    def _loss(self, loss: LossFunction | None) -> PerExampleLoss:
-        name = self.mark["loss"]
-        if loss is None and name not in NAMED:
-            raise FingerprintError(
-                f"{self.where} was recorded with the loss {name!r}; pass the callable as loss="
-            )
-        found = per_example_loss(name if loss is None else loss).per_example
-        self._refuse("loss", found.name, "the loss is not the one that was trained with")
-        return found
-
-    def _refuse(self, key: str, now: Any, what: str) -> None:
-        if self.mark[key] != now:
-            raise FingerprintError(
-                f"{self.where}: {what} (stored {self.mark[key]}, now {now}); open it with the same "
-                "code and data"
-            )
 
     def _check_first(self) -> None:
         """Compare the loss of the first batch: what no hash sees."""
@@ -142,69 +91,12 @@ class Trace:
         self.set(0)
         inputs, target = self.train.take(self.batch(0))
         with torch.no_grad():
-            found = float(self.loss(self.flat(inputs), target).mean())
-        if not abs(found - recorded) <= 1e-3 * max(abs(recorded), 1e-3):
+            now = float(self.loss(self.flat(inputs), target).mean())
+        if not abs(now - recorded) <= 1e-3 * max(abs(recorded), 1e-3):
             raise FingerprintError(
                 f"{self.where}: the first batch had the mean loss {recorded:.6g}, and now has "
-                f"{found:.6g}; the model's buffers, data or code have changed since"
+                f"{now:.6g}; the model's buffers, data or code have changed since"
             )
-
-    # --- what was recorded --------------------------------------------------------------------
-
-    def _array(self, name: str) -> zarr.Array:
-        return stored_at(self.root, f"{schema.TRAJECTORY}/{name}")
-
-    def _row(self, name: str) -> np.ndarray:
-        return trajectory.step_rows(self.root, name, 0, self.steps)
-
-    @cached_property
-    def losses(self) -> np.ndarray:
-        """Mean loss of the batch before each step, ``(step,)`` nats; NaN where unchecked."""
-        return self._row(trace_layout.LOSS.name)
-
-    @cached_property
-    def coefficients(self) -> np.ndarray:
-        """Scalars of each update, ``(step, group, field)``; see ``lkarray.training.optimizers``."""
-        return self._row(trace_layout.COEFFICIENTS.name)
-
-    @property
-    def learning_rates(self) -> np.ndarray:
-        """Learning rate of each step, ``(step,)``, of the optimizer's first group that trains."""
-        first = min(self.mark["group_of"])  # groups before it are of frozen parameters alone
-        return np.asarray(self.coefficients[:, first, trace_layout.FIELDS.index("learning_rate")])
-
-    def options(self, step: int) -> list[dict[str, Any]]:
-        """Return the options of each of the optimizer's groups that may change with the steps."""
-        out = []
-        for row in self.coefficients[step].tolist():
-            of = dict(zip(trace_layout.FIELDS, row, strict=True))
-            found: dict[str, Any] = {"lr": of["learning_rate"], "weight_decay": of["weight_decay"]}
-            if not np.isnan(of["beta2"]):
-                found["betas"] = (of["mu"], of["beta2"])
-            elif self.mark["optimizer"] != "Adagrad":
-                found["momentum"] = of["mu"]
-            out.append(found)
-        return out
-
-    @cached_property
-    def clip_bounds(self) -> np.ndarray:
-        """Bound of clipping by value, ``(step,)``; infinite where there was none."""
-        return self._row(trace_layout.CLIP_VALUE.name)
-
-    @cached_property
-    def clip(self) -> np.ndarray:
-        """Factor that clipping gave each tensor's gradient, ``(step, tensor)``."""
-        return self._row(trace_layout.CLIP.name)
-
-    @cached_property
-    def batches(self) -> np.ndarray:
-        """Examples of each batch, ``(step, position)``; -1 where a batch is smaller."""
-        return self._row(trace_layout.BATCH.name)
-
-    def batch(self, step: int) -> np.ndarray:
-        """Return the examples of one step's batch."""
-        row: np.ndarray = self.batches[step]
-        return np.asarray(row[row >= 0])
 
     @cached_property
     def epochs(self) -> np.ndarray:
@@ -239,12 +131,12 @@ class Trace:
             if step == self.steps and step % self.every == 0:
                 yield step, trajectory.last_state(self.root)[trace_layout.PARAMETERS.name]
             elif step % self.every == 0:
-                at = step // self.every
-                if block is None or not first <= at < first + len(block):
-                    first = at // rows * rows
+                place = step // self.every
+                if block is None or not first <= place < first + len(block):
+                    first = place // rows * rows
                     last = first + rows if self.every > 1 else min(first + rows, self.steps)
                     block = read_rows(kept, first, last)
-                yield step, block[at - first].copy()
+                yield step, block[place - first].copy()
             else:
                 if replay is None or replay.step // self.every != step // self.every:
                     replay = Replay(self, step // self.every)
@@ -255,7 +147,7 @@ class Trace:
 
         Of Adam ``sqrt(v) + eps`` with its correction for bias.
         """
-        if RULES[kind_named(self.mark["optimizer"])].denominator is None:
+        if RULES[kind_named(self.fingerprint.optimizer)].denominator is None:
             return None
         if not 0 <= step < self.steps:
             raise ValueError(f"step must be 0 to {self.steps - 1}, not {step}")
@@ -268,8 +160,8 @@ class Trace:
 
     def inherited(self) -> np.ndarray | None:
         """Return the momentum buffer that the run began with, ``(param,)``; ``None``: no buffer."""
-        found = trajectory.kept_state(self.root, 0).get(self.mark["buffer"])
-        return None if found is None or np.isnan(found).all() else np.nan_to_num(found)
+        buffer = trajectory.kept_state(self.root, 0).get(self.fingerprint.buffer or "")
+        return None if buffer is None or np.isnan(buffer).all() else np.nan_to_num(buffer)
 
     def set(self, step: int) -> None:
         """Give ``flat`` the parameters before a step."""
@@ -279,10 +171,6 @@ class Trace:
         """Give ``flat`` some parameters, ``(param,)``."""
         values = theta if isinstance(theta, Tensor) else torch.from_numpy(theta)
         self.flat.theta[0].copy_(values)
-
-
-#: What is stored of the parameter tensors.
-_TENSORS = (schema.TENSOR, schema.MODULE.name, schema.START.name, schema.STOP.name)
 
 
 def epoch_starts(batches: np.ndarray, n: int) -> np.ndarray:

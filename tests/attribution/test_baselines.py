@@ -65,7 +65,7 @@ def both_gradients(trace, state, number=None, data=None):
 def rates(trace, step):
     """Learning rate of each parameter."""
     by_group = trace.coefficients[step, :, 0]
-    by_tensor = by_group[trace.mark["group_of"]]
+    by_tensor = by_group[trace.fingerprint.group_of]
     return np.repeat(by_tensor, trace.stops - trace.starts)
 
 

@@ -88,8 +88,8 @@ class Brute:
         steps, n, size = trace.steps, trace.train.n, int(trace.stops[-1])
         tensors = np.repeat(np.arange(len(trace.names)), trace.stops - trace.starts)
         membership = np.eye(len(trace.names))[tensors]  # (param, tensor)
-        group = np.asarray(trace.mark["group_of"])[tensors]
-        divides = RULES[kind_named(trace.mark["optimizer"])].divides
+        group = np.asarray(trace.fingerprint.group_of)[tensors]
+        divides = RULES[kind_named(trace.fingerprint.optimizer)].divides
         states = [theta for _, theta in trace.states(range(steps + 1))]
         at = [gradients(trace, theta, data, number) for theta in states]
         buffers = np.zeros((steps, n, size))  # by the step that the example was seen in

@@ -45,12 +45,12 @@ def opened(store):
 
 
 def retrace(trace):
-    """Take every step again from what is stored alone, by the update of design section 6."""
+    """Take every step again from what is stored alone, by the update of docs/methods/adjoint.md."""
     divides = {"Adam": "Q", "AdamW": "Q", "NAdam": "QN", "RMSprop": "S", "Adagrad": "S"}
-    divides = divides.get(trace.mark["optimizer"], "")
+    divides = divides.get(trace.fingerprint.optimizer, "")
     b = np.zeros(trace.stops[-1])
     per_tensor = np.repeat(np.arange(len(trace.names)), trace.stops - trace.starts)
-    group = np.asarray(trace.mark["group_of"])[per_tensor]
+    group = np.asarray(trace.fingerprint.group_of)[per_tensor]
     for step, theta in trace.states(range(trace.steps)):
         trace.set_parameters(theta)
         inputs, target = trace.train.take(trace.batch(step))
