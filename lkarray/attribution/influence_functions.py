@@ -173,10 +173,9 @@ def mean_hessian(problem: Problem, progress: bool = False) -> Tensor:
         sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no second derivative
         bars.bar("hessian", total=trace.train.n, unit="example", show=progress) as bar,
     ):
-        for start in range(0, trace.train.n, _ROWS):
-            block = np.arange(start, min(start + _ROWS, trace.train.n))
-            out += rows_of(theta, *trace.train.take(block))
-            bar.update(len(block))
+        for rows, inputs, target in trace.train.numbered(_ROWS):
+            out += rows_of(theta, inputs, target)
+            bar.update(len(rows))
     return (out + out.T).div_(2 * trace.train.n)
 
 
@@ -223,18 +222,14 @@ def _refuse_large(problem: Problem, max_params: int, budget: int) -> None:
 def _gradients(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return gradients in float64: ``(example, param)``, and ``(audit, output, param)``."""
     training = [
-        problem.training.gradients(*problem.trace.train.take(rows)).double()
-        for rows in _blocks(problem.examples)
+        problem.training.gradients(inputs, target).double()
+        for _, inputs, target in problem.trace.train.numbered(_ROWS, problem.examples)
     ]
     audited = [
-        torch.stack([e.gradients(*problem.data.take(rows)) for e in problem.engines], 1).double()
-        for rows in _blocks(np.arange(problem.data.n))
+        torch.stack([e.gradients(inputs, target) for e in problem.engines], 1).double()
+        for _, inputs, target in problem.data.numbered(_ROWS)
     ]
     return torch.cat(training), torch.cat(audited)
-
-
-def _blocks(index: np.ndarray) -> list[np.ndarray]:
-    return [index[start : start + _ROWS] for start in range(0, len(index), _ROWS)]
 
 
 def _solve(hessian: Tensor, gradients: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -140,8 +140,8 @@ class Panel:
         rows = np.arange(self._writer.rows.start, self._writer.rows.stop)
         parts = []
         for engine in problem.engines:
-            for a in range(0, self._n, BATCH):
-                parts.append(engine.features(*problem.data.take(rows[a : a + BATCH])))
+            for _, inputs, target in problem.data.numbered(BATCH, rows):
+                parts.append(engine.features(inputs, target))
         return join(parts)
 
     def _theta(self, step: int) -> Tensor:
@@ -343,13 +343,12 @@ class Panel:
         at = np.flatnonzero(self._edges == step)
         if not len(at):
             return
-        problem, n = self._problem, self._n
+        problem = self._problem
         problem.set(self._theta(step))
         rows = np.arange(self._writer.rows.start, self._writer.rows.stop)
         parts = []
         for number in problem.audited.numbers:
-            for a in range(0, n, BATCH):
-                inputs, target = problem.data.take(rows[a : a + BATCH])
+            for _, inputs, target in problem.data.numbered(BATCH, rows):
                 parts.append(number(problem.flat(inputs), target))
         self._sums["values"][at[0]] = torch.cat(parts).double().cpu().numpy()
 

@@ -248,14 +248,12 @@ class Problem:
 
     def set(self, theta: Tensor) -> None:
         """Give the model some parameters."""
-        trace = self.trace
-        for name, start, stop in zip(trace.names, trace.starts, trace.stops, strict=True):
-            parameter = self._parameters[name]
-            parameter.data.copy_(theta[start:stop].view(parameter.shape))
+        self.flat.load(theta, self._places)
 
     @cached_property
-    def _parameters(self) -> dict[str, torch.nn.Parameter]:
-        return dict(self.flat.module.named_parameters())
+    def _places(self) -> dict[str, slice]:
+        trace = self.trace
+        return dict(zip(trace.names, map(slice, trace.starts, trace.stops), strict=True))
 
     # --- is it the run that was recorded? -------------------------------------------------------
 
@@ -274,12 +272,8 @@ class Problem:
         moving = [literal(name) for name in self.trace.names]
         flat = FlatModel(self.trace.flat.module, trainable=moving)
         reference = Reference(flat, self.trace.loss)
-        names = dict(flat.module.named_parameters())
         for step, theta in self.trace.states(steps):
-            for name, a, b in zip(
-                self.trace.names, self.trace.starts, self.trace.stops, strict=True
-            ):
-                names[name].data.copy_(torch.from_numpy(theta[a:b]).view(names[name].shape))
+            flat.load(theta, self._places)
             batch = self.trace.batch(step)
             mean = reference.total(*self.trace.train.take(batch)) / len(batch)
             square = float(mean.square().sum())

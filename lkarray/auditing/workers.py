@@ -14,8 +14,7 @@ from torch import nn
 
 from lkarray import store as stores
 from lkarray.auditing.problem import Problem, Request
-from lkarray.errors import StoreError
-from lkarray.sampling.workers import cancel, check_place, needed, patiently, submit
+from lkarray.sampling.workers import another_store, cancel, check_place, needed, patiently, submit
 from lkarray.store import audits
 from lkarray.store.location import address
 from lkarray.training.trace import Trace, open_trace
@@ -112,10 +111,7 @@ def _run(payload: bytes, key: str, panel: int) -> None:
     job: _Job = pickle.loads(payload)
     root = stores.open_root(stores.as_store(job.store), mode="r+")
     if audits.audit_marks(root).get(job.layout.group) != job.fingerprint:
-        raise StoreError(
-            f"a worker sees another store at {stores.describe(root.store)} than the client does; "
-            "give a path on storage that all of them share"
-        )
+        raise another_store(root)
     patiently(lambda: _panel(job, root, key, panel))
 
 

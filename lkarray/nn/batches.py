@@ -132,11 +132,8 @@ class Batches:
         if self._held is None:
             self._counts = counts
             return
-        start = 0
-        for batch in self.slices(_COUNTED):
-            self._refuse(counts(batch[1]), np.arange(start, start + batch_size(batch)))
-            start += batch_size(batch)
-        self._views = None
+        for rows, _, target in self.numbered(_COUNTED):
+            self._refuse(counts(target), rows)
 
     def _refuse(self, counted: Tensor | None, indices: np.ndarray) -> None:
         if counted is None:
@@ -260,14 +257,31 @@ class Batches:
             columns = {k: part.view(*shape, *part.shape[1:]) for k, part in columns.items()}
         return as_batch(columns)
 
+    def numbered(
+        self, size: int, indices: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, Inputs, Target]]:
+        """Iterate over items in order, ``size`` at a time, each batch with its indices.
+
+        Parameters
+        ----------
+        size
+            Items of a batch, fewer in the last one.
+        indices
+            Which items; ``None`` takes all.
+        """
+        chosen = np.arange(self.n) if indices is None else indices
+        for start in range(0, len(chosen), size):
+            rows = chosen[start : start + size]
+            yield rows, *self.take(rows)
+
     def slices(self, rows: int) -> Iterator[tuple[Inputs, Target]]:
         """Iterate over all items in order, ``rows`` at a time.
 
         Each is a copy: a model may change its input in place, and what is held may be the user's.
         """
         if self._held is None:
-            for start in range(0, self.n, rows):
-                yield self.take(np.arange(start, min(start + rows, self.n)))
+            for _, inputs, target in self.numbered(rows):
+                yield inputs, target
             return
         if self._views is None or len(next(iter(self._views[0].values()))) != min(rows, self.n):
             parts = {key: part.split(rows) for key, part in self._held.items()}

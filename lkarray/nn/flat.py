@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -89,10 +90,10 @@ class FlatModel:
         if device is not None:
             self.module.to(device)
         self.names = tuple(masks)
-        parameters = dict(self.module.named_parameters())
-        for parameter in parameters.values():
+        self._parameters = dict(self.module.named_parameters())
+        for parameter in self._parameters.values():
             parameter.requires_grad_(False)
-        self._moving = [parameters[name] for name in masks]
+        self._moving = [self._parameters[name] for name in masks]
         first = self._moving[0]
         self.sizes = tuple(p.numel() for p in self._moving)
         self.theta = first.detach().new_empty((width, sum(self.sizes)))
@@ -126,6 +127,25 @@ class FlatModel:
             if parameter.requires_grad:
                 parameter.grad = self.grad[row, stretch].view(parameter.shape)
         return self.module
+
+    def load(self, vector: Tensor | np.ndarray, places: Mapping[str, slice] | None = None) -> None:
+        """Give the first chain the parameters that a vector holds.
+
+        Parameters
+        ----------
+        vector
+            Shape ``(param,)``.
+        places
+            Where in it each parameter lies, by name, those that do not move included; ``None``
+            takes it for a row of ``theta``.
+        """
+        values = torch.from_numpy(vector) if isinstance(vector, np.ndarray) else vector
+        if places is None:
+            self.theta[0].copy_(values)
+            return
+        for name, place in places.items():
+            parameter = self._parameters[name]
+            parameter.data.copy_(values[place].view(parameter.shape))
 
     @property
     def width(self) -> int:

@@ -133,6 +133,14 @@ def needed(client: Client) -> str | None:
     return _GPU if any(w.get("resources", {}).get(_GPU, 0) >= 1 for w in found) else None
 
 
+def another_store(root: zarr.Group) -> StoreError:
+    """Return the error of a worker that opens something else than the client did."""
+    return StoreError(
+        f"a worker sees another store at {stores.describe(root.store)} than the client does; give "
+        "a path on storage that all of them share"
+    )
+
+
 def cancel(client: Client, tasks: Iterable[Any]) -> None:
     """Cancel what has not ended, where there is still a scheduler to tell."""
     left = [task for task in tasks if not task.done()]
@@ -188,13 +196,9 @@ def _run(
     job: Job, key: str, where: Any, fingerprint: Mapping[str, Any], chains: list[int]
 ) -> list[tuple[int, int]]:
     """Run one group, in a worker."""
-    store = stores.as_store(where)
-    root = stores.open_root(store, mode="r+")
+    root = stores.open_root(stores.as_store(where), mode="r+")
     if stores.stored_fingerprint(root) != fingerprint:
-        raise StoreError(
-            f"a worker sees another store at {stores.describe(store)} than the client does; give "
-            "a path on storage that all of them share"
-        )
+        raise another_store(root)
     key += json.dumps(fingerprint, sort_keys=True)
     with (
         _prepared(job, key, fingerprint) as target,

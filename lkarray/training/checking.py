@@ -94,7 +94,7 @@ class StepCheck:
         shows as a difference.
         """
         flat = self.flat
-        flat.theta[0].copy_(theta)
+        flat.load(theta)
         expected, sizes, total = torch.zeros_like(applied), [], 0.0
         for half in np.array_split(batch, min(2, len(batch))):
             flat.grad.zero_()
@@ -112,7 +112,7 @@ class StepCheck:
     def refuse_other_bits(self, theta: Tensor, applied: Tensor, batch: np.ndarray) -> None:
         """Raise unless the loop's backward pass can be repeated to the bit."""
         flat = self.flat
-        flat.theta[0].copy_(theta)
+        flat.load(theta)
         flat.grad.zero_()
         inputs, target = self.train.take(batch)
         with torch.enable_grad():

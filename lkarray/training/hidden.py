@@ -71,9 +71,7 @@ def activations(
     out: np.ndarray | None = None
     for t, (_, theta) in enumerate(source.states(steps.tolist())):
         source.set_parameters(theta)
-        for start in range(0, data.n, _ROWS):
-            rows = np.arange(start, min(start + _ROWS, data.n))
-            inputs, _ = data.take(rows)
+        for rows, inputs, _ in data.numbered(_ROWS):
             units = _output(source, named[module], inputs, len(rows))
             if out is None:
                 shape = (len(steps), data.n, units.shape[1])
@@ -163,9 +161,7 @@ def mode_sensitivity(
     sensitivity = np.empty((data.n, len(vectors)))
     norms = np.empty(data.n)
     slopes_of: list[np.ndarray] = []
-    for start in range(0, data.n, _ROWS):
-        rows = np.arange(start, min(start + _ROWS, data.n))
-        inputs, target = data.take(rows)
+    for rows, inputs, target in data.numbered(_ROWS):
         inputs = float_inputs(inputs, "mode_sensitivity").clone().requires_grad_()
         kept = np.empty((len(rows), len(vectors), inputs[0].numel()), np.float32) if whole else None
         with torch.enable_grad(), checkpoints_named():

@@ -76,9 +76,7 @@ def mean_gradient(
     ) as bar:
         for t, (step, theta) in enumerate(source.states(steps.tolist())):
             source.set_parameters(theta)
-            for start in range(0, data.n, _ROWS):
-                rows = np.arange(start, min(start + _ROWS, data.n))
-                inputs, target = data.take(rows)
+            for rows, inputs, target in data.numbered(_ROWS):
                 slope = reference.total(inputs, target)
                 out[t] += slope.double().cpu().numpy()
                 bar.update(len(rows))

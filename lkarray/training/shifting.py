@@ -117,9 +117,7 @@ def shift_modes(
     size = 2.5 * radius / steps if step_size is None else step_size
     known = None if away_from is None else torch.as_tensor(away_from).to(vectors)
     moved = []
-    for start in range(0, data.n, _ROWS):
-        rows = np.arange(start, min(start + _ROWS, data.n))
-        x0, own = data.take(rows)
+    for rows, x0, own in data.numbered(_ROWS):
         x0 = float_inputs(x0, "shift_modes")
         if known is not None and (len(known) != data.n or known.shape[1:] != x0.shape[1:]):
             raise ValueError(

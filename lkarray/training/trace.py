@@ -169,8 +169,7 @@ class Trace(RecordedSteps):
 
     def set_parameters(self, theta: np.ndarray | Tensor) -> None:
         """Give ``flat`` some parameters, ``(param,)``."""
-        values = theta if isinstance(theta, Tensor) else torch.from_numpy(theta)
-        self.flat.theta[0].copy_(values)
+        self.flat.load(theta)
 
 
 def epoch_starts(batches: np.ndarray, n: int) -> np.ndarray:
