@@ -1,4 +1,4 @@
-"""``x.lk.correlation()``: the public functions of labelled arrays as methods, and nothing more."""
+"""``x.lk.correlation()``: the public functions of labelled data as methods, and nothing more."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ import xarray as xr
 
 from lkarray import kernels
 from lkarray.analysis import audits, gradients, losses
+from lkarray.results import Result
 from lkarray.schema import POSTERIOR, Losses, as_losses
 
 
-class LossAccessor:
-    """The functions of lkarray that take losses, gradients or audits, on what holds them.
+class LossMethods:
+    """The functions of lkarray that take losses."""
 
-    Registered as ``.lk`` on DataTree, Dataset and DataArray; each method is the function of
-    the same name with this object as its first argument.
-    """
-
-    def __init__(self, losses: Losses) -> None:
-        self._losses = losses
+    _losses: Losses
 
     def covariance(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
         """See `lkarray.covariance`."""
@@ -87,59 +83,72 @@ class LossAccessor:
         """See `lkarray.llc`."""
         return losses.llc(self._losses, **options)
 
-    # --- of gradients -------------------------------------------------------------------------
+
+class GradientMethods:
+    """The functions of lkarray that take gradients."""
+
+    _gradients: Losses
 
     def lgk(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
         """See `lkarray.lgk`."""
-        return gradients.lgk(self._losses, y, **options)
+        return gradients.lgk(self._gradients, y, **options)
 
     def plgk(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
         """See `lkarray.plgk`."""
-        return gradients.plgk(self._losses, y, **options)
+        return gradients.plgk(self._gradients, y, **options)
 
     def ips(self, y: Losses | None = None, **options: Any) -> xr.DataArray:
         """See `lkarray.ips`."""
-        return gradients.ips(self._losses, y, **options)
+        return gradients.ips(self._gradients, y, **options)
 
     def temporal_kernel(self, **options: Any) -> xr.DataArray:
         """See `lkarray.temporal_kernel`."""
-        return gradients.temporal_kernel(self._losses, **options)
+        return gradients.temporal_kernel(self._gradients, **options)
 
     def modes(self, k: int, **options: Any) -> xr.Dataset:
         """See `lkarray.modes`."""
-        return gradients.modes(self._losses, k, **options)
+        return gradients.modes(self._gradients, k, **options)
 
     def params(self, pattern: Any) -> xr.Dataset:
         """See `lkarray.params`."""
-        holder: Any = self._losses
-        return kernels.params(holder, pattern)
+        return kernels.params(self._gradients, pattern)
 
-    # --- of audits ----------------------------------------------------------------------------
+
+class AuditMethods:
+    """The functions of lkarray that take an audit, or its influence."""
+
+    _audit: Result
 
     def completeness(self) -> xr.Dataset:
         """See `lkarray.completeness`."""
-        audit: Any = self._losses
-        return audits.completeness(audit)
+        return audits.completeness(self._audit)
 
     def most_influential(self, k: int = 25, **options: Any) -> xr.Dataset:
         """See `lkarray.most_influential`."""
-        audit: Any = self._losses
-        return audits.most_influential(audit, k, **options)
+        return audits.most_influential(self._audit, k, **options)
 
     def concentration(self) -> xr.DataArray:
         """See `lkarray.concentration`."""
-        audit: Any = self._losses
-        return audits.concentration(audit)
+        return audits.concentration(self._audit)
 
     def net_influence(self, **options: Any) -> xr.DataArray:
         """See `lkarray.net_influence`."""
-        audit: Any = self._losses
-        return audits.net_influence(audit, **options)
+        return audits.net_influence(self._audit, **options)
 
     def gross_influence(self, **options: Any) -> xr.DataArray:
         """See `lkarray.gross_influence`."""
-        audit: Any = self._losses
-        return audits.gross_influence(audit, **options)
+        return audits.gross_influence(self._audit, **options)
+
+
+class Accessor(LossMethods, GradientMethods, AuditMethods):
+    """``.lk`` of a DataTree, a Dataset and a DataArray, whichever of the three it holds.
+
+    Each method is the function of the same name with this object as its first argument.
+    """
+
+    def __init__(self, held: xr.DataTree | xr.Dataset | xr.DataArray) -> None:
+        # What it is shows when a function is asked of it: a tree may hold losses and an audit.
+        self._losses = self._gradients = self._audit = held
 
 
 def register() -> None:
@@ -151,4 +160,4 @@ def register() -> None:
     )
     for kind, decorate in pairs:
         if not hasattr(kind, "lk"):
-            decorate("lk")(LossAccessor)
+            decorate("lk")(Accessor)

@@ -121,7 +121,7 @@ def _blocks(x: xr.Variable, dims: tuple[str, ...]) -> dict[Any, int]:
 
 
 @checked(G=None)
-def params(G: xr.DataTree | xr.Dataset, pattern: str | Iterable[str]) -> xr.Dataset:
+def params(G: Losses, pattern: str | Iterable[str]) -> xr.Dataset:
     """Select parameters by the names of their tensors or modules, lazily.
 
     Parameters
@@ -183,7 +183,7 @@ def params(G: xr.DataTree | xr.Dataset, pattern: str | Iterable[str]) -> xr.Data
     return part.assign_coords(moved) if START.name in ds.coords else part.assign(moved)
 
 
-def _dataset(G: xr.DataTree | xr.Dataset) -> xr.Dataset:
+def _dataset(G: Losses) -> xr.Dataset:
     if isinstance(G, xr.DataArray):
         raise TypeError(
             "params needs to know where tensors lie, which a DataArray cannot say; pass the "

@@ -30,7 +30,7 @@ SPLITS = (LAYER, *TIMES)
 
 
 @checked(audit=None)
-def completeness(audit: xr.Dataset | xr.DataTree) -> xr.Dataset:
+def completeness(audit: Result) -> xr.Dataset:
     r"""Return how well the audit explains the true change, by the end of each epoch.
 
     .. math::
