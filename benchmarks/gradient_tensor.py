@@ -58,12 +58,12 @@ def build(epochs: int, batches: int, examples: int, data: str, memory: str) -> N
                 F.cross_entropy(model(inputs[batch]), targets[batch]).backward()
                 optimizer.step()
     began = time.perf_counter()
-    found = lk.gradient_features(
+    tensor = lk.gradient_features(
         trace, np.arange(examples), store=PATH, memory=memory, coords={"label": targets[:examples]}
     )
-    size = found["gradient"].nbytes
+    size = tensor["gradient"].nbytes
     seconds = time.perf_counter() - began
-    print(f"{size / 1e9:.1f} GB of gradients, {found['gradient'].shape}, in {seconds:.0f} s")
+    print(f"{size / 1e9:.1f} GB of gradients, {tensor['gradient'].shape}, in {seconds:.0f} s")
 
 
 def drop() -> None:
@@ -85,32 +85,32 @@ def plgk(memory: str) -> dict[str, Any]:
     import lkarray as lk
 
     G = _opened()
-    found = timed(lambda: lk.plgk(G, memory=memory).values)
-    n, m = found["value"].shape
+    timing = timed(lambda: lk.plgk(G, memory=memory).values)
+    n, m = timing["value"].shape
     operations = G.sizes["time"] * G.sizes["param"] * n * m
-    return found | {"value": [1, operations, float(np.trace(found["value"], dtype=np.float64))]}
+    return timing | {"value": [1, operations, float(np.trace(timing["value"], dtype=np.float64))]}
 
 
 def temporal(memory: str) -> dict[str, Any]:
     import lkarray as lk
 
     G = _opened()
-    found = timed(lambda: lk.temporal_kernel(G, weight=None, memory=memory).values)
-    operations = G.sizes["example"] * G.sizes["param"] * len(found["value"]) ** 2
-    return found | {"value": [1, operations, float(np.trace(found["value"], dtype=np.float64))]}
+    timing = timed(lambda: lk.temporal_kernel(G, weight=None, memory=memory).values)
+    operations = G.sizes["example"] * G.sizes["param"] * len(timing["value"]) ** 2
+    return timing | {"value": [1, operations, float(np.trace(timing["value"], dtype=np.float64))]}
 
 
 def modes(memory: str) -> dict[str, Any]:
     import lkarray as lk
 
     G = _opened()
-    found = timed(lambda: lk.svd(G["gradient"], MODES, over="param", memory=memory).compute())
-    passes = int(found["value"]["passes"])
+    timing = timed(lambda: lk.svd(G["gradient"], MODES, over="param", memory=memory).compute())
+    passes = int(timing["value"]["passes"])
     n, p = G.sizes["time"] * G.sizes["example"], G.sizes["param"]
     # Each pass of the iteration multiplies twice; the projection once.
     operations = (2 * passes - 1) * 2 * n * p * (MODES + 10)
-    energy = float((found["value"]["singular_value"] ** 2).sum())
-    return found | {"value": [passes, operations, energy]}
+    energy = float((timing["value"]["singular_value"] ** 2).sum())
+    return timing | {"value": [passes, operations, energy]}
 
 
 def read(memory: str) -> dict[str, Any]:
@@ -149,22 +149,22 @@ WAYS = {"read": read, "products": products, "plgk": plgk, "temporal": temporal, 
 
 def report(options: dict[str, Any], repeats: int) -> None:
     """Run all, and print each beside its floor."""
-    found = compare(list(WAYS), options, repeats)
-    disk = found["read"]["value"] / found["read"]["seconds"]
-    rate = found["products"]["value"] / found["products"]["seconds"]
+    timings = compare(list(WAYS), options, repeats)
+    disk = timings["read"]["value"] / timings["read"]["seconds"]
+    rate = timings["products"]["value"] / timings["products"]["seconds"]
     print(f"disk {disk / 1e9:.2f} GB/s, products {rate / 1e9:.0f} G operations a second")
     for name in ("plgk", "temporal", "modes"):
-        passes, operations, _ = found[name]["value"]
-        floors = {"disk": passes * found["read"]["value"] / disk, "products": operations / rate}
+        passes, operations, _ = timings[name]["value"]
+        floors = {"disk": passes * timings["read"]["value"] / disk, "products": operations / rate}
         floor = max(floors, key=lambda key: floors[key])
-        ratio = found[name]["seconds"] / floors[floor]
+        ratio = timings[name]["seconds"] / floors[floor]
         print(
-            f"{name:10s} {found[name]['seconds']:7.1f} s {found[name]['mib']:6.0f} MiB  {passes} "
-            f"passes, floor {floors[floor]:6.1f} s ({floor})  {ratio:5.2f}  bar 1.50"
+            f"{name:10s} {timings[name]['seconds']:7.1f} s {timings[name]['mib']:6.0f} MiB  "
+            f"{passes} passes, floor {floors[floor]:6.1f} s ({floor})  {ratio:5.2f}  bar 1.50"
         )
-    traces = [found[name]["value"][2] for name in ("plgk", "temporal")]
+    traces = [timings[name]["value"][2] for name in ("plgk", "temporal")]
     assert abs(traces[0] / traces[1] - 1) < 1e-4, "both traces are the sum of squared gradients"
-    assert found["modes"]["value"][2] <= traces[0] * (1 + 1e-4)
+    assert timings["modes"]["value"][2] <= traces[0] * (1 + 1e-4)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def test_dense_correlation__ten_rounds_of_killed_workers(tmp_path, rng, no_orpha
         for number in range(ROUNDS):
             store = tmp_path / f"{number}.zarr"
             with killing(client, rng, 0.6) as killed:
-                found = until_done(lambda store=store: lk.save(lazy, store))
-            np.testing.assert_array_equal(found.values, whole)
+                kernel = until_done(lambda store=store: lk.save(lazy, store))
+            np.testing.assert_array_equal(kernel.values, whole)
             assert lk.verify(store) == []
             kills += len(killed)
     assert kills >= ROUNDS // 2
@@ -128,8 +128,8 @@ def test_sampling__ten_rounds_of_killed_workers(tmp_path, rng, no_orphans):
         for number in range(ROUNDS):
             store = tmp_path / str(number)
             with killing(client, rng, 1.0) as killed:
-                found = until_done(lambda store=store: sample(store, client, **options))
-            assert identical(found, whole)
+                tree = until_done(lambda store=store: sample(store, client, **options))
+            assert identical(tree, whole)
             assert lk.verify(store) == []
             kills += len(killed)
     assert kills >= ROUNDS // 2

@@ -84,10 +84,10 @@ def arrays(store: Log, group: str) -> dict[str, np.ndarray]:
     return {name: np.asarray(a[...]) for name, a in node.arrays() if name not in skip}
 
 
-def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert set(found) == set(expected)
-    for name in found:
-        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+def assert_equal(stored: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert set(stored) == set(expected)
+    for name in stored:
+        np.testing.assert_array_equal(stored[name], expected[name], err_msg=name)
 
 
 class Inline(Executor):
@@ -162,8 +162,8 @@ def test_trace__killed_after_any_write_goes_on_with_the_same_bits(every, last, m
         xr_found = lk.open(store)["trajectory"].to_dataset().compute()
         assert xr_found.identical(whole)
         assert_equal(arrays(store, trace_layout.OPTIMIZER), kept)
-        found, expected = (trajectory.last_state(create_root(p)) for p in (store, whole_run))
-        assert_equal(found, expected)
+        left, expected = (trajectory.last_state(create_root(p)) for p in (store, whole_run))
+        assert_equal(left, expected)
 
     writes = kill_everywhere(lambda store: train(store, every), check, last)
     assert writes >= (last or 80)  # of some 15 arrays, at each of four commits
@@ -245,8 +245,10 @@ def judge(store: Any, windows: bool | None) -> None:
     root = audits.begin_audit(store, of, {"of": "loss"})
     for panel in audits.panels_left(root, "audit"):
         writer = audits.PanelWriter(root, of, panel)
-        found = writer.resume()
-        left, carried = found if found is not None else (3, {"sum": np.zeros(()), "q": np.ones(4)})
+        resumed = writer.resume()
+        left, carried = (
+            resumed if resumed is not None else (3, {"sum": np.zeros(()), "q": np.ones(4)})
+        )
         n = writer.rows.stop - writer.rows.start
         while left:
             rng = np.random.default_rng([panel, left])

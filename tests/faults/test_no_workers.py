@@ -57,8 +57,8 @@ def bereave(client: Client, count: int = 2) -> None:
 def test_save__new_workers_come_where_all_are_gone_for_good(owned, losses, tmp_path, said):
     bereave(owned)
     kernel = lk.correlation(losses.chunk(sample=10), memory="1 MiB")
-    found = lk.save(kernel, tmp_path / "k.zarr")
-    np.testing.assert_allclose(found.values, numpy_correlation(losses), atol=1e-5)
+    saved = lk.save(kernel, tmp_path / "k.zarr")
+    np.testing.assert_allclose(saved.values, numpy_correlation(losses), atol=1e-5)
     (told,) = (line for line in said() if "gone for good; starting new ones" in line)
     assert "of 2 workers of local are" in told
 
@@ -179,8 +179,8 @@ def test_audit__without_workers_ends_in_words(foreign, tmp_path):
             lk.audit(trace, audited(), store=tmp_path / "t", client=client)
         foreign.scale(1)
         client.wait_for_workers(1, timeout=60)
-        found = lk.audit(trace, audited(), store=tmp_path / "t", client=client)
-    np.testing.assert_allclose(found["influence"], lk.audit(trace, audited())["influence"])
+        audit = lk.audit(trace, audited(), store=tmp_path / "t", client=client)
+    np.testing.assert_allclose(audit["influence"], lk.audit(trace, audited())["influence"])
 
 
 def test_address__a_plain_compute_ends_in_words(foreign):
@@ -260,7 +260,7 @@ def test_bar__shows_what_is_said(foreign):
 
 
 @pytest.mark.parametrize(
-    ("workers", "resource", "found"),
+    ("workers", "resource", "what"),
     [
         ([], None, "no worker of it is left"),
         ([{"status": "running"}], None, ""),
@@ -271,12 +271,12 @@ def test_bar__shows_what_is_said(foreign):
         ([{"status": "paused", "metrics": {"task_counts": {"executing": 1}}}], None, ""),
     ],
 )
-def test_trouble__is_what_no_task_gets_past(workers, resource, found):
+def test_trouble__is_what_no_task_gets_past(workers, resource, what):
     watch = watching.Watch(SimpleClient(), "it", seen=True)
     watch._waits.append(watching._Wait(resource=resource))
     info = {"workers": dict(enumerate(workers)), "n_workers": len(workers)}
     trouble = watch._trouble_of(SimpleClient(), info)
-    assert (trouble.what if trouble else "") == found
+    assert (trouble.what if trouble else "") == what
 
 
 class SimpleClient:

@@ -39,21 +39,21 @@ def computed(monkeypatch, store, optimizer: str, every: int) -> None:
 
 def survey(store, todo: list[Attack], whole) -> Counter:
     """Return how each attack was noticed; one that was not fails."""
-    found: Counter = Counter()
+    outcomes: Counter = Counter()
     for attack in todo:
         with attack.done_to(Files(store)):
             by = noticed(store, whole)
         assert by is not None, attack
-        found[attack.kind, by] += 1
-    return found
+        outcomes[attack.kind, by] += 1
+    return outcomes
 
 
 @pytest.mark.parametrize(("optimizer", "every"), [("adam", 1), ("sgd", 3)])
 def test_damage__of_any_file_is_noticed_or_harmless(optimizer, every, monkeypatch):
     store = MemoryStore()
     computed(monkeypatch, store, optimizer, every)
-    found = survey(store, attacks(Files(store), seed=every)[:25], contents(store))
-    assert found["flip", "harmless"] + found["delete", "harmless"] <= 3
+    outcomes = survey(store, attacks(Files(store), seed=every)[:25], contents(store))
+    assert outcomes["flip", "harmless"] + outcomes["delete", "harmless"] <= 3
 
 
 @pytest.mark.slow
@@ -95,11 +95,11 @@ def test_resume__of_a_damaged_run_is_refused_or_leaves_the_damage_to_be_seen(eve
     made.train(whole, every)
     expected = contents(whole)
     todo = [a for a in attacks(Files(store), bits=1, seed=every) if a.kind != "swap"]
-    found = Counter(
+    outcomes = Counter(
         (a.kind, outcome(store, a, lambda s: made.train(s, every), expected)) for a in todo[:60]
     )
-    assert found["delete", "verify"] == 0  # what is missing is always refused
-    assert sum(found[kind, "refused"] for kind in ("delete", "flip", "empty")) > 20
+    assert outcomes["delete", "verify"] == 0  # what is missing is always refused
+    assert sum(outcomes[kind, "refused"] for kind in ("delete", "flip", "empty")) > 20
 
 
 @pytest.mark.parametrize(("work", "group"), [("differentiate", "gradients"), ("judge", "audit")])
@@ -112,8 +112,8 @@ def test_resume__of_damaged_tensors_and_audits(work, group):
     go(whole)
     store = whole.after(2 * len(whole.log) // 3)
     todo = [a for a in attacks(Files(store), bits=1) if a.kind != "swap"][:50]
-    found = Counter((a.kind, outcome(store, a, go, contents(whole))) for a in todo)
-    assert sum(n for (_, by), n in found.items() if by == "refused") > 10
+    outcomes = Counter((a.kind, outcome(store, a, go, contents(whole))) for a in todo)
+    assert sum(n for (_, by), n in outcomes.items() if by == "refused") > 10
 
 
 @pytest.mark.parametrize(
@@ -199,9 +199,9 @@ def test_verify__names_the_file(key, attack, kind, monkeypatch):
     made.differentiate(store, None)
     made.judge(store, False)
     with Attack(attack, key).done_to(Files(store)):
-        found = lk.verify(store)
-        assert kind in {p.kind for p in found}, found
-        assert any(p.path == key or key in p.detail for p in found) or "digest" in key, found
+        problems = lk.verify(store)
+        assert kind in {p.kind for p in problems}, problems
+        assert any(p.path == key or key in p.detail for p in problems) or "digest" in key, problems
 
 
 def test_text_labels__have_a_checksum(tmp_path):
@@ -239,9 +239,9 @@ def test_verify__sees_chunks_in_each_others_places(a, b, monkeypatch):
         slot = trajectory.read_steps(create_root(store))[1]
         a, b = (key.replace("/c/1/", f"/c/{slot}/") for key in (a, b))
     with Attack("swap", a, b).done_to(files):
-        found = lk.verify(store)
-        assert found
-        assert any(p.path.startswith(a.split("/")[0]) for p in found), found
+        problems = lk.verify(store)
+        assert problems
+        assert any(p.path.startswith(a.split("/")[0]) for p in problems), problems
     assert lk.verify(store) == []
 
 
@@ -294,11 +294,11 @@ def test_clipping__that_ends_leaves_a_run_that_opens(monkeypatch):
     monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", made.BLOCK)
     store = made.Log()
     made.train(store, 1, steps=9)
-    found = lk.open(store)["trajectory"]["clip_diagonal"]
-    assert found.sizes["step"] == 9
-    assert (found[4:] == 1).all()
+    diagonal = lk.open(store)["trajectory"]["clip_diagonal"]
+    assert diagonal.sizes["step"] == 9
+    assert (diagonal[4:] == 1).all()
     root = create_root(store)
-    np.testing.assert_array_equal(trajectory.step_rows(root, "clip_diagonal", 2, 9), found[2:])
+    np.testing.assert_array_equal(trajectory.step_rows(root, "clip_diagonal", 2, 9), diagonal[2:])
 
 
 def test_batches__that_widen_are_no_damage(monkeypatch):

@@ -75,21 +75,21 @@ def with_result(path: Path) -> None:
 def seen(path: Path) -> dict[str, object]:
     """All that a user reads of a store, as plain values."""
     tree = lk.open(path).compute()
-    found: dict[str, object] = {}
+    content: dict[str, object] = {}
     for node in tree.subtree:
         ds = node.to_dataset(inherit=False)
         for name, variable in ds.variables.items():
             values = variable.values.tolist()
             about = (variable.dims, str(variable.dtype), sorted(variable.attrs.items()))
-            found[f"{node.path}/{name}"] = repr((about, values))
-        found[f"{node.path}@"] = json.dumps(dict(ds.attrs), sort_keys=True, default=str)
-    return found
+            content[f"{node.path}/{name}"] = repr((about, values))
+        content[f"{node.path}@"] = json.dumps(dict(ds.attrs), sort_keys=True, default=str)
+    return content
 
 
 def files(path: Path) -> list[str]:
     """The files of a store but its locks."""
-    found = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
-    return sorted(name for name in found if not Path(name).name.startswith(".lkarray"))
+    names = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
+    return sorted(name for name in names if not Path(name).name.startswith(".lkarray"))
 
 
 def flip(path: Path, rng: np.random.Generator) -> None:
@@ -116,10 +116,10 @@ ATTACKS = {"flip": flip, "cut": cut, "empty": empty, "delete": delete}
 
 def pairs(path: Path) -> Iterator[tuple[str, str]]:
     """Files of equal size and other content, which could stand in each other's places."""
-    found = files(path)
-    content = {name: (path / name).read_bytes() for name in found}
-    for i, a in enumerate(found):
-        for b in found[i + 1 :]:
+    paths = files(path)
+    content = {name: (path / name).read_bytes() for name in paths}
+    for i, a in enumerate(paths):
+        for b in paths[i + 1 :]:
             both = (a.endswith("zarr.json"), b.endswith("zarr.json"))
             same = both == (True, True) or len(content[a]) == len(content[b])
             if both[0] == both[1] and same and content[a] != content[b]:

@@ -47,8 +47,8 @@ class Files(MutableMapping[str, bytes]):
 
     def __iter__(self) -> Iterator[str]:
         if isinstance(self.store, Path):
-            found = (p.relative_to(self.store) for p in self.store.rglob("*") if p.is_file())
-            return iter(sorted(str(p) for p in found if not p.name.startswith(".lkarray")))
+            paths = (p.relative_to(self.store) for p in self.store.rglob("*") if p.is_file())
+            return iter(sorted(str(p) for p in paths if not p.name.startswith(".lkarray")))
         return iter(sorted(self._held()))
 
     def __len__(self) -> int:

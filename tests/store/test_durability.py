@@ -52,8 +52,8 @@ class Disk:
 
     @staticmethod
     def state(path):
-        found = os.stat(path)
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        status = os.stat(path)
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def lost(self, but=()):
         """Return the files of the store that a power cut would lose, or spoil."""
@@ -86,8 +86,8 @@ def root_mark(*keys):
     def is_mark(source, target):
         if target.name != "zarr.json" or target.parent.name[-5:] != ".zarr":
             return False
-        found = json.loads(source.read_text())["attributes"]["lkarray"]
-        return any(found.get(key) for key in keys)
+        attributes = json.loads(source.read_text())["attributes"]["lkarray"]
+        return any(attributes.get(key) for key in keys)
 
     return is_mark
 
@@ -115,8 +115,8 @@ def test_save__a_kernel_is_on_the_disk_before_it_is_complete(tmp_path, monkeypat
     def is_mark(source, target):
         if target.name != "zarr.json" or target.parent.name != "k":
             return False
-        found = json.loads(source.read_text())["attributes"]
-        return found.get(SAVED, {}).get("complete", False)
+        attributes = json.loads(source.read_text())["attributes"]
+        return attributes.get(SAVED, {}).get("complete", False)
 
     disk = Disk(monkeypatch, tmp_path / "k.zarr", is_mark)
     lk.save(kernel(), tmp_path / "k.zarr")

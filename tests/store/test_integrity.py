@@ -59,9 +59,9 @@ def attack(path, before, name, how, seed):
     """Damage one file, see what becomes of it, and put it back."""
     raw = (path / name).read_bytes()
     ATTACKS[how](path / name, np.random.default_rng(seed))
-    found = attacks.outcome(path, before)
+    noticed = attacks.outcome(path, before)
     (path / name).write_bytes(raw)
-    assert found is not None, f"{how} of {name} went unseen, or ended in another's error"
+    assert noticed is not None, f"{how} of {name} went unseen, or ended in another's error"
 
 
 @pytest.mark.parametrize("how", ATTACKS)
@@ -126,9 +126,9 @@ def test_swap__of_the_records_of_two_chains_is_seen(tmp_path, monkeypatch):
 
 def edit(path, change):
     """Change some metadata."""
-    found = json.loads(path.read_text())
-    change(found)
-    path.write_text(json.dumps(found))
+    metadata = json.loads(path.read_text())
+    change(metadata)
+    path.write_text(json.dumps(metadata))
 
 
 EDITS = {
@@ -295,9 +295,9 @@ def test_observe__notices_statistics_that_are_lost(store):
 def test_repair__gives_back_what_was_stored(store, whole, what):
     before = contents(store)
     DAMAGE[what](store)
-    found = lk.repair(store, progress=False)
-    assert found
-    assert all(one.mended for one in found), found
+    repairs = lk.repair(store, progress=False)
+    assert repairs
+    assert all(repair.mended for repair in repairs), repairs
     assert lk.verify(store) == []
     after = contents(store)
     spare = {f"state/parameters/c/0/{slot}/0" for slot in (0, 1)} - {latest_state(store)}
@@ -424,8 +424,8 @@ def test_open__in_a_forked_process(store):
         loader = DataLoader(
             Reads(store), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
         )
-        found = [item.tolist() for item in loader]
-    assert found == [[0, 24, 24], [1, 24, 24]]
+        batches = [item.tolist() for item in loader]
+    assert batches == [[0, 24, 24], [1, 24, 24]]
 
 
 # --- stores of lkarray 0.1.0 ---------------------------------------------------------------------

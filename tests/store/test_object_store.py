@@ -383,7 +383,7 @@ def test_workers__two_processes_write_disjoint_chains_and_panels_as_one_does(
         client.wait_for_workers(2)
         there = sample(f"{bucket}/there", client=client, **options)
         kernel = lk.correlation(there["losses"]["loss"])
-        found = lk.save(kernel, f"{bucket}/there").values
+        saved = lk.save(kernel, f"{bucket}/there").values
         panels = lk.audit(trace, audited(), store=f"{bucket}/trace", client=client)
         np.testing.assert_array_equal(panels["influence"], alone["influence"])
         assert lk.verify(f"{bucket}/trace") == []
@@ -394,7 +394,7 @@ def test_workers__two_processes_write_disjoint_chains_and_panels_as_one_does(
     finally:
         torch.set_num_threads(threads)
     assert identical(there, here)
-    np.testing.assert_array_equal(found, lk.correlation(here["losses"]["loss"]).values)
+    np.testing.assert_array_equal(saved, lk.correlation(here["losses"]["loss"]).values)
 
 
 # --- locks ---------------------------------------------------------------------------------------

@@ -249,8 +249,8 @@ def test_save__computes_a_damaged_tile_again_and_nothing_else(tmp_path, damage, 
     if damage != "gone":
         tile.write_bytes({"cut": raw[:40], "flipped": raw, "empty": b""}[damage])
     kinds = {"cut": "truncated", "flipped": "corrupt", "empty": "truncated", "gone": "missing"}
-    found = [p.kind for p in lk.verify(path)]
-    assert found == ([kinds[damage]] if finished else ["unfinished"])
+    problems = [p.kind for p in lk.verify(path)]
+    assert problems == ([kinds[damage]] if finished else ["unfinished"])
     computed: list = []
     np.testing.assert_array_equal(lk.save(kernel(values, computed=computed), path), values)
     assert sorted(computed) == [(0, 0), (1, 1), (2, 2)]  # the first and last are compared
@@ -259,12 +259,12 @@ def test_save__computes_a_damaged_tile_again_and_nothing_else(tmp_path, damage, 
 
 def unfinish(file, *, old=False):
     """Take the marks from a saved kernel: as a kill leaves it, or as lkarray 0.1.0 wrote it."""
-    found = json.loads(file.read_text())
-    del found["attributes"][SEAL]
-    found["attributes"][names.SAVED][results.COMPLETE] = False
+    metadata = json.loads(file.read_text())
+    del metadata["attributes"][SEAL]
+    metadata["attributes"][names.SAVED][results.COMPLETE] = False
     if old:
-        del found["attributes"][names.SAVED][results.COMPLETE]
-    file.write_text(json.dumps(found))
+        del metadata["attributes"][names.SAVED][results.COMPLETE]
+    file.write_text(json.dumps(metadata))
 
 
 def test_open__judges_a_kernel_of_0_1_0_by_its_chunks(tmp_path):
@@ -312,9 +312,9 @@ def test_put__killed_at_any_write_keeps_the_old_result(tmp_path, monkeypatch):
                 break
             except Killed:
                 pass
-        found = lk.open(path)["derived/v/v"]
-        assert found.equals(old) or found.equals(new)
-        seen.add(bool(found.equals(new)))
+        opened = lk.open(path)["derived/v/v"]
+        assert opened.equals(old) or opened.equals(new)
+        seen.add(bool(opened.equals(new)))
         assert lk.verify(path) == []
         stores.put(path, "v", old)
     assert lk.open(path)["derived/v/v"].equals(new)
@@ -356,9 +356,9 @@ def swap(a, b):
 
 
 def edit(file, change):
-    found = json.loads(file.read_text())
-    change(found)
-    file.write_text(json.dumps(found))
+    metadata = json.loads(file.read_text())
+    change(metadata)
+    file.write_text(json.dumps(metadata))
 
 
 DAMAGE = {
@@ -439,10 +439,10 @@ def test_labels__come_back_equal_in_dtype_and_value(tmp_path, kind, name):
     saved = lk.save(made, path)
     stores.put(path, "t", made.rename("t"))
     tree = lk.open(path)
-    for found in (saved, tree["derived/k/k"], tree["derived/t/t"]):
-        xr.testing.assert_identical(found.compute().rename("k"), made.compute())
+    for stored in (saved, tree["derived/k/k"], tree["derived/t/t"]):
+        xr.testing.assert_identical(stored.compute().rename("k"), made.compute())
         for coord in made.coords:
-            assert found[coord].dtype == made[coord].dtype
+            assert stored[coord].dtype == made[coord].dtype
     assert tree["derived/k"].attrs == {}
     assert lk.verify(path) == []
     array = zarr.open_array(path / "derived/k" / name)

@@ -62,24 +62,24 @@ def test_discard_gradients__leaves_what_was_computed(trace, tmp_path, monkeypatc
 def test_features__are_the_gradients_at_each_time(trace, tmp_path):
     times, index = [0, 5, 22], [3, 7, 30, 49]
     label = examples().tensors[1].numpy()[index]
-    found = lk.gradient_features(
+    tensor = lk.gradient_features(
         trace, index, times, store=tmp_path / "t", dtype="float64", coords={"label": label}
     )
-    assert found["gradient"].dims == ("time", "example", "param")
-    assert found["gradient"].chunks is not None
+    assert tensor["gradient"].dims == ("time", "example", "param")
+    assert tensor["gradient"].chunks is not None
     for t, step in enumerate(times):
         for e, example in enumerate(index):
             expected = gradient(trace, step, example)
-            np.testing.assert_allclose(found["gradient"][t, e], expected, rtol=1e-12, atol=1e-15)
-    np.testing.assert_array_equal(found["time"], times)
-    np.testing.assert_array_equal(found["example"], index)
-    np.testing.assert_array_equal(found["label"], label)
-    np.testing.assert_array_equal(found["learning_rate"], [1e-2, 1e-2, np.nan])
-    assert found["tensor"].values.tolist() == trace.names
-    assert found["stop"].values.tolist() == [30, 35, 50, 53]
-    assert found["module"].values.tolist() == ["0", "0", "2", "2"]
+            np.testing.assert_allclose(tensor["gradient"][t, e], expected, rtol=1e-12, atol=1e-15)
+    np.testing.assert_array_equal(tensor["time"], times)
+    np.testing.assert_array_equal(tensor["example"], index)
+    np.testing.assert_array_equal(tensor["label"], label)
+    np.testing.assert_array_equal(tensor["learning_rate"], [1e-2, 1e-2, np.nan])
+    assert tensor["tensor"].values.tolist() == trace.names
+    assert tensor["stop"].values.tolist() == [30, 35, 50, 53]
+    assert tensor["module"].values.tolist() == ["0", "0", "2", "2"]
     again = lk.open(tmp_path / "t")["gradients"].to_dataset()
-    np.testing.assert_array_equal(again["gradient"], found["gradient"])
+    np.testing.assert_array_equal(again["gradient"], tensor["gradient"])
     assert lk.verify(tmp_path / "t") == []
 
 
@@ -94,21 +94,21 @@ def test_features__times_by_name(trace, tmp_path):
 
 
 def test_features__of_outputs_and_of_a_function(trace, tmp_path):
-    found = lk.gradient_features(
+    tensor = lk.gradient_features(
         trace, range(5), [2, 9], of="output", store=tmp_path / "t", name="outputs", dtype="float64"
     )
-    assert found["gradient"].dims == ("time", "example", "output", "param")
+    assert tensor["gradient"].dims == ("time", "example", "output", "param")
     for c in range(3):
         expected = gradient(trace, 9, 4, lambda output, target, c=c: output[:, c])
-        np.testing.assert_allclose(found["gradient"][1, 4, c], expected, rtol=1e-12)
+        np.testing.assert_allclose(tensor["gradient"][1, 4, c], expected, rtol=1e-12)
 
     def margin(output, target):
         return output.gather(1, target[:, None])[:, 0] - output.mean(1)
 
-    found = lk.gradient_features(
+    tensor = lk.gradient_features(
         trace, range(5), [2], of=margin, store=tmp_path / "t", name="margin", dtype="float64"
     )
-    np.testing.assert_allclose(found["gradient"][0, 3], gradient(trace, 2, 3, margin), rtol=1e-12)
+    np.testing.assert_allclose(tensor["gradient"][0, 3], gradient(trace, 2, 3, margin), rtol=1e-12)
 
 
 def test_features__of_some_parameters(trace, tmp_path):
@@ -131,13 +131,13 @@ def test_features__preconditioned(make, train, tmp_path):
     trace = lk.open_trace(tmp_path / "t", network(), examples(), loss=cross_entropy)
     options = {"store": tmp_path / "t", "dtype": "float64", "params": ["0.weight", "2.bias"]}
     plain = lk.gradient_features(trace, range(6), [0, 11], **options)
-    found = lk.gradient_features(
+    tensor = lk.gradient_features(
         trace, range(6), [0, 11], preconditioned=True, name="pre", **options
     )
     keep = np.r_[0:30, 50:53]
     for t, step in enumerate((0, 11)):
         scale = 1 / np.sqrt(trace.denominator(step)[keep])
-        np.testing.assert_allclose(found["gradient"][t], plain["gradient"][t] * scale, rtol=1e-12)
+        np.testing.assert_allclose(tensor["gradient"][t], plain["gradient"][t] * scale, rtol=1e-12)
 
 
 def test_projection__is_the_same_in_any_chunking():
@@ -159,18 +159,18 @@ def test_projection__is_the_same_in_any_chunking():
 def test_features__projected(trace, tmp_path):
     options = {"store": tmp_path / "t", "dtype": "float64"}
     whole = lk.gradient_features(trace, range(5), [3, 8], **options)
-    found = lk.gradient_features(
+    tensor = lk.gradient_features(
         trace, range(5), [3, 8], project=64, seed=5, name="projected", **options
     )
     expected = whole["gradient"].values @ Projection(64, 5).rows(0, 53).astype(np.float64)
-    np.testing.assert_allclose(found["gradient"], expected, rtol=1e-10)
+    np.testing.assert_allclose(tensor["gradient"], expected, rtol=1e-10)
     part = lk.gradient_features(
         trace, range(5), [3, 8], params="2.*", project=64, seed=5, name="part", **options
     )
     expected = whole["gradient"].values[..., 35:] @ Projection(64, 5).rows(35, 53)
     np.testing.assert_allclose(part["gradient"], expected, rtol=1e-10)
-    assert "start" not in found.coords
-    assert found.attrs["projection"] == {"size": 64, "seed": 5}
+    assert "start" not in tensor.coords
+    assert tensor.attrs["projection"] == {"size": 64, "seed": 5}
 
 
 # --- resume ------------------------------------------------------------------------------------
@@ -199,9 +199,9 @@ def test_features__go_on_after_a_stop_and_compute_nothing_twice(trace, tmp_path,
     limit = 100
     # Another budget now: the shards stay those that it was begun with.
     monkeypatch.setattr(features_module, "_SHARD_BYTES", 1 << 20)
-    found = lk.gradient_features(trace, **call)
+    tensor = lk.gradient_features(trace, **call)
     assert 15 <= len(made) <= 17
-    np.testing.assert_array_equal(found["gradient"], whole["gradient"])
+    np.testing.assert_array_equal(tensor["gradient"], whole["gradient"])
     before = len(made)
     lk.gradient_features(trace, **call)
     assert len(made) == before
@@ -216,13 +216,13 @@ def test_features__refuse_another_tensor_in_the_group(trace, tmp_path):
 
 
 def test_features__have_the_kernels_as_methods_and_show_in_info(trace, tmp_path):
-    found = lk.gradient_features(trace, range(5), [3, 8], store=tmp_path / "t")
+    tensor = lk.gradient_features(trace, range(5), [3, 8], store=tmp_path / "t")
     tree = lk.open(tmp_path / "t")
-    for G in (found, tree["gradients"], tree):
-        np.testing.assert_array_equal(G.lk.plgk(), lk.plgk(found))
-        np.testing.assert_array_equal(G.lk.ips(weight="lr"), lk.ips(found, weight="lr"))
+    for G in (tensor, tree["gradients"], tree):
+        np.testing.assert_array_equal(G.lk.plgk(), lk.plgk(tensor))
+        np.testing.assert_array_equal(G.lk.ips(weight="lr"), lk.ips(tensor, weight="lr"))
     np.testing.assert_array_equal(
-        found.lk.params("2.*").lk.lgk(), lk.lgk(found.isel(param=slice(35, 53)))
+        tensor.lk.params("2.*").lk.lgk(), lk.lgk(tensor.isel(param=slice(35, 53)))
     )
     text = describe_store(tmp_path / "t")
     assert "22 steps committed of Adam, 53 parameters in 4 tensors, every 1 steps" in text
@@ -234,8 +234,8 @@ def test_features__stay_lazy(trace, tmp_path):
         raise AssertionError("computed")
 
     with dask.config.set(scheduler=refuse):
-        found = lk.gradient_features(trace, range(5), [3], store=tmp_path / "t")
-        found["gradient"].isel(time=0) * 2
+        tensor = lk.gradient_features(trace, range(5), [3], store=tmp_path / "t")
+        tensor["gradient"].isel(time=0) * 2
 
 
 @pytest.mark.parametrize(
@@ -265,8 +265,8 @@ def test_features__bad_input(options, message, trace):
 
 def test_features__take_a_finished_recorder(train, tmp_path):
     _, recorder = train(tmp_path / "t", steps=8)
-    found = lk.gradient_features(recorder, examples(), store=tmp_path / "t")
-    assert found.sizes["time"] == 2
+    tensor = lk.gradient_features(recorder, examples(), store=tmp_path / "t")
+    assert tensor.sizes["time"] == 2
     with pytest.raises(TypeError, match="trace must come from"):
         lk.gradient_features("train.zarr", examples(), store=tmp_path / "t")
 
@@ -274,9 +274,9 @@ def test_features__take_a_finished_recorder(train, tmp_path):
 def test_features__of_other_examples_than_were_trained_on(trace, tmp_path):
     torch.manual_seed(9)
     other = TensorDataset(torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))
-    found = lk.gradient_features(trace, other, [4], store=tmp_path / "t", dtype="float64")
+    tensor = lk.gradient_features(trace, other, [4], store=tmp_path / "t", dtype="float64")
     trace.train_set, trace.train = (
         other,
         Batches(other, name="other", device=torch.device("cpu")),
     )
-    np.testing.assert_allclose(found["gradient"][0, 2], gradient(trace, 4, 2), rtol=1e-12)
+    np.testing.assert_allclose(tensor["gradient"][0, 2], gradient(trace, 4, 2), rtol=1e-12)

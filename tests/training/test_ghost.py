@@ -62,14 +62,14 @@ KERNELS = {
 def test_kernels__from_factors_equal_those_from_gradients(name, both):
     (dense, ghost), (other, other_ghost) = both["train"], both["other"]
     kernel = KERNELS[name]
-    for found, expected in (
+    for by_factors, expected in (
         (kernel(ghost), kernel(dense)),
         (kernel(other_ghost, ghost), kernel(other, dense)),
     ):
-        assert found.dims == expected.dims
-        assert found.name == expected.name
+        assert by_factors.dims == expected.dims
+        assert by_factors.name == expected.name
         scale = float(abs(expected).max())
-        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10 * scale)
+        np.testing.assert_allclose(by_factors, expected, rtol=1e-10, atol=1e-10 * scale)
     if name.startswith("ips"):
         np.testing.assert_array_equal(np.diag(kernel(ghost)), 1)
         assert lk.chord_distance(kernel(ghost)).shape == (40, 40)
@@ -79,8 +79,8 @@ def test_factors__are_fewer_numbers_and_one_time_will_do(both, trace):
     dense, ghost = both["train"]
     assert ghost["factor"].sizes["element"] < dense.sizes["param"] / 4
     assert set(ghost["role"].values.tolist()) == {"dense", "in", "out"}
-    found = lk.plgk(ghost.isel(time=1))
-    np.testing.assert_allclose(found, lk.plgk(dense.isel(time=1)), rtol=1e-10, atol=1e-12)
+    kernel = lk.plgk(ghost.isel(time=1))
+    np.testing.assert_allclose(kernel, lk.plgk(dense.isel(time=1)), rtol=1e-10, atol=1e-12)
     assert "factored" in str(lk.gradient_plan(trace))
     assert lk.gradient_plan(trace).cost == ghost["factor"].sizes["element"]
 
@@ -107,14 +107,14 @@ def test_factors__bad_input(both):
 
 
 def test_activations__are_the_modules_output_at_each_time(trace):
-    found = lk.activations(trace, range(5), [0, 9], module="4", coords={"label": [0, 1, 2, 0, 1]})
-    assert found.dims == ("time", "example", "unit")
+    units = lk.activations(trace, range(5), [0, 9], module="4", coords={"label": [0, 1, 2, 0, 1]})
+    assert units.dims == ("time", "example", "unit")
     trace.set(9)
     with torch.no_grad():
         expected = trace.flat.module[:5](trace.train.take(np.arange(5))[0])
-    np.testing.assert_allclose(found[1], expected, rtol=1e-6)
-    np.testing.assert_array_equal(found["label"], [0, 1, 2, 0, 1])
-    overlap = lk.activation_overlap(found)
+    np.testing.assert_allclose(units[1], expected, rtol=1e-6)
+    np.testing.assert_array_equal(units["label"], [0, 1, 2, 0, 1])
+    overlap = lk.activation_overlap(units)
     np.testing.assert_allclose(overlap[-1], 1, rtol=1e-6)
     with pytest.raises(ValueError, match="module 'fc' is none of"):
         lk.activations(trace, range(5), [0], module="fc")
@@ -125,7 +125,7 @@ def test_activations__are_the_modules_output_at_each_time(trace):
 def test_sensitivity__equals_finite_differences_of_the_coefficients(trace, both):
     dense, _ = both["train"]
     modes = lk.modes(dense.isel(time=-1), 3).compute()
-    found = lk.mode_sensitivity(trace, modes, range(6), 8)
+    moves = lk.mode_sensitivity(trace, modes, range(6), 8)
     trace.set(8)
     slopes = lk.mode_sensitivity(trace, modes, range(6), 8, whole=True)["slope"]
     directions = torch.from_numpy(modes["direction"].values)
@@ -145,9 +145,9 @@ def test_sensitivity__equals_finite_differences_of_the_coefficients(trace, both)
             gradient[:, i] = ((up - down) / 2e-5).numpy()
         np.testing.assert_allclose(slopes[example], gradient, rtol=1e-4, atol=1e-6)
         expected = np.linalg.norm(gradient, axis=1)
-        np.testing.assert_allclose(found["sensitivity"][example], expected, rtol=1e-6)
+        np.testing.assert_allclose(moves["sensitivity"][example], expected, rtol=1e-6)
         norm = np.linalg.norm(dense["gradient"][-1, example])
-        np.testing.assert_allclose(found["corrected"][example], expected / norm, rtol=1e-6)
+        np.testing.assert_allclose(moves["corrected"][example], expected / norm, rtol=1e-6)
     with pytest.raises(errors.SchemaError, match="direction"):
         lk.mode_sensitivity(trace, modes.isel(param=slice(10)), range(6), 8)
 

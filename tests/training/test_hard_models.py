@@ -99,8 +99,8 @@ def by_autograd(model, data, loss=cross_entropy):
     return torch.stack(rows).numpy()
 
 
-def close(found, expected, tolerance=1e-9):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+def close(values, expected, tolerance=1e-9):
+    np.testing.assert_allclose(values, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 def similarities(G):
@@ -129,7 +129,7 @@ def test_influence_functions__of_models_that_torch_func_refuses(how, tmp_path):
     model, data = build(how)
     trace = lk.snapshot(model, data, loss=cross_entropy, store=tmp_path / "t")
     options = {"damping": 5.0} if how != "old function" else {"damping": 5.0, "params": "out.*"}
-    found = lk.influence_functions(trace, range(N), **options)
+    influences = lk.influence_functions(trace, range(N), **options)
     names = [n for n, _ in model.named_parameters() if how != "old function" or n.startswith("out")]
     values = dict(model.named_parameters())
     x, y = data.tensors
@@ -148,7 +148,7 @@ def test_influence_functions__of_models_that_torch_func_refuses(how, tmp_path):
         asked = [torch.full((p.numel(),), n in names) for n, p in model.named_parameters()]
         g = g[:, torch.cat(asked).numpy()]
     expected = -g @ np.linalg.solve(H.numpy() + 5.0 * np.eye(len(H)), g.T) / N
-    close(found.values, expected, 1e-8)
+    close(influences.values, expected, 1e-8)
 
 
 def test_reentrant_checkpoints__that_lose_gradients_are_named(tmp_path):
@@ -353,9 +353,9 @@ def test_record__leaves_frozen_parameters_out_and_resumes(kind, tmp_path):
     trace = lk.open_trace(tmp_path / "b", model, data, loss=cross_entropy)
     assert trace.names == ["out.weight", "out.bias", "down.weight", "up.weight"]
     np.testing.assert_array_equal(trace.learning_rates, 1e-2)
-    found = lk.audit(trace, range(N))
-    assert found.attrs["closure"] < 1e-9
-    assert found.attrs["lc"] > 0.99
+    audit = lk.audit(trace, range(N))
+    assert audit.attrs["closure"] < 1e-9
+    assert audit.attrs["lc"] > 0.99
     G = lk.gradient_features(trace, range(N), [5], store=tmp_path / "b", dtype="float64")
     close(G["gradient"].values[0], by_autograd(model, data))
 
@@ -405,8 +405,8 @@ def test_record__parameters_that_some_batches_do_not_reach(tmp_path):
     batches = [np.arange(5), np.arange(5, 10), np.arange(5)]
     model = Either().double()
     train(model, data, torch.optim.SGD(model.parameters(), 0.1), tmp_path / "a", batches)
-    found = lk.audit(lk.open_trace(tmp_path / "a", model, data, loss=cross_entropy), range(N))
-    assert found.attrs["closure"] < 1e-9
+    audit = lk.audit(lk.open_trace(tmp_path / "a", model, data, loss=cross_entropy), range(N))
+    assert audit.attrs["closure"] < 1e-9
     model = Either().double()
     with pytest.raises(ValueError, match=r"'b.weight', 'b.bias'.*set .grad to zeros"):
         train(model, data, torch.optim.Adam(model.parameters()), tmp_path / "b", batches)
@@ -476,13 +476,13 @@ def test_copies__of_modules_that_keep_what_they_computed(name, tmp_path):
     )
     np.testing.assert_allclose(tree["losses"]["center_loss"], right, rtol=1e-6)
     trace = lk.snapshot(model, data, loss=cross_entropy, store=tmp_path / "t")
-    found = lk.gradient_similarity(trace, range(N))
+    similarity = lk.gradient_similarity(trace, range(N))
     moving, rows = list(model.parameters()), []
     for i in range(N):
         x, y = (part[i : i + 1] for part in data.tensors)
         slopes = torch.autograd.grad(cross_entropy(model(x), y).sum(), moving)
         rows.append(torch.cat([slope.flatten() for slope in slopes]))
-    close(found, similarities(torch.stack(rows)))
+    close(similarity, similarities(torch.stack(rows)))
 
 
 def test_copies__name_what_cannot_be_copied(tmp_path):

@@ -31,13 +31,13 @@ def by_hand(trace, vectors, x, label):
 
 
 def test_coefficients__are_projections_of_gradients(trace, modes, tmp_path):
-    found = lk.mode_coefficients(
+    expected = lk.mode_coefficients(
         modes, lk.open(tmp_path / "t")["gradients"].to_dataset().isel(time=0)
     )
     trace.set(6)
     inputs, target = trace.train.take(np.arange(12))
     got = coefficients(trace, directions(trace, modes), inputs, target).detach()
-    np.testing.assert_allclose(got, found, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -49,7 +49,7 @@ def test_shift_modes__equals_algorithm_2_by_hand(trace, modes, norm, labels):
     options = {"shift": 0.3, "radius": 0.05, "norm": norm, "steps": 4, "step_size": 0.02}
     weights = {"match": 2.0, "ortho": 0.7, "loss": 0.5}
     lowest, highest = float(inputs.min()), float(inputs.max()) - 0.01
-    found = lk.shift_modes(
+    moved = lk.shift_modes(
         trace,
         modes,
         range(5),
@@ -85,7 +85,7 @@ def test_shift_modes__equals_algorithm_2_by_hand(trace, modes, norm, labels):
                 off = x - x0
                 x = x0 + off * min(1.0, 0.05 / float(off.norm()))
             x = x.clamp(lowest, highest)
-        np.testing.assert_allclose(found[n], x, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(moved[n], x, rtol=1e-7, atol=1e-9)
 
 
 def test_shift_modes__shifts_against_the_drives(trace, modes):

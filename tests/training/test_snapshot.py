@@ -19,7 +19,7 @@ def trained(train, tmp_path):
 
 
 def test_mean_gradient__is_autograds_of_the_mean_loss(trained):
-    found = lk.mean_gradient(trained, [0, 4, 6])
+    mean = lk.mean_gradient(trained, [0, 4, 6])
     inputs, labels = examples().tensors
     for t, step in enumerate((0, 4, 6)):
         model = network()
@@ -30,9 +30,9 @@ def test_mean_gradient__is_autograds_of_the_mean_loss(trained):
             cross_entropy(model(inputs), labels).mean(), list(model.parameters())
         )
         expected = torch.cat([slope.flatten() for slope in slopes])
-        np.testing.assert_allclose(found[t], expected, rtol=1e-12, atol=1e-15)
-    assert found.dims == ("time", "param")
-    assert found["time"].values.tolist() == [0, 4, 6]
+        np.testing.assert_allclose(mean[t], expected, rtol=1e-12, atol=1e-15)
+    assert mean.dims == ("time", "param")
+    assert mean["time"].values.tolist() == [0, 4, 6]
 
 
 def test_mean_gradient__along_modes_is_their_drive(trained, tmp_path, monkeypatch):
