@@ -18,7 +18,7 @@ import zarr
 from lkarray import schema
 from lkarray.arguments import checked
 from lkarray.errors import DivergedError, SchemaError, StoreError
-from lkarray.store.location import MARK, StoreLike, as_store, describe, local_path
+from lkarray.store.location import ENTRIES, StoreLike, as_store, describe, local_path
 
 logger = logging.getLogger("lkarray")
 
@@ -130,7 +130,7 @@ def _open(path: StoreLike) -> zarr.Group:
         raise StoreError(
             f"the root metadata of {where} cannot be read ({error}); restore zarr.json from a copy"
         ) from None
-    if MARK in root.attrs:
+    if ENTRIES in root.attrs:
         raise StoreError(f"{where} is a store of lkarray itself; open it with lk.open")
     return root
 

@@ -20,8 +20,8 @@ from lkarray.store import (
     stored,
     stored_fingerprint,
 )
-from lkarray.store.audits import audit_marks, open_audit
-from lkarray.store.gradients import gradient_marks, open_gradients
+from lkarray.store.audits import audit_fingerprints, open_audit
+from lkarray.store.gradients import gradient_fingerprints, open_gradients
 from lkarray.store.layout import recorded
 from lkarray.store.location import StoreLike, sizes
 from lkarray.store.names import DERIVED
@@ -91,11 +91,11 @@ def _training(root: zarr.Group) -> Iterator[str]:
             f"{ds.sizes['param']:,} parameters in {ds.sizes['tensor']} tensors, "
             f"every {mark['every']} steps a state"
         )
-    for group in gradient_marks(root):
+    for group in gradient_fingerprints(root):
         tensor = next(iter(open_gradients(root, group).data_vars.values()))
         shape = ", ".join(f"{dim} {n:,}" for dim, n in tensor.sizes.items())
         yield f"  /{group}  {tensor.name}({shape}), {tensor.dtype}, {format_bytes(tensor.nbytes)}"
-    for group in audit_marks(root):
+    for group in audit_fingerprints(root):
         influence = open_audit(root, group)["influence"]
         shape = ", ".join(f"{dim} {n:,}" for dim, n in influence.sizes.items())
         yield f"  /{group}  influence({shape}), {influence.dtype}, {format_bytes(influence.nbytes)}"

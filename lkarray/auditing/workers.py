@@ -110,7 +110,7 @@ def _run(payload: bytes, key: str, panel: int) -> None:
     """Run one panel, in a worker."""
     job: _Job = pickle.loads(payload)
     root = stores.open_root(stores.as_store(job.store), mode="r+")
-    if audits.audit_marks(root).get(job.layout.group) != job.fingerprint:
+    if audits.audit_fingerprints(root).get(job.layout.group) != job.fingerprint:
         raise another_store(root)
     patiently(lambda: _panel(job, root, key, panel))
 

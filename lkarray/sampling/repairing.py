@@ -23,8 +23,8 @@ from lkarray.sampling.randomness import ChainRandomness
 from lkarray.sampling.replay import remembered
 from lkarray.sampling.samplers import Sampler, sampler_from
 from lkarray.sampling.target import Observable, Target
-from lkarray.store.audits import audit_marks
-from lkarray.store.gradients import gradient_marks
+from lkarray.store.audits import audit_fingerprints
+from lkarray.store.gradients import gradient_fingerprints
 from lkarray.store.layout import carried_paths, loss_groups, recorded_paths
 from lkarray.store.location import StoreLike
 from lkarray.store.mending import (
@@ -337,7 +337,7 @@ def _remedy(root: zarr.Group, problem: Problem) -> str:
     group, _, name = problem.path.partition("/")
     if group == "derived":
         return "a result is not made again here: compute it again"
-    if group == ROOT or group in gradient_marks(root) or group in audit_marks(root):
+    if group == ROOT or group in gradient_fingerprints(root) or group in audit_fingerprints(root):
         return "what was recorded of a training run cannot be taken again here: record it again"
     of_losses = group == schema.LOSSES or group.startswith(f"{schema.LOSSES}_")
     chains = (schema.LOSS.name, schema.CENTER_LOSS.name)

@@ -27,7 +27,7 @@ from lkarray.sampling.job import Job
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.samplers import Sampler, sampler_from
 from lkarray.sampling.target import Observable
-from lkarray.store.location import MARK, StoreLike
+from lkarray.store.location import ENTRIES, StoreLike
 from lkarray.store.reading import PARTS, join_parts
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def observe(
     """
     if PARTS in tree.attrs:
         return _observe_parts(tree, new_set, posterior=posterior, store=store, **_rest(locals()))
-    fingerprint = dict(tree.attrs.get(MARK, {})).get(schema.LOSSES)
+    fingerprint = dict(tree.attrs.get(ENTRIES, {})).get(schema.LOSSES)
     if fingerprint is None:
         raise ValueError(
             "the tree does not say how it was sampled; pass the whole tree that lk.sample returned "
@@ -235,7 +235,7 @@ def _observe_parts(
         part.attrs = dict(attrs)
         own = posterior
         if posterior is not None and dim == schema.COMPONENT:
-            own = posterior.moving(attrs[MARK][schema.LOSSES]["trainable"])
+            own = posterior.moving(attrs[ENTRIES][schema.LOSSES]["trainable"])
         where = None if store is None else stores.part_store(place, dim, label)
         found.append(observe(part, new_set, posterior=own, store=where, **options))
     return join_parts(found, dim, labels)

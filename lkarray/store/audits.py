@@ -40,17 +40,18 @@ from lkarray.store.chunks import (
 from lkarray.store.committed import array_names, reading, require_seals
 from lkarray.store.fingerprints import group_made_with, refuse_other_group
 from lkarray.store.location import (
-    MARK,
     as_store,
     create_root,
+    enter,
+    entries_of,
     local_path,
-    update_mark,
     writing,
 )
 from lkarray.store.names import check_name, make_group
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import add_to_seal, described, seal
 from lkarray.store.trace_digests import chain
+from lkarray.store.typed import attributes_of
 from lkarray.store.variables import variables
 
 _COMMIT_SECONDS, _COMMIT_SHARE = 30.0, 50.0
@@ -62,10 +63,9 @@ def audit_group(name: str | None) -> str:
     return "audit" if name is None else f"audit_{check_name(name, 'name')}"
 
 
-def audit_marks(root: zarr.Group) -> dict[str, Any]:
+def audit_fingerprints(root: zarr.Group) -> dict[str, Any]:
     """Return the groups of a store's audits, and what each was made with."""
-    found: Any = dict(root.attrs[MARK]).get("audits", {})  # type: ignore[arg-type]
-    return dict(found)
+    return dict(entries_of(root).get("audits", {}))
 
 
 def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) -> zarr.Group:
@@ -81,7 +81,7 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
         Something of it that was committed is missing, or its metadata were changed.
     """
     root = create_root(as_store(path))
-    before = audit_marks(root).get(layout.group)
+    before = audit_fingerprints(root).get(layout.group)
     if before is not None:
         refuse_other_group(root, layout.group, before, fingerprint)
         _require_committed(root, layout.group)
@@ -119,8 +119,8 @@ def begin_audit(path: Any, layout: AuditLayout, fingerprint: Mapping[str, Any]) 
         # Written, so that a missing one is a fault.
         record[:] = [[-1, 0, panel, *(0,) * (len(FIELDS) - 3)] for panel in range(shape[0])]
         flush(root.store, chunk_keys(record))
-        marks = audit_marks(root) | {layout.group: dict(fingerprint)}
-        update_mark(root, audits=marks)
+        made = audit_fingerprints(root) | {layout.group: dict(fingerprint)}
+        enter(root, audits=made)
     return root
 
 
@@ -132,7 +132,7 @@ def whole_audit(path: Any, group: str, fingerprint: Mapping[str, Any]) -> zarr.G
     FingerprintError
         The group holds another audit.
     """
-    root = group_made_with(path, group, fingerprint, audit_marks)
+    root = group_made_with(path, group, fingerprint, audit_fingerprints)
     if root is None:
         return None
     described = "closure" in root[group].attrs  # the last thing that is written
@@ -142,14 +142,14 @@ def whole_audit(path: Any, group: str, fingerprint: Mapping[str, Any]) -> zarr.G
 def stored_rows(path: Any, group: str) -> int | None:
     """Return the audited examples of a panel of the audit that is stored, if there is one."""
     root = create_root(as_store(path))
-    if group not in audit_marks(root):
+    if group not in audit_fingerprints(root):
         return None
     return _panel_rows(stored_at(root, f"{group}/{INFLUENCE.name}"))
 
 
 def _panel_rows(influence: zarr.Array) -> int:
     with reading(influence.store, f"{influence.path}/zarr.json"):
-        return int(influence.attrs["rows"])  # type: ignore[arg-type]
+        return int(attributes_of(influence)["rows"])
 
 
 def read_records(root: zarr.Group, group: str) -> np.ndarray:

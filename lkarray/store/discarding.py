@@ -8,18 +8,18 @@ from typing import Any
 from zarr.core.sync import sync
 
 from lkarray.store.arrays import finish, listed
-from lkarray.store.location import StoreLike, as_store, open_root, update_mark, writing
+from lkarray.store.location import StoreLike, as_store, enter, open_root, writing
 from lkarray.store.locking import writer_lock
 
 
-def discard(path: StoreLike, goes: Callable[[str], bool], **marks: Any) -> None:
-    """Delete the groups at a store's top that ``goes`` names; their marks are set first.
+def discard(path: StoreLike, goes: Callable[[str], bool], **entries: Any) -> None:
+    """Delete the groups at a store's top that ``goes`` names; their entries are set first.
 
     So a kill halfway leaves groups that nothing takes for whole, and the same call deletes them.
     """
     with writer_lock(as_store(path)):
         root = open_root(path, mode="r+")
-        update_mark(root, **marks)
+        enter(root, **entries)
         with writing(root.store):
             for name in filter(goes, listed(root.store)):
                 sync(root.store.delete_dir(name))

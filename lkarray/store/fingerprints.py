@@ -17,11 +17,11 @@ def group_made_with(
     path: StoreLike,
     group: str,
     fingerprint: Mapping[str, Any],
-    marks: Callable[[zarr.Group], Mapping[str, Any]],
+    made: Callable[[zarr.Group], Mapping[str, Any]],
 ) -> zarr.Group | None:
     """Return the root of a store in which a group was begun; ``None`` if none was. Writes nothing.
 
-    ``marks`` gives the groups of a store, and what each was made with.
+    ``made`` gives the groups of a store, and what each was made with.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def group_made_with(
     """
     store = as_store(path)
     root = open_root(store) if exists(store) else None
-    before = None if root is None else marks(root).get(group)
+    before = None if root is None else made(root).get(group)
     if root is None or before is None:
         return None
     refuse_other_group(root, group, before, fingerprint)

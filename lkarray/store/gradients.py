@@ -34,16 +34,17 @@ from lkarray.store.committed import reading, require_seals
 from lkarray.store.discarding import discard
 from lkarray.store.fingerprints import group_made_with, refuse_other_group
 from lkarray.store.location import (
-    MARK,
     StoreLike,
     as_store,
     create_root,
-    update_mark,
+    enter,
+    entries_of,
     writing,
 )
 from lkarray.store.names import check_name, make_group
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import described, seal
+from lkarray.store.typed import attributes_of
 from lkarray.store.variables import variables
 
 _ROWS, _COLUMNS = 128, 16384
@@ -125,10 +126,9 @@ def gradient_group(name: str | None) -> str:
     return schema.GRADIENTS if name is None else f"{schema.GRADIENTS}_{check_name(name, 'name')}"
 
 
-def gradient_marks(root: zarr.Group) -> dict[str, Any]:
+def gradient_fingerprints(root: zarr.Group) -> dict[str, Any]:
     """Return the groups of a store's gradient tensors, and what each was made with."""
-    made: Any = dict(root.attrs[MARK]).get(schema.GRADIENTS, {})  # type: ignore[arg-type]
-    return dict(made)
+    return dict(entries_of(root).get(schema.GRADIENTS, {}))
 
 
 @checked()
@@ -167,7 +167,7 @@ def whole_gradients(
     FingerprintError
         The group holds another tensor.
     """
-    root = group_made_with(path, group, fingerprint, gradient_marks)
+    root = group_made_with(path, group, fingerprint, gradient_fingerprints)
     if root is None:
         return None
     return root if np.asarray(stored_at(root, f"{group}/{DONE.name}")[:]).all() else None
@@ -187,7 +187,7 @@ class TensorWriter:
     def __init__(self, path: Any, layout: TensorLayout, fingerprint: Mapping[str, Any]) -> None:
         self.layout = layout.aligned()
         self.root = create_root(as_store(path))
-        before = gradient_marks(self.root).get(layout.group)
+        before = gradient_fingerprints(self.root).get(layout.group)
         if before is None:
             self._create(dict(fingerprint))
         else:
@@ -195,13 +195,13 @@ class TensorWriter:
             _require_committed(self.root, layout.group)
         self.array = stored_at(self.root, f"{layout.group}/{layout.variable.name}")
         # Shards are those it was begun with, whatever the budget is now.
-        self.layout = replace(layout, rows=int(self.array.attrs["rows"]))  # type: ignore[arg-type]
+        self.layout = replace(layout, rows=int(attributes_of(self.array)["rows"]))
         self._done = stored_at(self.root, f"{layout.group}/{DONE.name}")
         self._digests = digests_of(self.root, layout.group)
         self.done = read_done(self.root, layout.group)
         self._rows: dict[int, np.ndarray] = {}  # of the checksums, that the next commit writes
         self._keys: list[str] = []
-        self._marked: list[tuple[int, int]] = []
+        self._whole: list[tuple[int, int]] = []
 
     def _create(self, fingerprint: dict[str, Any]) -> None:
         layout, root = self.layout, self.root
@@ -228,8 +228,8 @@ class TensorWriter:
                 create_coord(group, name, values, dim)
             seal(group, filling=[spec.name, DIGEST.name, DONE.name])
             flush_tree(root.store, layout.group)
-            marks = gradient_marks(root) | {layout.group: fingerprint}
-            update_mark(root, **{schema.GRADIENTS: marks})
+            made = gradient_fingerprints(root) | {layout.group: fingerprint}
+            enter(root, **{schema.GRADIENTS: made})
 
     def write(self, time: int, shard: int, values: np.ndarray) -> None:
         """Write a shard; it counts after the next `commit`."""
@@ -239,7 +239,7 @@ class TensorWriter:
         for block in _blocks(self.array, rows):
             self._keys += chunk_keys(self.array, (time, block))
             self._keep_digests(time, block, values, rows.start)
-        self._marked.append((time, shard))
+        self._whole.append((time, shard))
 
     def _keep_digests(self, time: int, block: int, values: np.ndarray, start: int) -> None:
         """Note the checksums of the chunks of some rows, of which ``values`` begin at ``start``."""
@@ -256,7 +256,7 @@ class TensorWriter:
 
     def commit(self) -> None:
         """Make the shards written so far count."""
-        if not self._marked:
+        if not self._whole:
             return
         with writing(self.root.store, safe="Shards that were committed are kept"):
             for time, row in self._rows.items():
@@ -264,11 +264,11 @@ class TensorWriter:
                 self._digests[time] = row
                 self._keys += chunk_keys(self._digests, (time,))
             flush(self.root.store, self._keys)
-            for place in self._marked:
+            for place in self._whole:
                 self.done[place] = True
             self._done[:] = self.done.astype(np.int8)
             flush(self.root.store, chunk_keys(self._done, ()))
-        self._keys, self._marked, self._rows = [], [], {}
+        self._keys, self._whole, self._rows = [], [], {}
 
 
 def read_done(root: zarr.Group, group: str) -> np.ndarray:
@@ -329,7 +329,7 @@ def committed_shards(root: zarr.Group, group: str) -> Iterator[tuple[zarr.Array,
     """Yield a stored tensor with the first indices of the chunks that must be there."""
     array = stored_at(root, f"{group}/{tensor_name(root, group)}")
     with reading(root.store, f"{array.path}/zarr.json"):
-        rows = int(array.attrs["rows"])  # type: ignore[arg-type]
+        rows = int(attributes_of(array)["rows"])
     for t, shard in np.argwhere(read_done(root, group)).tolist():
         examples = slice(shard * rows, min((shard + 1) * rows, array.shape[1]))
         yield from ((array, (t, block)) for block in _blocks(array, examples))

@@ -16,18 +16,19 @@ from lkarray.errors import GroupError, StoreError
 from lkarray.store.arrays import create_array, create_coord, listed, require_space, stored
 from lkarray.store.chunks import chunk_keys, flush, flush_tree, missing
 from lkarray.store.location import (
-    MARK,
     StoreLike,
     as_store,
     create_root,
     describe,
+    enter,
+    entries_of,
     is_sealed,
-    update_mark,
     writing,
 )
 from lkarray.store.names import SAVED
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import seal
+from lkarray.store.typed import dims_of
 
 #: Bytes that one chain buffers before it must write a block; and the draws of a block beyond
 #: which it is not worth more than a few bytes, so that memory stays flat in draws.
@@ -133,7 +134,7 @@ def create_run(
                 seal(group_at(root, name), growing=set(group_at(root, name).array_keys()))
         made = [s.group for s in sets] + [schema.SAMPLE_STATS, schema.STATE, schema.COMMIT]
         flush_tree(root.store, *made, *[schema.OBSERVABLES] * bool(observables))
-        update_mark(root, **{schema.LOSSES: dict(fingerprint)})
+        enter(root, **{schema.LOSSES: dict(fingerprint)})
     return root
 
 
@@ -187,7 +188,7 @@ def _create_set(root: zarr.Group, of: LossSet, chains: int, draws: int, depth: i
 
 def stored_fingerprint(root: zarr.Group) -> dict[str, Any] | None:
     """Return the settings that the stored losses were made with, ``None`` before that."""
-    return dict(root.attrs[MARK]).get(schema.LOSSES)  # type: ignore[arg-type, return-value]
+    return entries_of(root).get(schema.LOSSES)
 
 
 def drop_unfinished(root: zarr.Group) -> None:
@@ -262,9 +263,8 @@ def grow(root: zarr.Group, *, chains: int, draws: int) -> None:
     arrays += reversed(recorded(root).values())
     grown = []
     for array in arrays:
-        dims = array.metadata.dimension_names  # type: ignore[union-attr]
-        sizes = zip(dims or (), array.shape, strict=True)
-        grown.append((array, tuple(max(n, want.get(str(dim), n)) for dim, n in sizes)))
+        sizes = zip(dims_of(array), array.shape, strict=True)
+        grown.append((array, tuple(max(n, want.get(dim, n)) for dim, n in sizes)))
     if all(shape == array.shape for array, shape in grown):
         return
     new = [4 * (prod(shape) - prod(array.shape)) for array, shape in grown]

@@ -20,14 +20,15 @@ from lkarray.store import objects
 from lkarray.store.checksums import json_digest
 from lkarray.store.files import fsync_all, make_folder
 from lkarray.store.objects import ObjectError, UrlStore, without_credentials
+from lkarray.store.typed import attributes_of
 
 StoreLike = str | os.PathLike[str] | Store
 
 #: Version of the layout on disk; a reader refuses a store with a larger one.
 SCHEMA_VERSION = 1
 
-#: Root attribute under which lkarray keeps what it must know of a store.
-MARK = "lkarray"
+#: Root attribute in which lkarray enters what a store has, and what each of it was made with.
+ENTRIES = "lkarray"
 _SEAL = "seal"  # in it: a checksum of the rest
 #: What lkarray 0.1.0 wrote there.
 _UNSEALED = {"schema", "version", "losses", "parts", "trajectory", "gradients", "audits"}
@@ -216,23 +217,24 @@ def open_root(path: StoreLike, *, mode: str = "r") -> zarr.Group:
     if mode == "r" and not store.read_only:
         store = store.with_read_only(True)
     root = zarr.open_group(store, mode=mode, zarr_format=3, use_consolidated=False)  # type: ignore[arg-type]
-    mark = root.attrs.get(MARK)
-    if not isinstance(mark, dict) or not isinstance(mark.get("schema"), int):
+    entries = root.attrs.get(ENTRIES)
+    if not isinstance(entries, dict) or not isinstance(entries.get("schema"), int):
         raise StoreError(
             f"{describe(store)} is a Zarr store, but not one of lkarray's; nothing was touched"
         )
-    if mark["schema"] > SCHEMA_VERSION:
+    if entries["schema"] > SCHEMA_VERSION:
         raise StoreVersionError(
-            f"{describe(store)} was written by lkarray {mark.get('version')} with layout "
-            f"{mark['schema']}; this is lkarray {__version__}, which reads up to layout "
+            f"{describe(store)} was written by lkarray {entries.get('version')} with layout "
+            f"{entries['schema']}; this is lkarray {__version__}, which reads up to layout "
             f"{SCHEMA_VERSION}. Upgrade lkarray; nothing was touched"
         )
-    rest = {key: value for key, value in mark.items() if key != _SEAL}
-    lost = _SEAL not in mark and not set(mark) <= _UNSEALED  # the seal's own key was changed
-    if lost or mark.get(_SEAL, json_digest(rest)) != json_digest(rest):
+    rest = {key: value for key, value in entries.items() if key != _SEAL}
+    lost = _SEAL not in entries and not set(entries) <= _UNSEALED  # the seal's own key was changed
+    if lost or entries.get(_SEAL, json_digest(rest)) != json_digest(rest):
         raise DamagedError(
             f"the root metadata of {describe(store)} were changed since they were written "
-            f"(attribute {MARK!r} of zarr.json); nothing was touched. Restore zarr.json from a copy"
+            f"(attribute {ENTRIES!r} of zarr.json); nothing was touched. Restore zarr.json from a "
+            "copy"
         )
     return root
 
@@ -243,41 +245,46 @@ def create_root(path: StoreLike) -> zarr.Group:
     if exists(store):
         return open_root(store, mode="r+")
     with writing(store):
-        mark = sealed({"schema": SCHEMA_VERSION, "version": __version__})
+        entries = sealed({"schema": SCHEMA_VERSION, "version": __version__})
         folder = local_path(store)
         if folder is not None:
             make_folder(folder)
-        root = zarr.create_group(store, zarr_format=3, attributes={MARK: mark})
-        _flush_mark(store)
+        root = zarr.create_group(store, zarr_format=3, attributes={ENTRIES: entries})
+        _flush_entries(store)
         return root
 
 
-def update_mark(root: zarr.Group, **entries: Any) -> None:
-    """Set entries of the root attribute that lkarray keeps, and put them on the disk.
+def entries_of(root: zarr.Group) -> dict[str, Any]:
+    """Return what lkarray entered of a store: its version, and what each thing was made with."""
+    return dict(attributes_of(root)[ENTRIES])
+
+
+def enter(root: zarr.Group, **entries: Any) -> None:
+    """Set entries of a store, and put them on the disk.
 
     What they imply must be there before (`chunks.flush_tree`).
     """
-    mark = {key: value for key, value in dict(root.attrs[MARK]).items() if key != _SEAL}  # type: ignore[arg-type]
+    before = {key: value for key, value in entries_of(root).items() if key != _SEAL}
     # A store of lkarray 0.1.0 has no seals, and does not get this one: it would promise others.
-    now = mark | entries
-    root.update_attributes({MARK: sealed(now) if is_sealed(root) else now})
-    _flush_mark(root.store)
+    now = before | entries
+    root.update_attributes({ENTRIES: sealed(now) if is_sealed(root) else now})
+    _flush_entries(root.store)
 
 
-def _flush_mark(store: Store) -> None:
+def _flush_entries(store: Store) -> None:
     folder = local_path(store)
     if folder is not None:
         fsync_all([folder / "zarr.json"], folder)
 
 
-def sealed(mark: dict[str, Any]) -> dict[str, Any]:
-    """Return what lkarray keeps of a store with a checksum of it."""
-    return mark | {_SEAL: json_digest(mark)}
+def sealed(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return entries of a store with a checksum of them."""
+    return entries | {_SEAL: json_digest(entries)}
 
 
 def is_sealed(root: zarr.Group) -> bool:
     """Say whether a store has seals and digests, as all have but those of lkarray 0.1.0."""
-    return _SEAL in dict(root.attrs[MARK])  # type: ignore[arg-type]
+    return _SEAL in entries_of(root)
 
 
 @contextmanager

@@ -12,20 +12,20 @@ from lkarray.errors import StoreError
 from lkarray.store.chunks import flush
 from lkarray.store.layout import stored_fingerprint
 from lkarray.store.location import (
-    MARK,
     StoreLike,
     as_store,
     create_root,
     describe,
+    enter,
+    entries_of,
     inner_store,
-    update_mark,
     writing,
 )
 
 
 def parts_of(root: zarr.Group) -> dict[str, Any] | None:
     """Return what a store of several runs is made of: ``dim`` and ``labels``; or ``None``."""
-    return dict(root.attrs[MARK]).get("parts")  # type: ignore[arg-type, return-value]
+    return entries_of(root).get("parts")
 
 
 def create_parts(path: StoreLike, dim: str, labels: Sequence[Any]) -> zarr.Group:
@@ -41,7 +41,7 @@ def create_parts(path: StoreLike, dim: str, labels: Sequence[Any]) -> zarr.Group
     with writing(store):
         root.require_group(dim)
         flush(store, [f"{dim}/zarr.json"])
-        update_mark(root, parts={"dim": dim, "labels": list(dict.fromkeys([*known, *labels]))})
+        enter(root, parts={"dim": dim, "labels": list(dict.fromkeys([*known, *labels]))})
     return root
 
 

@@ -17,11 +17,11 @@ from lkarray import schema
 from lkarray.arguments import checked
 from lkarray.errors import DamagedError, DivergedError, LkarrayError, StoreError
 from lkarray.store.arrays import stored
-from lkarray.store.audits import audit_marks, open_audit
+from lkarray.store.audits import audit_fingerprints, open_audit
 from lkarray.store.chunks import damaged, read, read_whole, require_chunks
 from lkarray.store.commit import Record, read_record
 from lkarray.store.exact import restored
-from lkarray.store.gradients import gradient_marks, open_gradients
+from lkarray.store.gradients import gradient_fingerprints, open_gradients
 from lkarray.store.layout import (
     SETTINGS,
     loss_groups,
@@ -36,6 +36,7 @@ from lkarray.store.parts import part_store, parts_of
 from lkarray.store.results import results
 from lkarray.store.seals import SEAL, broken_seals, seal_of
 from lkarray.store.trajectory import open_trajectory, read_steps, trace_fingerprint
+from lkarray.store.typed import dims_of
 
 logger = logging.getLogger("lkarray")
 
@@ -172,11 +173,11 @@ def _training_groups(root: zarr.Group) -> dict[str, xr.Dataset]:
     groups = {}
     if trace_fingerprint(root) is not None and read_steps(root)[0]:
         groups[schema.TRAJECTORY] = open_trajectory(root)
-    for group in gradient_marks(root):
+    for group in gradient_fingerprints(root):
         ds = open_gradients(root, group)
         if ds.sizes[schema.TIME]:
             groups[group] = ds
-    for group in audit_marks(root):
+    for group in audit_fingerprints(root):
         ds = open_audit(root, group)
         if ds.sizes[schema.AUDIT]:
             groups[group] = ds
@@ -225,7 +226,7 @@ def join_parts(trees: list[xr.DataTree], dim: str, labels: list[Any]) -> xr.Data
 def _lazy(root: zarr.Group, path: str) -> xr.Variable:
     """Return an array that grows, on Dask: one Dask chunk for each stored one."""
     array = stored_at(root, path)
-    dims = array.metadata.dimension_names or ()  # type: ignore[union-attr]
+    dims = dims_of(array)
     attrs = {key: value for key, value in array.attrs.items() if key != "coordinates"}
     return xr.Variable(dims, da.from_zarr(array), attrs)
 
@@ -244,7 +245,7 @@ def _open_losses(root: zarr.Group, group: str) -> xr.Dataset:
             variables[name] = _lazy(root, path)
         else:
             array = stored_at(root, path)
-            dims = array.metadata.dimension_names or ()  # type: ignore[union-attr]
+            dims = dims_of(array)
             attrs = {key: value for key, value in array.attrs.items() if key != "coordinates"}
             variables[name] = xr.Variable(dims, read_whole(array), attrs)
     attrs = {key: value for key, value in node.attrs.items() if key != SEAL}

@@ -18,6 +18,7 @@ from lkarray.store.location import local_path, sizes
 from lkarray.store.names import DERIVED, SAVED, folders, names_in, own_group
 from lkarray.store.problems import Problem
 from lkarray.store.seals import SEAL, broken_seals, seal, seal_of
+from lkarray.store.typed import attributes_of
 
 COMPLETE = "complete"  # in what `SAVED` says
 
@@ -100,10 +101,10 @@ def _whole(group: zarr.Group) -> Problem | None:
 
 def is_unfinished(group: zarr.Group) -> bool:
     """Say whether a group is a kernel whose saving did not come to its end."""
-    mark: Any = group.attrs.get(SAVED)
-    if not isinstance(mark, dict) or COMPLETE not in mark:
+    saved = attributes_of(group).get(SAVED)
+    if not isinstance(saved, dict) or COMPLETE not in saved:
         return False
-    return mark[COMPLETE] is not True or SEAL not in group.attrs
+    return saved[COMPLETE] is not True or SEAL not in group.attrs
 
 
 def wanted_chunks(array: zarr.Array) -> list[str]:
@@ -135,8 +136,8 @@ def complete(group: zarr.Group) -> None:
     The seal reads the last four bytes of each chunk: 10,000 chunks take some seconds.
     """
     flush_tree(group.store, group.path)
-    mark: Any = group.attrs[SAVED]
-    group.update_attributes({SAVED: mark | {COMPLETE: True}})
+    saved = attributes_of(group)[SAVED]
+    group.update_attributes({SAVED: saved | {COMPLETE: True}})
     seal(group)
     flush(group.store, [f"{group.path}/zarr.json"])
 

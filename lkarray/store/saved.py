@@ -30,6 +30,7 @@ from lkarray.store.location import create_root, describe, exists, open_root, siz
 from lkarray.store.names import SAVED, names_in
 from lkarray.store.results import COMPLETE, complete, is_unfinished, wanted_chunks
 from lkarray.store.seals import broken_seals, content_digest, seal_of, stored_metadata
+from lkarray.store.typed import attributes_of
 
 Index = tuple[int, ...]
 _CRC_BYTES = 4
@@ -49,7 +50,7 @@ class SavedKernel:
         The coordinates as they were given, and as they are stored.
     encoding
         To store them with.
-    mark
+    fingerprint
         What a resumed save must share with the one that began.
     """
 
@@ -63,7 +64,7 @@ class SavedKernel:
     given: xr.Dataset
     labels: xr.Dataset
     encoding: Mapping[str, Any]
-    mark: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
 
     @classmethod
     def of(cls, kernel: xr.DataArray, group: str, upper: bool) -> Self:
@@ -80,7 +81,7 @@ class SavedKernel:
         labels, encoding = storable(given)
         attrs = checked_attrs(kernel.attrs, name)
         beside = " ".join(str(c) for c in kernel.coords if c not in kernel.dims)
-        mark = {
+        fingerprint = {
             "name": name,
             "dims": list(dims),
             "shape": list(kernel.shape),
@@ -91,7 +92,9 @@ class SavedKernel:
         }
         attrs |= {"coordinates": beside} | ({"triangle": "upper"} if upper else {})
         shape, chunks, dtype = kernel.shape, kernel.data.chunksize, kernel.dtype
-        return cls(group, name, dims, shape, chunks, dtype, attrs, given, labels, encoding, mark)
+        return cls(
+            group, name, dims, shape, chunks, dtype, attrs, given, labels, encoding, fingerprint
+        )
 
     def open(self, store: Store) -> zarr.Array:
         """Return the array to fill, made if it is missing.
@@ -109,7 +112,7 @@ class SavedKernel:
             parent, _, _ = self.group.rpartition("/")
             if parent:
                 root.require_group(parent)
-            begun = {SAVED: {**self.mark, COMPLETE: False}}
+            begun = {SAVED: {**self.fingerprint, COMPLETE: False}}
             node = root.create_group(self.group, attributes=begun)
         self._require_same(node)
         array = self._make(node) if is_unfinished(node) else self._finished(node)
@@ -120,21 +123,23 @@ class SavedKernel:
         node = open_root(store).get(self.group) if exists(store) else None
         if not isinstance(node, zarr.Group) or is_unfinished(node):
             return None
-        before: Any = node.attrs.get(SAVED)
+        before = attributes_of(node).get(SAVED)
         if not isinstance(before, dict) or not before.get(COMPLETE):
             return None
-        if any(_differ(value, before.get(key)) for key, value in self.mark.items()):
+        if any(_differ(value, before.get(key)) for key, value in self.fingerprint.items()):
             return None
         return self._finished(node)
 
     @property
     def upper(self) -> bool:
         """Whether only the tiles on and above the diagonal are stored."""
-        return bool(self.mark["upper"])
+        return bool(self.fingerprint["upper"])
 
     def _require_same(self, node: zarr.Group) -> None:
-        before: Any = node.attrs[SAVED]
-        differ = sorted(key for key in self.mark if _differ(self.mark[key], before.get(key)))
+        before = attributes_of(node)[SAVED]
+        differ = sorted(
+            key for key in self.fingerprint if _differ(self.fingerprint[key], before.get(key))
+        )
         if differ:
             raise StoreError(
                 f"group {self.group!r} of {describe(node.store)} holds another kernel (they differ "

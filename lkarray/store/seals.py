@@ -4,7 +4,7 @@ Metadata is JSON without a checksum: one flipped bit in a fill value, a unit or 
 without a word. So the attributes of each group hold, under `SEAL`, a checksum of each other
 attribute, and of each array in it the checksums of its metadata and, where it was written once
 and for all, of its content (of the checksums that its chunks end in, in order). What the root
-says of lkarray's own is sealed by itself (`location.update_mark`).
+says of lkarray's own is sealed by itself (`location.enter`).
 
 A seal is made anew whenever lkarray changes the group: when it is made, grows, or is finished.
 Attributes that a user adds later are not sealed, and no fault.

@@ -24,6 +24,7 @@ from lkarray.store.checksums import crc
 from lkarray.store.chunks import chunk_keys, damaged, digests, missing, read, stored_digests
 from lkarray.store.nodes import stored_at
 from lkarray.store.problems import Problem
+from lkarray.store.typed import attributes_of, dims_of
 from lkarray.store.verifying_pieces import chunk_problems
 
 # Dims of its own, since plain readers open the group as one Dataset.
@@ -53,7 +54,7 @@ def digests_of(root: zarr.Group) -> zarr.Array | None:
 
 def fields_of(array: zarr.Array) -> list[str]:
     """Return what the columns of a row of checksums are of."""
-    return list(array.attrs["fields"])  # type: ignore[arg-type]
+    return list(attributes_of(array)["fields"])
 
 
 def chain(checksums: Sequence[int] | np.ndarray) -> int:
@@ -139,7 +140,7 @@ def block_problems(root: zarr.Group, number: int, rows: slice, kept: range) -> I
         if path.startswith(_LAST) or not row[path]:
             continue
         of = stored_at(root, f"{TRAJECTORY}/{path}")
-        if (of.metadata.dimension_names or ("",))[0] == _KEPT:  # type: ignore[union-attr]
+        if dims_of(of)[:1] == (_KEPT,):
             yield from _kept(of, kept, row[path])
         else:
             yield from _steps(of, number, rows, row, row[path])

@@ -13,7 +13,7 @@ from lkarray import schema
 from lkarray.schema import PARAM, STEP, TENSOR, VariableSpec
 from lkarray.store.arrays import CODECS, create_array, create_coord, require_space
 from lkarray.store.chunks import flush_tree
-from lkarray.store.location import StoreLike, as_store, create_root, update_mark, writing
+from lkarray.store.location import StoreLike, as_store, create_root, enter, writing
 from lkarray.store.names import make_group
 from lkarray.store.nodes import group_at
 from lkarray.store.seals import seal
@@ -164,7 +164,7 @@ def create_trace(
         create_array(group, spec, (2,), (2,))[:] = 0  # so that a missing one is a fault
         _create_seals(root, layout)
         flush_tree(root.store, ROOT)
-        update_mark(root, **{ROOT: dict(fingerprint)})
+        enter(root, **{ROOT: dict(fingerprint)})
     return root
 
 

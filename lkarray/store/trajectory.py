@@ -21,7 +21,7 @@ from lkarray.schema import STEP
 from lkarray.store.chunks import chunk_keys, damaged, missing, read, read_whole, require_chunks
 from lkarray.store.committed import array_names, read_rows, reading
 from lkarray.store.discarding import discard
-from lkarray.store.location import MARK, StoreLike
+from lkarray.store.location import StoreLike, entries_of
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.trace_digests import DIGEST, block_pieces, committed_row, digests_of
 from lkarray.store.trace_layout import (
@@ -37,12 +37,13 @@ from lkarray.store.trace_layout import (
     PER_STEP,
     ROOT,
 )
+from lkarray.store.typed import attributes_of
 from lkarray.store.variables import variables
 
 
 def trace_fingerprint(root: zarr.Group) -> dict[str, Any] | None:
     """Return what the trace in a store was made with, ``None`` if there is no trace."""
-    return dict(root.attrs[MARK]).get(ROOT)  # type: ignore[arg-type, return-value]
+    return entries_of(root).get(ROOT)
 
 
 @checked()
@@ -93,7 +94,7 @@ def every_and_block(root: zarr.Group) -> tuple[int, int]:
     """Return the steps from one stored state to the next, and those of a block."""
     array = stored_at(root, f"{ROOT}/{PARAMETERS.name}")
     with reading(root.store, f"{array.path}/zarr.json"):
-        every, block = (int(array.attrs[key]) for key in ("every", "block"))  # type: ignore[arg-type]
+        every, block = (int(attributes_of(array)[key]) for key in ("every", "block"))
         assert min(every, block) > 0
     return every, block
 

@@ -12,6 +12,7 @@ import zarr
 from lkarray.store.chunks import read_whole
 from lkarray.store.committed import array_names, lazily, reading
 from lkarray.store.nodes import group_at, stored_at
+from lkarray.store.typed import dims_of
 
 
 def variables(
@@ -44,6 +45,6 @@ def variables(
                 data = da.from_zarr(array)
             else:
                 data = lazily(array) if name in lazy else read(array)
-            dims = array.metadata.dimension_names or ()  # type: ignore[union-attr]
+            dims = dims_of(array)
             by_name[name] = xr.Variable(dims, data, dict(array.attrs))
     return by_name

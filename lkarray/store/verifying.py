@@ -19,8 +19,8 @@ from zarr.core.sync import sync
 from lkarray import schema
 from lkarray.arguments import checked
 from lkarray.errors import DamagedError, StoreError, StoreVersionError
-from lkarray.store.audits import audit_marks
-from lkarray.store.gradients import gradient_marks
+from lkarray.store.audits import audit_fingerprints
+from lkarray.store.gradients import gradient_fingerprints
 from lkarray.store.layout import stored_fingerprint
 from lkarray.store.location import StoreLike, as_store, describe, is_sealed, open_root
 from lkarray.store.names import DERIVED, folders, own_group
@@ -123,7 +123,7 @@ def _all(root: zarr.Group) -> Iterator[Problem]:
         yield from run_problems(root)
         yield from guarded("zarr.json", partial(consolidated_problems, root))
         return
-    made = trace_fingerprint(root) or gradient_marks(root) or audit_marks(root)
+    made = trace_fingerprint(root) or gradient_fingerprints(root) or audit_fingerprints(root)
     if not made and not results(root) and not saved_elsewhere(root):
         yield Problem("missing", schema.LOSSES, "sampling was stopped before it began")
 
@@ -178,9 +178,9 @@ def _training(root: zarr.Group) -> Iterator[Problem]:
     """Check the committed steps of a training run, and the finished shards of its tensors."""
     if trace_fingerprint(root) is not None:
         yield from trace_problems(root)
-    for group in gradient_marks(root):
+    for group in gradient_fingerprints(root):
         yield from gradient_problems(root, group)
-    for group in audit_marks(root):
+    for group in audit_fingerprints(root):
         yield from audit_problems(root, group)
 
 

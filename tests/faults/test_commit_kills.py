@@ -73,7 +73,7 @@ def is_made(store: Log) -> bool:
     if not exists(store):
         return False
     root = create_root(store)
-    marks = (gradients.gradient_marks(root), audits.audit_marks(root))
+    marks = (gradients.gradient_fingerprints(root), audits.audit_fingerprints(root))
     return trajectory.trace_fingerprint(root) is not None or any(marks)
 
 

@@ -309,8 +309,8 @@ def test_batches__that_widen_are_no_damage(monkeypatch):
     monkeypatch.setattr(made, "row", lambda step, every, plain=made.row: plain(1, every))
     made.train(store, 1, steps=7)
     assert lk.verify(store) == []
-    assert gradients.gradient_marks(create_root(store)) == {}
-    assert audits.audit_marks(create_root(store)) == {}
+    assert gradients.gradient_fingerprints(create_root(store)) == {}
+    assert audits.audit_fingerprints(create_root(store)) == {}
 
 
 # --- states taken again -----------------------------------------------------------------------

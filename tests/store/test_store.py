@@ -14,7 +14,7 @@ from lkarray import errors, schema
 from lkarray import store as stores
 from lkarray.store import commit as commit_module
 from lkarray.store.layout import block_draws, loss_chunks
-from lkarray.store.location import update_mark
+from lkarray.store.location import enter
 
 STATS = {"minibatch_loss": 1.0, "gradient_norm": 2.0, "distance": 3.0, "step_size": 0.1}
 
@@ -350,7 +350,7 @@ def test_put__a_failure_leaves_the_old_result(store):
 def test_store__killed_while_it_was_made_is_made_again(tmp_path, sample):
     """Whatever was written before the fingerprint, the next run starts over and succeeds."""
     root = make(tmp_path / "a")
-    update_mark(root, losses=None)
+    enter(root, losses=None)
     (tmp_path / "a" / "losses" / "zarr.json").unlink()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "zarr.0123.partial").write_text("{")
