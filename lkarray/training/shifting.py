@@ -184,7 +184,8 @@ def _descend(
 
 
 def _lengths(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1).view(-1, *(1,) * (x.ndim - 1))
+    lengths: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return lengths.view(-1, *(1,) * (x.ndim - 1))
 
 
 def directions(trace: Trace, modes: xr.Dataset) -> Tensor:
