@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.analysis.gradients.gradient_kernels import require_kernel
 from lkarray.arguments import COUNT, REPEATS, Limits, checked, require_real
 from lkarray.engine.numbers import top_k
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import group_codes
+from lkarray.kernels.kinds import require_kernel
 from lkarray.labels import in_order, squared
 from lkarray.results import Result, alone, as_array
 from lkarray.schema import COMPONENT, RANK, second

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 import lkarray as lk
 from lkarray import errors, plots, store
-from lkarray.analysis.gradients.gradient_kernels import INFLUENCE
+from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 
 N, M, T = 12, 10, 5
 
@@ -46,7 +46,7 @@ def results():
             "influence": (
                 ("example", "audit", "layer", "epoch"),
                 rng.normal(size=(M, 4, 2, 3)),
-                {"kernel": INFLUENCE, "units": "nat"},
+                {"kernel": INFLUENCE_OPERATOR, "units": "nat"},
             ),
             "reconstruction": (("epoch", "audit"), rng.normal(size=(3, 4))),
             "epoch_change": (("epoch", "audit"), rng.normal(size=(3, 4))),

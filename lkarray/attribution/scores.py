@@ -9,8 +9,8 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
-from lkarray.analysis.gradients.gradient_kernels import INFLUENCE
 from lkarray.errors import MemoryBudgetError, SchemaError
+from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 from lkarray.schema import AUDIT, EXAMPLE, OUTPUT
 from lkarray.training.checking import literal
 from lkarray.training.choosing import as_steps
@@ -80,4 +80,4 @@ def labelled(
     """Return scores ``(example, audit[, output])`` with their coordinates and attributes."""
     dims = (EXAMPLE, AUDIT, OUTPUT)[: values.ndim]
     coords = {EXAMPLE: (EXAMPLE, examples), **labels}
-    return xr.DataArray(values, coords, dims, name, {"kernel": INFLUENCE, **attrs})
+    return xr.DataArray(values, coords, dims, name, {"kernel": INFLUENCE_OPERATOR, **attrs})

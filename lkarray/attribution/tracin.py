@@ -12,7 +12,6 @@ import xarray as xr
 from torch import Tensor
 
 from lkarray import progress as bars
-from lkarray.analysis.gradients.gradient_kernels import INFLUENCE
 from lkarray.arguments import checked
 from lkarray.attribution.scores import (
     Params,
@@ -28,6 +27,7 @@ from lkarray.auditing.budget import rows_of_a_panel
 from lkarray.auditing.panel import BATCH
 from lkarray.auditing.problem import Problem, Request, join
 from lkarray.engine.plan import memory_budget
+from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.features import Features
 from lkarray.nn.gradients import NotFactoredError
@@ -198,7 +198,7 @@ def tracin_in_run(
     )
     found = ds["influence"].rename(_NAME).drop_attrs(deep=False)
     return found.assign_attrs(
-        kernel=INFLUENCE,
+        kernel=INFLUENCE_OPERATOR,
         method="TracIn in the run",
         target=ds.attrs["target"],
         params=[source.names[i] for i in select(source, request.params)],

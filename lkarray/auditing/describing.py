@@ -10,10 +10,10 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
-from lkarray.analysis.gradients.gradient_kernels import INFLUENCE as OPERATOR
 from lkarray.auditing.budget import rows_of_a_panel, state_bytes
 from lkarray.auditing.problem import ACTED, Problem
 from lkarray.errors import SchemaError
+from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, PARAM, TIME
 from lkarray.store import audits
 
@@ -97,7 +97,7 @@ def _attrs(problem: Problem) -> dict[str, Any]:
     request = problem.request
     target = problem.audited.name
     return {
-        "kernel": OPERATOR,
+        "kernel": INFLUENCE_OPERATOR,
         "target": target,
         "rule": request.rule,
         "supersample": request.supersample,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lkarray.analysis import audits
-from lkarray.analysis.audits.sums import as_influence, whole_influence
+from lkarray.analysis.audits.influence import as_influence, whole_influence
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.plots.training import mosaic

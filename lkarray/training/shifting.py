@@ -1,4 +1,4 @@
-"""Move inputs so that their mode coefficients move: the mode-aware cure (PLGK algorithm 2)."""
+"""`shift_modes` moves inputs so that their mode coefficients move (PLGK algorithm 2)."""
 
 from __future__ import annotations
 
@@ -45,10 +45,13 @@ def shift_modes(
     loss: float = 0.0,
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    r"""Return inputs, moved a little, whose mode coefficients are shifted against the drives.
+    r"""Move inputs a little, so that their mode coefficients shift against the drives.
 
-    PLGK algorithm 2. With :math:`c_{kn}(x) = v_k \cdot \nabla_\theta \ell(f(x), y^*_n)` and the
-    target :math:`c_{kn}(x_n) - \tau\, \mathrm{sign}(\Lambda_k)`, projected gradient descent on
+    How far inputs' coefficients moved is measured by `lkarray.mode_shifts`.
+
+    PLGK algorithm 2, the mode-aware cure. With
+    :math:`c_{kn}(x) = v_k \cdot \nabla_\theta \ell(f(x), y^*_n)` and the target
+    :math:`c_{kn}(x_n) - \tau\, \mathrm{sign}(\Lambda_k)`, projected gradient descent on
 
     .. math:: \tfrac{w_m}{2} |c_n(x) - \hat c_n|^2 + w_o \cos^2(x - x_n, \delta_n)
               + w_\ell\, \ell(f(x), y_n)

@@ -4,7 +4,7 @@ import xarray as xr
 
 import lkarray as lk
 from lkarray import errors, plots
-from lkarray.analysis.gradients.gradient_kernels import INFLUENCE
+from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 
 M, N, LAYERS, EPOCHS = 60, 6, 3, 8
 
@@ -20,7 +20,7 @@ def audit(request):
             "influence": (
                 ("example", "audit", "layer", "epoch"),
                 values.astype("f4"),
-                {"kernel": INFLUENCE, "units": "nat"},
+                {"kernel": INFLUENCE_OPERATOR, "units": "nat"},
             ),
             "reconstruction": (("epoch", "audit"), change * (1 + 1e-4 * rng.normal(size=N))),
             "epoch_change": (("epoch", "audit"), change, {"units": "nat"}),

@@ -7,11 +7,11 @@ import numpy as np
 import scipy.linalg
 import xarray as xr
 
-from lkarray.analysis.gradients.gradient_kernels import require_kernel
 from lkarray.arguments import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import NonFiniteError, SchemaError
 from lkarray.kernels.coords import sample_coords
+from lkarray.kernels.kinds import require_kernel
 from lkarray.kernels.operands import nan_for_infinite
 from lkarray.kernels.spectra import svd
 from lkarray.labels import in_order

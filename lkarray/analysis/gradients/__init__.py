@@ -1,4 +1,4 @@
-"""Analysis of gradient(time, example, param): path kernels, modes, regimes, difficulty."""
+"""Analysis of gradient(time, example, param): kernels, modes, overlaps, difficulty."""
 
 from lkarray.analysis.gradients.difficulty import difficulty_table, hidden_similarity, ips_scores
 from lkarray.analysis.gradients.gradient_kernels import (
@@ -9,6 +9,7 @@ from lkarray.analysis.gradients.gradient_kernels import (
     plgk,
     temporal_kernel,
 )
+from lkarray.analysis.gradients.influence_over_time import influence_over_time
 from lkarray.analysis.gradients.mode_shifts import mode_shifts
 from lkarray.analysis.gradients.modes import (
     cancellation_ratio,
@@ -17,11 +18,10 @@ from lkarray.analysis.gradients.modes import (
     parameter_modes,
     temporal_modes,
 )
-from lkarray.analysis.gradients.online import online_modes
-from lkarray.analysis.gradients.regime import (
+from lkarray.analysis.gradients.online_modes import online_modes
+from lkarray.analysis.gradients.overlaps import (
     activation_overlap,
     feature_overlap,
-    influence_over_time,
     subspace_overlap,
 )
 from lkarray.analysis.gradients.tangent_kernels import lntk, pntk

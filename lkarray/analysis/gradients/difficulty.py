@@ -9,12 +9,12 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from lkarray.analysis.gradients.gradient_kernels import require_kernel
 from lkarray.arguments import COUNT, NATURAL, Limits, checked, mapping, real_array
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.gram import gram
 from lkarray.kernels.groups import group_codes
+from lkarray.kernels.kinds import require_kernel
 from lkarray.kernels.operands import free_dim, nan_for_infinite
 from lkarray.labels import as_columns
 from lkarray.results import Result, as_array, opened

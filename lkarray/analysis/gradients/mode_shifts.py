@@ -1,4 +1,4 @@
-"""Which modes a perturbation of inputs moves, and what that does to learning (PLGK section 6.3)."""
+"""`mode_shifts` measures: which modes did a perturbation of inputs move? (PLGK section 6.3)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def mode_shifts(
     after: Result,
     sensitivity: Result | None = None,
 ) -> xr.Dataset:
-    r"""Return how far inputs' mode coefficients moved, beside drive and sensitivity, computed.
+    r"""Measure how far inputs' mode coefficients moved, beside drive and sensitivity, computed.
+
+    It is given inputs' coefficients and moves none; `lkarray.shift_modes` moves inputs.
 
     The change of what a step of full-batch gradient descent does to a loss is
     :math:`\sum_k \Lambda_k \Delta c_{kn}` but for :math:`-\eta/M` (PLGK section 6.3.1).

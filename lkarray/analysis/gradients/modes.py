@@ -7,17 +7,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.analysis.gradients.gradient_kernels import (
-    kernel_or_gradients,
-    require_kernel,
-    root_weight,
-    temporal_kernel,
-    weighted,
-)
+from lkarray.analysis.gradients.gradient_kernels import kernel_or_gradients, temporal_kernel
+from lkarray.analysis.gradients.path_sums import root_weight, weighted
 from lkarray.arguments import checked, require_real
 from lkarray.errors import NonFiniteError, SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.gram import gram
+from lkarray.kernels.kinds import require_kernel
 from lkarray.kernels.operands import check_shared, nan_for_infinite
 from lkarray.kernels.spectra import svd
 from lkarray.kernels.unfolding import merge

@@ -1,19 +1,14 @@
-"""Influence operators: loss gradients on one side, gradients of outputs on the other."""
+"""Tangent kernels: influence operators of loss gradients on gradients of outputs."""
 
 from __future__ import annotations
 
 import xarray as xr
 
-from lkarray.analysis.gradients.gradient_kernels import (
-    INFLUENCE,
-    named,
-    path_dims,
-    root_weight,
-    weighted,
-)
+from lkarray.analysis.gradients.path_sums import named, path_dims, root_weight, weighted
 from lkarray.arguments import checked
 from lkarray.kernels.coords import kernel_coords, sample_coords
 from lkarray.kernels.gram import gram
+from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 from lkarray.kernels.operands import check_shared
 from lkarray.kernels.unfolding import merge
 from lkarray.schema import EXAMPLE, OUTPUT, PARAM, TIME, Losses, as_gradients, second
@@ -107,6 +102,6 @@ def _operator(
         out.data.reshape(sizes),
         dims=(*kept, second(EXAMPLE), OUTPUT),
         coords=kernel_coords(x, y, kept[:-1], EXAMPLE, EXAMPLE) | of_outputs,
-        attrs=out.attrs | {"kernel": INFLUENCE},
+        attrs=out.attrs | {"kernel": INFLUENCE_OPERATOR},
     )
     return named(split, name, weight, units="nat")

@@ -10,7 +10,7 @@ import pandas as pd
 import xarray as xr
 from scipy import sparse
 
-from lkarray.analysis.hierarchy.lift import interval, jackknife, ratio
+from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio
 from lkarray.analysis.hierarchy.pairs import as_table, count_pairs, labels_of, table_rows
 from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked, real_array, several
 from lkarray.kernels.groups import group_codes, with_labels

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray.analysis.hierarchy import graph
-from lkarray.analysis.hierarchy.lift import interval, jackknife, ratio, resampled, spread
+from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio, resampled, spread
 from lkarray.analysis.hierarchy.taxonomy import Taxonomy, require_taxonomy
 from lkarray.arguments import NATURAL, SHARE, Limits, checked, several
 from lkarray.kernels.groups import group_mean, with_labels

@@ -12,7 +12,7 @@ import lkarray as lk
 from lkarray import errors
 from lkarray.analysis.losses import convergence
 from lkarray.analysis.losses.diagnostics import diagnostics
-from tests.helpers.losses import numpy_correlation, random_losses
+from tests.helpers.losses import random_losses
 
 PER_SAMPLE = list(convergence.PER_SAMPLE)
 
@@ -57,30 +57,6 @@ def said(tree, **options) -> str:
     return line
 
 
-# --- numbers ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rho", [0.0, 0.5, 0.8])
-def test_ess__of_autoregressive_chains_is_the_known_one(rho):
-    x = autoregressive(np.random.default_rng(3), rho, draws=1000, samples=100)
-    report = diagnostics(x)
-    for name, r in (("ess_bulk", rho), ("kernel_ess", rho**2)):
-        expected = 4000 * (1 - r) / (1 + r)
-        mean = float(report[name].mean())
-        assert mean == pytest.approx(expected, rel=0.04), name
-    assert float(report["autocorrelation_draws"]) == pytest.approx((1 + rho) / (1 - rho), rel=0.05)
-    np.testing.assert_allclose(report["mcse"].mean(), report["ess_bulk"].mean() ** -0.5, rtol=0.03)
-
-
-def test_kernel_error__is_the_spread_of_entries_of_r():
-    x = autoregressive(np.random.default_rng(4), 0.8, samples=80)
-    entries = numpy_correlation(x)[np.triu_indices(80, 1)]
-    report = diagnostics(x)
-    assert float(report["kernel_error"]) == pytest.approx(entries.std(), rel=0.05)
-    # Products are no more correlated than a series, whose own size is far smaller.
-    assert float(report["kernel_ess"]) > 1.5 * float(report["ess_bulk"].median())
-
-
 def test_figures__equal_those_of_arviz_sample_by_sample(rng):
     from arviz_stats.base import array_stats
 
@@ -104,63 +80,6 @@ def test_figures__equal_those_of_arviz_sample_by_sample(rng):
         np.diag(lk.covariance(losses.astype("f8"), center=c)) for c in ("pooled", "chain")
     )
     np.testing.assert_allclose(report["pooling_excess"], pooled / apart - 1, rtol=1e-6, atol=1e-9)
-
-
-def test_kernel_ess__is_the_median_over_all_pairs_where_they_are_few(rng):
-    from arviz_stats.base import array_stats
-
-    losses = random_losses(rng, samples=6).astype("f8")
-    x = losses.values - losses.values.mean(axis=(0, 1))
-    ess = [
-        array_stats.ess(x[..., i] * x[..., j], 0, 1, method="mean")
-        for i in range(6)
-        for j in range(i)
-    ]
-    assert float(diagnostics(losses)["kernel_ess"]) == pytest.approx(np.median(ess), rel=1e-9)
-    few = [float(diagnostics(losses, pairs=3, seed=seed)["kernel_ess"]) for seed in (0, 0, 1)]
-    assert few[0] == few[1] != few[2]
-
-
-def test_drift__is_a_z_score():
-    x = autoregressive(np.random.default_rng(5), 0.7, chains=200, draws=400, samples=1)
-    z = diagnostics(x)["drift"]
-    assert z.dims == ("chain",)
-    assert abs(float(z.mean())) < 0.3
-    assert float(z.std()) == pytest.approx(1, abs=0.2)
-    burning = x + 5 * np.exp(-np.arange(400) / 80).reshape(1, 400, 1)
-    assert float((diagnostics(burning)["drift"] < -4).mean()) > 0.9
-
-
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        {"name": "SGLD"},
-        {"name": "RMSpropSGLD", "damping": 0.1},
-        {"name": "SGHMC", "friction": 0.1},
-        {"name": "SGHMC", "friction": 0.9},
-    ],
-)
-def test_relaxation__is_how_long_the_sampler_remembers(sampler):
-    """The sampler itself, without loss: the distance of the mean from w* falls as exp(-t / tau)."""
-    import torch
-
-    from lkarray.sampling import samplers
-
-    step_size, gamma, options = 1e-3, 20.0, {k: v for k, v in sampler.items() if k != "name"}
-    stepper = getattr(samplers, sampler["name"])(step_size=step_size, **options)
-    theta = torch.ones(1, 1, dtype=torch.float64)
-    state = {name: torch.zeros_like(theta) for name in stepper.carries}
-    zero, path = torch.zeros_like(theta), []
-    for step in range(4000):
-        stepper.step(theta, zero, zero, zero[0], nbeta=1.0, gamma=gamma, step=step, state=state)
-        path.append(abs(float(theta)))
-    far = np.array(path) / max(path) > 1e-6
-    measured = -1 / np.polyfit(np.arange(4000)[far], np.log(np.array(path)[far]), 1)[0]
-    steps = convergence.relaxation_steps(step_size, gamma, sampler)
-    assert steps == pytest.approx(measured, rel=0.1)
-
-
-# --- shapes, blocks, budgets ------------------------------------------------------------------
 
 
 def test_diagnostics__of_constant_losses_are_nan_and_warn_of_nothing(rng):
@@ -285,129 +204,6 @@ def broken(losses: xr.DataArray) -> xr.DataArray:
     return losses.copy(data=values)
 
 
-# --- verdicts ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_verdicts__on_white_noise_are_none(seed):
-    x = autoregressive(np.random.default_rng(seed), 0.0)
-    report = diagnostics(tree_of(x))
-    assert report.attrs["verdicts"] == []
-    assert report.attrs["summary"].startswith("all is well: R-hat at most 1.0")
-    assert float(report["kernel_ess"]) == pytest.approx(2000, rel=0.05)
-    assert abs(report["drift"]).max() < 4
-    np.testing.assert_allclose(report["distance"], np.arange(250, 500).mean())
-    one = diagnostics(tree_of(x.isel(sample=[0])))  # no pair, so no kernel to speak of
-    assert np.isnan(one["kernel_ess"])
-    assert "nan" not in one.attrs["summary"]
-    np.testing.assert_allclose(report["acceptance"], 0.9, rtol=1e-6)
-    assert float(report["relaxation_steps"]) == pytest.approx(2 / (1e-3 * 100))
-
-
-def test_verdicts__on_a_shifted_chain_name_samples_and_what_to_change():
-    x = autoregressive(np.random.default_rng(0), 0.0)
-    x[1, :, :10] += 3
-    report = diagnostics(tree_of(x))
-    assert (report["rhat"][:10] > 1.2).all()
-    assert (report["rhat"][10:] < 1.05).all()
-    assert (report["pooling_excess"][:10] > 0.5).all()
-    (line,) = report.attrs["verdicts"]
-    assert "10 of 40 samples" in line
-    assert "raise burn_in (now 50)" in line
-    x[1] += 3
-    lines = diagnostics(x).attrs["verdicts"]
-    assert len(lines) == 3
-    assert "40 of 40" in lines[0]
-    assert "entries of R carry an error" in lines[1]
-    assert 'center="chain"' in lines[2]
-
-
-@pytest.mark.parametrize("way", ["rises", "falls"])
-def test_verdicts__on_a_trend_give_its_size(way):
-    x = autoregressive(np.random.default_rng(1), 0.0)
-    slope = np.linspace(0, 0.5, 500)[:, None]
-    x[2] += slope if way == "rises" else -slope
-    report = diagnostics(tree_of(x))
-    assert abs(report["drift"][2]) > 8
-    assert (abs(report["drift"][[0, 1, 3]]) < 4).all()
-    (line,) = report.attrs["verdicts"]
-    assert f"the mean loss {way} during 1 of 4 chains" in line
-    assert "burn_in" in line
-
-
-def test_verdicts__on_settings_say_which_number_to_set():
-    x = autoregressive(np.random.default_rng(2), 0.0)
-    line = said(tree_of(x, burn_in=5))
-    assert "burn_in of 5 steps" in line
-    assert "raise burn_in to 20, or step_size (now 0.001) or gamma (now 100)" in line
-    assert said(tree_of(x, accepted=0.3)).endswith("reduce step_size (now 0.001)")
-    assert diagnostics(tree_of(x, accepted=1.0)).attrs["verdicts"] == []
-    unknown = diagnostics(tree_of(x, accepted=np.nan, gamma=0.0))
-    assert unknown.attrs["verdicts"] == []
-    assert np.isnan(unknown["acceptance"]).all()
-    assert np.isnan(unknown["relaxation_steps"])
-    slow = autoregressive(np.random.default_rng(2), 0.95)
-    lines = diagnostics(tree_of(slow, accepted=0.9999)).attrs["verdicts"]
-    assert any("step_size (now 0.001) could grow" in line for line in lines)
-
-
-def test_verdicts__on_few_effective_draws_say_how_many_to_take():
-    x = autoregressive(np.random.default_rng(6), 0.9, chains=8, draws=50)
-    report = diagnostics(x)
-    ess = float(report["kernel_ess"])
-    assert 25 < ess < 70
-    (line,) = (line for line in report.attrs["verdicts"] if "entries of R" in line)
-    assert f"an error of about {ess**-0.5:.2g}" in line
-    draws = int(line.rsplit("draws=", 1)[1])
-    assert draws == pytest.approx(50 * 100 / ess, abs=1)
-
-
-def test_verdicts__name_chains_that_are_missing():
-    x = autoregressive(np.random.default_rng(7), 0.0)
-    hidden = ["chains [1] diverged and are left out", "chains [4] have no draws yet"]
-    three = x.isel(chain=[0, 2, 3])
-    lines = diagnostics(tree_of(three, hidden=hidden)).attrs["verdicts"]
-    assert len(lines) == 2
-    assert lines[0].startswith("chains [1] diverged")
-    assert "reduce step_size (now 0.001) or raise gamma (now 100)" in lines[0]
-    assert "lk.sample" in lines[1]
-    assert "chains [1] are not among the losses" in said(three)
-    one = diagnostics(x.isel(chain=[0]))
-    assert np.isnan(one["rhat"]).all()
-    assert np.isnan(one["between_variance"]).all()
-    assert (one["pooling_excess"] == 0).all()
-    (line,) = one.attrs["verdicts"]
-    assert "set chains=4" in line
-
-
-def test_verdicts__name_a_chain_that_diverged_and_leave_it_out():
-    x = autoregressive(np.random.default_rng(7), 0.0)
-    x[0, 7:] = np.nan
-    tree = tree_of(x)
-    for name in ("distance", "step_size", "acceptance"):
-        tree["sample_stats"][name][0, 8:] = np.nan
-    tree["sample_stats"]["diverged"][0, 7] = True
-    report = diagnostics(tree)
-    (line,) = report.attrs["verdicts"]
-    assert line.startswith("chain 0 turned non-finite at draw 7 and is left out: reduce step_size")
-    assert report.attrs["summary"].startswith("1 problem:")
-    np.testing.assert_array_equal(report["diverged"], [True, False, False, False])
-    rest = diagnostics(tree.isel(chain=slice(1, None)))
-    for name in [*PER_SAMPLE, "kernel_ess", "relaxation_steps", "autocorrelation_draws"]:
-        np.testing.assert_array_equal(report[name], rest[name], err_msg=name)
-    for name in ("drift", "distance", "acceptance"):
-        assert np.isnan(report[name][0])
-        np.testing.assert_array_equal(report[name][1:], rest[name])
-    with pytest.raises(errors.NonFiniteError, match="'chain': \\[0\\]"):
-        diagnostics(tree["losses"])
-    tree["sample_stats"]["diverged"][:, 9] = True
-    with pytest.raises(errors.DivergedError, match="smaller step size"):
-        diagnostics(tree)
-
-
-# --- stores -----------------------------------------------------------------------------------
-
-
 def test_diagnostics__of_a_sampled_store(store):
     tree = lk.open(store)
     report = diagnostics(tree)
@@ -436,11 +232,3 @@ def test_diagnostics__of_components_sampled_together(sample, tmp_path):
     lines = [line for line in report.attrs["verdicts"] if "burn_in to 40" in line]
     assert len(lines) == 1
     assert lines[0].startswith("component first; component second: ")
-
-
-def test_verdicts__count_the_samples_whose_losses_do_not_move(rng):
-    losses = random_losses(rng, chains=4, draws=200, samples=20)
-    still = losses.where(losses["sample"] >= 3, 0.25)
-    (line,) = [v for v in lk.diagnostics(still).attrs["verdicts"] if "rounding" in v]
-    assert line.startswith("the losses of 3 of 20 samples do not move beyond rounding")
-    assert not [v for v in lk.diagnostics(losses).attrs["verdicts"] if "rounding" in v]

@@ -4,11 +4,9 @@ import dask
 import numpy as np
 import pytest
 import xarray as xr
-from sklearn.covariance import ledoit_wolf_shrinkage
 
 import lkarray as lk
-from lkarray import errors
-from tests.helpers.losses import Forbidding, numpy_correlation, numpy_covariance, random_losses
+from tests.helpers.losses import Forbidding, numpy_correlation, random_losses
 
 
 def left_out(a, b, blocks, kind):
@@ -81,60 +79,6 @@ def test_mcse__of_one_chain_needs_blocks(rng):
         lk.mcse(one, blocks=1)
     with pytest.raises(ValueError, match="1 (and|to) 20"):
         lk.mcse(one, blocks=21)
-
-
-@pytest.mark.parametrize("samples", [20, 150])
-def test_shrinkage__equals_sklearn(rng, samples):
-    losses = random_losses(rng, samples=samples)
-    flat = losses.values.reshape(-1, samples).astype("f8")
-    share = ledoit_wolf_shrinkage(flat)
-    lazy = losses.chunk(chain=1, sample=40)
-    assert float(lk.ledoit_wolf(lazy, memory="2 MiB")) == pytest.approx(share, rel=1e-5)
-    plain = numpy_covariance(losses)
-    for asked, used in (("ledoit-wolf", share), (0.3, 0.3), (0.0, 0.0)):
-        shrunk = lk.covariance(lazy, shrinkage=asked, memory="2 MiB")
-        expected = (1 - used) * plain + used * np.trace(plain) / samples * np.eye(samples)
-        np.testing.assert_allclose(shrunk, expected, rtol=1e-4, atol=1e-4)
-    for wrong in (1.5, "oas"):
-        with pytest.raises(ValueError, match="ledoit-wolf"):
-            lk.covariance(losses, shrinkage=wrong)
-    with pytest.raises(ValueError, match="without y"):
-        lk.covariance(losses, losses, shrinkage=0.1)
-
-
-@pytest.mark.parametrize("kernel", ["correlation", "covariance"])
-@pytest.mark.parametrize("groups", ["label", None])
-@pytest.mark.parametrize("memory", [None, "100 KiB"])
-def test_histogram__counts_every_pair_once(rng, kernel, groups, memory):
-    losses = random_losses(rng, samples=60)
-    whole = (numpy_correlation if kernel == "correlation" else numpy_covariance)(losses)
-    bounds = (-0.5, 0.6) if kernel == "correlation" else (-3.0, 4.0)
-    histogram = lk.histogram(
-        losses, groups, bins=7, bounds=bounds, kernel=kernel, memory=memory
-    ).compute()
-    total = histogram["count"].sum("bin") + histogram["below"] + histogram["above"]
-    assert int(total.sum()) == 60 * 59
-    labels = losses["label"].values if groups else np.zeros(60, int)
-    name = groups or "group"
-    assert histogram["count"].dims == (name, f"{name}_2", "bin")
-    for a in histogram[name].values:
-        for b in histogram[f"{name}_2"].values:
-            pairs = (labels[:, None] == a) & (labels == b) & ~np.eye(60, dtype=bool)
-            at = {name: a, f"{name}_2": b}
-            counts, edges = np.histogram(whole[pairs], 7, bounds)
-            np.testing.assert_array_equal(histogram["count"].sel(at), counts)
-            np.testing.assert_allclose(histogram["bin_left"], edges[:-1])
-            assert int(histogram["below"].sel(at)) == (whole[pairs] < bounds[0]).sum()
-
-
-def test_histogram__refuses_unclear_requests(rng):
-    losses = random_losses(rng)
-    with pytest.raises(ValueError, match="loss_variance"):
-        lk.histogram(losses, kernel="covariance")
-    with pytest.raises(ValueError, match="ascend"):
-        lk.histogram(losses, bounds=(1, -1))
-    with pytest.raises(errors.SchemaError, match="no coordinate"):
-        lk.histogram(losses, "colour")
 
 
 def test_errors_and_counts__are_lazy(rng):

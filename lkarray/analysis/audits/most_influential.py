@@ -1,4 +1,4 @@
-"""Which training examples an audit names: the most influential, and how much these hold."""
+"""The training examples that helped and harmed each audited example most."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from lkarray.analysis.audits.sums import as_influence, small_computed, whole_influence
+from lkarray.analysis.audits.influence import (
+    as_influence,
+    require_finite,
+    small_computed,
+    whole_influence,
+)
 from lkarray.arguments import COUNT, checked
 from lkarray.engine.numbers import top_k
-from lkarray.errors import NonFiniteError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import group_codes
 from lkarray.labels import require_unique
 from lkarray.results import Result
-from lkarray.schema import AUDIT, OUTPUT, RANK
+from lkarray.schema import RANK
 
-_POINTS = 200  # of a curve
-_SORTED = 1 << 21  # influences that are sorted at once
 _MERGED = 8  # blocks whose best are merged at once
 _ENTRY = np.dtype([("score", np.float64), ("place", np.int64)])
 _SIGNS = {"helpful": -1, "harmful": 1}
@@ -101,57 +103,6 @@ def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = 
     return small_computed(x, out.assign_attrs(k=k, by=by or "none", source=source))
 
 
-@checked(audit=None)
-def concentration(audit: Result) -> xr.DataArray:
-    r"""Return the share of all influence that the most influential training examples hold.
-
-    .. math:: \mathrm{share}(c, n) = \sum_{m \in top_c(n)} |P_{mn}| \Big/ \sum_m |P_{mn}|
-
-    Parameters
-    ----------
-    audit
-        What `lkarray.audit` returned, its node in a store, or its ``influence``; summed over layers
-        and epochs.
-
-    Returns
-    -------
-    xarray.DataArray
-        ``share(examples, audit[, output])``, float64, rising to 1, at no more than 200 numbers of
-        examples, evenly spaced on a logarithmic scale from 1 to all. NaN where no example has
-        influence. Computed up to a million shares, beyond as lazy as the audit.
-
-    Raises
-    ------
-    SchemaError, TypeError
-        There is no influence.
-    NonFiniteError
-        Influence is NaN or infinite.
-
-    Notes
-    -----
-    Each audited example's influences are sorted. Memory: all training examples times the audited
-    ones of a chunk, a chunk after another; where that is too much, select audited examples first.
-    """
-    x, source = as_influence(audit)
-    n = x.sizes[source]
-    counts = np.unique(np.geomspace(1, n, _POINTS).round().astype(np.int64))
-    whole = whole_influence(x, source)
-    # No wider than it is: a column is then made of one panel's chunks.
-    narrow = {
-        dim: min(width, max(whole.chunksizes[dim]))
-        for dim, width in ((AUDIT, max(_SORTED // n, 1)), (OUTPUT, 1))
-        if dim in whole.dims
-    }
-    column = whole.chunk({source: -1} | narrow)
-    chunks = (*column.data.chunks[:-1], (len(counts),))
-    data = column.data.map_blocks(_shares, counts, dtype=np.float64, chunks=chunks)
-    dims = [str(dim) for dim in column.dims if dim != source]
-    out = xr.DataArray(data, dims=(*dims, "examples"), name="share").transpose("examples", ...)
-    attrs = {"units": "1", "long_name": f"share of all influence, by number of {source}s"}
-    out = out.assign_coords(sample_coords(x, *dims) | {"examples": counts}).assign_attrs(attrs)
-    return small_computed(x, out)
-
-
 def _best_entries(data: da.Array, codes: np.ndarray, classes: int, k: int) -> da.Array:
     """Return the k best at each end: ``(*rest, end, class, k)`` of `_ENTRY`."""
     lengths = data.chunks[-1]
@@ -197,7 +148,7 @@ def _best_entries(data: da.Array, codes: np.ndarray, classes: int, k: int) -> da
 def _candidates(
     values: np.ndarray, place: np.ndarray, code: np.ndarray, *, classes: int, k: int
 ) -> np.ndarray:
-    _require_finite(values)
+    require_finite(values)
     k = min(k, int(np.bincount(code).max()))
     flat = values.reshape(-1, values.shape[-1])
     out = np.empty((len(flat), len(_SIGNS), classes, k), _ENTRY)
@@ -232,22 +183,3 @@ def _labels_of(entries: da.Array, labels: np.ndarray) -> Any:
 
 def _influences(entries: np.ndarray, sign: int) -> np.ndarray:
     return np.where(entries["place"] < 0, np.nan, sign * entries["score"])
-
-
-def _shares(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    _require_finite(values)
-    size = np.abs(values.astype(np.float64))
-    size.sort(axis=-1)
-    held = np.cumsum(size[..., ::-1], axis=-1)
-    chosen, total = held[..., counts - 1], held[..., -1:]
-    shares = np.full_like(chosen, np.nan)
-    np.divide(chosen, total, out=shares, where=total > 0)
-    return shares
-
-
-def _require_finite(values: np.ndarray) -> None:
-    if not np.isfinite(values).all():
-        raise NonFiniteError(
-            "the influence holds NaN or infinity: the run diverged, or parts of the audit are "
-            "missing; look at audit.influence.isnull(), and run lk.verify on its store"
-        )

@@ -1,4 +1,4 @@
-"""Is training in the kernel regime yet, and do influences cancel? (PLGK section 6.3)."""
+"""Overlaps with a reference time: is training in the kernel regime yet? (PLGK section 6.3)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import operator
 import numpy as np
 import xarray as xr
 
-from lkarray import engine
-from lkarray.analysis.gradients.gradient_kernels import root_weight
-from lkarray.arguments import checked, one_of
-from lkarray.engine.running import RUNNING_BYTES, running_array
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
-from lkarray.kernels.coords import kernel_coords, sample_coords
-from lkarray.kernels.operands import check_shared, free_dim, nan_for_infinite
+from lkarray.kernels.coords import sample_coords
+from lkarray.kernels.operands import free_dim, nan_for_infinite
 from lkarray.kernels.spectra import svd
 from lkarray.results import Result, as_array
 from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
@@ -137,79 +134,6 @@ def subspace_overlap(
 def _principal(a: np.ndarray, b: np.ndarray) -> float:
     cosines = np.linalg.svd((a.T @ b).astype(np.float64), compute_uv=False)
     return float(np.minimum(cosines, 1).mean())
-
-
-@checked()
-def influence_over_time(
-    train_G: Losses,
-    audit_G: Losses,
-    *,
-    weight: str | None = "lr",
-    memory: int | str | None = None,
-) -> xr.Dataset:
-    r"""Return the net and the gross influence of training on other examples, lazily.
-
-    .. math::
-
-        P_{mn}(t) = -\frac{1}{M} \sum_{s \le t} \eta_s\, g_m(s) \cdot g_n(s), \quad
-        S_n(t) = \sum_m P_{mn}(t), \quad G_n(t) = \sum_m |P_{mn}(t)|
-
-    S levels off while G grows where influences cancel (PLGK section 6.3). This is the forward
-    Euler form for full-batch gradient descent that takes one step at each recorded time; what a
-    recorded run really did, whatever its batches and optimizer, is the audit's.
-
-    Parameters
-    ----------
-    train_G
-        Gradients ``(time, example, param)`` of the M training examples, with the learning rates.
-    audit_G
-        Gradients of the examples asked about, at the same times.
-    weight
-        ``"lr"``; ``None`` leaves the rates out.
-    memory
-        Byte budget of a process.
-
-    Returns
-    -------
-    xarray.Dataset
-        ``net(time, example_2)``, the change of each loss in nats since the first time, and
-        ``gross(time, example_2)``, float64, with the coordinates of ``audit_G`` (``label_2``).
-        Entry t includes the step taken at that time. Compute both at once.
-
-    Raises
-    ------
-    SchemaError
-        Dims are missing, times or parameters differ, or rates are missing.
-
-    Notes
-    -----
-    ``2 T M N P`` operations; a tile of M x N and its running sum at a time, never T of them.
-    """
-    one_of("weight", weight, (None, "lr"))
-    x = as_gradients(train_G, name="train_G", need=(TIME, EXAMPLE, PARAM))
-    y = as_gradients(audit_G, name="audit_G", need=(TIME, EXAMPLE, PARAM))
-    for side, name in ((x, "train_G"), (y, "audit_G")):
-        free_dim(side, name, (PARAM,), (TIME,))
-    check_shared(x, y, (TIME, PARAM))
-    root = root_weight(x, weight)
-    rates = 1.0 if root is None else root.values**2
-    scale = -np.broadcast_to(rates, (x.sizes[TIME],)) / x.sizes[EXAMPLE]
-    left, right = (
-        engine.Operand(side, over=(PARAM,), each=(TIME,), rows=EXAMPLE, center=None, cosine=False)
-        for side in (x, y)
-    )
-    plan = engine.make_plan(left, right, memory=memory, sink=RUNNING_BYTES)
-    data = running_array(engine.Contraction(left, right, plan), scale)
-    coords = kernel_coords(x, y, (TIME,), EXAMPLE, EXAMPLE)
-    dims = (TIME, second(EXAMPLE))
-    return xr.Dataset(
-        {
-            "net": (dims, data[0], {"units": "nat", "long_name": "net influence"}),
-            "gross": (dims, data[1], {"units": "nat", "long_name": "gross influence"}),
-        },
-        coords={name: c for name, c in coords.items() if EXAMPLE not in c.dims},
-        attrs={"weight": weight or "none", "over": [PARAM]},
-    )
 
 
 def _position(x: xr.DataArray, reference: int) -> int:

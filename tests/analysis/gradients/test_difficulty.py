@@ -1,21 +1,13 @@
-import dask
 import numpy as np
 import pytest
 import xarray as xr
-from scipy.linalg import subspace_angles
 from scipy.stats import norm
 
 from lkarray import errors
 from lkarray.analysis.gradients.difficulty import difficulty_table, hidden_similarity, ips_scores
-from lkarray.analysis.gradients.gradient_kernels import INFLUENCE, ips, plgk
-from lkarray.analysis.gradients.regime import (
-    activation_overlap,
-    feature_overlap,
-    influence_over_time,
-    subspace_overlap,
-)
-from tests.helpers.gradients import RATES, tensor
-from tests.helpers.losses import Forbidding
+from lkarray.analysis.gradients.gradient_kernels import ips
+from lkarray.kernels.kinds import INFLUENCE_OPERATOR
+from tests.helpers.gradients import tensor
 
 
 @pytest.fixture
@@ -27,138 +19,6 @@ def G(rng):
 def audit(rng):
     return tensor(rng, example=7).chunk({"time": 1, "example": 3, "param": 11})
 
-
-# --- the kernel regime ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reference", [-1, 0, 2])
-def test_feature_overlap__is_the_mean_cosine(G, reference):
-    g = G.values
-    norm = np.linalg.norm(g, axis=-1)
-    cosine = (g * g[reference]).sum(-1) / (norm * norm[reference])
-    result = feature_overlap(G, reference=reference)
-    np.testing.assert_allclose(result, cosine.mean(1), atol=1e-14)
-    assert float(result[reference]) == pytest.approx(1)
-    assert result.dims == ("time",)
-    assert result.dtype == np.float64
-    np.testing.assert_allclose(
-        activation_overlap(G.rename(param="unit"), reference=reference), cosine.mean(1), atol=1e-14
-    )
-
-
-def test_feature_overlap__counts_examples_without_gradient_as_zero(G):
-    silent = G.where(xr.DataArray(np.arange(12) >= 3, dims="example"), 0)
-    assert float(feature_overlap(silent)[-1]) == pytest.approx(9 / 12)
-    tiny = (silent * 1e-30).astype("float32")
-    assert float(feature_overlap(tiny)[-1]) == pytest.approx(9 / 12)
-
-
-@pytest.mark.parametrize("reference", [-1, 1])
-@pytest.mark.parametrize("k", [1, 4])
-def test_subspace_overlap__is_the_mean_cosine_of_principal_angles(G, reference, k):
-    spaces = [np.linalg.svd(g)[2][:k].T for g in G.values]
-    expected = [np.cos(subspace_angles(v, spaces[reference])).mean() for v in spaces]
-    result = subspace_overlap(G, k, reference=reference)
-    np.testing.assert_allclose(result, expected, atol=1e-7)
-    assert result.indexes["time"].equals(G.indexes["time"])
-    assert result.dims == ("time",)
-
-
-def test_overlaps__refuse_bad_requests(G):
-    for overlap in (feature_overlap, subspace_overlap):
-        with pytest.raises(errors.SchemaError, match="position of a time, and there are 5"):
-            overlap(G, reference=5)
-        with pytest.raises(errors.SchemaError, match="lack \\['time'\\]"):
-            overlap(G.isel(time=0))
-    with pytest.raises(ValueError, match="k must be between 1 and 12"):
-        subspace_overlap(G, 13)
-    with pytest.raises(errors.SchemaError, match="must leave one"):
-        activation_overlap(G.expand_dims(layer=2))
-    with pytest.raises(TypeError, match="must be an xarray.DataArray"):
-        activation_overlap(G.values)
-
-
-# --- influence over time ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weight", ["lr", None])
-@pytest.mark.parametrize("memory", [None, "40 KiB"])
-def test_influence_over_time__equals_brute_force(rng, weight, memory):
-    train = tensor(rng, example=60).chunk({"time": 1, "example": 9, "param": 11})
-    audit = tensor(rng, example=25).chunk({"time": 1, "example": 9, "param": 11})
-    influences = influence_over_time(train, audit, weight=weight, memory=memory).compute()
-    p, net, gross = np.zeros((60, 25)), [], []
-    for t in range(5):
-        p -= (RATES[t] if weight else 1) / 60 * train.values[t] @ audit.values[t].T
-        net.append(p.sum(0))
-        gross.append(np.abs(p).sum(0))
-    np.testing.assert_allclose(influences["net"], net, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(influences["gross"], gross, rtol=1e-9)
-    assert influences["net"].dims == ("time", "example_2")
-    assert influences["label_2"].values.tolist() == audit["label"].values.tolist()
-    assert "label" not in influences.coords
-    assert (influences["gross"] >= abs(influences["net"]) - 1e-12).all()
-
-
-def test_influence_over_time__is_cut_into_tiles_within_a_budget(rng):
-    train = tensor(rng, example=60).chunk({"time": 1, "example": 9, "param": 11})
-    cut = influence_over_time(train, train, memory="40 KiB")["net"]
-    assert len(cut.data.chunks[1]) > 1
-    np.testing.assert_allclose(cut, influence_over_time(train, train)["net"], atol=1e-12)
-
-
-def test_influence_over_time__ends_at_the_weighted_plgk(G, audit):
-    influences = influence_over_time(G, audit)
-    p = -plgk(G, audit, weight="lr") / 12
-    np.testing.assert_allclose(influences["net"][-1], p.sum("example"), atol=1e-12)
-    np.testing.assert_allclose(influences["gross"][-1], abs(p).sum("example"))
-
-
-def test_influence_over_time__is_the_change_of_the_losses_in_full_batch_descent(rng):
-    """Linear regression, half squared error: exact as the step size vanishes."""
-    x, y = rng.normal(size=(8, 3)), rng.normal(size=8)
-    theta, eta, gradients, losses = np.zeros(3), 1e-4, [], []
-    for _ in range(50):
-        residual = x @ theta - y
-        losses.append(residual**2 / 2)
-        gradients.append(residual[:, None] * x)
-        theta = theta - eta * gradients[-1].mean(0)
-    change = (x @ theta - y) ** 2 / 2 - losses[0]
-    G = xr.DataArray(
-        np.array(gradients),
-        dims=("time", "example", "param"),
-        coords={"learning_rate": ("time", np.full(50, eta))},
-    )
-    influences = influence_over_time(G, G)
-    np.testing.assert_allclose(influences["net"][-1], change, rtol=2e-3)
-
-
-def test_influence_over_time__refuses_what_does_not_fit(G, audit):
-    with pytest.raises(ValueError, match="weight must be one of \\(None, 'lr'\\)"):
-        influence_over_time(G, audit, weight="lr2")
-    with pytest.raises(errors.SchemaError, match="no coordinate learning_rate"):
-        influence_over_time(G.drop_vars("learning_rate"), audit)
-    with pytest.raises(errors.SchemaError, match="5 and 4 entries along 'time'"):
-        influence_over_time(G, audit.isel(time=slice(4)))
-    with pytest.raises(errors.SchemaError, match="30 and 3 entries along 'param'"):
-        influence_over_time(G, audit.isel(param=slice(3)))
-    with pytest.raises(errors.SchemaError, match="audit_G.* lack \\['time'\\]"):
-        influence_over_time(G, audit.isel(time=0))
-    with pytest.raises(errors.SchemaError, match="must leave one"):
-        influence_over_time(G, audit.expand_dims(output=2))
-
-
-def test_regime__computes_nothing_until_asked(G, audit):
-    with dask.config.set(scheduler=Forbidding()):
-        feature_overlap(G)
-        subspace_overlap(G, 3)
-        influence_over_time(G, audit)
-        ips_scores(ips(audit, G), np.arange(12) % 3, np.arange(7) % 3)
-        x, y = (g.isel(time=0).rename(param="unit") for g in (audit, G))
-        hidden_similarity(x, y, np.arange(12) % 3, np.arange(7) % 3, k=2)
-
-
-# --- difficulty -------------------------------------------------------------------------------
 
 PREDICTED = np.array([2, 0, 1, 1, 0, 2, 2])
 
@@ -191,7 +51,7 @@ def test_ips_scores__take_classes_of_any_kind(G, audit):
 def test_ips_scores__refuse_what_does_not_fit(G, audit):
     similarity, labels = ips(audit, G), np.arange(12) % 3
     with pytest.raises(ValueError, match="ips_scores needs a kernel"):
-        ips_scores(similarity.assign_attrs(kernel=INFLUENCE), labels, PREDICTED)
+        ips_scores(similarity.assign_attrs(kernel=INFLUENCE_OPERATOR), labels, PREDICTED)
     with pytest.raises(errors.SchemaError, match="expected rows and columns"):
         ips_scores(similarity[0], labels, PREDICTED)
     with pytest.raises(errors.SchemaError, match="shape \\(11,\\); expected \\(12,\\)"):
