@@ -13,7 +13,7 @@ from dask.utils import format_bytes, format_time
 
 from lkarray.arguments import checked
 from lkarray.engine.contraction import Contraction, contraction_of, count_tasks
-from lkarray.engine.plan import parts_of
+from lkarray.engine.plan import operands_of
 from lkarray.results import Result, as_dataset
 
 _READ_RATE = 1e9  # bytes a second, of a disk that is neither slow nor fast
@@ -128,10 +128,10 @@ def _describe(c: Contraction, array: xr.DataArray, written: int) -> KernelPlan:
 
 def _bytes_read(c: Contraction) -> int:
     """Return the bytes of all panels, as often as they are read in row-major order."""
-    parts = parts_of(c.x, c.y)
+    operands = operands_of(c.x, c.y)
     size: int = prod(c.each) * prod(c.x.shape)
-    once: int = sum(size * part.n * part.variable.dtype.itemsize for part in parts)
-    held: int = sum(size * part.n * part.dtype.itemsize for part in parts)
+    once: int = sum(size * x.n * x.variable.dtype.itemsize for x in operands)
+    held: int = sum(size * x.n * x.dtype.itemsize for x in operands)
     if held <= c.plan.cache:
         return once
     tiles = sum(1 for _ in c.tiles())
@@ -144,12 +144,12 @@ def _bytes_read(c: Contraction) -> int:
 def _rate(precision: str) -> float:
     """Return operations a second of a product, measured now."""
     from lkarray.engine.blas import multiply
-    from lkarray.engine.lowprecision import LowPanel, _seconds, multiply_low
+    from lkarray.engine.lowprecision import LowPanel, fastest_seconds, multiply_low
 
     panel = np.random.default_rng(0).standard_normal((2048, 1024), dtype=np.float32)
     other = panel.copy()
     operations = 2 * 2048 * 1024 * 1024
     if precision == "float32":
-        return operations / _seconds(lambda: multiply(panel, other))
+        return operations / fastest_seconds(lambda: multiply(panel, other))
     low = LowPanel.of(panel)
-    return operations / _seconds(lambda: multiply_low(low, low))
+    return operations / fastest_seconds(lambda: multiply_low(low, low))

@@ -174,9 +174,9 @@ class _Work:
                 yield index, {index}
             return
         for tile in self.contraction.tiles():
-            both = {(*tile.at, tile.i, tile.j)}
+            both = {(*tile.entry, tile.i, tile.j)}
             if self.contraction.symmetric and not self.upper:
-                both.add((*tile.at, tile.j, tile.i))
+                both.add((*tile.entry, tile.j, tile.i))
             yield tile, both
 
 
@@ -242,7 +242,7 @@ def _run(work: _Work, array: zarr.Array, todo: Iterable[tuple[Any, list[Index]]]
 
 
 def _save_tile(c: Contraction, tile: Tile, array: zarr.Array, outs: list[Index]) -> int:
-    return _save_block(compute_tile(c, tile), array, outs, (*tile.at, tile.i, tile.j))
+    return _save_block(compute_tile(c, tile), array, outs, (*tile.entry, tile.i, tile.j))
 
 
 def _save_block(

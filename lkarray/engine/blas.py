@@ -29,22 +29,22 @@ class _Threads:
     """The number of BLAS threads, lowered while any task of the engine runs many tiles.
 
     There is one owner, which counts its users: the number is lowered by the first and
-    restored by the last. (Limits that overlap, each restoring what it found, were seen to
+    restored by the last. (Limits that overlap, each restoring the number before it, were seen to
     leave a process at one thread for good.)
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._found: list[tuple[Any, int]] = []
+        self._before: list[tuple[Any, int]] = []
 
     @contextmanager
     def lowered(self) -> Iterator[None]:
         with self._lock:
             if self._users == 0:
-                self._found = [(lib, lib.get_num_threads()) for lib in _libraries()]
+                self._before = [(lib, lib.get_num_threads()) for lib in _libraries()]
                 most = max(1, CPU_COUNT // products_at_once())
-                for lib, number in self._found:
+                for lib, number in self._before:
                     if number > most:
                         lib.set_num_threads(most)
             self._users += 1
@@ -54,7 +54,7 @@ class _Threads:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    for lib, number in self._found:
+                    for lib, number in self._before:
                         lib.set_num_threads(number)
 
 

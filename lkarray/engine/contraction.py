@@ -27,9 +27,9 @@ from lkarray.engine.plan import Plan
 
 
 class Tile(NamedTuple):
-    """Which tile: entries of the dims kept in step, and the numbers of its two panels."""
+    """Which tile: the entry of the dims kept in step, and the numbers of its two panels."""
 
-    at: tuple[int, ...]
+    entry: tuple[int, ...]
     i: int
     j: int
 
@@ -98,10 +98,10 @@ class Contraction:
 
     def tiles(self) -> Iterator[Tile]:
         """Yield the tiles to compute: of a symmetric Gram, those with ``i <= j``."""
-        for at in np.ndindex(*self.each):
+        for entry in np.ndindex(*self.each):
             for i in range(len(self.plan.rows)):
                 for j in range(i if self.symmetric else 0, len(self.plan.cols)):
-                    yield Tile(at, i, j)
+                    yield Tile(entry, i, j)
 
     def is_diagonal(self, tile: Tile) -> bool:
         """Say whether both panels of a tile are the same."""
@@ -133,26 +133,26 @@ def _product(c: Contraction, tile: Tile, p: int) -> np.ndarray:
     args = (plan.pieces, p, plan.cache)
     rows, cols = plan.rows[tile.i], plan.cols[tile.j]
     if c.precision == "bfloat16":
-        low = c.x.low_panel(tile.at, rows, *args)
-        other = low if c.is_diagonal(tile) else c.other.low_panel(tile.at, cols, *args)
+        low = c.x.low_panel(tile.entry, rows, *args)
+        other = low if c.is_diagonal(tile) else c.other.low_panel(tile.entry, cols, *args)
         with product_slot(many=False):
             return multiply_low(low, other)
-    a = c.x.panel(tile.at, rows, *args)
-    b = a if c.is_diagonal(tile) else c.other.panel(tile.at, cols, *args)
+    a = c.x.panel(tile.entry, rows, *args)
+    b = a if c.is_diagonal(tile) else c.other.panel(tile.entry, cols, *args)
     return multiply(a, b, many=plan.many)
 
 
-def finish_tile(c: Contraction, tile: Tile, *parts: np.ndarray) -> np.ndarray:
-    """Add the parts of a tile in their order, scale and clip; see `compute_tile`."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+def finish_tile(c: Contraction, tile: Tile, *sums: np.ndarray) -> np.ndarray:
+    """Add the sums of a tile's pieces in their order, scale and clip; see `compute_tile`."""
+    total = sums[0]
+    for addend in sums[1:]:
+        total = total + addend  # not in place: Dask may hold the first for a task that runs again
     if c.scale != 1:
         total *= c.scale
     out = total.astype(c.dtype, copy=False)
     if c.x.cosine:
         finish_cosine(out, diagonal=c.is_diagonal(tile))
-    return out.reshape((1,) * len(tile.at) + out.shape)
+    return out.reshape((1,) * len(tile.entry) + out.shape)
 
 
 def flip(tile: np.ndarray) -> np.ndarray:
@@ -192,10 +192,10 @@ def gram_array(c: Contraction) -> da.Array:
     node = f"{name}-contraction"
     graph: dict[Any, Any] = {node: c}
     for tile in c.tiles():
-        key = (name, *tile.at, tile.i, tile.j)
+        key = (name, *tile.entry, tile.i, tile.j)
         graph[key] = _tile_task(graph, name, node, c, tile)
         if c.symmetric and tile.i < tile.j:
-            graph[(name, *tile.at, tile.j, tile.i)] = (flip, key)
+            graph[(name, *tile.entry, tile.j, tile.i)] = (flip, key)
     lengths = tuple(tuple(s.stop - s.start for s in p) for p in (c.plan.rows, c.plan.cols))
     chunks = (*((1,) * size for size in c.each), *lengths)
     layer = ContractionLayer(graph, c)
@@ -205,12 +205,12 @@ def gram_array(c: Contraction) -> da.Array:
 def _tile_task(
     graph: dict[Any, Any], name: str, node: str, c: Contraction, tile: Tile
 ) -> tuple[Any, ...]:
-    """Return the task of a tile, or of adding those parts of it that workers share."""
-    if c.plan.parts == 1:
+    """Return the task of a tile, or of adding the sums that several tasks make of its pieces."""
+    if c.plan.shares == 1:
         return (compute_tile, node, tile)
-    bounds = np.linspace(0, len(c.plan.pieces), c.plan.parts + 1).astype(int).tolist()
+    bounds = np.linspace(0, len(c.plan.pieces), c.plan.shares + 1).astype(int).tolist()
     keys = []
-    for part, (start, stop) in enumerate(pairwise(bounds)):
-        keys.append((f"{name}-part", *tile.at, tile.i, tile.j, part))
+    for share, (start, stop) in enumerate(pairwise(bounds)):
+        keys.append((f"{name}-share", *tile.entry, tile.i, tile.j, share))
         graph[keys[-1]] = (sum_pieces, node, tile, start, stop)
     return (finish_tile, node, tile, *keys)

@@ -36,11 +36,11 @@ def histogram_array(c: Contraction, bins: Bins) -> da.Array:
     graph: dict[Any, Any] = {node: c, asked: bins}
     keys: list[Any] = []
     for tile in c.tiles():
-        keys.append((f"{name}-part", tile.i, tile.j))
+        keys.append((f"{name}-tile", tile.i, tile.j))
         graph[keys[-1]] = (_count, node, asked, tile)
     level = 0
     while len(keys) > 1:  # in a tree, so that few counts are ever held
-        sums = [(f"{name}-sum", level, at) for at in range(0, len(keys), _ADDED)]
+        sums = [(f"{name}-sum", level, start) for start in range(0, len(keys), _ADDED)]
         for key in sums:
             graph[key] = (sum, keys[key[2] : key[2] + _ADDED])
         keys, level = sums, level + 1
@@ -57,11 +57,12 @@ def _count(c: Contraction, bins: Bins, tile: Tile) -> np.ndarray:
     place = np.floor((values - bins.low) / width)
     # The last bin holds its upper bound, as numpy's does.
     place[(place == bins.number) & (values <= bins.high)] = bins.number - 1
-    at = np.clip(place, -1, bins.number).astype(np.int64) + 1
+    # One number for the pair of groups and the bin, so that one count serves them all.
+    cell = np.clip(place, -1, bins.number).astype(np.int64) + 1
     pair = bins.codes[rows][:, None] * bins.groups + bins.codes[cols]
-    at += pair * (bins.number + 2)
+    cell += pair * (bins.number + 2)
     size = bins.groups**2 * (bins.number + 2)
     if c.is_diagonal(tile):
-        at = at[~np.eye(len(at), dtype=bool)]
-    counts = np.bincount(at.ravel(), minlength=size).reshape(bins.groups, bins.groups, -1)
+        cell = cell[~np.eye(len(cell), dtype=bool)]
+    counts = np.bincount(cell.ravel(), minlength=size).reshape(bins.groups, bins.groups, -1)
     return counts if c.is_diagonal(tile) else counts + counts.swapaxes(0, 1)

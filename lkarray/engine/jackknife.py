@@ -65,13 +65,13 @@ def _error_tile(c: Contraction, blocks: Blocks, tile: Tile) -> np.ndarray:
         same = c.is_diagonal(tile)
         b = a if same else c.other.panel((), c.plan.cols[tile.j], blocks.pieces, p, c.plan.cache)
         weight = size**2 / (total - size)
-        means = [part.mean(0, dtype=np.float64) for part in (a, b)]
+        means = [block.mean(0, dtype=np.float64) for block in (a, b)]
         product = multiply(a, b)
         whole = product.copy() if whole is None else np.add(whole, product, whole)
         product += (weight * means[0][:, None] * means[1]).astype(product.dtype)
         left_out.append(product)
-        squares = [np.einsum("ij,ij->j", part, part, dtype=np.float64) for part in (a, b)]
-        own = [sums + part for sums, part in zip(own, squares, strict=True)]
+        squares = [np.einsum("ij,ij->j", x, x, dtype=np.float64) for x in (a, b)]
+        own = [sums + more for sums, more in zip(own, squares, strict=True)]
         own_out.append([q + weight * m**2 for q, m in zip(squares, means, strict=True)])
     assert whole is not None
     rest = []
@@ -86,6 +86,6 @@ def _error_tile(c: Contraction, blocks: Blocks, tile: Tile) -> np.ndarray:
         rest.append(kept)
     mean = np.sum(rest, axis=0, dtype=np.float64) / len(rest)
     spread = np.zeros_like(mean)
-    for part in rest:
-        spread += (part - mean) ** 2
+    for estimate in rest:
+        spread += (estimate - mean) ** 2
     return np.sqrt(spread * (len(rest) - 1) / len(rest)).astype(c.dtype)

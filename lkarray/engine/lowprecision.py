@@ -82,10 +82,10 @@ def products_of_pairs(
             (len(a), len(b)),
             check_invariants=True,
         )
-        found = torch.sparse.sampled_addmm(
+        sampled = torch.sparse.sampled_addmm(
             pairs, torch.from_numpy(a), torch.from_numpy(b).T, beta=0
         )
-        products: np.ndarray = found.values().clamp_(-1, 1).numpy()
+        products: np.ndarray = sampled.values().clamp_(-1, 1).numpy()
         return products
 
 
@@ -119,12 +119,12 @@ def _one_thread() -> Iterator[None]:
     """Have torch use one thread for what this thread asks of it: others have work of their own."""
     import torch
 
-    found = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(found)
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def choose(precision: str, operations: float, dtype: np.dtype, *, search: bool =
     dtype
         Of the operands: only float32 is ever rounded.
     search
-        Whether what is found is ranked again by float32 products, which takes longer to pay.
+        Whether the candidates are ranked again by float32 products, which takes longer to pay.
     """
     if precision != "auto" or dtype != np.float32:
         return "float32"
@@ -185,14 +185,15 @@ def _is_faster() -> bool:
     other = panel.copy()
     # Rounded first, and after a pause: idle threads of a BLAS spin for a while, and torch's wait.
     time.sleep(0.1)
-    rounded = _seconds(lambda: multiply_low(low, low))
-    return _seconds(lambda: multiply(panel, other)) > 1.3 * rounded
+    rounded = fastest_seconds(lambda: multiply_low(low, low))
+    return fastest_seconds(lambda: multiply(panel, other)) > 1.3 * rounded
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    found = []
+def fastest_seconds(work: Callable[[], Any]) -> float:
+    """Return the seconds of the fastest of 16 runs: the one that others disturbed least."""
+    runs = []
     for _ in range(16):
         began = time.perf_counter()
         work()
-        found.append(time.perf_counter() - began)
-    return min(found)
+        runs.append(time.perf_counter() - began)
+    return min(runs)

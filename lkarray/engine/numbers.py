@@ -67,18 +67,18 @@ class Moments:
 def _sums(block: np.ndarray, origin: np.ndarray, *, squared: bool) -> np.ndarray:
     """Return float64 sums along the first axis of ``block - origin``, or of its square."""
     total = np.zeros(block.shape[1])
-    slab = max(1, (1 << 17) // max(block.shape[1], 1))
+    slab = max(1, (1 << 17) // max(block.shape[1], 1))  # 1 MiB of float64: stays in the cache
     with np.errstate(invalid="ignore", over="ignore"):  # infinite entries: the norm tells
         for start in range(0, len(block), slab):
-            part = block[start : start + slab] - origin
-            total += np.einsum("ij,ij->j", part, part) if squared else part.sum(axis=0)
+            shifted = block[start : start + slab] - origin  # (slab, rows), float64
+            total += np.einsum("ij,ij->j", shifted, shifted) if squared else shifted.sum(axis=0)
     return total
 
 
 def standardise(block: np.ndarray, mean: np.ndarray, scale: np.ndarray | None) -> None:
     """Subtract ``mean`` (group, rows) and multiply by ``scale`` (rows) in place.
 
-    The float64 mean is subtracted in two parts of the block's precision: near values leave
+    The float64 mean is subtracted as two numbers of the block's precision: near values leave
     an exact difference, so nothing of the float64 mean is lost.
     """
     if mean.any():

@@ -15,19 +15,21 @@ from dask.utils import format_bytes
 
 from lkarray.arguments import byte_count
 from lkarray.engine.blas import products_at_once
-from lkarray.engine.operand import AHEAD, Operand, Piece
+from lkarray.engine.operand import Operand, Piece, volume
+from lkarray.engine.reading import AHEAD
 from lkarray.errors import MemoryBudgetError
 from lkarray.waiting import current_client
 
 #: Bytes for each element of a tile that is written: its transpose, and what that is encoded to.
 WRITTEN_BYTES = 8
+#: Bytes of Zarr, BLAS and threads: left free, with a tenth of the budget for the allocator.
+BUFFER_BYTES = 32 << 20
 _SIDE = 4096  # of a tile, at most: larger ones multiply no faster and select more coarsely
 _FAST = 1024  # side from which products are at full speed
 _WHOLE = 512  # below this side, contract in pieces rather than make tiles smaller
 _LEAST = 8
 _PANELS = 110  # at most, so that their pairs, and merges, stay under ten thousand tasks
 _CUTS = 8  # of a source chunk along rows, at most: each part computes the chunk again
-_BUFFERS = 32 << 20  # of Zarr, BLAS and threads: left free, with a tenth for the allocator
 _SHARED = 16 << 20  # bytes of an operand, at least, before its contraction is shared out
 _TASK = 2 << 20  # bytes that could be read in the time which a tile's task takes besides
 _HELD = 2  # pieces of panels that a task holds, besides the chunks that one is made from
@@ -50,8 +52,9 @@ class Plan:
         Bytes allowed in a process, and those of them that may hold panels.
     peak
         Bytes that a process is projected to hold at most, beyond its interpreter.
-    parts
-        Tasks that share the pieces of one tile, where there are fewer tiles than workers.
+    shares
+        Tasks among which the pieces of one tile are shared out, where there are fewer tiles than
+        workers.
     many
         Whether there are tiles enough for products of one BLAS thread each, side by side.
     """
@@ -62,7 +65,7 @@ class Plan:
     budget: int
     cache: int
     peak: int = 0
-    parts: int = 1
+    shares: int = 1
     many: bool = False
 
     def __str__(self) -> str:
@@ -86,7 +89,7 @@ def memory_budget(memory: int | str | None) -> int:
     return byte_count("memory", given)
 
 
-def _concurrent_tasks() -> int:
+def concurrent_tasks() -> int:
     """Return how many tasks run at once in a process: of the cluster's workers, or of this."""
     return max((worker["nthreads"] for worker in _workers()), default=CPU_COUNT)
 
@@ -100,10 +103,10 @@ def _workers() -> list[dict[str, Any]]:
     client = current_client()
     if client is None:
         return []
-    found = list(client.scheduler_info(n_workers=-1)["workers"].values())
-    if found:
-        _known[client] = found
-    return found or _known.get(client, [])
+    workers = list(client.scheduler_info(n_workers=-1)["workers"].values())
+    if workers:
+        _known[client] = workers
+    return workers or _known.get(client, [])
 
 
 def on_cluster() -> bool:
@@ -187,43 +190,44 @@ def make_plan(
         No tile fits; the message says what would.
     """
     budget = memory_budget(memory)
-    parts = parts_of(x, y)
-    grains = [part.grain() for part in parts]
+    operands = operands_of(x, y)
+    grains = [operand.grain() for operand in operands]
     sizes = _Shape(
-        n=max(part.n for part in parts),
+        n=max(operand.n for operand in operands),
         length=prod(x.shape),
-        item=max(part.dtype.itemsize for part in parts),
-        source=max(part.variable.dtype.itemsize for part in parts),
-        chunk=_largest_chunk(parts),
+        item=max(operand.dtype.itemsize for operand in operands),
+        source=max(operand.variable.dtype.itemsize for operand in operands),
+        chunk=_largest_chunk(operands),
         groups=x.shape[0] if x.center == "chain" else 1,
         shape=x.shape,
         grain=tuple(map(max, zip(*(grain for grain, _ in grains), strict=True))),
         width=max(width for _, width in grains),
         sink=sink,
         held=held,
-        tasks=_concurrent_tasks(),
+        tasks=concurrent_tasks(),
     )
     side, pieces = _fit(sizes, budget, side)
     rows = _panels(x.n, side)
     cols = rows if y is None else _panels(y.n, side)
     tiles = len(rows) * (len(rows) + 1) // 2 if y is None else len(rows) * len(cols)
     tiles *= prod(x.variable.sizes[dim] for dim in x.each)
-    pieces, shared = _share(sizes, pieces, tiles, _workers_threads() or sizes.tasks)
-    peak = sizes.peak(side, max(map(_volume, pieces)))
-    cache = _cache(budget, peak)
-    panels = sum(part.n for part in parts_of(x, y)) * sizes.length * sizes.item
+    pieces, shares = _share(sizes, pieces, tiles, cluster_threads() or sizes.tasks)
+    peak = sizes.peak(side, max(map(volume, pieces)))
+    cache = cache_bytes(budget, peak)
+    panels = sum(operand.n for operand in operands) * sizes.length * sizes.item
     # Whatever is not cache may reach the budget: Zarr's buffers, BLAS, the allocator.
-    most = min(budget, peak + min(cache, panels) + _BUFFERS + budget // 10)
+    most = min(budget, peak + min(cache, panels) + BUFFER_BYTES + budget // 10)
     many = tiles >= 4 * products_at_once()
-    return Plan(rows, cols, pieces, budget, cache, max(most, peak), shared, many)
+    return Plan(rows, cols, pieces, budget, cache, max(most, peak), shares, many)
 
 
-def _largest_chunk(parts: list[Operand]) -> int | None:
-    chunks = [part.source_chunk() for part in parts]
+def _largest_chunk(operands: list[Operand]) -> int | None:
+    """Return the bytes of the largest source chunk; None where one is not read by chunks."""
+    chunks = [operand.source_chunk() for operand in operands]
     return None if None in chunks else max(chunk for chunk in chunks if chunk is not None)
 
 
-def parts_of(x: Operand, y: Operand | None) -> list[Operand]:
+def operands_of(x: Operand, y: Operand | None) -> list[Operand]:
     """Return the operands that there are."""
     return [x] if y is None else [x, y]
 
@@ -232,15 +236,15 @@ def _share(
     sizes: _Shape, pieces: tuple[Piece, ...], tiles: int, threads: int
 ) -> tuple[tuple[Piece, ...], int]:
     """Cut the contracted dims where there are more threads than tiles: reading overlaps, too."""
-    parts = min(ceil(threads / tiles), sizes.length)
-    if parts < 2 or sizes.length * sizes.item * sizes.n < _SHARED:
+    shares = min(ceil(threads / tiles), sizes.length)
+    if shares < 2 or sizes.length * sizes.item * sizes.n < _SHARED:
         return pieces, 1
-    if len(pieces) < parts:
-        pieces = split(sizes.shape, ceil(sizes.length / parts), sizes.grain)
-    return pieces, min(parts, len(pieces))
+    if len(pieces) < shares:
+        pieces = split(sizes.shape, ceil(sizes.length / shares), sizes.grain)
+    return pieces, min(shares, len(pieces))
 
 
-def _workers_threads() -> int:
+def cluster_threads() -> int:
     """Return the threads of all workers of the cluster; 0 without one."""
     return sum(worker["nthreads"] for worker in _workers())
 
@@ -270,7 +274,7 @@ def _fit(sizes: _Shape, budget: int, given: int | None) -> tuple[int, tuple[Piec
         slope = sizes.peak(side, 1) - sizes.peak(side, 0)
         length = max((allowed - sizes.peak(side, 0)) // slope, 1)
         pieces = split(sizes.shape, min(length, sizes.length), sizes.grain)
-        needed = sizes.peak(side, max(map(_volume, pieces)))
+        needed = sizes.peak(side, max(map(volume, pieces)))
         if needed <= budget:
             return side, pieces
         if side == least:
@@ -303,7 +307,8 @@ def _cheapest(sizes: _Shape, most: int, least: int, budget: int) -> int:
     for panels in range(fewest, max(fewest, min(4 * fewest, _PANELS)) + 1):
         even = ceil(n / panels)
         side = _align(even, n, sizes.width, least, most)
-        kept = _cache(budget, sizes.peak(side, sizes.length)) // (side * sizes.length * sizes.item)
+        panel = side * sizes.length * sizes.item
+        kept = cache_bytes(budget, sizes.peak(side, sizes.length)) // panel
         missed = max(ceil(n / side) - kept, 0)
         again = max(ceil(sizes.width / side), 1)  # a chunk wider than a panel
         read = (n + side * missed**2 / 2) * again * sizes.length * sizes.item
@@ -313,8 +318,9 @@ def _cheapest(sizes: _Shape, most: int, least: int, budget: int) -> int:
     return -best[1]
 
 
-def _cache(budget: int, peak: int) -> int:
-    return max(9 * budget // 10 - _BUFFERS - peak, 0)
+def cache_bytes(budget: int, peak: int) -> int:
+    """Return the bytes of a budget that may hold panels beside what tasks hold."""
+    return max(9 * budget // 10 - BUFFER_BYTES - peak, 0)
 
 
 def split(
@@ -338,12 +344,8 @@ def split(
     else:
         step = least
         tails = split(shape[1:], max(length // least, 1), step_of[1:])
-    parts = [(a, min(a + step, shape[0])) for a in range(0, shape[0], step)]
-    return tuple((part, *tail) for part in parts for tail in tails)
-
-
-def _volume(piece: Piece) -> int:
-    return prod(stop - start for start, stop in piece)
+    heads = [(a, min(a + step, shape[0])) for a in range(0, shape[0], step)]
+    return tuple((head, *tail) for head in heads for tail in tails)
 
 
 def _largest(cost: Callable[[int], int], least: int, most: int, budget: int) -> int:
@@ -362,7 +364,7 @@ def _align(side: int, n: int, chunk: int, least: int, most: int) -> int:
     if side >= n or chunk <= 1:
         return side
     if side < chunk:
-        near = [ceil(chunk / parts) for parts in (chunk // side, ceil(chunk / side))]
+        near = [ceil(chunk / cuts) for cuts in (chunk // side, ceil(chunk / side))]
     else:
         near = [(side // chunk + more) * chunk for more in (0, 1)]
     near = [aligned for aligned in near if least <= aligned <= most]

@@ -33,11 +33,11 @@ def running_array(c: Contraction, scale: np.ndarray) -> da.Array:
     node, factor = f"{name}-contraction", f"{name}-scale"
     graph: dict[Any, Any] = {node: c, factor: scale}
     for j in range(len(c.plan.cols)):
-        parts = [(f"{name}-part", i, j) for i in range(len(c.plan.rows))]
-        for key in parts:
+        panels = [(f"{name}-panel", i, j) for i in range(len(c.plan.rows))]
+        for key in panels:
             graph[key] = (_run, node, factor, *key[1:])
-        graph[(name, 0, 0, j)] = (sum, parts)
-    chunks = ((2,), (len(scale),), tuple(part.stop - part.start for part in c.plan.cols))
+        graph[(name, 0, 0, j)] = (sum, panels)
+    chunks = ((2,), (len(scale),), tuple(cols.stop - cols.start for cols in c.plan.cols))
     layers = HighLevelGraph({name: ContractionLayer(graph, c)}, {name: set()})
     return da.Array(layers, name, chunks, dtype=np.float64)
 

@@ -25,14 +25,15 @@ from lkarray.engine.numbers import top_k
 from lkarray.engine.top_k import (
     THRESHOLDS,
     Ask,
+    Candidates,
     Entries,
-    Found,
     best_arrays,
     gather,
     is_fresh,
     leave_out,
-    merge_found,
+    merge_candidates,
     reaching,
+    tile_sides,
 )
 
 #: Bytes a process must be allowed: what torch keeps for its own products is not planned for.
@@ -56,20 +57,14 @@ class Maybe(NamedTuple):
 
 
 def search_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
-    """Return what `lkarray.engine.top_k.top_k_arrays` returns, found through bfloat16."""
+    """Return what `lkarray.engine.top_k.top_k_arrays` returns, by way of bfloat16."""
     graph: dict[Any, Any] = {}
     name = f"search-{tokenize(c, ask)}"
     node, asked = f"{name}-contraction", f"{name}-ask"
     graph[node], graph[asked] = c, ask
-    sides: dict[int, list[tuple[Any, int]]] = {i: [] for i in range(len(c.plan.rows))}
-    for tile in c.tiles():
-        part = (f"{name}-part", tile.i, tile.j)
-        graph[part] = (_maybe_of_tile, node, asked, name, tile)
-        sides[tile.i].append((part, 0))
-        if tile.i < tile.j:
-            sides[tile.j].append((part, 1))
+    sides = tile_sides(graph, name, c, (_maybe_of_tile, node, asked, name))
     merge = (_merge, node, asked, name)
-    before = {i: gather(graph, name, i, found, (*merge, i)) for i, found in sides.items()}
+    before = {i: gather(graph, name, i, own, (*merge, i)) for i, own in sides.items()}
     # Candidates first, all of them: both steps keep panels, of different kinds.
     over = f"{name}-over"
     graph |= {(f"{name}-done", i): (_done, key) for i, key in before.items()}
@@ -85,8 +80,8 @@ def _done(_: Any) -> None:
 
 def _maybe_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Maybe, ...]:
     places = rows, cols = c.plan.rows[tile.i], c.plan.cols[tile.j]
-    a = c.x.low_panel(tile.at, rows, c.plan.pieces, 0, c.plan.cache)
-    b = a if tile.i == tile.j else c.x.low_panel(tile.at, cols, c.plan.pieces, 0, c.plan.cache)
+    a = c.x.low_panel(tile.entry, rows, c.plan.pieces, 0, c.plan.cache)
+    b = a if tile.i == tile.j else c.x.low_panel(tile.entry, cols, c.plan.pieces, 0, c.plan.cache)
     with product_slot(many=True):
         coarse = multiply_coarse(a, b)
     error = a.error.max(initial=0) + b.error.max(initial=0) * (1 + a.error.max(initial=0)) + _SUMS
@@ -134,9 +129,9 @@ def _maybe(
     """Return entries with bounds, or the wish for the whole tile where they are many."""
     if len(entries.row) > _DENSE * rows * columns:
         return _whole(rows, panel)
-    found = entries.value
+    value = entries.value
     starts = np.searchsorted(entries.row, np.arange(rows + 1))
-    lower, upper = _lower(found, error), found + error + _ROUNDING * np.abs(found)
+    lower, upper = _lower(value, error), value + error + _ROUNDING * np.abs(value)
     column = (entries.column + place.start).astype(np.int32)
     return Maybe(starts, column, lower, upper.astype(np.float32), ())
 
@@ -159,41 +154,42 @@ def _merge(
     name: str,
     i: int,
     before: Maybe | None,
-    parts: list[tuple[Maybe, ...]],
+    tiles: list[tuple[Maybe, ...]],
     sides: tuple[int, ...],
 ) -> Maybe:
     """Keep what may be among the ``k`` best of some tiles and those before."""
-    found = [] if before is None else [before]
-    found += [part[side] for part, side in zip(parts, sides, strict=True)]
-    rows = len(found[0].starts) - 1
-    row = np.concatenate([np.repeat(np.arange(rows), np.diff(f.starts)) for f in found])
-    lower = np.concatenate([f.lower for f in found])
+    candidates = [] if before is None else [before]
+    candidates += [tile[side] for tile, side in zip(tiles, sides, strict=True)]
+    rows = len(candidates[0].starts) - 1
+    row = np.concatenate([np.repeat(np.arange(rows), np.diff(m.starts)) for m in candidates])
+    lower = np.concatenate([m.lower for m in candidates])
     order = np.lexsort((-lower, row))
     row, lower = row[order], lower[order]
     starts = np.searchsorted(row, np.arange(rows + 1))
     least = THRESHOLDS.of(name, c)[c.plan.rows[i]]
     full = np.flatnonzero(np.diff(starts) >= ask.k)
     least[full] = np.maximum(least[full], lower[starts[full] + ask.k - 1])
-    upper = np.concatenate([f.upper for f in found])[order]
-    column = np.concatenate([f.columns for f in found])[order]
+    upper = np.concatenate([m.upper for m in candidates])[order]
+    column = np.concatenate([m.columns for m in candidates])[order]
     keep = upper >= least[row]
     counts = np.bincount(row[keep], minlength=rows)
-    whole = tuple(panel for f in found for panel in f.whole)
+    whole = tuple(panel for m in candidates for panel in m.whole)
     starts = np.concatenate(([0], np.cumsum(counts)))
     return Maybe(starts, column[keep], lower[keep], upper[keep], whole)
 
 
-def _rank(c: Contraction, ask: Ask, i: int, maybe: Maybe, over: None) -> Found:
+def _rank(c: Contraction, ask: Ask, i: int, maybe: Maybe, over: None) -> Candidates:
     """Return the ``k`` best of a panel's rows, by float32 products of what may be among them."""
     c.x.forget_low_panels()
-    best: Found | None = None
-    for part in _exact(c, ask, i, maybe):
-        best = merge_found([part] if best is None else [best, part], ask.k)
+    best: Candidates | None = None
+    for exact in _exact(c, ask, i, maybe):
+        best = merge_candidates([exact] if best is None else [best, exact], ask.k)
     rows = c.plan.rows[i].stop - c.plan.rows[i].start
-    return best or Found(np.zeros(rows + 1, int), np.zeros(0, np.int32), np.zeros(0, np.float32))
+    none = Candidates(np.zeros(rows + 1, int), np.zeros(0, np.int32), np.zeros(0, np.float32))
+    return best or none
 
 
-def _exact(c: Contraction, ask: Ask, i: int, maybe: Maybe) -> Iterator[Found]:
+def _exact(c: Contraction, ask: Ask, i: int, maybe: Maybe) -> Iterator[Candidates]:
     """Yield exact values, one panel of columns at a time."""
     plan = c.plan
     rows = plan.rows[i].stop - plan.rows[i].start
@@ -203,25 +199,25 @@ def _exact(c: Contraction, ask: Ask, i: int, maybe: Maybe) -> Iterator[Found]:
     sign = 1 if ask.largest else -1
     mine: np.ndarray | None = None
     for j in range(len(plan.cols))[:: -1 if i % 2 else 1]:
-        at = np.flatnonzero(panel_of == j)
+        own = np.flatnonzero(panel_of == j)
         if j in maybe.whole:
             yield _whole_tile(c, ask, i, j)
-        elif len(at):
+        elif len(own):
             mine = _turned(c, i) if mine is None else mine
             theirs = mine if i == j else _turned(c, j)
-            columns = maybe.columns[at] - bounds[j]
-            order = np.lexsort((columns, row[at]))
-            at, columns = at[order], columns[order]
-            starts = np.searchsorted(row[at], np.arange(rows + 1))
+            columns = maybe.columns[own] - bounds[j]
+            order = np.lexsort((columns, row[own]))
+            own, columns = own[order], columns[order]
+            starts = np.searchsorted(row[own], np.arange(rows + 1))
             value = products_of_pairs(mine, theirs, starts, columns) * sign
-            yield Found(starts, maybe.columns[at], value)
+            yield Candidates(starts, maybe.columns[own], value)
 
 
 def _turned(c: Contraction, i: int) -> np.ndarray:
     return c.x.turned_panel(c.plan.rows[i], c.plan.pieces, c.plan.cache, turn)
 
 
-def _whole_tile(c: Contraction, ask: Ask, i: int, j: int) -> Found:
+def _whole_tile(c: Contraction, ask: Ask, i: int, j: int) -> Candidates:
     exact = replace(c, precision="float32")
     tile = Tile((), min(i, j), max(i, j))
     values = compute_tile(exact, tile)
@@ -232,4 +228,4 @@ def _whole_tile(c: Contraction, ask: Ask, i: int, j: int) -> Found:
     index = top_k(values, k)
     starts = np.arange(len(values) + 1) * k
     columns = (index + c.plan.cols[j].start).astype(np.int32).ravel()
-    return Found(starts, columns, np.take_along_axis(values, index, axis=1).ravel())
+    return Candidates(starts, columns, np.take_along_axis(values, index, axis=1).ravel())

@@ -2,7 +2,7 @@
 
 A Gram of n rows contracted over S elements has a thin side, the shorter of the two. Spectra,
 norms, alignments and group means need only arrays of that side, which sums over strips give:
-each strip ``b`` is ``(short, part of the long side)``, standardised, read once a pass. Nothing
+each strip ``b`` is ``(short, stretch of the long side)``, standardised, read once a pass. Nothing
 here is n x n unless n is the shorter side.
 """
 
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from dask.utils import format_bytes
 
-from lkarray.engine.operand import Operand, Piece
+from lkarray.engine.operand import Operand, volume
 from lkarray.engine.plan import (
-    _BUFFERS,
-    _concurrent_tasks,
-    _workers_threads,
+    cache_bytes,
+    cluster_threads,
+    concurrent_tasks,
     memory_budget,
     source_bytes,
     split,
@@ -72,7 +72,7 @@ class Strips:
         """Place of each strip along the long side."""
         if self.rows:
             return list(self.cuts)
-        ends = np.cumsum([_volume(piece) for piece in self.cuts]).tolist()
+        ends = np.cumsum([volume(piece) for piece in self.cuts]).tolist()
         return [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     @property
@@ -82,7 +82,7 @@ class Strips:
         return [range(a, b) for a, b in pairwise(bounds)]
 
     def blocks(self, k: int) -> tuple[np.ndarray, ...]:
-        """Return strip ``k`` of each operand, ``(short, part)``."""
+        """Return strip ``k`` of each operand, ``(short, stretch)``."""
         if self.rows:
             return tuple(
                 x.panel((), self.cuts[k], (tuple((0, size) for size in x.shape),), 0, self.cache)
@@ -123,7 +123,7 @@ def make_strips(
     length, n = max(prod(x.shape) for x in operands), operands[0].n
     if rows is None:
         rows = along_rows(operands[0], budget)
-    tasks = _concurrent_tasks()
+    tasks = concurrent_tasks()
     widths = [x.grain()[1] if rows else prod(x.grain()[0][1:]) for x in operands]
 
     def peak(tasks: int, cuts: tuple[Any, ...]) -> int:
@@ -137,10 +137,10 @@ def make_strips(
             cuts = _cut(operands[0], rows, width)
             needed = peak(tasks, cuts)
             if needed <= allowed:
-                groups = min(_workers_threads() or tasks, len(cuts))
-                cache = max(9 * budget // 10 - _BUFFERS - needed, 0)
+                groups = min(cluster_threads() or tasks, len(cuts))
+                cache = cache_bytes(budget, needed)
                 return Strips(operands, rows, cuts, cache, max(groups, 1))
-        if tasks == 1 or _workers_threads():
+        if tasks == 1 or cluster_threads():
             break
         tasks //= 2  # fewer sums at once
     raise MemoryBudgetError(
@@ -178,7 +178,7 @@ def _strip_bytes(x: Operand, rows: bool, cuts: tuple[Any, ...], widened: int) ->
         area = side * length
         source = source_bytes(length, side, x.n, width, item, chunk)
     else:
-        piece = max(map(_volume, cuts))
+        piece = max(map(volume, cuts))
         area = piece * x.n
         source = source_bytes(min(piece * max(1, grain[0]), length), x.n, x.n, width, item, chunk)
     return int(area * (_HELD * x.dtype.itemsize + widened) + source)
@@ -191,7 +191,7 @@ def _moments(operands: tuple[Operand, ...], rows: bool) -> int:
 
 
 def _widths(long: int, chunks: list[int]) -> Iterator[int]:
-    """Yield widths to try, widest first: whole chunks, then parts of them."""
+    """Yield widths to try, widest first: whole chunks, then halves of them."""
     width = min(_MOST, long)
     chunk = max(chunks)
     if 1 < chunk < width:
@@ -217,7 +217,3 @@ def _cut(x: Operand, rows: bool, width: int) -> tuple[Any, ...]:
         return tuple(slice(a, b) for a, b in pairwise([*ends, x.n]))
     # Cut the outermost dim at will, so that pieces follow the order of the flattened side.
     return split(x.shape, width, (1, *x.grain()[0][1:]))
-
-
-def _volume(piece: Piece) -> int:
-    return prod(stop - start for start, stop in piece)

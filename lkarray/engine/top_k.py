@@ -34,10 +34,10 @@ class Ask(NamedTuple):
     rule: Any
 
 
-class Found(NamedTuple):
-    """Candidates: for each of some rows (counted from ``starts``), columns and values.
+class Candidates(NamedTuple):
+    """Columns and values that may be among the best, for each of some rows.
 
-    Compressed rows: those of row ``r`` are ``slice(starts[r], starts[r + 1])``.
+    Compressed rows, counted from 0: those of row ``r`` are ``slice(starts[r], starts[r + 1])``.
     """
 
     starts: np.ndarray
@@ -46,7 +46,7 @@ class Found(NamedTuple):
 
 
 class Thresholds:
-    """For each row the k-th best value found so far in this process: what is below cannot count.
+    """For each row the k-th best value that this process has seen: what is below cannot count.
 
     Only ever a bound: results do not depend on which tiles this process has seen.
     """
@@ -86,22 +86,16 @@ def top_k_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
     name = f"top-{tokenize(c, ask)}"
     node, asked = f"{name}-contraction", f"{name}-ask"
     graph[node], graph[asked] = c, ask
-    parts: dict[int, list[tuple[Any, int]]] = {i: [] for i in range(len(c.plan.rows))}
-    for tile in c.tiles():
-        part = (f"{name}-part", tile.i, tile.j)
-        graph[part] = (_best_of_tile, node, asked, name, tile)
-        parts[tile.i].append((part, 0))
-        if tile.i < tile.j:
-            parts[tile.j].append((part, 1))
-    for i, found in parts.items():
-        graph[(name, i)] = gather(graph, name, i, found, (_merge, node, asked, name, i))
+    sides = tile_sides(graph, name, c, (_best_of_tile, node, asked, name))
+    for i, own in sides.items():
+        graph[(name, i)] = gather(graph, name, i, own, (_merge, node, asked, name, i))
     return best_arrays(graph, name, asked, c, ask.k)
 
 
 def best_arrays(
     graph: dict[Any, Any], name: str, asked: Any, c: Contraction, k: int
 ) -> tuple[da.Array, da.Array]:
-    """Return positions and values as arrays, from the `Found` of each panel, ``(name, i)``."""
+    """Return positions and values as arrays, from the `Candidates` of each panel, ``(name, i)``."""
     names = (f"{name}-position", f"{name}-value")
     picks = {
         out: {(out, i, 0): (finish, (name, i), asked, side) for i in range(len(c.plan.rows))}
@@ -114,50 +108,64 @@ def best_arrays(
     return position, da.Array(whole, names[1], chunks, dtype=c.dtype)
 
 
+def tile_sides(
+    graph: dict[Any, Any], name: str, c: Contraction, task: tuple[Any, ...]
+) -> dict[int, list[tuple[Any, int]]]:
+    """Add the task of each tile; return for each panel the tiles' keys, and which side it is."""
+    sides: dict[int, list[tuple[Any, int]]] = {i: [] for i in range(len(c.plan.rows))}
+    for tile in c.tiles():
+        key = (f"{name}-tile", tile.i, tile.j)
+        graph[key] = (*task, tile)
+        sides[tile.i].append((key, 0))
+        if tile.i < tile.j:  # a tile above the diagonal serves its columns too
+            sides[tile.j].append((key, 1))
+    return sides
+
+
 def gather(
-    graph: dict[Any, Any], name: str, i: int, found: list[tuple[Any, int]], merge: tuple[Any, ...]
+    graph: dict[Any, Any], name: str, i: int, sides: list[tuple[Any, int]], merge: tuple[Any, ...]
 ) -> Any:
-    """Add the merges of one panel's parts, a few tiles at a time so that few are ever held.
+    """Add the merges of one panel's tiles, a few at a time so that few are ever held.
 
     Tiles are taken in the order in which they are made, every other row of them backwards, so
     that panels which the cache kept from one row serve the next. Return the key of the last
     merge.
     """
     before: Any = None
-    found = found[::-1] if i % 2 else found
-    for step in range(0, len(found), _MERGED):
-        keys, sides = zip(*found[step : step + _MERGED], strict=True)
+    sides = sides[::-1] if i % 2 else sides
+    for step in range(0, len(sides), _MERGED):
+        keys, which = zip(*sides[step : step + _MERGED], strict=True)
         key = (f"{name}-merge", i, step)
-        graph[key] = (*merge, before, list(keys), sides)
+        graph[key] = (*merge, before, list(keys), which)
         before = key
     return before
 
 
-def _best_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Found, ...]:
+def _best_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Candidates, ...]:
     values = compute_tile(c, tile)
     places = c.plan.rows[tile.i], c.plan.cols[tile.j]
     leave_out(values, c, ask, *places)
     sides = 1 if c.is_diagonal(tile) else 2
     least = [THRESHOLDS.of(name, c)[place] for place in places[:sides]]
-    best: list[Found | None] = [
+    best: list[Candidates | None] = [
         _best(values if side == 0 else values.T, ask.k, places[1 - side].start, least[side])
         if is_fresh(least[side])
         else None
         for side in range(sides)
     ]
-    wanted = [bound if found is None else None for bound, found in zip(least, best, strict=True)]
+    wanted = [bound if own is None else None for bound, own in zip(least, best, strict=True)]
     for side, entries in enumerate(reaching(lambda a, b: values[a:b], values.shape, wanted)):
         if entries is not None:
             starts = np.searchsorted(entries.row, np.arange(values.shape[side] + 1))
             columns = (entries.column + places[1 - side].start).astype(np.int32)
-            found = Found(starts, columns, entries.value)
-            _raise(least[side], found, ask.k)
-            best[side] = found
-    return tuple(found for found in best if found is not None)
+            candidates = Candidates(starts, columns, entries.value)
+            _raise(least[side], candidates, ask.k)
+            best[side] = candidates
+    return tuple(candidates for candidates in best if candidates is not None)
 
 
 def leave_out(values: np.ndarray, c: Contraction, ask: Ask, rows: slice, cols: slice) -> None:
-    """Make larger better, and worst what does not count, in place, in a part of the Gram."""
+    """Make larger better, and worst what does not count, in place, in a block of the Gram."""
     if not ask.largest:
         np.negative(values, out=values)
     if ask.groups is not None:
@@ -205,7 +213,7 @@ def reaching(
         For each side its entries, those of columns as entries of the transposed tile.
     """
     columns = shape[1]
-    found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in least]
+    passed: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in least]  # (place, value)
     for start in range(0, shape[0], _SLAB):
         values = slab(start, min(start + _SLAB, shape[0]))
         for side, bounds in enumerate(least):
@@ -213,15 +221,15 @@ def reaching(
                 bound = bounds[start : start + _SLAB, None] if side == 0 else bounds
                 # What was left out is -inf, and below whatever threshold there is.
                 bound = np.maximum(bound, np.finfo(values.dtype).min)
-                at = np.flatnonzero((values >= bound).ravel())
-                found[side].append((at + start * columns, values.ravel()[at]))
+                places = np.flatnonzero((values >= bound).ravel())
+                passed[side].append((places + start * columns, values.ravel()[places]))
     out: list[Entries | None] = []
     for side, bounds in enumerate(least):
         if bounds is None:
             out.append(None)
             continue
-        row, column = np.divmod(np.concatenate([at for at, _ in found[side]]), columns)
-        value = np.concatenate([values for _, values in found[side]])
+        row, column = np.divmod(np.concatenate([places for places, _ in passed[side]]), columns)
+        value = np.concatenate([values for _, values in passed[side]])
         if side == 1:
             order = np.argsort(column, kind="stable")
             row, column, value = column[order], row[order], value[order]
@@ -229,7 +237,7 @@ def reaching(
     return out
 
 
-def _best(values: np.ndarray, k: int, start: int, least: np.ndarray) -> Found:
+def _best(values: np.ndarray, k: int, start: int, least: np.ndarray) -> Candidates:
     """Return the ``k`` best of each row of a tile, and raise the rows' thresholds."""
     values = np.ascontiguousarray(values)
     index = top_k(values, min(k, values.shape[1]))
@@ -237,14 +245,15 @@ def _best(values: np.ndarray, k: int, start: int, least: np.ndarray) -> Found:
     if index.shape[1] == k:
         np.maximum(least, best[:, -1], out=least)
     starts = np.arange(len(values) + 1) * index.shape[1]
-    return Found(starts, (index + start).astype(np.int32).ravel(), best.ravel())
+    return Candidates(starts, (index + start).astype(np.int32).ravel(), best.ravel())
 
 
-def _raise(least: np.ndarray, found: Found, k: int) -> None:
+def _raise(least: np.ndarray, candidates: Candidates, k: int) -> None:
     """Raise thresholds where a tile alone holds ``k`` better values."""
-    for r in np.flatnonzero(np.diff(found.starts) >= k):
-        part = found.values[found.starts[r] : found.starts[r + 1]]
-        least[r] = max(least[r], np.partition(part, len(part) - k)[len(part) - k])
+    starts = candidates.starts
+    for r in np.flatnonzero(np.diff(starts) >= k):
+        own = candidates.values[starts[r] : starts[r + 1]]
+        least[r] = max(least[r], np.partition(own, len(own) - k)[len(own) - k])
 
 
 def _merge(
@@ -252,44 +261,44 @@ def _merge(
     ask: Ask,
     name: str,
     i: int,
-    before: Found | None,
-    parts: list[tuple[Found, ...]],
+    before: Candidates | None,
+    tiles: list[tuple[Candidates, ...]],
     sides: tuple[int, ...],
-) -> Found:
+) -> Candidates:
     """Keep the ``k`` best of some tiles and those before, and raise the rows' thresholds."""
-    found = [] if before is None else [before]
-    found += [part[side] for part, side in zip(parts, sides, strict=True)]
-    best = merge_found(found, ask.k)
+    candidates = [] if before is None else [before]
+    candidates += [tile[side] for tile, side in zip(tiles, sides, strict=True)]
+    best = merge_candidates(candidates, ask.k)
     least = THRESHOLDS.of(name, c)[c.plan.rows[i]]
     full = np.flatnonzero(np.diff(best.starts) == ask.k)
     least[full] = np.maximum(least[full], best.values[best.starts[full] + ask.k - 1])
     return best
 
 
-def merge_found(found: list[Found], k: int) -> Found:
+def merge_candidates(candidates: list[Candidates], k: int) -> Candidates:
     """Return the ``k`` best of each row, best first; ties go to the lower column."""
-    rows = len(found[0].starts) - 1
-    row = np.concatenate([np.repeat(np.arange(rows), np.diff(f.starts)) for f in found])
-    column = np.concatenate([f.columns for f in found])
-    value = np.concatenate([f.values for f in found])
+    rows = len(candidates[0].starts) - 1
+    row = np.concatenate([np.repeat(np.arange(rows), np.diff(c.starts)) for c in candidates])
+    column = np.concatenate([c.columns for c in candidates])
+    value = np.concatenate([c.values for c in candidates])
     order = np.lexsort((column, -value, row))
     row, column, value = row[order], column[order], value[order]
     starts = np.searchsorted(row, np.arange(rows + 1))
     keep = np.arange(len(row)) - starts[row] < k
     counts = np.minimum(np.diff(starts), k)
-    return Found(np.concatenate(([0], np.cumsum(counts))), column[keep], value[keep])
+    return Candidates(np.concatenate(([0], np.cumsum(counts))), column[keep], value[keep])
 
 
-def finish(found: Found, ask: Ask, side: int) -> np.ndarray:
+def finish(best: Candidates, ask: Ask, side: int) -> np.ndarray:
     """Return positions (0) or values (1), filled to ``k`` where there are fewer."""
-    rows = len(found.starts) - 1
-    row = np.repeat(np.arange(rows), np.diff(found.starts))
-    rank = np.arange(len(row)) - found.starts[row]
-    counts = found.values > -np.inf
+    rows = len(best.starts) - 1
+    row = np.repeat(np.arange(rows), np.diff(best.starts))
+    rank = np.arange(len(row)) - best.starts[row]
+    counts = best.values > -np.inf
     if side == 0:
         out = np.full((rows, ask.k), -1, np.int64)
-        out[row[counts], rank[counts]] = found.columns[counts]
+        out[row[counts], rank[counts]] = best.columns[counts]
         return out
-    best = np.full((rows, ask.k), np.nan, found.values.dtype)
-    best[row[counts], rank[counts]] = found.values[counts] * (1 if ask.largest else -1)
-    return best
+    values = np.full((rows, ask.k), np.nan, best.values.dtype)
+    values[row[counts], rank[counts]] = best.values[counts] * (1 if ask.largest else -1)
+    return values

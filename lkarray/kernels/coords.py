@@ -12,12 +12,12 @@ from lkarray.schema import second
 
 def sample_coords(x: xr.DataArray | xr.Dataset, *dims: str) -> dict[Hashable, xr.Variable]:
     """Return the coordinates of ``x`` along ``dims`` alone, and its scalars, each in one chunk."""
-    found = {}
+    kept = {}
     for name, coord in x.coords.items():
         if set(coord.dims) <= set(dims):
             variable = coord.variable.drop_encoding()
-            found[name] = variable.chunk(-1) if variable.chunks is not None else variable
-    return found
+            kept[name] = variable.chunk(-1) if variable.chunks is not None else variable
+    return kept
 
 
 def kernel_coords(

@@ -99,7 +99,7 @@ def degrees_of_freedom(x: xr.DataArray, over: tuple[str, ...], center: str | Non
         means = x.sizes[CHAIN]
     if count - means < 1:
         raise ValueError(
-            f"a covariance needs more than {means} elements along {over}, found {count}; "
+            f"a covariance needs more than {means} elements along {over}; there are {count}, "
             "take more draws"
         )
     return count - means

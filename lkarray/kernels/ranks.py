@@ -76,16 +76,16 @@ def _values(s: Any) -> xr.DataArray | np.ndarray:
     """Return singular values along modes, checked."""
     if isinstance(s, xr.Dataset | xr.DataTree):
         s = as_array(s, "s", prefer=("singular_value",))
-    found: xr.DataArray | np.ndarray = s if isinstance(s, xr.DataArray) else real_array("s", s)
-    if isinstance(found, xr.DataArray):
-        require_real("s", found)
-        if MODE not in found.dims:
-            raise SchemaError(f"s has dims {found.dims}; expected 'mode' among them")
-    elif found.ndim == 0:
-        raise TypeError(f"s must be an array of singular values, not the number {found}")
-    if not found.size:
+    values: xr.DataArray | np.ndarray = s if isinstance(s, xr.DataArray) else real_array("s", s)
+    if isinstance(values, xr.DataArray):
+        require_real("s", values)
+        if MODE not in values.dims:
+            raise SchemaError(f"s has dims {values.dims}; expected 'mode' among them")
+    elif values.ndim == 0:
+        raise TypeError(f"s must be an array of singular values, not the number {values}")
+    if not values.size:
         raise SchemaError("s is empty; there are no singular values to count")
-    return found
+    return values
 
 
 def _energy_rank(s: np.ndarray, share: float) -> np.ndarray:

@@ -140,7 +140,7 @@ def test_covariance__refuses_wrong_dims_and_kinds(losses, change, message):
 
 def test_covariance__refuses_one_draw(losses):
     one = losses.isel(chain=[0], draw=[0])
-    with pytest.raises(ValueError, match="more than 1 elements .* found 1; take more draws"):
+    with pytest.raises(ValueError, match="more than 1 elements .* there are 1, take more draws"):
         lk.covariance(one)
     with pytest.raises(ValueError, match="more than 3 elements"):
         lk.covariance(losses.isel(draw=[0]), center="chain")
