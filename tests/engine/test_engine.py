@@ -1,97 +1,18 @@
 import gc
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import dask
-import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
 
 import lkarray as lk
-from lkarray import engine, errors
-from lkarray.engine.cache import CACHE, MOMENTS, PanelCache
-from lkarray.engine.operand import Operand
+from lkarray import engine
+from lkarray.engine.cache import CACHE, MOMENTS
 from lkarray.engine.plan import make_plan, memory_budget
 from tests.helpers.losses import counting, numpy_correlation, random_losses
-
-
-def operand(losses, **changes):
-    options = {"over": ("chain", "draw"), "each": (), "rows": "sample", "center": "pooled"}
-    return Operand(losses, **({"cosine": True} | options | changes))
-
-
-def test_cache__keeps_the_latest_within_its_limit():
-    cache, loads = PanelCache(), []
-
-    def get(name):
-        return cache.get(("a", name), lambda: loads.append(name) or name, size=10, limit=25)
-
-    assert [get(n) for n in "xyxzx"] == list("xyxzx")
-    assert loads == list("xyz")
-    assert cache.nbytes == 20
-    get("y")
-    assert loads == list("xyzy")
-    cache.drop("a")
-    assert cache.nbytes == 0
-
-
-def test_cache__loads_each_panel_in_one_thread_only():
-    cache, loads = PanelCache(), []
-
-    def load():
-        time.sleep(0.05)
-        loads.append(threading.get_ident())
-        return "panel"
-
-    with ThreadPoolExecutor(8) as pool:
-        got = list(
-            pool.map(lambda _: cache.get(("a",), load, size=1, limit=10), range(8), timeout=10)
-        )
-    assert got == ["panel"] * 8
-    assert len(loads) == 1
-
-
-def test_cache__a_failed_load_is_told_to_all_and_not_kept():
-    cache = PanelCache()
-
-    def fail():
-        raise OSError("truncated")
-
-    for _ in range(2):
-        with pytest.raises(OSError, match="truncated"):
-            cache.get(("a",), fail, size=1, limit=10)
-    assert cache.get(("a",), lambda: 7, size=1, limit=10) == 7
-
-
-def test_cache__may_be_dropped_from_by_the_garbage_collector_at_any_allocation():
-    """A finalizer that runs inside `get` must not wait for the lock that `get` holds."""
-    cache = PanelCache()
-
-    class Owner:
-        pass
-
-    def churn():
-        import weakref
-
-        for i in range(3000):
-            owner = Owner()
-            owner.self = owner  # only the collector can free it
-            weakref.finalize(owner, cache.drop, i % 7)
-            cache.get((i % 7, i), lambda i=i: i, size=1, limit=50)
-
-    before = gc.get_threshold()
-    gc.set_threshold(5)
-    try:
-        thread = threading.Thread(target=churn, daemon=True)
-        thread.start()
-        thread.join(60)
-    finally:
-        gc.set_threshold(*before)
-    assert not thread.is_alive()
+from tests.helpers.operands import operand
 
 
 def test_panels__are_freed_with_their_kernel(rng):
@@ -102,26 +23,6 @@ def test_panels__are_freed_with_their_kernel(rng):
     del kernel
     gc.collect()
     assert CACHE.nbytes + MOMENTS.nbytes <= held
-
-
-def test_source__each_chunk_is_computed_once_when_the_budget_allows(rng):
-    losses = random_losses(rng, chains=4, draws=50, samples=600)
-    lazy, reads = counting(losses, (1, 50, 150))
-    np.testing.assert_allclose(lk.correlation(lazy), numpy_correlation(losses), atol=1e-5)
-    assert set(reads.values()) == {1}
-    assert len(reads) == 16
-
-
-def test_source__work_shared_by_chunks_is_walked_once(rng):
-    """Forty steps, each of which needs two chunks of the last: 2**40 paths, 160 tasks."""
-    losses = random_losses(rng, chains=4, draws=10, samples=8)
-    data = da.from_array(losses.values, chunks=(1, 10, 8))
-    values = losses.values.astype("f8")
-    for _ in range(40):
-        data = (data + 0.5 * da.roll(data, 1, axis=0)) / 1.2
-        values = (values + 0.5 * np.roll(values, 1, axis=0)) / 1.2
-    result = lk.correlation(losses.copy(data=data))
-    np.testing.assert_allclose(result, numpy_correlation(losses.copy(data=values)), atol=1e-4)
 
 
 def test_source__moments_are_kept_while_pieces_come_and_go(rng):
@@ -211,36 +112,6 @@ def test_memory__measured_peak_stays_within_the_projection(tmp_path, what, memor
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     measured, projected = map(int, done.stdout.split())
     assert measured < projected <= memory * 1e6
-
-
-def test_budget__comes_from_the_argument_the_environment_or_the_machine(monkeypatch):
-    assert memory_budget("2 GiB") == 2 << 30
-    monkeypatch.setenv("LKARRAY_MEMORY", "300 MB")
-    assert memory_budget(None) == 300_000_000
-    assert memory_budget(5) == 5
-    monkeypatch.delenv("LKARRAY_MEMORY")
-    assert memory_budget(None) > 1 << 28
-    for wrong in ("lots", "-1 GB"):
-        with pytest.raises(errors.MemoryBudgetError, match="memory"):
-            memory_budget(wrong)
-
-
-def test_plan__stays_under_ten_thousand_tasks_and_prints(monkeypatch):
-    huge = xr.DataArray(
-        da.zeros((15, 500, 1_000_000), dtype="f4", chunks=(1, 100, 8192)),
-        dims=("chain", "draw", "sample"),
-    )
-    plan = make_plan(operand(huge), memory="3 GB")
-    tiles = len(plan.rows) * (len(plan.rows) + 1) // 2
-    assert tiles <= 10_000
-    assert "tiles of side" in str(plan)
-    assert "within 2.79 GiB a process" in str(plan)
-
-
-def test_plan__refuses_a_budget_below_one_chunk_of_the_source(rng):
-    wide = random_losses(rng, chains=2, draws=100, samples=500).chunk()
-    with pytest.raises(errors.MemoryBudgetError, match=r"KiB can.*\.chunk\(\) the tensor smaller"):
-        lk.correlation(wide, memory="100 KB")
 
 
 def test_engine__same_numbers_on_worker_processes(store):

@@ -1,22 +1,17 @@
 """Low precision: candidates with a certificate, and products that are what they claim."""
 
-import subprocess
-import sys
-
 import dask
 import numpy as np
 import pytest
-import xarray as xr
 
-import lkarray as lk
 from lkarray import engine
 from lkarray.engine import lowprecision, search
 from tests.helpers.losses import numpy_correlation, random_losses
+from tests.helpers.operands import operand
 
 
-def found(losses, ask, precision, side=40):
-    options = {"over": ("chain", "draw"), "each": (), "rows": "sample", "center": "pooled"}
-    x = engine.Operand(losses, cosine=True, **options)
+def best(losses, ask, precision, side=40):
+    x = operand(losses)
     c = engine.Contraction(x, None, engine.make_plan(x, side=side), precision=precision)
     arrays = engine.top_k_arrays if precision == "float32" else engine.search_arrays
     return dask.compute(*arrays(c, ask))
@@ -41,8 +36,8 @@ def test_search__finds_what_float32_finds(seed, largest, kind):
     if kind == "constant":
         losses[..., 30:60] = 2.0
     ask = engine.Ask(6, largest, groups, rule)
-    position, value = found(losses, ask, "float32")
-    again, other = found(losses, ask, "bfloat16")
+    position, value = best(losses, ask, "float32")
+    again, other = best(losses, ask, "bfloat16")
     np.testing.assert_allclose(other, value, atol=2e-6)
     exact = numpy_correlation(losses)
     differ = again != position
@@ -62,7 +57,7 @@ def test_search__ranks_only_what_the_bound_cannot_rule_out(monkeypatch):
     count = lambda *args: pairs.append(len(args[3])) or dots(*args)  # noqa: E731
     monkeypatch.setattr(search, "products_of_pairs", count)
     monkeypatch.setattr(search, "_whole_tile", lambda *args: whole.append(args) or tile(*args))
-    found(losses, engine.Ask(5, True, None, None), "bfloat16", side=300)
+    best(losses, engine.Ask(5, True, None, None), "bfloat16", side=300)
     assert 600 * 5 <= sum(pairs) < 600 * 600 / 10
     assert whole == []
 
@@ -82,51 +77,3 @@ def test_bound__holds_for_every_entry():
     rounded = low.values.double().numpy()
     np.testing.assert_allclose(lowprecision.multiply_low(low, low), rounded @ rounded.T, atol=1e-5)
     assert np.abs(lowprecision.multiply_low(low, low) - exact).max() < 1e-3
-
-
-def test_auto__is_float32_for_small_or_exact_work_and_says_what_it_used(monkeypatch, rng):
-    losses = random_losses(rng)
-    assert lk.correlation(losses, precision="auto").attrs["precision"] == "float32"
-    monkeypatch.setattr(lowprecision, "_WORTH", 0)
-    monkeypatch.setattr(lowprecision, "_WORTH_LOADED", 0)
-    monkeypatch.setattr(lowprecision, "_is_faster", lambda: True)
-    kernel = lk.correlation(losses, precision="auto")
-    assert kernel.attrs["precision"] == "bfloat16"
-    np.testing.assert_allclose(kernel, numpy_correlation(losses), atol=6e-3)
-    assert lk.correlation(losses).attrs["precision"] == "float32"
-    assert lk.correlation(losses.astype("f8"), precision="auto").attrs["precision"] == "float32"
-    near = lk.neighbors(losses, 4, exclude="label")
-    assert near.attrs["precision"] == "bfloat16"
-    expected = lk.neighbors(losses, 4, exclude="label", precision="float32")
-    xr.testing.assert_equal(near["neighbor"].compute(), expected["neighbor"].compute())
-    with pytest.raises(ValueError, match="precision"):
-        lk.neighbors(losses, 4, precision="half")
-
-
-def test_auto__without_torch_is_float32(tmp_path):
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from lkarray.engine import lowprecision\n"
-        "import numpy as np\n"
-        "assert lowprecision.choose('auto', 1e15, np.dtype('f4')) == 'float32'"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize("largest", [True, False])
-def test_neighbors__leave_out_what_a_rule_says(rng, largest):
-    losses = random_losses(rng, samples=60)
-
-    def rule(a, b):
-        return (a["label"] == b["label"]) | (np.abs(a["sample"] - b["sample"]) < 3)
-
-    near = lk.neighbors(losses, 5, exclude=rule, largest=largest, memory="40 KiB").compute()
-    exact = numpy_correlation(losses) * (1 if largest else -1)
-    at, label = losses["sample"].values, losses["label"].values
-    out = (label[:, None] == label) | (np.abs(at[:, None] - at) < 3)
-    best = np.argsort(-np.where(out, -np.inf, exact), axis=1, kind="stable")[:, :5]
-    np.testing.assert_array_equal(near["neighbor"], best)
-    with pytest.raises(ValueError, match=r"rule fails.*'label', 'sample'"):
-        lk.neighbors(losses, 5, exclude=lambda a, b: a["colour"] == b["colour"])
-    with pytest.raises(ValueError, match="booleans"):
-        lk.neighbors(losses, 5, exclude=lambda a, b: a["label"] - b["label"])

@@ -199,18 +199,6 @@ def test_gram__refuses_unclear_requests(losses, options, message):
         lk.gram(losses, **options)
 
 
-def test_neighbors__refuses_bad_requests(losses):
-    for k in (0, 17):
-        with pytest.raises(ValueError, match="between 1 and 16"):
-            lk.neighbors(losses, k)
-    with pytest.raises(
-        errors.SchemaError, match="'wnid' is not a coordinate.*\\['label', 'sample'"
-    ):
-        lk.neighbors(losses, 3, exclude="wnid")
-    with pytest.raises(TypeError):
-        lk.neighbors(losses, 2.5)
-
-
 def test_gains__are_means_and_variances_in_float64(rng):
     losses = random_losses(rng)
     ds = losses.to_dataset(name="loss").assign(center_loss=losses.isel(chain=0, draw=0))
@@ -254,20 +242,6 @@ def test_results__write_to_zarr_after_a_selection_of_chunked_labels(tmp_path, lo
         result.to_zarr(tmp_path / name, consolidated=False)
         back = xr.open_zarr(tmp_path / name, consolidated=False)
         assert back["label"].values.tolist() == losses["label"].values[2:].tolist()
-
-
-def test_neighbors__names_them_by_the_samples_index(losses):
-    shifted = losses.assign_coords(sample=np.arange(17, dtype="uint8") + 200, split="train")
-    near = lk.neighbors(shifted, 16, exclude="label").compute()
-    assert near["neighbor"].dtype == np.int64
-    assert near["neighbor"].max() == 216
-    assert (near["neighbor"] == -1).any()
-    assert near["split"] == "train"
-    bare = lk.neighbors(losses.drop_vars("sample"), 3).compute()
-    np.testing.assert_array_equal(bare["neighbor"], lk.neighbors(losses, 3)["neighbor"])
-    for wrong in ([f"n{i}" for i in range(17)], np.arange(17) - 3):
-        with pytest.raises(errors.SchemaError, match="must be integers of at least 0"):
-            lk.neighbors(losses.assign_coords(sample=wrong), 3)
 
 
 def test_summaries__are_nan_where_a_loss_is(losses):

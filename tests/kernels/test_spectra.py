@@ -1,7 +1,6 @@
 import dask
 import numpy as np
 import pytest
-import scipy.sparse.linalg
 import xarray as xr
 
 import lkarray as lk
@@ -37,14 +36,14 @@ def tensor(matrix, chains=2):
 def test_svd__equals_numpy(rng, shape, chunks, memory):
     matrix = decaying(rng, *shape)
     x = tensor(matrix) if chunks is None else tensor(matrix).chunk(chunks)
-    found = lk.svd(x, 6, over=OVER, memory=memory).compute()
+    modes = lk.svd(x, 6, over=OVER, memory=memory).compute()
     left, values, right = np.linalg.svd(matrix.astype("f8").T, full_matrices=False)
-    np.testing.assert_allclose(found["singular_value"], values[:6], rtol=1e-5)
-    assert found["u"].dims == ("sample", "mode")
-    assert found["v"].dims == (*OVER, "mode")
+    np.testing.assert_allclose(modes["singular_value"], values[:6], rtol=1e-5)
+    assert modes["u"].dims == ("sample", "mode")
+    assert modes["v"].dims == (*OVER, "mode")
     sign = np.sign(np.take_along_axis(left, np.abs(left).argmax(0)[None], 0))[0, :6]
-    np.testing.assert_allclose(found["u"], left[:, :6] * sign, atol=1e-4)
-    np.testing.assert_allclose(found["v"].values.reshape(-1, 6), right[:6].T * sign, atol=1e-4)
+    np.testing.assert_allclose(modes["u"], left[:, :6] * sign, atol=1e-4)
+    np.testing.assert_allclose(modes["v"].values.reshape(-1, 6), right[:6].T * sign, atol=1e-4)
 
 
 @pytest.mark.parametrize("over", ["param", ("time", "param"), ("time", "example")])
@@ -52,12 +51,12 @@ def test_svd__of_any_unfolding(rng, over):
     x = xr.DataArray(rng.normal(size=(4, 20, 30)), dims=("time", "example", "param"), name="g")
     dims = (over,) if isinstance(over, str) else over
     free = tuple(d for d in x.dims if d not in dims)
-    found = lk.svd(x.chunk(time=1, example=7, param=20), 5, over=over).compute()
-    assert found["u"].dims == (*free, "mode")
+    modes = lk.svd(x.chunk(time=1, example=7, param=20), 5, over=over).compute()
+    assert modes["u"].dims == (*free, "mode")
     matrix = x.transpose(*free, *dims).values.reshape(np.prod([x.sizes[d] for d in free]), -1)
     expected = np.linalg.svd(matrix, full_matrices=False)
-    np.testing.assert_allclose(found["singular_value"], expected[1][:5])
-    product = (found["u"] * found["singular_value"] * found["v"]).sum("mode")
+    np.testing.assert_allclose(modes["singular_value"], expected[1][:5])
+    product = (modes["u"] * modes["singular_value"] * modes["v"]).sum("mode")
     best = (expected[0][:, :5] * expected[1][:5]) @ expected[2][:5]
     np.testing.assert_allclose(product.transpose(*free, *dims).values.reshape(matrix.shape), best)
 
@@ -69,8 +68,8 @@ def test_svd__iterates_more_accurately_than_dask(rng, shape, monkeypatch):
     monkeypatch.setattr(spectra, "_EXACT_OPERATIONS", 0)
     monkeypatch.setattr(spectra, "_EXTRA", 5)
     matrix = decaying(rng, *shape)
-    found = lk.svd(tensor(matrix).chunk(sample=250), 20, over=OVER).compute()
-    assert 3 <= int(found["passes"]) <= 5
+    modes = lk.svd(tensor(matrix).chunk(sample=250), 20, over=OVER).compute()
+    assert 3 <= int(modes["passes"]) <= 5
     reference = np.linalg.svd(matrix.astype("f8").T, full_matrices=False)
     theirs = da.linalg.svd_compressed(
         da.from_array(matrix.T, chunks=(250, shape[0])), 20, n_power_iter=4, compute=False
@@ -82,11 +81,11 @@ def test_svd__iterates_more_accurately_than_dask(rng, shape, monkeypatch):
             vectors - reference[0][:, :20] @ (reference[0][:, :20].T @ vectors), 2
         )
 
-    error = np.abs(found["singular_value"].values / reference[1][:20] - 1).max()
+    error = np.abs(modes["singular_value"].values / reference[1][:20] - 1).max()
     assert error < 5e-4
     assert error <= np.abs(s / reference[1][:20] - 1).max()
-    assert angle(found["u"].values.astype("f8")) <= angle(u.astype("f8"))
-    assert float(found["residual"].max()) < 0.05
+    assert angle(modes["u"].values.astype("f8")) <= angle(u.astype("f8"))
+    assert float(modes["residual"].max()) < 0.05
 
 
 def test_svd__stops_once_it_has_converged(rng, monkeypatch):
@@ -94,19 +93,19 @@ def test_svd__stops_once_it_has_converged(rng, monkeypatch):
     low = rng.normal(size=(300, 4)) @ rng.normal(size=(4, 1200))
     lazy, reads = counting(tensor(low.astype("f4")), (2, 150, 300))
     with dask.config.set(scheduler="synchronous"):
-        found = lk.svd(lazy, 4, over=OVER, memory="64 MiB").compute()
-    assert int(found["passes"]) == 3
+        modes = lk.svd(lazy, 4, over=OVER, memory="64 MiB").compute()
+    assert int(modes["passes"]) == 3
     assert set(reads.values()) == {1}  # the cache holds it all
     np.testing.assert_allclose(
-        found["singular_value"], np.linalg.svd(low, compute_uv=False)[:4], rtol=1e-5
+        modes["singular_value"], np.linalg.svd(low, compute_uv=False)[:4], rtol=1e-5
     )
 
 
 def test_svd__of_too_low_a_rank_has_zero_vectors(rng):
     low = (rng.normal(size=(20, 2)) @ rng.normal(size=(2, 30))).astype("f8")
-    found = lk.svd(tensor(low), 4, over=OVER).compute()
-    assert np.isfinite(found["u"]).all()
-    np.testing.assert_allclose(found["singular_value"][2:], 0, atol=1e-6)
+    modes = lk.svd(tensor(low), 4, over=OVER).compute()
+    assert np.isfinite(modes["u"]).all()
+    np.testing.assert_allclose(modes["singular_value"][2:], 0, atol=1e-6)
 
 
 def test_spectra__compute_nothing_until_asked(rng):
@@ -142,35 +141,11 @@ def test_svd__refuses_what_cannot_be(rng):
 @pytest.mark.parametrize("normalize", ["count", "cosine"])
 def test_eigh__equals_numpy_of_the_kernel(rng, samples, normalize):
     losses = random_losses(rng, samples=samples)
-    found = lk.eigh(losses, over=OVER, center="pooled", normalize=normalize).compute()
+    spectrum = lk.eigh(losses, over=OVER, center="pooled", normalize=normalize).compute()
     kernel = (numpy_covariance if normalize == "count" else numpy_correlation)(losses)
     values = np.linalg.eigvalsh(kernel)[::-1][: min(samples, 60)]
-    np.testing.assert_allclose(found["eigenvalue"], values, atol=2e-6 * values[0])
-    vectors = found["eigenvector"].values.astype("f8")
+    np.testing.assert_allclose(spectrum["eigenvalue"], values, atol=2e-6 * values[0])
+    vectors = spectrum["eigenvector"].values.astype("f8")
     np.testing.assert_allclose(
-        (vectors * found["eigenvalue"].values) @ vectors.T, kernel, atol=1e-5 * values[0]
+        (vectors * spectrum["eigenvalue"].values) @ vectors.T, kernel, atol=1e-5 * values[0]
     )
-
-
-def test_ranks__of_known_spectra():
-    s = xr.DataArray(np.sqrt([[4.0, 4.0, 0.0], [8.0, 1.0, 1.0]]), dims=("time", "mode"))
-    np.testing.assert_allclose(lk.participation_ratio(s), [2, 100 / 66])
-    np.testing.assert_array_equal(lk.energy_rank(s, 0.9), [2, 2])
-    np.testing.assert_array_equal(lk.energy_rank(s, 0.8), [2, 1])
-    np.testing.assert_array_equal(lk.energy_rank(s, 1.0), [2, 3])
-    assert lk.participation_ratio(np.ones(7)) == 7
-    assert lk.energy_rank(s.chunk(mode=1), 0.9).dtype == np.int64
-    with pytest.raises(ValueError, match="share"):
-        lk.energy_rank(s, 90)
-
-
-@pytest.mark.parametrize("samples", [20, 100])
-def test_operator__drives_scipy(rng, samples):
-    losses = random_losses(rng, chains=2, samples=samples).chunk(sample=30)
-    kernel = numpy_covariance(losses.compute())
-    operator = lk.linear_operator(losses, memory="400 KiB")
-    block = rng.normal(size=(samples, 3))
-    np.testing.assert_allclose(operator @ block, kernel @ block, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(operator @ block[:, 0], kernel @ block[:, 0], rtol=1e-4, atol=1e-4)
-    values = scipy.sparse.linalg.eigsh(operator, 3, tol=1e-5, return_eigenvectors=False)
-    np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(kernel)[-3:], rtol=1e-4)

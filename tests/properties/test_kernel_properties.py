@@ -150,11 +150,11 @@ def test_neighbors__equal_a_sort_of_the_kernel(losses, k, largest, excluding, da
     expected = np.where(np.isinf(best), np.nan, best if largest else -best)
     np.testing.assert_allclose(result["similarity"], expected, atol=1e-6)
     # Equal similarities may stand in another order than rounding gives them in the kernel.
-    found = result["neighbor"].values
-    position = losses.indexes["sample"].get_indexer(found.ravel()).reshape(found.shape)
+    neighbor = result["neighbor"].values
+    position = losses.indexes["sample"].get_indexer(neighbor.ravel()).reshape(neighbor.shape)
     there = position >= 0
     np.testing.assert_array_equal(there, ~np.isnan(expected))
-    np.testing.assert_array_equal(found[~there], -1)
+    np.testing.assert_array_equal(neighbor[~there], -1)
     own = np.take_along_axis(score, np.maximum(position, 0), axis=1)
     np.testing.assert_allclose(own[there], best[there], atol=1e-6)
     assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in position)
