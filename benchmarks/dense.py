@@ -49,9 +49,9 @@ def ours(path: str, memory: str, precision: str = "float32") -> dict[str, Any]:
         kernel = lk.correlation(open_losses(path), memory=memory, precision=precision)
         return lk.save(kernel, out)
 
-    found = timed(work)
-    found["value"] = found["value"][::97, ::101][:40, :40].values.tolist()
-    return found
+    run = timed(work)
+    run["value"] = run["value"][::97, ::101][:40, :40].values.tolist()
+    return run
 
 
 def processes(path: str, memory: str) -> dict[str, Any]:
@@ -105,8 +105,8 @@ def monte_carlo_error(path: str, rows: int = 60) -> float:
     chains = len(x)
     left = []
     for c in range(chains):
-        part = standardised(np.delete(x, c, axis=0))
-        left.append(part.T @ part)
+        rest = standardised(np.delete(x, c, axis=0))
+        left.append(rest.T @ rest)
     spread = np.stack(left).var(0) * (chains - 1)
     return float(np.median(np.sqrt(spread[np.triu_indices(rows, 1)])))
 
@@ -120,17 +120,17 @@ def report() -> None:
     memory = "64 MiB" if asked.small else "1 GiB"
     peers = ("dask.array.corrcoef", "xarray.dot")
     repeats = 1 if asked.small else asked.repeats
-    found = compare(list(WAYS), {"path": path, "memory": memory}, repeats, once=peers)
-    table(found, "floor", BARS)
-    mine = found["lkarray"]["seconds"]
+    runs = compare(list(WAYS), {"path": path, "memory": memory}, repeats, once=peers)
+    table(runs, "floor", BARS)
+    mine = runs["lkarray"]["seconds"]
     for peer, bar in zip(peers, (6, 20), strict=True):
-        ratio = found[peer]["seconds"] / mine
+        ratio = runs[peer]["seconds"] / mine
         print(f"{peer} takes {ratio:.1f} times as long as lkarray (bar {bar})")
-    reference = np.array(found["floor"]["value"])
+    reference = np.array(runs["floor"]["value"])
     for way in WAYS:
-        error = np.abs(np.array(found[way]["value"]) - reference)
+        error = np.abs(np.array(runs[way]["value"]) - reference)
         assert error.max() < (5e-3 if "auto" in way else 1e-4), (way, error.max())
-    error = np.abs(np.array(found["lkarray, precision auto"]["value"]) - reference)
+    error = np.abs(np.array(runs["lkarray, precision auto"]["value"]) - reference)
     print(
         f"precision auto: error {np.sqrt((error**2).mean()):.1e} rms, {error.max():.1e} at most; "
         f"Monte-Carlo error of an entry {monte_carlo_error(path):.1e} (median, deleting chains)"

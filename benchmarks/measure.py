@@ -35,14 +35,14 @@ def losses(n: int, chains: int, draws: int, seed: int = 0) -> Path:
     path = FOLDER / f"losses-{n}-{chains}-{draws}-{seed}.zarr"
     if path.exists():
         return path
-    part = path.with_suffix(".partial")
+    partial = path.with_suffix(".partial")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     rng = np.random.default_rng(seed)
     modes = 200
     shared = rng.standard_normal((chains * draws, modes), dtype=np.float32)
     shared *= np.arange(1, modes + 1, dtype=np.float32) ** -0.8
-    group = zarr.create_group(part, zarr_format=3)
+    group = zarr.create_group(partial, zarr_format=3)
     array = group.create_array(
         "loss",
         shape=(chains, draws, n),
@@ -62,7 +62,7 @@ def losses(n: int, chains: int, draws: int, seed: int = 0) -> Path:
     for name, values in {"sample": np.arange(n), "label": np.arange(n) % 100}.items():
         coord = group.create_array(name, shape=(n,), dtype="int64", dimension_names=("sample",))
         coord[:] = values
-    part.replace(path)
+    partial.replace(path)
     return path
 
 
@@ -74,14 +74,15 @@ def open_losses(path: Path | str) -> Any:
 
 
 def _tree(root: int) -> list[int]:
-    found = [root]
-    for pid in found:
+    """Return the processes below one, itself among them."""
+    pids = [root]
+    for pid in pids:  # grows while it is walked
         for task in Path(f"/proc/{pid}/task").glob("*/children"):
             try:
-                found += [int(child) for child in task.read_text().split()]
+                pids += [int(child) for child in task.read_text().split()]
             except OSError:
                 continue
-    return found
+    return pids
 
 
 def _resident() -> int:
@@ -166,20 +167,20 @@ def compare(
             runs[way].append(json.loads(done.stdout.splitlines()[-1]))
     return {
         way: {
-            "seconds": statistics.median(run["seconds"] for run in found),
-            "mib": max(run["mib"] for run in found),
-            "value": found[-1]["value"],
+            "seconds": statistics.median(run["seconds"] for run in own),
+            "mib": max(run["mib"] for run in own),
+            "value": own[-1]["value"],
         }
-        for way, found in runs.items()
+        for way, own in runs.items()
     }
 
 
 def table(results: dict[str, dict[str, Any]], reference: str, bars: dict[str, float]) -> None:
     """Print seconds, peaks and ratios to a reference, with the bar of each."""
     base = results[reference]["seconds"]
-    for way, found in results.items():
-        ratio = found["seconds"] / base
+    for way, result in results.items():
+        ratio = result["seconds"] / base
         bar = ""
         if way in bars:
             bar = f"bar {bars[way]:.2f}: {'met' if ratio <= bars[way] else 'NOT met'}"
-        print(f"{way:34s} {found['seconds']:8.2f} s {found['mib']:8.0f} MiB {ratio:7.2f}  {bar}")
+        print(f"{way:34s} {result['seconds']:8.2f} s {result['mib']:8.0f} MiB {ratio:7.2f}  {bar}")

@@ -19,8 +19,8 @@ def ours(path: str, k: int, memory: str, keep: bool, other: str = "") -> dict[st
     import lkarray as lk
 
     x = open_losses(path)
-    found = timed(lambda: lk.svd(x, k, over=("chain", "draw"), memory=memory).compute())
-    return kept(found, found["value"]["singular_value"].values, found["value"]["u"].values, keep)
+    run = timed(lambda: lk.svd(x, k, over=("chain", "draw"), memory=memory).compute())
+    return kept(run, run["value"]["singular_value"].values, run["value"]["u"].values, keep)
 
 
 def theirs(path: str, k: int, memory: str, keep: bool, other: str = "") -> dict[str, Any]:
@@ -33,13 +33,13 @@ def theirs(path: str, k: int, memory: str, keep: bool, other: str = "") -> dict[
         parts = da.linalg.svd_compressed(matrix, k, n_power_iter=4, iterator="QR", compute=False)
         return dask.compute(*parts)
 
-    found = timed(work)
-    u, s, _ = found["value"]
-    return kept(found, s, u, keep)
+    run = timed(work)
+    u, s, _ = run["value"]
+    return kept(run, s, u, keep)
 
 
-def kept(found: dict[str, Any], s: np.ndarray, u: np.ndarray, keep: bool) -> dict[str, Any]:
-    return found | {"value": [s.tolist(), u.tolist() if keep else None]}
+def kept(run: dict[str, Any], s: np.ndarray, u: np.ndarray, keep: bool) -> dict[str, Any]:
+    return run | {"value": [s.tolist(), u.tolist() if keep else None]}
 
 
 def alignment(path: str, k: int, memory: str, keep: bool, other: str) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def accuracy(k: int, n: int, draws: int) -> None:
     reference = np.linalg.svd(x.T, full_matrices=False)
     options = {"path": str(path), "k": k, "memory": "1 GiB", "keep": True}
     errors = {}
-    for way, found in compare(["lkarray", "svd_compressed"], options, 1).items():
-        s, u = (np.asarray(part, np.float64) for part in found["value"])
+    for way, run in compare(["lkarray", "svd_compressed"], options, 1).items():
+        s, u = (np.asarray(array, np.float64) for array in run["value"])
         u = np.linalg.qr(u)[0]
         best = reference[0][:, :k]
         angle = np.degrees(np.arcsin(min(1, np.linalg.norm(u - best @ (best.T @ u), 2))))
@@ -75,8 +75,8 @@ def accuracy(k: int, n: int, draws: int) -> None:
 def definition(x: np.ndarray, y: np.ndarray) -> float:
     """CKA by its definition."""
     kernels = []
-    for part in (x, y):
-        flat = part.reshape(-1, part.shape[-1]).astype(np.float64)
+    for tensor in (x, y):
+        flat = tensor.reshape(-1, tensor.shape[-1]).astype(np.float64)
         flat -= flat.mean(0)
         flat -= flat.mean(1, keepdims=True)
         kernels.append(flat.T @ flat)
@@ -90,16 +90,16 @@ def report() -> None:
         return
     n, draws, k = (2000, 40, 10) if asked.small else (100_000, 500, 50)
     options = {"path": str(losses(n, 15, draws)), "k": k, "memory": "2 GiB", "keep": False}
-    found = compare(["svd_compressed", "lkarray"], options, 1 if asked.small else asked.repeats)
-    table(found, "svd_compressed", {"lkarray": 1.0})
+    runs = compare(["svd_compressed", "lkarray"], options, 1 if asked.small else asked.repeats)
+    table(runs, "svd_compressed", {"lkarray": 1.0})
     accuracy(*((10, 1000, 40) if asked.small else (50, 6000, 200)))
 
     n, chains, draws = (2000, 4, 30) if asked.small else (100_000, 4, 500)
     paths = [str(losses(n, chains, draws, seed)) for seed in (1, 2)]
     options = {"path": paths[0], "other": paths[1], "k": 0, "memory": "1 GiB", "keep": False}
-    found = compare(["cka"], options, 1)
+    runs = compare(["cka"], options, 1)
     print(f"cka, n = {n}, S = {chains * draws}:")
-    table(found, "cka", {})
+    table(runs, "cka", {})
     few = [open_losses(losses(1000, 4, 30, seed)) for seed in (1, 2)]
     import lkarray as lk
 

@@ -34,13 +34,13 @@ def neighbours(path: str, memory: str, precision: str) -> dict[str, Any]:
     if precision == "auto":
         import torch  # noqa: F401  # as in any process that samples
     x = open_losses(path)
-    found = timed(lambda: lk.neighbors(x, 30, precision=precision, memory=memory).compute())
-    found["value"] = [
-        found["value"]["neighbor"][::97][:100].values.tolist(),
-        found["value"]["similarity"][::97][:100].values.tolist(),
-        found["value"].attrs["precision"],
+    run = timed(lambda: lk.neighbors(x, 30, precision=precision, memory=memory).compute())
+    run["value"] = [
+        run["value"]["neighbor"][::97][:100].values.tolist(),
+        run["value"]["similarity"][::97][:100].values.tolist(),
+        run["value"].attrs["precision"],
     ]
-    return found
+    return run
 
 
 def exact(path: str, memory: str) -> dict[str, Any]:
@@ -73,11 +73,11 @@ def in_memory(path: str, memory: str) -> dict[str, Any]:
 WAYS = {"rate": rate, "float32": exact, "auto": automatic, "numpy": in_memory}
 
 
-def check(found: dict[str, dict[str, Any]], ways: tuple[str, ...]) -> None:
+def check(runs: dict[str, dict[str, Any]], ways: tuple[str, ...]) -> None:
     """Equal neighbours, up to ties within float32 rounding."""
-    first = found[ways[0]]["value"]
+    first = runs[ways[0]]["value"]
     for way in ways[1:]:
-        other = found[way]["value"]
+        other = runs[way]["value"]
         np.testing.assert_allclose(other[1], first[1], atol=5e-6)
         same = (np.array(first[0]) == np.array(other[0])).mean()
         assert same > 0.99, (way, same)
@@ -90,22 +90,22 @@ def report() -> None:
     repeats = 1 if asked.small else asked.repeats
     n, draws = (800, 40) if asked.small else (10_000, 500)
     path, memory = str(losses(n, 15, draws)), "64 MiB" if asked.small else "1500 MiB"
-    found = compare(["numpy", "float32", "auto"], {"path": path, "memory": memory}, repeats)
+    runs = compare(["numpy", "float32", "auto"], {"path": path, "memory": memory}, repeats)
     print(f"n = {n}")
-    table(found, "numpy", {"float32": 1.0, "auto": 1.0})
-    check(found, ("numpy", "float32", "auto"))
+    table(runs, "numpy", {"float32": 1.0, "auto": 1.0})
+    check(runs, ("numpy", "float32", "auto"))
 
     n, draws = (1500, 40) if asked.small else (50_000, 500)
     path, memory = str(losses(n, 15, draws)), "64 MiB" if asked.small else "2600 MiB"
     options = {"path": path, "memory": memory}
-    found = compare(["rate", "float32", "auto"], options, 1)
-    speed = found.pop("rate")["value"]
+    runs = compare(["rate", "float32", "auto"], options, 1)
+    speed = runs.pop("rate")["value"]
     print(f"n = {n}, float32 products at {speed / 1e9:.0f} GFLOP/s")
     operations = n**2 * 15 * draws
     floor = {"n^2 S operations": {"seconds": operations / speed, "mib": 0, "value": None}}
-    table(floor | found, "n^2 S operations", {"float32": 1.4, "auto": 0.7})
-    print(f"auto used {found['auto']['value'][2]}")
-    check(found, ("float32", "auto"))
+    table(floor | runs, "n^2 S operations", {"float32": 1.4, "auto": 0.7})
+    print(f"auto used {runs['auto']['value'][2]}")
+    check(runs, ("float32", "auto"))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ def load(path):
 
 
 @pytest.fixture
+def costs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return load(ROOT / "benchmarks" / "costs.py")
+
+
+@pytest.fixture
 def growth(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return load(ROOT / "benchmarks" / "growth.py")
@@ -125,8 +131,8 @@ def test_docstring__says_what_is_taken_and_returned(name):
 )
 def test_scaling__plans_are_what_the_planner_says():
     code = (
-        "import sys; sys.path.insert(0, 'benchmarks'); import growth; growth.two_tasks()\n"
-        "print(growth.markdown(growth.PLAN_HEAD, growth.plan_rows()))"
+        "import sys; sys.path.insert(0, 'benchmarks'); import costs; costs.two_tasks()\n"
+        "print(costs.markdown(costs.PLAN_HEAD, costs.plan_rows()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
@@ -135,15 +141,15 @@ def test_scaling__plans_are_what_the_planner_says():
     assert done.stdout.strip() == marked(SCALING, "plans")
 
 
-def test_scaling__costs_are_what_the_code_says(growth):
-    costs = growth.markdown(growth.COST_HEAD, growth.storage_and_sampling())
-    assert costs == marked(SCALING, "costs")
+def test_scaling__costs_are_what_the_code_says(costs):
+    table = costs.markdown(costs.COST_HEAD, costs.storage_and_sampling())
+    assert table == marked(SCALING, "costs")
 
 
-def test_scaling__hours_follow_from_the_rate_that_is_given(growth):
+def test_scaling__hours_follow_from_the_rate_that_is_given(costs):
     text = marked(SCALING, "hours")
     rate, low = map(int, re.search(r"at (\d+) GFLOP/s.*, at (\d+) in", text).groups())
-    assert text == growth.hours_text(rate, low)
+    assert text == costs.hours_text(rate, low)
 
 
 def test_growth__figure_and_table_are_drawn_again_without_measuring(growth, tmp_path):
