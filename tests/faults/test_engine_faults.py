@@ -113,7 +113,7 @@ def test_split__shares_few_tiles_among_many_workers(rng, tmp_path):
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(**options) as cluster, Client(cluster):
         kernel = lk.gram(lazy, over=("time", "param"))
-        parts = [key for key in kernel.data.dask if isinstance(key, tuple) and "part" in key[0]]
+        shares = [key for key in kernel.data.dask if isinstance(key, tuple) and "share" in key[0]]
         assert kernel.data.npartitions == 1
-        assert len(parts) == 2
+        assert len(shares) == 2
         np.testing.assert_allclose(kernel, expected, rtol=1e-3, atol=1e-2)
