@@ -30,8 +30,11 @@ OPTIONS = {
 }
 
 CHILD = """
+import signal
 import sys
 import lkarray as lk
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from lkarray.store import commit
 from tests.helpers.networks import classification, small_network
 from torch import nn
@@ -65,9 +68,12 @@ def test_sample__a_signal_commits_first_and_then_ends_the_process(tmp_path, numb
         stderr=subprocess.PIPE,
         text=True,
     ) as child:
-        assert child.stdout.readline() == "running\n"
-        child.send_signal(number)
-        _, told = child.communicate()
+        try:
+            assert child.stdout.readline() == "running\n"
+            child.send_signal(number)
+            _, told = child.communicate(timeout=120)
+        finally:
+            child.kill()
     # As Python ends a process that leaves KeyboardInterrupt alone.
     assert child.returncode == -number
     stored = lk.open(path)["losses/loss"]
