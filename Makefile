@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that tests run in, each with some threads of its own.
+JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help demo test test-services test-slow lint types format check bench clean
@@ -9,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 help:
 	@echo "make demo       train, sample, kernel, map, report on real digits (runs/digits)"
 	@echo "make test       the whole fast test suite"
-	@echo "make test-services  clusters of several hosts, S3, Slurm, schedules, notebooks"
+	@echo "make test-services  the demo, kills, clusters of several hosts, S3, Slurm, notebooks"
 	@echo "make test-slow  studies of minutes"
 	@echo "make lint       ruff, code style and format"
 	@echo "make types      mypy"
@@ -38,10 +40,10 @@ demo: $(VENV)/.installed
 	$(BIN)/lkarray run digits
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-services: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'services and not slow'
+	$(BIN)/python -m pytest -m 'services and not slow' -n $(JOBS) --dist loadgroup --timeout 900
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow --timeout 3600

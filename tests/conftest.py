@@ -32,6 +32,15 @@ settings.load_profile("lkarray")
 pytest_plugins = ["tests.helpers.services"]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the demo's folder takes a minute, once: one process has all of it."""
+    for item in items:
+        if "digits" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.services)
+            item.add_marker(pytest.mark.xdist_group("digits"))
+
+
 @pytest.fixture(scope="session", autouse=CLUSTER is not None)
 def on_cluster() -> Iterator[None]:
     assert CLUSTER is not None

@@ -151,6 +151,7 @@ KILLED = """
 """
 
 
+@pytest.mark.services
 def test_audit__killed_processes_leave_what_goes_on(tmp_path):
     import textwrap
 

@@ -85,6 +85,7 @@ def test_linear_regression__kernel_has_its_closed_form(seed):
     assert_by_monte_carlo(estimate[off], error[off], (expected / np.outer(scale, scale))[off])
 
 
+@pytest.mark.services
 def test_nonlinear_model__kernel_has_its_laplace_limit():
     """K -> g_i' (nbeta Hbar + gamma I)^-1 g_j for small perturbations, finite step included."""
     torch.manual_seed(0)

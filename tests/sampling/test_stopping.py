@@ -226,6 +226,7 @@ found = everything()
 """
 
 
+@pytest.mark.services
 def test_complete_results__open_on_a_read_only_disk(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -264,6 +265,7 @@ def test_complete_results__open_on_a_read_only_disk(tmp_path):
             path.chmod(0o755)
 
 
+@pytest.mark.services
 def test_study__complete_in_a_read_only_folder_is_reused(tmp_path):
     code = """
 import sys
