@@ -123,7 +123,7 @@ def stored_digests(array: zarr.Array, keys: Sequence[str]) -> list[bytes | None]
     part = SuffixByteRequest(_CRC_BYTES) if checked else None
     prototype = default_buffer_prototype()
 
-    async def one(key: str) -> bytes | None:
+    async def tail_of(key: str) -> bytes | None:
         buffer = await array.store.get(key, prototype, part)
         if buffer is None:
             return None
@@ -133,7 +133,7 @@ def stored_digests(array: zarr.Array, keys: Sequence[str]) -> list[bytes | None]
     async def look() -> list[bytes | None]:
         tails: list[bytes | None] = []
         for start in range(0, len(keys), _AT_ONCE):
-            tails += await asyncio.gather(*map(one, keys[start : start + _AT_ONCE]))
+            tails += await asyncio.gather(*map(tail_of, keys[start : start + _AT_ONCE]))
         return tails
 
     return sync(look())

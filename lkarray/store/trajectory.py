@@ -99,19 +99,19 @@ def every_and_block(root: zarr.Group) -> tuple[int, int]:
     return every, block
 
 
-def kept_rows(every: int, start: int, stop: int) -> range:
+def kept_states(every: int, start: int, stop: int) -> range:
     """Return which kept states are of the steps from ``start`` to ``stop``."""
     if every == 1:  # the optimizer's, before the first step
         return range(0 if start else min(stop, 1))
     return range(-(-start // every), -(-stop // every))
 
 
-def read_state(root: zarr.Group, path: str, row: int) -> dict[str, np.ndarray]:
+def read_state(root: zarr.Group, path: str, place: int) -> dict[str, np.ndarray]:
     """Return the vectors and scalars of one state; what the optimizer lacked is NaN."""
     state = {}
     for array in _arrays(root, path):
-        require_chunks(array, (row,))
-        state[array.basename] = read(array, row)
+        require_chunks(array, (place,))
+        state[array.basename] = read(array, place)
     return state
 
 
@@ -120,14 +120,14 @@ def last_state(root: zarr.Group) -> dict[str, np.ndarray]:
     return read_state(root, LAST, read_steps(root)[1])
 
 
-def kept_state(root: zarr.Group, row: int) -> dict[str, np.ndarray]:
-    """Return the optimizer's state of the ``row``-th kept step."""
-    return read_state(root, OPTIMIZER, row)
+def kept_state(root: zarr.Group, kept: int) -> dict[str, np.ndarray]:
+    """Return the optimizer's state of the ``kept``-th kept step."""
+    return read_state(root, OPTIMIZER, kept)
 
 
-def kept_parameters(root: zarr.Group, row: int) -> np.ndarray:
-    """Return the parameters of the ``row``-th kept step."""
-    return np.asarray(read_rows(stored_at(root, f"{ROOT}/{PARAMETERS.name}"), row, row + 1)[0])
+def kept_parameters(root: zarr.Group, kept: int) -> np.ndarray:
+    """Return the parameters of the ``kept``-th kept step."""
+    return np.asarray(read_rows(stored_at(root, f"{ROOT}/{PARAMETERS.name}"), kept, kept + 1)[0])
 
 
 def step_rows(root: zarr.Group, name: str, start: int, stop: int) -> np.ndarray:
@@ -164,7 +164,7 @@ def _require(root: zarr.Group, array: zarr.Array, number: int, steps: int) -> No
         raise damaged(root.store, f"{lost[0]} was committed, but is missing or empty")
 
 
-def read_row(root: zarr.Group, step: int, every: int) -> dict[str, np.ndarray]:
+def read_step(root: zarr.Group, step: int, every: int) -> dict[str, np.ndarray]:
     """Return the batch of one step, and the parameters before it where they are kept."""
     stored = {BATCH.name: step_rows(root, BATCH.name, step, step + 1)[0]}
     if step % every == 0:

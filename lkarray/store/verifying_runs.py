@@ -199,7 +199,7 @@ class CountedRun:
     def counted(self, chain: int, record: Record) -> Iterator[Problem]:
         """Check all that such a record of a chain would count."""
         array = self.arrays[_RECORD]
-        sizes = {path: one.shape[1] for path, one in self.recorded.items()}
+        sizes = {path: array.shape[1] for path, array in self.recorded.items()}
         shortest = min(sizes, key=lambda path: sizes[path])
         if record.slot not in (0, 1) or not 0 <= record.draws <= sizes[shortest]:
             detail = f"chain {chain} has {record.draws} draws, but {shortest} {sizes[shortest]}"

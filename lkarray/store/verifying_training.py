@@ -118,7 +118,7 @@ def _trace(root: zarr.Group) -> Iterator[Problem]:
     for number in range(-(-steps // block)):
         start, stop = number * block, min((number + 1) * block, steps)
         try:
-            kept = trajectory.kept_rows(every, start, stop)
+            kept = trajectory.kept_states(every, start, stop)
             yield from block_problems(root, number, slice(start, stop), kept)
         except DamagedError as error:
             yield Problem("mismatch", f"{trace_layout.ROOT}/digest", str(error))

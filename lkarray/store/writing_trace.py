@@ -47,13 +47,14 @@ from lkarray.store.trace_layout import (
     ROOT,
     TraceLayout,
 )
-from lkarray.store.trajectory import committed_chunks, kept_rows, read_steps, step_rows
+from lkarray.store.trajectory import committed_chunks, kept_states, read_steps, step_rows
 
+#: Seconds between commits of an open block; they take at most one part in ``_COMMIT_SHARE`` of the time.
 _COMMIT_SECONDS, _COMMIT_SHARE = 30.0, 50.0
 
 
 @dataclass
-class Row:
+class StepValues:
     """What one step leaves.
 
     ``state`` (vectors and scalars of the optimizer before the step, by name) only where it is kept.
@@ -68,7 +69,7 @@ class Row:
 class _Block:
     start: int
     rows: dict[str, np.ndarray]
-    states: dict[int, Row] = field(default_factory=dict)
+    states: dict[int, StepValues] = field(default_factory=dict)
     diagonal: np.ndarray | None = None
     #: Checksums of the block's kept states so far, by array.
     kept: dict[str, list[int]] = field(default_factory=dict)
@@ -120,15 +121,15 @@ class TraceWriter:
         """Take what is committed of the open block to memory, since it is written as a whole."""
         root, start, kept = self._root, self._block.start, self.steps - self._block.start
         for name in self._arrays:
-            part = step_rows(root, name, start, self.steps)
-            self._fit(name, part.shape)
-            self._block.rows[name][(slice(kept), *map(slice, part.shape[1:]))] = part
+            values = step_rows(root, name, start, self.steps)
+            self._fit(name, values.shape)
+            self._block.rows[name][(slice(kept), *map(slice, values.shape[1:]))] = values
         if DIAGONAL.name in group_at(root, ROOT):
             self._diagonal()[:kept] = step_rows(root, DIAGONAL.name, start, self.steps)
         if self._digests is not None:
             for path in self._kept_paths:
                 array = stored_at(root, f"{ROOT}/{path}")
-                for row in kept_rows(self._layout.every, start, self.steps):
+                for row in kept_states(self._layout.every, start, self.steps):
                     checksums = state_digests(array, read(array, row))
                     self._block.kept.setdefault(path, []).extend(checksums)
 
@@ -160,19 +161,19 @@ class TraceWriter:
             self._block.diagonal = np.ones((self._layout.block, self._layout.size))
         return self._block.diagonal
 
-    def append(self, row: Row) -> None:
+    def append(self, step: StepValues) -> None:
         """Add a step; a full block must be committed first."""
-        at = self.steps - self._block.start
-        for name, value in row.values.items():
+        place = self.steps - self._block.start
+        for name, value in step.values.items():
             if name == BATCH.name:
                 self._fit(name, value.shape)
-                self._block.rows[name][at, : len(value)] = value
+                self._block.rows[name][place, : len(value)] = value
             elif name in self._block.rows:
-                self._block.rows[name][at] = value
-        if row.state is not None:
-            self._block.states[self.steps // self._layout.every] = row
-        if row.diagonal is not None:
-            self._diagonal()[at] = row.diagonal
+                self._block.rows[name][place] = value
+        if step.state is not None:
+            self._block.states[self.steps // self._layout.every] = step
+        if step.diagonal is not None:
+            self._diagonal()[place] = step.diagonal
         self.steps += 1
 
     def due(self) -> bool:
@@ -195,7 +196,7 @@ class TraceWriter:
             return
         full = self.steps == self._block.start + self._layout.block
         block = self._block
-        if not full:
+        if not full:  # the loop goes on filling these buffers while the copies are written
             rows = {name: values.copy() for name, values in block.rows.items()}
             diagonal = None if block.diagonal is None else block.diagonal.copy()
             block = _Block(block.start, rows, block.states, diagonal, block.kept)
@@ -219,13 +220,15 @@ class TraceWriter:
         root = self._root
         safe = "The steps committed before are safe"
         with writing(root.store, safe=safe):
+            # The slot and the row of checksums written here are those that the record does not
+            # name: until it is replaced, what counts is untouched.
             keys = self._write_block(block)
             for name, values in state.items():
                 array = stored_at(root, f"{LAST}/{name}")
                 array[slot] = values
                 keys += chunk_keys(array, (slot,))
             keys += self._write_digests(block, steps, slot, state)
-            flush(root.store, keys)
+            flush(root.store, keys)  # before the record, which says that all of it is there
             record = stored_at(root, f"{ROOT}/record")
             record[:] = [steps, slot]
             flush(root.store, chunk_keys(record, ()))
@@ -241,10 +244,10 @@ class TraceWriter:
         if block.diagonal is not None:
             keys += _put(self._made(DIAGONAL), block.start, block.diagonal, number)
             keys += [f"{ROOT}/zarr.json", f"{ROOT}/{DIAGONAL.name}/zarr.json"]
-        for kept, row in block.states.items():
-            states = dict(row.state or {})
+        for kept, step in block.states.items():
+            states = dict(step.state or {})
             if layout.every > 1:
-                states[PARAMETERS.name] = row.values[PARAMETERS.name]
+                states[PARAMETERS.name] = step.values[PARAMETERS.name]
             for name, values in states.items():
                 path = ROOT if name == PARAMETERS.name else OPTIMIZER
                 array = stored_at(root, f"{path}/{name}")
@@ -317,7 +320,7 @@ def _require_committed(root: zarr.Group, layout: TraceLayout, steps: int, slot: 
         if lost:
             raise damaged(root.store, f"{lost[0]} was committed, but is missing or empty")
     start = steps // layout.block * layout.block
-    kept = kept_rows(layout.every, start, steps)
+    kept = kept_states(layout.every, start, steps)
     faults = list(state_problems(root, steps, layout.block, slot))
     if steps > start:
         number = start // layout.block

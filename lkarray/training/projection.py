@@ -39,13 +39,13 @@ class Projection:
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Return rows ``start`` to ``stop``, ``(stop - start, size)`` float32."""
         out = np.empty((stop - start, self.size), np.float32)
-        at = start
-        while at < stop:
-            block = at // _BLOCK
+        place = start
+        while place < stop:
+            block = place // _BLOCK
             end = min((block + 1) * _BLOCK, stop)
-            rows = self._block(block)[at - block * _BLOCK : end - block * _BLOCK]
-            out[at - start : end - start] = rows
-            at = end
+            rows = self._block(block)[place - block * _BLOCK : end - block * _BLOCK]
+            out[place - start : end - start] = rows
+            place = end
         out *= 2
         out -= 1
         out *= self.size**-0.5

@@ -21,7 +21,7 @@ from lkarray.nn.modes import gradients_on
 from lkarray.nn.trainable import require_module
 from lkarray.store import trace_layout, trajectory
 from lkarray.store.location import StoreLike, create_root, exists, open_root
-from lkarray.store.writing_trace import Row, TraceWriter
+from lkarray.store.writing_trace import StepValues, TraceWriter
 from lkarray.training import guards
 from lkarray.training.capture import Capture, clipping
 from lkarray.training.checking import StepCheck
@@ -228,25 +228,25 @@ class Recorder:
     def _finish(
         self, batch: np.ndarray, before: Tensor, state: dict[str, np.ndarray] | None
     ) -> None:
-        capture, applied, at = self._capture, self._applied, self.steps
+        capture, applied, step = self._capture, self._applied, self.steps
         if applied is None:
-            raise ValueError(f"optimizer.step() was not called in step {at}")
+            raise ValueError(f"optimizer.step() was not called in step {step}")
         after = capture.theta()
         norm = float(torch.linalg.vector_norm(capture.raw))
-        guards.refuse_non_finite(norm, after, at)
+        guards.refuse_non_finite(norm, after, step)
         factors, bound, diagonal = clipping(capture.raw, applied, capture.places)
         if diagonal is not None and np.isinf(bound) and self._every > 1:
             raise ValueError(
-                f"step {at}: the gradient was changed in a way that cannot be repeated from what "
+                f"step {step}: the gradient was changed in a way that cannot be repeated from what "
                 "is stored; record with every=1"
             )
         coefficients, denominator = self._taken
         loss = np.nan
-        if at < 2 or at % self._check_every == 0:
-            loss = self._check.gradient(before, capture.raw, batch, at)
+        if step < 2 or step % self._check_every == 0:
+            loss = self._check.gradient(before, capture.raw, batch, step)
             if self._every > 1:
                 self._check.refuse_other_bits(before, capture.raw, batch)
-            self._check.update(capture, before, after, applied, coefficients, denominator, at)
+            self._check.update(capture, before, after, applied, coefficients, denominator, step)
         values: dict[str, Any] = {
             trace_layout.COEFFICIENTS.name: coefficients,
             trace_layout.CLIP.name: factors,
@@ -255,31 +255,31 @@ class Recorder:
             trace_layout.LOSS.name: loss,
             trace_layout.NORM.name: norm,
         }
-        if at % self._every == 0:
+        if step % self._every == 0:
             values[trace_layout.PARAMETERS.name] = before.cpu().numpy()
         if denominator is not None and self._every == 1:
             values[trace_layout.DENOMINATOR.name] = denominator.cpu().numpy()
-        if at < self._writer.committed:
-            self._compare(values, at)
+        if step < self._writer.committed:
+            self._compare(values, step)
         elif self._refused is not None:
             raise self._refused
         else:
             kept = None if diagonal is None or self._every > 1 else diagonal.cpu().numpy()
-            self._writer.append(Row(values, state, kept))
+            self._writer.append(StepValues(values, state, kept))
         self._after, self._broken = after, False
         self.steps += 1
 
     # --- going on with a run that was killed --------------------------------------------------
 
-    def _compare(self, values: dict[str, Any], at: int) -> None:
+    def _compare(self, values: dict[str, Any], step: int) -> None:
         """Raise unless a step that is stored came out the same."""
-        stored = trajectory.read_row(self._root, at, self._every)
+        stored = trajectory.read_step(self._root, step, self._every)
         batch = stored[trace_layout.BATCH.name]
         stored[trace_layout.BATCH.name] = batch[batch >= 0]
         differ = [n for n in stored if n in values and not np.array_equal(stored[n], values[n])]
         if differ:
             raise FingerprintError(
-                f"{store.describe(self._root.store)} has step {at} with other {differ}; nothing "
+                f"{store.describe(self._root.store)} has step {step} with other {differ}; nothing "
                 "was touched. The loop must repeat the run exactly (the same order of batches, the "
                 "same device and threads), or go on with trace.remaining(batches); or give another "
                 "store="
@@ -306,8 +306,8 @@ class Recorder:
         """
         stored, given = self._writer.committed, iter(batches)
         if stored and self.steps == 0:
-            for at, batch in enumerate(islice(given, stored)):
-                self._compare({trace_layout.BATCH.name: np.asarray(batch)}, at)
+            for step, batch in enumerate(islice(given, stored)):
+                self._compare({trace_layout.BATCH.name: np.asarray(batch)}, step)
             self._restore()
         yield from given
 

@@ -68,7 +68,7 @@ def repair_trace(trace: Trace) -> list[str]:
 
 
 def _faults(root: zarr.Group, trace: Trace, number: int, rows: slice) -> Iterator[str]:
-    kept = trajectory.kept_rows(trace.every, rows.start, rows.stop)
+    kept = trajectory.kept_states(trace.every, rows.start, rows.stop)
     for problem in block_problems(root, number, rows, kept):
         yield problem.path
 
@@ -113,16 +113,16 @@ def _per_step(trace: Trace, rows: slice) -> _Rows:
 def _kept(trace: Trace, rows: slice) -> _Rows:
     """Take the steps to a block's kept states again, from the last one of the block before."""
     taken: _Rows = {}
-    kept = trajectory.kept_rows(trace.every, rows.start, rows.stop)
+    kept = trajectory.kept_states(trace.every, rows.start, rows.stop)
     first = max(kept.start - 1, 0)
     replay = Replay(trace, first, compare=False)
-    for at in kept:
-        if at == first:  # the run's first state, from which all others follow
+    for number in kept:
+        if number == first:  # the run's first state, from which all others follow
             continue
-        replay.until(at * trace.every)
+        replay.until(number * trace.every)
         for name, values in replay.state().items():
             inside = "" if name == trace_layout.PARAMETERS.name else "optimizer/"
-            taken.setdefault(f"{inside}{name}", {})[at] = values[None]
+            taken.setdefault(f"{inside}{name}", {})[number] = values[None]
     return taken
 
 

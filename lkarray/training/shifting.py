@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -100,15 +101,7 @@ def shift_modes(
     -----
     Each step takes, for a batch, as many double backward passes as there are modes.
     """
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
-    if labels not in ("predicted", "own"):
-        raise ValueError(f"labels must be 'predicted' or 'own', not {labels!r}")
-    if not radius > 0 or steps < 1 or not bounds[0] < bounds[1]:
-        raise ValueError(
-            f"radius must be above 0, steps at least 1 and bounds ascend, not {radius}, {steps}, "
-            f"{bounds}"
-        )
+    _refuse_options(norm, labels, radius, steps, bounds)
     source = as_trace(trace)
     modes = as_dataset(modes, "modes")
     vectors = directions(source, modes)
@@ -118,45 +111,91 @@ def shift_modes(
     data, _ = as_examples(source, examples)
     source.set(step)
     size = 2.5 * radius / steps if step_size is None else step_size
-    known = None if away_from is None else torch.as_tensor(away_from).to(vectors)
+    avoided = None if away_from is None else torch.as_tensor(away_from).to(vectors)
     moved = []
-    for rows, x0, own in data.numbered(_ROWS):
-        x0 = float_inputs(x0, "shift_modes")
-        if known is not None and (len(known) != data.n or known.shape[1:] != x0.shape[1:]):
+    for start in range(0, data.n, _ROWS):
+        rows = np.arange(start, min(start + _ROWS, data.n))
+        inputs, own = data.take(rows)
+        inputs = float_inputs(inputs, "shift_modes")
+        if avoided is not None and (
+            len(avoided) != data.n or avoided.shape[1:] != inputs.shape[1:]
+        ):
             raise ValueError(
-                f"away_from has the shape {tuple(known.shape)}, and the inputs "
-                f"{(data.n, *x0.shape[1:])}"
+                f"away_from has the shape {tuple(avoided.shape)}, and the inputs "
+                f"{(data.n, *inputs.shape[1:])}"
             )
         wanted = own
         if labels == "predicted":
             with torch.no_grad():
-                wanted = logits(source.flat(x0.clone())).argmax(1)
-        target = coefficients(source, vectors, x0, wanted).detach() - shift * signs
-        unwanted = None if known is None else known[torch.from_numpy(rows)].to(x0)
-
-        def objective(
-            x: Tensor,
-            x0: Tensor = x0,
-            own: Any = own,
-            wanted: Any = wanted,
-            target: Tensor = target,
-            unwanted: Tensor | None = unwanted,
-        ) -> Tensor:
-            """Return what is descended, summed over examples."""
-            off = coefficients(source, vectors, x, wanted) - target
-            total = match * 0.5 * off.square().sum()
-            if unwanted is not None and ortho:
-                cosine = torch.cosine_similarity(
-                    (x - x0).flatten(1), unwanted.flatten(1), dim=1, eps=1e-12
-                )
-                total = total + ortho * cosine.square().sum()
-            if loss:
-                given, classes = fresh(x, own)
-                total = total + loss * source.loss(source.flat(given), classes).sum()
-            return total
-
-        moved.append(_descend(objective, x0, radius, norm, steps, size, bounds).cpu())
+                wanted = logits(source.flat(inputs.clone())).argmax(1)
+        objective = _Objective(
+            trace=source,
+            vectors=vectors,
+            inputs=inputs,
+            own=own,
+            wanted=wanted,
+            target=coefficients(source, vectors, inputs, wanted).detach() - shift * signs,
+            unwanted=None if avoided is None else avoided[torch.from_numpy(rows)].to(inputs),
+            weights=(match, ortho, loss),
+        )
+        moved.append(_descend(objective, inputs, radius, norm, steps, size, bounds).cpu())
     return torch.cat(moved)
+
+
+def _refuse_options(
+    norm: str, labels: str, radius: float, steps: int, bounds: tuple[float, float]
+) -> None:
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"norm must be 'linf' or 'l2', not {norm!r}")
+    if labels not in ("predicted", "own"):
+        raise ValueError(f"labels must be 'predicted' or 'own', not {labels!r}")
+    if not radius > 0 or steps < 1 or not bounds[0] < bounds[1]:
+        raise ValueError(
+            f"radius must be above 0, steps at least 1 and bounds ascend, not {radius}, {steps}, "
+            f"{bounds}"
+        )
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What is descended for a batch of inputs, summed over them.
+
+    Attributes
+    ----------
+    trace, vectors
+        The run, at the weights that are set, and the directions of the modes.
+    inputs, own, wanted
+        The inputs as they are given, their labels, and the labels of the coefficients.
+    target
+        Coefficients to reach, ``(example, mode)``.
+    unwanted
+        Perturbations not to be undone.
+    weights
+        Of the three terms: match, ortho, loss.
+    """
+
+    trace: Trace
+    vectors: Tensor
+    inputs: Tensor
+    own: Any
+    wanted: Any
+    target: Tensor
+    unwanted: Tensor | None
+    weights: tuple[float, float, float]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        match, ortho, loss = self.weights
+        off = coefficients(self.trace, self.vectors, x, self.wanted) - self.target
+        total = match * 0.5 * off.square().sum()
+        if self.unwanted is not None and ortho:
+            cosine = torch.cosine_similarity(
+                (x - self.inputs).flatten(1), self.unwanted.flatten(1), dim=1, eps=1e-12
+            )
+            total = total + ortho * cosine.square().sum()
+        if loss:
+            given, classes = fresh(x, self.own)
+            total = total + loss * self.trace.loss(self.trace.flat(given), classes).sum()
+        return total
 
 
 def _descend(
@@ -226,5 +265,5 @@ def coefficients(trace: Trace, vectors: Tensor, inputs: Tensor, target: Any) -> 
             (weights * losses).sum(), flat.leaves, create_graph=True, materialize_grads=True
         )
         along = vectors @ torch.cat([slope.flatten() for slope in slopes])
-        rows = [torch.autograd.grad(one, weights, create_graph=True)[0] for one in along]
+        rows = [torch.autograd.grad(slope, weights, create_graph=True)[0] for slope in along]
     return torch.stack(rows, 1)

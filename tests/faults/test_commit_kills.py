@@ -14,7 +14,7 @@ from zarr.storage import MemoryStore
 import lkarray as lk
 from lkarray.store import audits, gradients, trace_layout, trajectory
 from lkarray.store.location import create_root, exists
-from lkarray.store.writing_trace import Row, TraceWriter
+from lkarray.store.writing_trace import StepValues, TraceWriter
 
 STEPS, SIZE, BLOCK = 5, 5, 2
 
@@ -116,7 +116,7 @@ def state(step: int) -> dict[str, np.ndarray]:
     return {"exp_avg": rng.normal(size=SIZE), "scalars": np.full((2, 1), float(step))}
 
 
-def row(step: int, every: int) -> Row:
+def row(step: int, every: int) -> StepValues:
     """What a step leaves; batches widen beyond one chunk, and some steps are clipped."""
     rng = np.random.default_rng(step)
     values = {
@@ -131,7 +131,7 @@ def row(step: int, every: int) -> Row:
     }
     kept = step % every == 0 and (every > 1 or step == 0)
     clipped = rng.normal(size=SIZE) if every == 1 and step == 3 else None
-    return Row(values, state(step) if kept else None, clipped)
+    return StepValues(values, state(step) if kept else None, clipped)
 
 
 def train(store: Any, every: int, steps: int = STEPS) -> None:
