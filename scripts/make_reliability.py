@@ -76,13 +76,14 @@ def _small_blocks() -> None:
 def make_sampled(path: Path, *, draws: int = 70, pause: float = 0.0) -> None:
     """Sample a posterior into a store, and compute from it what stores hold."""
     import lkarray as lk
+    from lkarray.sampling import StepInput
 
     _small_blocks()
     net, data = _problem()
 
     class Slow(lk.SGLD):
-        def step(self, *args: object, **options: object) -> None:
-            super().step(*args, **options)
+        def step(self, given: StepInput) -> None:
+            super().step(given)
             if pause:
                 time.sleep(pause)
 

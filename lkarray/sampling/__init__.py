@@ -6,13 +6,15 @@ from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.repairing import repair
 from lkarray.sampling.replay import observe
 from lkarray.sampling.run import sample
-from lkarray.sampling.samplers import SGHMC, SGLD, RMSpropSGLD
+from lkarray.sampling.samplers import SGHMC, SGLD, RMSpropSGLD, Sampler, StepInput
 
 __all__ = [
     "SGHMC",
     "SGLD",
     "LocalPosterior",
     "RMSpropSGLD",
+    "Sampler",
+    "StepInput",
     "observe",
     "repair",
     "sample",

@@ -15,7 +15,7 @@ from lkarray import schema, stopping
 from lkarray.errors import StoreError
 from lkarray.sampling.mailbox import Mailbox
 from lkarray.sampling.randomness import ChainRandomness
-from lkarray.sampling.samplers import Sampler
+from lkarray.sampling.samplers import Sampler, StepInput
 from lkarray.sampling.target import Minibatch, Target
 from lkarray.store import ChainRegion
 
@@ -204,15 +204,17 @@ class Stack:
         statistics = [minibatch.mean(1), _norm(flat.grad)] if draws else []
         before = (flat.theta.clone(), flat.grad.clone(), minibatch) if tests else None
         sampler.step(
-            flat.theta,
-            flat.grad,
-            self._noise,
-            target.center,
-            nbeta=target.nbeta,
-            gamma=target.gamma,
-            step=step,
-            state=self._vectors,
-            curvature=curvature,
+            StepInput(
+                theta=flat.theta,
+                grad=flat.grad,
+                noise=self._noise,
+                center=target.center,
+                nbeta=target.nbeta,
+                gamma=target.gamma,
+                step=step,
+                state=self._vectors,
+                curvature=curvature,
+            )
         )
         self._taken += 1
         if draws:

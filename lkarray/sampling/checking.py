@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lkarray import schema
-from lkarray._version import __version__
 from lkarray.arguments import at_least
 from lkarray.errors import FingerprintError
 from lkarray.nn import Batches, FlatModel
 from lkarray.nn.batches import MapDataset, check_dataset, fresh
-from lkarray.nn.flat import hash_weights
-from lkarray.nn.losses import identity
-from lkarray.nn.modes import gradients_on
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.samplers import Sampler
-from lkarray.sampling.target import Target
-from lkarray.store.fingerprints import hash_labels
-
-if TYPE_CHECKING:
-    from lkarray.sampling.job import Job
 
 #: Precisions that the observed forward pass may run in; losses are float32 all the same.
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -171,68 +161,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
 
 
-def choose_device(
-    asked: torch.device | str | None, before: Mapping[str, Any] | None
-) -> torch.device:
-    """Return the device asked for, or the stored one, or CUDA where there is one."""
-    if asked is not None:
-        chosen = torch.device(asked)
-    elif before is not None:
-        chosen = torch.device(before["device"])
-    else:
-        chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {chosen} was asked for or stored, but CUDA is not available")
-        if chosen.index is None:
-            chosen = torch.device("cuda", torch.cuda.current_device())
-    return chosen
-
-
-def make_fingerprint(
-    job: Job, target: Target, *, shapes: Mapping[str, tuple[int, ...]], threads: int
-) -> dict[str, Any]:
-    """Return what must be equal for a resume to give the same numbers.
-
-    ``shapes`` are those of the observables at one draw.
-    """
-    posterior, sampler, schedule = job.posterior, job.sampler, job.schedule
-    device, n = target.flat.device, target.train.n
-    return {
-        "lkarray": __version__,
-        "torch": torch.__version__,
-        "weights": hash_weights(posterior.model),
-        "train_data": target.train.identity,
-        "observed_data": {observed.group: observed.data.identity for observed in target.observed},
-        "coords": {group: hash_labels(labels) for group, labels in job.coords.items()},
-        "observables": {
-            name: {"function": identity(function), "shape": list(shapes[name])}
-            for name, function in job.observables.items()
-        },
-        "loss": posterior.loss.name,
-        "nbeta": posterior.nbeta,
-        "gamma": posterior.gamma,
-        "trainable": posterior.trainable,
-        "sampler": sampler.settings(),
-        "state": [schema.PARAMETERS.name, *sampler.carries],
-        "burn_in": schedule.burn_in,
-        "thin": schedule.thin,
-        "batch_size": n if job.batch_size is None else min(job.batch_size, n),
-        "seed": job.seed,
-        "device": str(device),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": str(target.center.dtype).removeprefix("torch."),
-        "autocast": job.autocast,
-        "compile": job.compile,
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "chains_per_device": target.flat.width,
-        "eval_rows": {observed.group: observed.rows for observed in target.observed},
-        "train_rows": target.train_rows,
-        "threads": threads,
-    }
-
-
-def check_center(stored: np.ndarray, now: np.ndarray, where: str) -> None:
+def refuse_other_center(stored: np.ndarray, now: np.ndarray, where: str) -> None:
     """Raise unless the losses at w* are those stored: whatever a hash cannot see shows there."""
     differ = ~np.isclose(stored, now, rtol=1e-4, atol=1e-6, equal_nan=True)
     if differ.any() and (stored[differ] == 0).all() and np.isnan(now[differ]).all():
@@ -251,19 +180,3 @@ def check_center(stored: np.ndarray, now: np.ndarray, where: str) -> None:
             f"stored {stored[first]:g}, now {now[first]:g}), so the model, the loss or the data "
             "behave otherwise than when it was made. Nothing was touched: use another path"
         )
-
-
-@contextmanager
-def numerics(threads: int) -> Iterator[None]:
-    """Run with gradients on and the stored number of threads, on which last bits depend."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    cudnn = torch.backends.cudnn
-    try:
-        with (
-            gradients_on(),
-            cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True),
-        ):
-            yield
-    finally:
-        torch.set_num_threads(before)

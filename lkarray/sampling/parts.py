@@ -15,8 +15,9 @@ from lkarray import schema
 from lkarray import store as stores
 from lkarray.nn.trainable import moving_names
 from lkarray.nn.weights import with_weights
-from lkarray.sampling.job import Job
+from lkarray.sampling.job import Job, RunOptions
 from lkarray.sampling.posterior import LocalPosterior
+from lkarray.sampling.running import run_job
 from lkarray.store.location import StoreLike, exists, inner_store
 
 Posteriors = dict[Any, Callable[[], LocalPosterior]]
@@ -25,11 +26,10 @@ Posteriors = dict[Any, Callable[[], LocalPosterior]]
 def sample_parts(
     job: Job,
     store: StoreLike,
+    options: RunOptions,
     *,
     components: Mapping[str, Any] | None,
     checkpoints: Mapping[Any, Any] | Iterable[Any] | None,
-    run: Callable[..., xr.DataTree],
-    **options: Any,
 ) -> xr.DataTree:
     """Run a job once for each component or checkpoint, each into a store of its own inside.
 
@@ -50,16 +50,16 @@ def sample_parts(
     for label, make in posteriors.items():
         part, where = replace(job, posterior=make()), stores.part_store(place, dim, label)
         if checkpoints is not None and components is not None:
-            sample_parts(part, where, components=components, checkpoints=None, run=run, **options)
+            sample_parts(part, where, options, components=components, checkpoints=None)
         else:
-            run(part, where, **options)
-    return stores.open_rectangle(place, chains=options["chains"], draws=job.schedule.draws)
+            run_job(part, where, options)
+    return stores.open_rectangle(place, chains=options.chains, draws=job.schedule.draws)
 
 
 def _has_parts(place: Store, dim: str, labels: Iterable[Any]) -> bool:
     """Say whether a store is of several runs that differ in ``dim``, these labels among them."""
-    found = stores.parts_of(stores.open_root(place)) if exists(place) else None
-    return found is not None and found["dim"] == dim and set(labels) <= set(found["labels"])
+    parts = stores.parts_of(stores.open_root(place)) if exists(place) else None
+    return parts is not None and parts["dim"] == dim and set(labels) <= set(parts["labels"])
 
 
 def _components(posterior: LocalPosterior, components: Mapping[str, Any]) -> Posteriors:

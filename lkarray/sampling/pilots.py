@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -21,11 +24,11 @@ from lkarray.arguments import checked
 from lkarray.errors import DivergedError
 from lkarray.nn.batches import Batches, MapDataset, check_dataset, check_workers
 from lkarray.sampling import checking as checks
+from lkarray.sampling.devices import choose_device
 from lkarray.sampling.posterior import LocalPosterior
-from lkarray.sampling.replay import forgetting
+from lkarray.sampling.remembering import forgetting
 from lkarray.sampling.run import sample
 from lkarray.sampling.samplers import SGLD, Sampler
-from lkarray.store.reading import logger
 
 STEP_SIZES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 #: A step whose Metropolis test accepts less than this distorts the posterior.
@@ -112,42 +115,50 @@ def suggest(
     options |= {"batch_size": batch_size, "seed": seed}
     shape = tuple(map(len, axes.values()))
     names = ("loss_gain", "diverged", "acceptance", "ess")
-    found = {name: np.full(shape, np.nan) for name in names}
+    grid = {name: np.full(shape, np.nan) for name in names}
     cells = list(product(*(range(n) for n in shape)))
     # The first run of a process pays for imports and first calls, which are no cell's own.
     warm = options | {"chains": 1, "draws": 4, "burn_in": 0, "thin": 1}
     seconds: list[float] = []
-    level = logger.level
-    try:
-        logger.setLevel("ERROR")  # a chain that diverges is an answer here, not a warning
-        with progress_bars.showing(progress), forgetting():
+    with _no_warnings(), forgetting():
+        with progress_bars.showing(progress):
             posterior, few = _read(posterior, observed, rows, device, workers)
             with progress_bars.busy("first pilot"):
                 _pilot(posterior, few, replace(sampler, step_size=1e-12), warm, device)
-        with (
-            forgetting(),
-            progress_bars.bar("pilots", total=len(cells), unit="cell", show=progress) as bar,
-        ):
-            for at in cells:
+        with progress_bars.bar("pilots", total=len(cells), unit="cell", show=progress) as bar:
+            for cell in cells:
                 nbeta, gamma, size = (
-                    values[i] for values, i in zip(axes.values(), at, strict=True)
+                    values[i] for values, i in zip(axes.values(), cell, strict=True)
                 )
                 pilot = posterior.tempered(nbeta=nbeta, gamma=gamma)
                 own = replace(sampler, step_size=size)
                 began = time.perf_counter()
                 for name, value in _pilot(pilot, few, own, options, device).items():
-                    found[name][at] = value
+                    grid[name][cell] = value
                 seconds.append(time.perf_counter() - began)
                 bar.update()
-    finally:
-        logger.setLevel(level)
     # No setting changes what a step costs, so the seconds of all cells are one measurement.
-    found["ess_per_second"] = found["ess"] / np.median(seconds)
+    grid["ess_per_second"] = grid["ess"] / np.median(seconds)
     out = xr.Dataset(
-        {name: (tuple(axes), values) for name, values in found.items()}, coords=axes
+        {name: (tuple(axes), values) for name, values in grid.items()}, coords=axes
     ).assign_attrs(options)
     out["loss_gain"].attrs["units"] = "nat"
     return out.assign_attrs(_verdict(out))
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Let a chain that diverges be an answer, and no warning, in this thread."""
+    logger, own = logging.getLogger("lkarray"), threading.get_ident()
+
+    def shown(record: logging.LogRecord) -> bool:
+        return record.thread != own or record.levelno >= logging.ERROR
+
+    logger.addFilter(shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shown)
 
 
 def _read(
@@ -158,7 +169,7 @@ def _read(
     workers: int,
 ) -> tuple[LocalPosterior, Batches]:
     """Read the data once for all pilots; return the posterior on them and what is observed."""
-    chosen = checks.choose_device(device, None)
+    chosen = choose_device(device, None)
     options: dict[str, Any] = {"device": chosen, "num_workers": workers}
     train = Batches(posterior.train_set, name="train_set", **options)
     if observed is posterior.train_set:
@@ -219,11 +230,11 @@ def _verdict(grid: xr.Dataset) -> dict[str, Any]:
             "best": {},
             "verdict": "every setting diverged or would be rejected: try smaller step sizes",
         }
-    at = score.argmax(...)
-    best = {name: float(grid[name][at[name]]) for name in score.dims}
-    cell = {name: float(grid[name].isel(at)) for name in ("ess", "loss_gain", "acceptance")}
+    place = score.argmax(...)
+    best = {name: float(grid[name][place[name]]) for name in score.dims}
+    cell = {name: float(grid[name].isel(place)) for name in ("ess", "loss_gain", "acceptance")}
     said = ", ".join(f"{name}={value:g}" for name, value in best.items())
-    edge = at["step_size"] == grid.sizes["step_size"] - 1
+    edge = place["step_size"] == grid.sizes["step_size"] - 1
     return {
         "best": best,
         "verdict": (

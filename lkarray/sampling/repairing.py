@@ -17,10 +17,13 @@ from lkarray.errors import DamagedError, LkarrayError
 from lkarray.nn.batches import MapDataset
 from lkarray.sampling import checking as checks
 from lkarray.sampling.chain import Schedule, Seat, Stack
-from lkarray.sampling.job import Job, center_losses, check_center, prepare
+from lkarray.sampling.devices import numerics
+from lkarray.sampling.fingerprints import Fingerprint
+from lkarray.sampling.job import Job
 from lkarray.sampling.posterior import LocalPosterior
+from lkarray.sampling.preparing import center_losses, check_center, prepare
 from lkarray.sampling.randomness import ChainRandomness
-from lkarray.sampling.replay import remembered
+from lkarray.sampling.remembering import remembered
 from lkarray.sampling.samplers import Sampler, sampler_from
 from lkarray.sampling.target import Observable, Target
 from lkarray.store.audits import audit_fingerprints
@@ -117,8 +120,8 @@ def _repair(place: Any, given: _Given) -> list[Repair]:
     if parts is not None:
         return _parts(root, parts, before, given)
     with stores.writer_lock(place):
-        reasons, found = _mend(root, given)
-    before += found  # seen only once what hid it was mended
+        reasons, uncovered = _mend(root, given)
+    before += uncovered  # seen only once what hid it was mended
     after = {problem.path: problem for problem in stores.verify(place)}
     return _told(root, before, after, reasons)
 
@@ -127,25 +130,26 @@ def _parts(
     root: zarr.Group, parts: Mapping[str, Any], before: list[Problem], given: _Given
 ) -> list[Repair]:
     """Repair each of several runs."""
-    found = []
+    repairs = []
     for label in parts["labels"]:
-        at = f"{parts['dim']}/{label}/"
-        if any(problem.path.startswith(at) for problem in before):
+        folder = f"{parts['dim']}/{label}/"
+        if any(problem.path.startswith(folder) for problem in before):
             own = given
             inner = stores.part_store(root.store, parts["dim"], label)
             if given.posterior is not None and parts["dim"] == schema.COMPONENT:
                 trainable = (stores.stored_fingerprint(stores.open_root(inner)) or {})["trainable"]
                 own = dataclasses.replace(given, posterior=given.posterior.moving(trainable))
-            found += [one._replace(path=at + one.path) for one in _repair(inner, own)]
-    inside = tuple(f"{parts['dim']}/{label}/" for label in parts["labels"])
-    others = [problem for problem in before if not problem.path.startswith(inside)]
+            inside = _repair(inner, own)
+            repairs += [repair._replace(path=folder + repair.path) for repair in inside]
+    folders = tuple(f"{parts['dim']}/{label}/" for label in parts["labels"])
+    others = [problem for problem in before if not problem.path.startswith(folders)]
     if others:
         with stores.writer_lock(root.store):
             mend_metadata(root, others)
             stores.finish(root)
         after = {problem.path: problem for problem in stores.verify(root.store)}
-        found += _told(root, others, after, {})
-    return found
+        repairs += _told(root, others, after, {})
+    return repairs
 
 
 def _mend(root: zarr.Group, given: _Given) -> tuple[dict[str, str], list[Problem]]:
@@ -182,32 +186,32 @@ def _damaged_chains(root: zarr.Group, problems: Iterable[Problem]) -> dict[int, 
     if stores.stored_fingerprint(root) is None:
         return {}
     ours = {*recorded_paths(root), *carried_paths(root), *_CHECKSUMS}
-    found: dict[int, set[str]] = {}
+    chunks: dict[int, set[str]] = {}
     for problem in problems:
         match = _COMMITTED.fullmatch(problem.path)
         if match and match[1] in ours:
-            found.setdefault(int(match[2]), set()).add(problem.path)
-    return found
+            chunks.setdefault(int(match[2]), set()).add(problem.path)
+    return chunks
 
 
 def _replay(
     root: zarr.Group, chains: Mapping[int, set[str]], centers: Iterable[str], given: _Given
 ) -> dict[str, str]:
     """Replay chains with damage, and write what of them is damaged; return what was refused."""
-    fingerprint = stores.stored_fingerprint(root) or {}
+    stored = stores.stored_fingerprint(root) or {}
+    fingerprint = Fingerprint.of(stored)
     job = _job(fingerprint, given)
-    width = fingerprint["chains_per_device"]
-    known, target = prepare(
-        job, chains=max([*chains, 0]) + 1, chains_per_device=width, fixed=fingerprint
-    )
-    stores.refuse_changes(
-        {key: value for key, value in fingerprint.items() if key != "coords"},
-        {key: value for key, value in known.fingerprint.items() if key != "coords"},
+    width = fingerprint.chains_per_device
+    prepared, target = prepare(job, chains=max([*chains, 0]) + 1, layout=fingerprint.layout)
+    now = prepared.fingerprint.stored()
+    stores.refuse_changes(  # labels are not given again: nothing of a chain depends on them
+        {key: value for key, value in stored.items() if key != "coords"},
+        {key: value for key, value in now.items() if key != "coords"},
         stores.describe(root.store),
         remedy="pass the posterior, observed sets and observables that it was made with",
     )
     reasons: dict[str, str] = {}
-    with checks.numerics(fingerprint["threads"]):
+    with numerics(fingerprint.threads):
         reasons |= _mend_centers(root, target, centers)
         if not reasons:
             check_center(root, target)
@@ -231,7 +235,7 @@ def _replay(
     return reasons
 
 
-def _job(fingerprint: Mapping[str, Any], given: _Given) -> Job:
+def _job(fingerprint: Fingerprint, given: _Given) -> Job:
     """Return the run that a store was made by, of what was given and what is remembered."""
     known = remembered(fingerprint, observed=True) or remembered(fingerprint)
     posterior = given.posterior or (known.posterior if known else None)
@@ -240,14 +244,14 @@ def _job(fingerprint: Mapping[str, Any], given: _Given) -> Job:
             "the model that was sampled is not known in this process; pass posterior=, made of the "
             "same model, weights and training set"
         )
-    sampler = given.sampler or (known.sampler if known else sampler_from(fingerprint["sampler"]))
+    sampler = given.sampler or (known.sampler if known else sampler_from(fingerprint.sampler))
     checks.check_types(posterior, sampler)
-    sets = fingerprint["observed_data"]
+    sets = fingerprint.observed_data
     if given.observed is not None:
         observed: Mapping[str, MapDataset] = checks.observed_sets(given.observed)
     elif known is not None and set(known.observed) == set(sets):
         observed = known.observed
-    elif all(identity == fingerprint["train_data"] for identity in sets.values()):
+    elif all(identity == fingerprint.train_data for identity in sets.values()):
         observed = dict.fromkeys(sets, posterior.train_set)
     else:
         raise ValueError(
@@ -255,21 +259,21 @@ def _job(fingerprint: Mapping[str, Any], given: _Given) -> Job:
             "lk.sample"
         )
     functions = given.observables or (known.observables if known else {})
-    if set(functions) != set(fingerprint["observables"]):
+    if set(functions) != set(fingerprint.observables):
         raise ValueError(
             f"pass observables=, the functions that were recorded: "
-            f"{sorted(fingerprint['observables'])}"
+            f"{sorted(fingerprint.observables)}"
         )
     return Job(
         posterior=posterior,
         observed=observed,
         coords={group: {} for group in observed},
         sampler=sampler,
-        schedule=Schedule(1, fingerprint["burn_in"], fingerprint["thin"]),
-        batch_size=fingerprint["batch_size"],
-        seed=fingerprint["seed"],
-        autocast=fingerprint["autocast"],
-        compile=fingerprint["compile"],
+        schedule=Schedule(1, fingerprint.burn_in, fingerprint.thin),
+        batch_size=fingerprint.batch_size,
+        seed=fingerprint.seed,
+        autocast=fingerprint.autocast,
+        compile=fingerprint.compile,
         observables=dict(functions),
     )
 
@@ -320,17 +324,16 @@ def _told(
     reasons: Mapping[str, str],
 ) -> list[Repair]:
     """Return what became of each fault."""
-    found = []
+    repairs = []
     for problem in {p.path: p for p in [*before, *after.values()]}.values():
         left = after.get(problem.path)
         if left is None:
-            found.append(Repair(problem.path, True, f"{problem.detail}; made again"))
+            repairs.append(Repair(problem.path, True, f"{problem.detail}; made again"))
         else:
-            why = next((why for at, why in reasons.items() if problem.path.startswith(at)), None)
-            found.append(
-                Repair(problem.path, False, f"{problem.detail}; {why or _remedy(root, problem)}")
-            )
-    return found
+            causes = (why for path, why in reasons.items() if problem.path.startswith(path))
+            why = next(causes, None) or _remedy(root, problem)
+            repairs.append(Repair(problem.path, False, f"{problem.detail}; {why}"))
+    return repairs
 
 
 def _remedy(root: zarr.Group, problem: Problem) -> str:

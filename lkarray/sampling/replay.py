@@ -6,9 +6,8 @@ settings and the model alone; no weights of draws are stored.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +22,11 @@ from lkarray.errors import FingerprintError
 from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.sampling import checking as checks
 from lkarray.sampling.chain import Schedule
-from lkarray.sampling.job import Job
+from lkarray.sampling.fingerprints import Fingerprint
+from lkarray.sampling.job import Job, RunOptions
 from lkarray.sampling.posterior import LocalPosterior
+from lkarray.sampling.remembering import remembered
+from lkarray.sampling.running import run_job
 from lkarray.sampling.samplers import Sampler, sampler_from
 from lkarray.sampling.target import Observable
 from lkarray.store.location import ENTRIES, StoreLike
@@ -33,66 +35,9 @@ from lkarray.store.reading import PARTS, join_parts
 if TYPE_CHECKING:
     from distributed import Client
 
-#: What a replay must share with the run it replays.
-_SHARED = (
-    "lkarray",
-    "torch",
-    "weights",
-    "train_data",
-    "loss",
-    "nbeta",
-    "gamma",
-    "trainable",
-    "sampler",
-    "burn_in",
-    "thin",
-    "batch_size",
-    "seed",
-    "precision",
-    "matmul_precision",
-    "chains_per_device",
-    "train_rows",
-)
 _COMPARED = (schema.MINIBATCH_LOSS, schema.GRADIENT_NORM, schema.DISTANCE)
 #: Largest relative difference of the statistics of a draw from those of its replay.
 _TOLERANCE = 1e-3
-
-_remembered: dict[str, Job] = {}
-_REMEMBERED = 32  # two of each run
-_OBSERVED = ("observed_data", "observables")
-
-
-@contextmanager
-def forgetting() -> Iterator[None]:
-    """Forget the runs inside, as those of pilots, which would crowd out others."""
-    before = dict(_remembered)
-    try:
-        yield
-    finally:
-        _remembered.clear()
-        _remembered.update(before)
-
-
-def remember(fingerprint: Mapping[str, Any], job: Job) -> None:
-    """Keep the posterior and sampler of a run of this process, for `observe` and `repair`."""
-    for key in (_key(fingerprint), _key(fingerprint, _OBSERVED)):
-        _remembered.pop(key, None)
-        _remembered[key] = job
-    while len(_remembered) > _REMEMBERED:
-        del _remembered[next(iter(_remembered))]
-
-
-def remembered(fingerprint: Mapping[str, Any], *, observed: bool = False) -> Job | None:
-    """Return the job of this process that such a run was made by, if there was one.
-
-    With ``observed``, one that observed the same too.
-    """
-    return _remembered.get(_key(fingerprint, _OBSERVED if observed else ()))
-
-
-def _key(fingerprint: Mapping[str, Any], more: tuple[str, ...] = ()) -> str:
-    names = (*_SHARED, *more)
-    return json.dumps([fingerprint.get(name) for name in names], sort_keys=True, default=str)
 
 
 @checked()
@@ -148,97 +93,123 @@ def observe(
         The posterior is not the one that was sampled, or the replayed chains are not the stored
         ones, on other hardware perhaps.
     """
+    asked = _Asked(
+        new_set=new_set,
+        posterior=posterior,
+        sampler=sampler,
+        store=store,
+        coords=coords,
+        observables=observables,
+        autocast=autocast,
+        compile=compile,
+        device=device,
+        client=client,
+        num_workers=num_workers,
+        progress=progress,
+    )
+    return _observe(tree, asked)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `observe` was given beside the tree."""
+
+    new_set: MapDataset | Mapping[str, MapDataset]
+    posterior: LocalPosterior | None
+    sampler: Sampler | None
+    store: StoreLike | None
+    coords: Mapping[str, Any] | None
+    observables: Mapping[str, Observable] | None
+    autocast: str | None
+    compile: bool
+    device: torch.device | str | None
+    client: Client | None
+    num_workers: int | None
+    progress: bool
+
+
+def _observe(tree: xr.DataTree, asked: _Asked) -> xr.DataTree:
+    """Replay one run, or each of several."""
     if PARTS in tree.attrs:
-        return _observe_parts(tree, new_set, posterior=posterior, store=store, **_rest(locals()))
-    fingerprint = dict(tree.attrs.get(ENTRIES, {})).get(schema.LOSSES)
-    if fingerprint is None:
+        return _observe_parts(tree, asked)
+    stored = dict(tree.attrs.get(ENTRIES, {})).get(schema.LOSSES)
+    if stored is None:
         raise ValueError(
             "the tree does not say how it was sampled; pass the whole tree that lk.sample returned "
             "or lk.open opened, not a node of it"
         )
+    fingerprint = Fingerprint.of(stored)
+    stats = tree[schema.SAMPLE_STATS].to_dataset()
+    job = _job(fingerprint, asked, draws=int(stats[schema.DRAW].max()) + 1)
+    replay = run_job(
+        job,
+        MemoryStore() if asked.store is None else asked.store,
+        RunOptions(
+            chains=int(stats[schema.CHAIN].max()) + 1,
+            client=asked.client,
+            progress=asked.progress,
+        ),
+        layout=fingerprint.layout.of_chains(),
+        same_as=fingerprint,
+    )
+    # Whole chains are replayed from w*; what was selected of them is shown.
+    selected = {dim: stats[dim].values for dim in schema.POSTERIOR}
+    for group in list(replay.children):
+        if schema.DRAW in replay[group].dims:
+            replay[group] = xr.DataTree(replay[group].to_dataset().sel(selected))
+    replay.attrs["replay_error"] = _compare(stats, replay[schema.SAMPLE_STATS].to_dataset())
+    return replay
+
+
+def _job(fingerprint: Fingerprint, asked: _Asked, *, draws: int) -> Job:
+    """Return the job that takes the run's steps again and observes what is asked for."""
     known = remembered(fingerprint)
-    if known is None and posterior is None:
+    posterior, sampler = asked.posterior, asked.sampler
+    if posterior is None and known is not None:
+        posterior = known.posterior
+    if posterior is None:
         raise ValueError(
             "the model that was sampled is not known in this process; pass posterior=, made of the "
             "same model, weights and training set"
         )
-    if posterior is None:
-        assert known is not None
-        posterior = known.posterior
     if sampler is None:
-        sampler = known.sampler if known else sampler_from(fingerprint["sampler"])
+        sampler = known.sampler if known else sampler_from(fingerprint.sampler)
     checks.check_types(posterior, sampler)
-    checks.check_options(autocast, "auto", observables, compiled=compile)
-    sets = checks.observed_sets(new_set)
-    labels = checks.observed_labels(new_set, sets, coords)
-    stats = tree[schema.SAMPLE_STATS].to_dataset()
-    draws = int(stats[schema.DRAW].max()) + 1
-    chains = int(stats[schema.CHAIN].max()) + 1
-    job = Job(
+    checks.check_options(asked.autocast, "auto", asked.observables, compiled=asked.compile)
+    sets = checks.observed_sets(asked.new_set)
+    return Job(
         posterior=posterior,
         observed=sets,
-        coords=labels,
+        coords=checks.observed_labels(asked.new_set, sets, asked.coords),
         sampler=sampler,
-        schedule=Schedule(draws, fingerprint["burn_in"], fingerprint["thin"]),
-        batch_size=fingerprint["batch_size"],
-        seed=fingerprint["seed"],
-        device=device,
-        autocast=autocast,
-        compile=compile,
-        observables=dict(observables or {}),
-        num_workers=check_workers(num_workers),
+        schedule=Schedule(draws, fingerprint.burn_in, fingerprint.thin),
+        batch_size=fingerprint.batch_size,
+        seed=fingerprint.seed,
+        device=asked.device,
+        autocast=asked.autocast,
+        compile=asked.compile,
+        observables=dict(asked.observables or {}),
+        num_workers=check_workers(asked.num_workers),
     )
-    fixed = {
-        name: fingerprint[name] for name in ("device", "threads", "chains_per_device", "train_rows")
-    }
-    from lkarray.sampling.run import run_job
-
-    out = run_job(
-        job,
-        MemoryStore() if store is None else store,
-        chains=chains,
-        client=client,
-        progress=progress,
-        fixed=fixed,
-        same_as={name: fingerprint[name] for name in _SHARED},
-    )
-    at = {dim: stats[dim].values for dim in schema.POSTERIOR}
-    for group in list(out.children):
-        if schema.DRAW in out[group].dims:
-            out[group] = xr.DataTree(out[group].to_dataset().sel(at))
-    out.attrs["replay_error"] = _compare(stats, out[schema.SAMPLE_STATS].to_dataset())
-    return out
 
 
-def _rest(names: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("sampler", "coords", "observables", "autocast", "compile")
-    return {key: names[key] for key in (*keys, "device", "client", "num_workers", "progress")}
-
-
-def _observe_parts(
-    tree: xr.DataTree,
-    new_set: MapDataset | Mapping[str, MapDataset],
-    *,
-    posterior: LocalPosterior | None,
-    store: StoreLike | None,
-    **options: Any,
-) -> xr.DataTree:
+def _observe_parts(tree: xr.DataTree, asked: _Asked) -> xr.DataTree:
     """Replay each of several runs."""
     parts = tree.attrs[PARTS]
     dim, labels = parts["dim"], parts["labels"]
-    if store is not None:
-        place = stores.as_store(store)
+    place = None if asked.store is None else stores.as_store(asked.store)
+    if place is not None:
         stores.create_parts(place, dim, labels)
-    found = []
+    replays = []
     for label, attrs in zip(labels, parts["marks"], strict=True):
         part = _select(tree, dim, label)
         part.attrs = dict(attrs)
-        own = posterior
+        posterior = asked.posterior
         if posterior is not None and dim == schema.COMPONENT:
-            own = posterior.moving(attrs[ENTRIES][schema.LOSSES]["trainable"])
-        where = None if store is None else stores.part_store(place, dim, label)
-        found.append(observe(part, new_set, posterior=own, store=where, **options))
-    return join_parts(found, dim, labels)
+            posterior = posterior.moving(attrs[ENTRIES][schema.LOSSES]["trainable"])
+        where = None if place is None else stores.part_store(place, dim, label)
+        replays.append(_observe(part, replace(asked, posterior=posterior, store=where)))
+    return join_parts(replays, dim, labels)
 
 
 def _select(tree: xr.DataTree, dim: str, label: Any) -> xr.DataTree:

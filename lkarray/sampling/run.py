@@ -1,39 +1,29 @@
-"""`sample`: from a posterior to a store, resumable at any moment."""
+"""`sample`: from a posterior to a store, resumable at any moment. Checks, then `running`."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import xarray as xr
-import zarr
 
-from lkarray import progress as progress_bars
-from lkarray import schema
 from lkarray import store as stores
 from lkarray.arguments import checked
-from lkarray.errors import StoreError
 from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.sampling import checking as checks
-from lkarray.sampling import parts, workers
 from lkarray.sampling.chain import Schedule
-from lkarray.sampling.job import Job, Prepared, check_center, prepare, run_group
+from lkarray.sampling.job import Job, RunOptions
+from lkarray.sampling.parts import sample_parts
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.randomness import MAX_CHAINS, MAX_STEPS
-from lkarray.sampling.replay import remember
+from lkarray.sampling.running import run_job
 from lkarray.sampling.samplers import Sampler
-from lkarray.sampling.target import Observable, Target
-from lkarray.store.chunks import read
-from lkarray.store.layout import SETTINGS
+from lkarray.sampling.target import Observable
 from lkarray.store.location import StoreLike, exists
-from lkarray.store.reading import open_rectangle
 
 if TYPE_CHECKING:
     from distributed import Client
-
-logger = logging.getLogger("lkarray")
 
 
 @checked()
@@ -192,188 +182,13 @@ def sample(
         observables=dict(observables or {}),
         num_workers=check_workers(num_workers),
     )
-    options: dict[str, Any] = {
-        "chains": chains,
-        "chains_per_device": chains_per_device,
-        "resume": resume,
-        "client": client,
-        "progress": progress,
-    }
-    if components is not None or checkpoints is not None:
-        return parts.sample_parts(
-            job, store, components=components, checkpoints=checkpoints, run=run_job, **options
-        )
-    return run_job(job, store, **options)
-
-
-def run_job(
-    job: Job,
-    store: StoreLike,
-    *,
-    chains: int,
-    chains_per_device: int | str = "auto",
-    resume: bool = True,
-    client: Client | None = None,
-    progress: bool = True,
-    fixed: Mapping[str, Any] | None = None,
-    same_as: Mapping[str, Any] | None = None,
-) -> xr.DataTree:
-    """Run a job into a store, or continue it there; see `sample`.
-
-    ``fixed`` holds the layout that a new store must keep to, and ``same_as`` what of the
-    fingerprint must agree with a run that is replayed.
-    """
-    place = stores.as_store(store)
-    if client is not None:
-        workers.check_place(place)
-    with progress_bars.showing(progress):
-        before = _existing(place, resume)
-        target: Target | None = None
-        request: dict[str, Any] = {
-            "chains": chains,
-            "chains_per_device": chains_per_device,
-            "fixed": before or fixed,
-        }
-        if client is None:
-            known, target = prepare(job, **request)
-        else:
-            with progress_bars.busy("preparing on a worker"):
-                known = workers.prepare_on(client, job, **request)
-        if same_as is not None:
-            now = {name: known.fingerprint[name] for name in same_as}
-            remedy = "pass the posterior and the sampler that it was made with"
-            stores.refuse_changes(same_as, now, "the tree", remedy=remedy)
-        if before is not None and not _todo(place, known, chains, job.schedule.draws):
-            # Nothing is written, so no lock is needed: a read-only disk has none.
-            logger.info(
-                "%s already holds %d chains of %d draws made with these settings; reused",
-                stores.describe(place),
-                chains,
-                job.schedule.draws,
-            )
-        else:
-            with stores.writer_lock(place):
-                _fill(place, job, known, target, chains, resume=resume, client=client)
-    remember(known.fingerprint, job)
-    return open_rectangle(place, chains=chains, draws=job.schedule.draws)
-
-
-def _todo(place: Any, known: Prepared, chains: int, draws: int) -> list[int]:
-    """Return the chains of a store that still have draws to take; refuse other settings."""
-    root = stores.open_root(place)
-    now = stores.stored_fingerprint(root) or {}
-    remedy = "use another path, or the stored settings"
-    stores.refuse_changes(now, known.fingerprint, stores.describe(place), remedy=remedy)
-    return _unfinished(root, chains, draws)
-
-
-def _fill(
-    place: Any,
-    job: Job,
-    known: Prepared,
-    target: Target | None,
-    chains: int,
-    *,
-    resume: bool,
-    client: Client | None,
-) -> None:
-    """Take the draws that are missing; the caller holds the lock."""
-    # Another process may have written since: what counts is read under the lock.
-    fresh = _existing(place, resume) is None
-    root = _create(place, job, known, chains) if fresh else stores.open_root(place, mode="r+")
-    draws, steps = job.schedule.draws, job.schedule.steps
-    todo = _todo(place, known, chains, draws)
-    if not todo:
-        return
-    stores.require_sound(root, todo)
-    stores.grow(root, chains=chains, draws=draws)
-    width = known.fingerprint["chains_per_device"]
-    groups = [
-        [chain for chain in todo if chain // width == group]
-        for group in sorted({chain // width for chain in todo})
-    ]
-    if target is not None and not fresh:
-        with checks.numerics(known.fingerprint["threads"]):
-            check_center(root, target)
-    done = sum(stores.read_record(root, chain).step for chain in todo)
-    with progress_bars.bar("sampling", total=len(todo) * steps, done=done) as bar:
-        if client is not None:
-            diverged = workers.run_on(client, root, job, known, groups, bar)
-        else:
-            assert target is not None
-            with checks.numerics(known.fingerprint["threads"]):
-                diverged = [
-                    found for g in groups for found in run_group(root, job, target, g, bar.update)
-                ]
-    for chain, draw in diverged:
-        logger.warning(
-            "chain %d turned non-finite at draw %d and was stopped; it is flagged and left out. "
-            "Reduce the step size",
-            chain,
-            draw,
-        )
-    stores.finish(root)
-
-
-def _create(store: Any, job: Job, known: Prepared, chains: int) -> zarr.Group:
-    if not known.center_losses:
-        raise StoreError(
-            f"{stores.describe(store)} was removed while its data were read; run again"
-        )
-    if exists(store):
-        stores.drop_unfinished(stores.open_root(store, mode="r+"))
-    fingerprint = known.fingerprint
-    attrs = {key: fingerprint[key] for key in SETTINGS} | {"n_train": known.n_train}
-    return stores.create_run(
-        store,
+    options = RunOptions(
         chains=chains,
-        draws=job.schedule.draws,
-        sets=[
-            stores.LossSet(
-                group,
-                job.coords[group],
-                losses,
-                job.posterior.loss.dims,
-                attrs | {"observed_is_train": identity == fingerprint["train_data"]},
-            )
-            for (group, losses), identity in zip(
-                known.center_losses.items(), fingerprint["observed_data"].values(), strict=True
-            )
-        ],
-        observables={n: tuple(o["shape"]) for n, o in fingerprint["observables"].items()},
-        state=dict.fromkeys(fingerprint["state"], known.n_parameters),
-        state_dtype=fingerprint["precision"],
-        fingerprint=fingerprint,
+        chains_per_device=chains_per_device,
+        resume=resume,
+        client=client,
+        progress=progress,
     )
-
-
-def _unfinished(root: zarr.Group, chains: int, draws: int) -> list[int]:
-    """Return the chains that still have draws to take."""
-    flags = stores.stored(root, schema.SAMPLE_STATS, schema.DIVERGED)
-    known = stores.stored(root, schema.LOSSES, schema.LOSS).shape[0]
-    todo = list(range(known, chains))
-    for chain in range(min(chains, known)):
-        taken = stores.read_record(root, chain).draws
-        if taken < draws and not (taken and bool(read(flags, (chain, taken - 1)))):
-            todo.append(chain)
-    return sorted(todo)
-
-
-def _existing(store: Any, resume: bool) -> dict[str, Any] | None:
-    """Return the fingerprint of the losses already stored, if there are any."""
-    if not exists(store):
-        return None
-    root = stores.open_root(store)
-    parts = stores.parts_of(root)
-    if parts is not None:
-        raise StoreError(
-            f"{stores.describe(store)} holds several runs, by {parts['dim']}; nothing was "
-            "touched. Sample it with the same components or checkpoints, or choose another path"
-        )
-    found = stores.stored_fingerprint(root)
-    if found is not None and not resume:
-        raise StoreError(
-            f"{stores.describe(store)} exists and resume=False; nothing was touched. Choose "
-            "another path, delete it, or pass resume=True to continue it"
-        )
-    return found
+    if components is None and checkpoints is None:
+        return run_job(job, store, options)
+    return sample_parts(job, store, options, components=components, checkpoints=checkpoints)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +18,41 @@ from torch import Tensor
 from lkarray.arguments import POSITIVE, Limits, check_fields
 from lkarray.nn.losses import identity
 from lkarray.sampling.schedules import SCHEDULES, Schedule
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What one step is made of.
+
+    Attributes
+    ----------
+    theta
+        Weights, which the step moves in place.
+    grad
+        Gradient of the mean minibatch loss.
+    noise
+        Standard normal.
+    center
+        w*, ``(param,)``.
+    nbeta, gamma
+        Of the posterior.
+    step
+        Steps taken before, burn-in included.
+    state
+        What the chain carries from step to step (`Sampler.carries`), moved in place.
+    curvature
+        Estimate of the Hessian's diagonal, where the sampler needs one.
+    """
+
+    theta: Tensor
+    grad: Tensor
+    noise: Tensor
+    center: Tensor
+    nbeta: float
+    gamma: float
+    step: int = 0
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    curvature: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,20 +103,8 @@ class Sampler(ABC):
         return size
 
     @abstractmethod
-    def step(
-        self,
-        theta: Tensor,
-        grad: Tensor,
-        noise: Tensor,
-        center: Tensor,
-        *,
-        nbeta: float,
-        gamma: float,
-        step: int = 0,
-        state: Mapping[str, Tensor] | None = None,
-        curvature: Tensor | None = None,
-    ) -> None:
-        """Move ``theta``, and ``state``, in place."""
+    def step(self, given: StepInput) -> None:
+        """Move ``given.theta``, and ``given.state``, in place."""
 
     def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
         """Return what multiplied the last step's force; ``None`` if that was no Langevin step."""
@@ -89,15 +112,15 @@ class Sampler(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return what a store keeps of the sampler: plain values under their names."""
-        found: dict[str, Any] = {"name": type(self).__name__} | asdict(self)
+        settings: dict[str, Any] = {"name": type(self).__name__} | asdict(self)
         if self.schedule is None:
-            del found["schedule"]
+            del settings["schedule"]
         elif type(self.schedule).__name__ in SCHEDULES and is_dataclass(self.schedule):
             name = {"name": type(self.schedule).__name__}
-            found["schedule"] = name | asdict(self.schedule)
+            settings["schedule"] = name | asdict(self.schedule)
         else:
-            found["schedule"] = identity(self.schedule)
-        return found
+            settings["schedule"] = identity(self.schedule)
+        return settings
 
 
 @dataclass(frozen=True)
@@ -122,24 +145,13 @@ class SGLD(Sampler):
         The step size is not a positive number.
     """
 
-    def step(
-        self,
-        theta: Tensor,
-        grad: Tensor,
-        noise: Tensor,
-        center: Tensor,
-        *,
-        nbeta: float,
-        gamma: float,
-        step: int = 0,
-        state: Mapping[str, Tensor] | None = None,
-        curvature: Tensor | None = None,
-    ) -> None:
-        """Move ``theta`` in place, in three passes."""
-        eps = self.size(step)
-        theta.lerp_(center, eps / 2 * gamma)
-        theta.add_(grad, alpha=-eps / 2 * nbeta)
-        theta.add_(noise, alpha=math.sqrt(eps))
+    def step(self, given: StepInput) -> None:
+        """Move ``given.theta`` in place, in three passes."""
+        theta, eps = given.theta, self.size(given.step)
+        # The pull to w* as an interpolation: no vector is made for w - w*.
+        theta.lerp_(given.center, eps / 2 * given.gamma)
+        theta.add_(given.grad, alpha=-eps / 2 * given.nbeta)
+        theta.add_(given.noise, alpha=math.sqrt(eps))
 
 
 @dataclass(frozen=True)
@@ -194,34 +206,24 @@ class RMSpropSGLD(Sampler):
         """Whether a step needs an estimate of the Hessian's diagonal."""
         return self.drift_correction
 
-    def step(
-        self,
-        theta: Tensor,
-        grad: Tensor,
-        noise: Tensor,
-        center: Tensor,
-        *,
-        nbeta: float,
-        gamma: float,
-        step: int = 0,
-        state: Mapping[str, Tensor] | None = None,
-        curvature: Tensor | None = None,
-    ) -> None:
-        """Move ``theta`` and the moments in place."""
-        assert state is not None
-        eps, moment = self.size(step), state["second_moment"]
+    def step(self, given: StepInput) -> None:
+        """Move ``given.theta`` and the moments in place."""
+        theta, grad, step, curvature = given.theta, given.grad, given.step, given.curvature
+        eps, moment = self.size(step), given.state["second_moment"]
+        # The gradient of this step counts in G already, as in RMSprop.
         moment.mul_(self.decay).addcmul_(grad, grad, value=1 - self.decay)
         scale = self._scale(step, moment)
-        force = (theta - center).mul_(gamma).add_(grad, alpha=nbeta)
+        force = (theta - given.center).mul_(given.gamma).add_(grad, alpha=given.nbeta)
         if curvature is not None:
-            slope = state["second_moment_slope"]
+            slope = given.state["second_moment_slope"]
             slope.mul_(self.decay).addcmul_(grad, curvature, value=2 * (1 - self.decay))
             # dG/dw = -G^2 dV/dw / (2 sqrt(V)), where V is not zero.
             root = (moment / self._bias(step)).sqrt_()
             drift = slope.div(2 * self._bias(step)).div_(root).mul_(scale).mul_(scale)
+            # It is 0 / 0 where no gradient has reached a weight yet.
             theta.add_(drift.nan_to_num_(0.0, 0.0, 0.0), alpha=-eps / 2)
         theta.addcmul_(force, scale, value=-eps / 2)
-        theta.addcmul_(noise, scale.sqrt_(), value=math.sqrt(eps))
+        theta.addcmul_(given.noise, scale.sqrt_(), value=math.sqrt(eps))  # last: G is overwritten
 
     def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
         """Return G of the last step."""
@@ -269,26 +271,13 @@ class SGHMC(Sampler):
         """Name of the momentum."""
         return ("momentum",)
 
-    def step(
-        self,
-        theta: Tensor,
-        grad: Tensor,
-        noise: Tensor,
-        center: Tensor,
-        *,
-        nbeta: float,
-        gamma: float,
-        step: int = 0,
-        state: Mapping[str, Tensor] | None = None,
-        curvature: Tensor | None = None,
-    ) -> None:
-        """Move ``theta`` and the momentum in place, in five passes."""
-        assert state is not None
-        eps, momentum = self.size(step), state["momentum"]
-        momentum.mul_(1 - self.friction).add_(grad, alpha=-eps / 2 * nbeta)
-        momentum.add_(center - theta, alpha=eps / 2 * gamma)
-        momentum.add_(noise, alpha=math.sqrt(self.friction * eps))
-        theta.add_(momentum)
+    def step(self, given: StepInput) -> None:
+        """Move ``given.theta`` and the momentum in place, in five passes."""
+        eps, momentum = self.size(given.step), given.state["momentum"]
+        momentum.mul_(1 - self.friction).add_(given.grad, alpha=-eps / 2 * given.nbeta)
+        momentum.add_(given.center - given.theta, alpha=eps / 2 * given.gamma)
+        momentum.add_(given.noise, alpha=math.sqrt(self.friction * eps))
+        given.theta.add_(momentum)  # last: the force is of where the step began
 
     def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
         """Return ``None``: the Metropolis test of a Langevin step does not apply."""
@@ -310,8 +299,8 @@ def sampler_from(settings: Mapping[str, Any]) -> Sampler:
     kind = SAMPLERS[options.pop("name")]
     schedule = options.pop("schedule", None)
     if isinstance(schedule, Mapping):
-        parts = dict(schedule)
-        schedule = SCHEDULES[parts.pop("name")](**parts)
+        own = dict(schedule)
+        schedule = SCHEDULES[own.pop("name")](**own)
     elif isinstance(schedule, str):
         raise ValueError(
             f"the sampler's schedule, {schedule}, is a function that a store cannot hold; pass "

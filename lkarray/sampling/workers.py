@@ -18,8 +18,11 @@ from zarr.storage import MemoryStore
 
 from lkarray import store as stores
 from lkarray.errors import LockedError, StoreError
-from lkarray.sampling import checking as checks
-from lkarray.sampling.job import Job, Prepared, check_center, prepare, run_group
+from lkarray.sampling.devices import numerics
+from lkarray.sampling.fingerprints import Fingerprint
+from lkarray.sampling.groups import run_group
+from lkarray.sampling.job import Job, Prepared
+from lkarray.sampling.preparing import check_center, prepare
 from lkarray.sampling.target import Target
 from lkarray.store.location import address, local_path
 from lkarray.waiting import workers_awaited
@@ -60,15 +63,15 @@ def prepare_on(client: Client, job: Job, **request: Any) -> Prepared:
     payload = _dumps(job)
     with workers_awaited("prepared to sample", _SAFE, client=client):
         refuse_mismatch(client, needs=("torch",))
-        known: Prepared = submit(client, _prepare, payload, request).result()
-    return known
+        prepared: Prepared = submit(client, _prepare, payload, request).result()
+    return prepared
 
 
 def run_on(
     client: Client,
     root: zarr.Group,
     job: Job,
-    known: Prepared,
+    prepared: Prepared,
     groups: list[list[int]],
     bar: Any,
 ) -> list[tuple[int, int]]:
@@ -84,14 +87,14 @@ def run_on(
         No worker is left, and none came.
     """
     with workers_awaited("sampled", _SAFE, client=client, bar=bar, resource=needed(client)):
-        return _run_on(client, root, job, known, groups, bar)
+        return _run_on(client, root, job, prepared, groups, bar)
 
 
 def _run_on(
     client: Client,
     root: zarr.Group,
     job: Job,
-    known: Prepared,
+    prepared: Prepared,
     groups: list[list[int]],
     bar: Any,
 ) -> list[tuple[int, int]]:
@@ -102,7 +105,7 @@ def _run_on(
     # One copy of the job for each worker; it is made anew from these bytes if that worker dies.
     loaded = client.submit(_loads, payload, pure=False)
     key = hashlib.sha256(payload).hexdigest()
-    common = (loaded, key, where, known.fingerprint)
+    common = (loaded, key, where, prepared.fingerprint)
     tasks = [submit(client, _run, *common, group) for group in groups]
     shown = _steps(root, groups)
     pause = _POLL_SECONDS if local_path(root.store) is not None else _POLL_REMOTE_SECONDS
@@ -113,7 +116,7 @@ def _run_on(
             now = _steps(root, groups)
             bar.update(now - shown)
             shown = now
-        return [found for task in tasks for found in task.result()]
+        return [stop for task in tasks for stop in task.result()]
     finally:
         cancel(client, tasks)
 
@@ -129,8 +132,8 @@ def needed(client: Client) -> str | None:
     """Return the resource that a task takes one of, if workers announce it; wait for a worker."""
     from lkarray.cluster.watching import worker_infos
 
-    found = worker_infos(client)
-    return _GPU if any(w.get("resources", {}).get(_GPU, 0) >= 1 for w in found) else None
+    infos = worker_infos(client)
+    return _GPU if any(w.get("resources", {}).get(_GPU, 0) >= 1 for w in infos) else None
 
 
 def another_store(root: zarr.Group) -> StoreError:
@@ -167,24 +170,28 @@ def _loads(payload: bytes) -> Job:
 
 
 def _prepare(payload: bytes, request: Mapping[str, Any]) -> Prepared:
-    known, _ = prepare(_loads(payload), **request)
-    return known
+    prepared, _ = prepare(_loads(payload), **request)
+    return prepared
 
 
 @contextmanager
-def _prepared(job: Job, key: str, fingerprint: Mapping[str, Any]) -> Iterator[Target]:
+def _prepared(job: Job, key: str, fingerprint: Fingerprint) -> Iterator[Target]:
     """Lend a target of the job: one that a task of this process has done with, or a new one.
 
     Reading the data, and compiling, can take longer than a group of chains.
     """
     with _lock:
-        kept = _idle.get(key, [])
-        target = kept.pop() if kept else None
+        idle = _idle.get(key, [])
+        target = idle.pop() if idle else None
     if target is None:
-        width = fingerprint["chains_per_device"]
-        known, target = prepare(job, chains=width, chains_per_device=width, fixed=fingerprint)
-        remedy = "use workers of one kind, with the same versions"
-        stores.refuse_changes(fingerprint, known.fingerprint, "the store", remedy=remedy)
+        layout = fingerprint.layout
+        prepared, target = prepare(job, chains=fingerprint.chains_per_device, layout=layout)
+        stores.refuse_changes(
+            fingerprint.stored(),
+            prepared.fingerprint.stored(),
+            "the store",
+            remedy="use workers of one kind, with the same versions",
+        )
     yield target
     with _lock:
         if key not in _idle:
@@ -193,17 +200,14 @@ def _prepared(job: Job, key: str, fingerprint: Mapping[str, Any]) -> Iterator[Ta
 
 
 def _run(
-    job: Job, key: str, where: Any, fingerprint: Mapping[str, Any], chains: list[int]
+    job: Job, key: str, where: Any, fingerprint: Fingerprint, chains: list[int]
 ) -> list[tuple[int, int]]:
     """Run one group, in a worker."""
     root = stores.open_root(stores.as_store(where), mode="r+")
-    if stores.stored_fingerprint(root) != fingerprint:
+    if stores.stored_fingerprint(root) != fingerprint.stored():
         raise another_store(root)
-    key += json.dumps(fingerprint, sort_keys=True)
-    with (
-        _prepared(job, key, fingerprint) as target,
-        checks.numerics(fingerprint["threads"]),
-    ):
+    key += json.dumps(fingerprint.stored(), sort_keys=True)
+    with _prepared(job, key, fingerprint) as target, numerics(fingerprint.threads):
         check_center(root, target)
         return patiently(partial(run_group, root, job, target, chains, lambda _: None))
 

@@ -21,6 +21,7 @@ def sample_slowly(path: Path, pause: float, width: int = 1) -> None:
     """Sample with a commit at every draw and blocks of 32, so that kills fall inside commits."""
     import torch
 
+    from lkarray.sampling import StepInput
     from lkarray.store import commit, layout
 
     torch.set_num_threads(1)
@@ -31,8 +32,8 @@ def sample_slowly(path: Path, pause: float, width: int = 1) -> None:
     posterior = lk.LocalPosterior(small_network(), data, nbeta=10.0, gamma=50.0)
 
     class Slow(lk.SGLD):
-        def step(self, *args: object, **options: object) -> None:
-            super().step(*args, **options)
+        def step(self, given: StepInput) -> None:
+            super().step(given)
             time.sleep(pause)
 
     Slow.__name__ = "SGLD"
@@ -85,9 +86,10 @@ def test_sample__killed_ten_times_resumes_bit_for_bit(tmp_path, seed, width):
     last = start(path, 0.0)
     last.join()
     assert last.exitcode == 0
-    expected, found = lk.open(tmp_path / "whole.zarr"), lk.open(path)
+    expected, resumed = lk.open(tmp_path / "whole.zarr"), lk.open(path)
     for group in ("losses", "sample_stats"):
-        assert found[group].to_dataset().compute().identical(expected[group].to_dataset().compute())
+        same = resumed[group].to_dataset().compute()
+        assert same.identical(expected[group].to_dataset().compute())
     assert lk.verify(path) == []
 
 

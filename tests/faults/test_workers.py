@@ -92,9 +92,9 @@ def killed(path, cluster, client, kills, seed):
 )
 def test_workers__killed_at_random_moments_give_the_same_numbers(tmp_path, cluster, client, kills):
     whole = sample(tmp_path / "whole", client)
-    found, count = killed(tmp_path / "killed", cluster, client, kills, seed=kills)
+    survived, count = killed(tmp_path / "killed", cluster, client, kills, seed=kills)
     assert count >= min(kills, 4)
-    assert identical(found, whole)
+    assert identical(survived, whole)
     assert lk.verify(tmp_path / "killed") == []
 
 

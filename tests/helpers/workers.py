@@ -14,10 +14,10 @@ CHAINS, DRAWS = 4, 250
 class Slow(lk.SGLD):
     """SGLD that takes its time and commits at every draw, so that kills fall inside commits."""
 
-    def step(self, *args, **options):
+    def step(self, given):
         from lkarray.store import commit
 
-        super().step(*args, **options)
+        super().step(given)
         if pause := os.environ.get("LKARRAY_TEST_PAUSE"):  # in workers only
             commit.COMMIT_SECONDS = commit._COMMIT_SHARE = 0.0
             time.sleep(float(pause))

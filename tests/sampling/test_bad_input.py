@@ -251,10 +251,10 @@ def test_loss_identity__tells_callables_apart():
 def test_sample__leaves_a_store_alone_that_another_process_finished_meanwhile(
     tmp_path, sample, monkeypatch
 ):
-    """What a run found before it took the lock may be out of date by then."""
-    from lkarray.sampling import run
+    """What a run read before it took the lock may be out of date by then."""
+    from lkarray.sampling import running
 
-    target, late, path = run.prepare, [], tmp_path / "s"
+    target, late, path = running.prepare, [], tmp_path / "s"
 
     def overtaken(*args, **options):
         if not late:
@@ -262,7 +262,7 @@ def test_sample__leaves_a_store_alone_that_another_process_finished_meanwhile(
             sample(path, seed=7)
         return target(*args, **options)
 
-    monkeypatch.setattr(run, "prepare", overtaken)
+    monkeypatch.setattr(running, "prepare", overtaken)
     with pytest.raises(errors.FingerprintError, match="seed: stored 7, now 0"):
         sample(path)
     late, path = [], tmp_path / "other"
@@ -543,10 +543,10 @@ def test_sample__one_chain_that_diverges_leaves_the_others_unharmed(tmp_path, mo
     noise = ChainRandomness.noise
 
     def explosive(self, step, out=None):
-        found = noise(self, step, out)
+        vector = noise(self, step, out)
         if self._chain == 1 and step == 20:
-            found.fill_(float("inf"))
-        return found
+            vector.fill_(float("inf"))
+        return vector
 
     posterior = lk.LocalPosterior(model, data, nbeta=10.0, gamma=50.0)
     options = {"sampler": lk.SGLD(1e-3), "chains": 3, "draws": 40, "burn_in": 0, "batch_size": 16}

@@ -20,12 +20,12 @@ class Waits(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found, self.steps = [], 0
+        self.operations, self.steps = [], 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         if name in ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"):
-            self.found.append(name)
+            self.operations.append(name)
         return function(*args, **(kwargs or {}))
 
 
@@ -54,7 +54,7 @@ def test_steps__never_wait_for_the_device(posterior, data, monkeypatch, sampler,
         **OPTIONS,
     )
     stacks = 2 // width
-    assert waits.found == ["_local_scalar_dense"] * stacks
+    assert waits.operations == ["_local_scalar_dense"] * stacks
 
 
 @needs_gpu

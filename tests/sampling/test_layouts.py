@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from zarr.storage import MemoryStore
 
 import lkarray as lk
-from lkarray.sampling import stacking as layout
+from lkarray.sampling import stacking
 from tests.helpers.networks import classification, small_network
 
 OPTIONS = {
@@ -26,8 +26,8 @@ VOCABULARY, LENGTH = 20, 8
 
 @pytest.fixture(autouse=True)
 def every_run_is_long(monkeypatch):
-    monkeypatch.setattr(layout, "WORTH_SECONDS", 0.0)
-    monkeypatch.setattr(layout, "_PART_SECONDS", 1e-3)
+    monkeypatch.setattr(stacking, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(stacking, "_PART_SECONDS", 1e-3)
 
 
 def width_of(tree):
@@ -197,18 +197,19 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("batch_size", [400, None])
 def test_auto__slow_models_are_measured_on_a_few_inputs(batch_size, monkeypatch):
     data = classification(2000)
-    monkeypatch.setattr(layout, "evaluation_rows", lambda *_: 5)
+    monkeypatch.setattr(stacking, "evaluation_rows", lambda *_: 5)
 
     def timed(target, work):  # a clock on which any pass takes two seconds
         work()
         return 2.0
 
-    monkeypatch.setattr(layout, "_timed", timed)
+    monkeypatch.setattr(stacking, "_timed", timed)
     Counting.seen = 0
     posterior = lk.LocalPosterior(Counting(), data)
     from lkarray.sampling.chain import Schedule
     from lkarray.sampling.checking import observed_labels, observed_sets
-    from lkarray.sampling.job import Job, prepare
+    from lkarray.sampling.job import Job
+    from lkarray.sampling.preparing import prepare
 
     sets = observed_sets(data)
     job = Job(
@@ -220,7 +221,7 @@ def test_auto__slow_models_are_measured_on_a_few_inputs(batch_size, monkeypatch)
         batch_size,
         0,
     )
-    prepare(job, chains=4, chains_per_device="auto", fixed=None)
+    prepare(job, chains=4)
     # Losses at w* take every input once; trying the model and measuring take few.
     assert 2000 < Counting.seen < 2200
 

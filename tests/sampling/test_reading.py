@@ -49,13 +49,13 @@ def test_suggest__reads_every_item_once_whatever_the_grid(as_dict):
     data = Counted(as_dict=as_dict)
     posterior = lk.LocalPosterior(Named() if as_dict else small_network(), data, nbeta=5)
     grid = {"step_sizes": [1e-6, 1e-5, 1e-4], "gammas": [10.0, 100.0], "draws": 4}
-    found = lk.suggest(posterior, data, samples=10, progress=False, **grid)
-    assert found["loss_gain"].shape == (1, 2, 3)
+    pilots = lk.suggest(posterior, data, samples=10, progress=False, **grid)
+    assert pilots["loss_gain"].shape == (1, 2, 3)
     assert data.reads[1:].max() == 1
     assert data.reads[0] <= 3  # the first is read again, to see that it is the same
     plain = lk.LocalPosterior(small_network(), classification(), nbeta=5)
     expected = lk.suggest(plain, classification(), samples=10, progress=False, **grid)
-    np.testing.assert_array_equal(found["loss_gain"], expected["loss_gain"])
+    np.testing.assert_array_equal(pilots["loss_gain"], expected["loss_gain"])
 
 
 def test_suggest__of_another_observed_set_reads_both_once():
@@ -68,12 +68,12 @@ def test_suggest__of_another_observed_set_reads_both_once():
 
 
 def test_suggest__leaves_the_posteriors_that_observe_remembers_alone(posterior, data):
-    from lkarray.sampling import replay
+    from lkarray.sampling import remembering
 
     lk.sample(posterior, data, store=MemoryStore(), progress=False, **OPTIONS)
-    before = dict(replay._remembered)
+    before = dict(remembering._remembered)
     lk.suggest(posterior, data, draws=4, step_sizes=[1e-6, 1e-5], progress=False)
-    assert replay._remembered == before
+    assert remembering._remembered == before
 
 
 class Forked(Counted):
@@ -125,22 +125,22 @@ def test_workers__are_an_option_of_sample_record_and_observe(tmp_path):
 @pytest.fixture
 def said(monkeypatch):
     """What bars were made, by their words."""
-    found, make = [], progress._make
+    titles, make = [], progress._make
 
     def making(**options):
         if not options["disable"]:
-            found.append(options["desc"])
+            titles.append(options["desc"])
         return make(**options)
 
     monkeypatch.setattr(progress, "_make", making)
-    return found
+    return titles
 
 
 def test_progress__every_stage_of_a_run_has_its_word(said, monkeypatch):
-    from lkarray.sampling import stacking as layout
+    from lkarray.sampling import stacking
 
-    monkeypatch.setattr(layout, "WORTH_SECONDS", 0.0)
-    monkeypatch.setattr(layout, "_PART_SECONDS", 1e-3)
+    monkeypatch.setattr(stacking, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(stacking, "_PART_SECONDS", 1e-3)
     data, observed = Counted(), Counted()
     posterior = lk.LocalPosterior(small_network(), data, nbeta=5)
     lk.sample(posterior, observed, store=MemoryStore(), progress=True, **OPTIONS)

@@ -13,7 +13,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors
-from lkarray.sampling import stacking as layout
+from lkarray.sampling import stacking
 from tests.helpers.networks import classification, small_network
 
 OPTIONS = {
@@ -73,19 +73,19 @@ def test_sample__records_observables_of_the_model(tmp_path, posterior, data, wid
         chains_per_device=width,
         **OPTIONS,
     )
-    found = tree["observables"]
-    assert found["size"].dims == ("chain", "draw")
-    assert found["own"].dims == ("chain", "draw", "sample")
-    assert found["table"].shape == (3, 55, 2, 3)
+    observables = tree["observables"]
+    assert observables["size"].dims == ("chain", "draw")
+    assert observables["own"].dims == ("chain", "draw", "sample")
+    assert observables["table"].shape == (3, 55, 2, 3)
     from lkarray.inspect import describe_store
 
     assert "/observables  own(chain 3, draw 55, sample 40)" in describe_store(tmp_path / "s")
-    np.testing.assert_allclose(found["own"], losses_of(tree), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(observables["own"], losses_of(tree), rtol=1e-4, atol=1e-5)
     center = [p.detach() for p in posterior.model.parameters()]
     size = float(sum(p.square().sum() for p in center))
     spread = tree["sample_stats/distance"].values.max()
-    assert abs(found["size"].values - size).max() < 3 * spread * size**0.5
-    assert len(np.unique(found["size"])) == 3 * 55
+    assert abs(observables["size"].values - size).max() < 3 * spread * size**0.5
+    assert len(np.unique(observables["size"])) == 3 * 55
     assert lk.verify(tmp_path / "s") == []
     with pytest.raises(errors.FingerprintError, match="observables"):
         lk.sample(posterior, data, store=tmp_path / "s", **OPTIONS)
@@ -98,9 +98,9 @@ def test_sample__measures_how_many_steps_a_metropolis_test_accepts(posterior, da
         tree = lk.sample(
             posterior, data, store=MemoryStore(), **options | {"sampler": lk.SGLD(step_size)}
         )
-        found = tree["sample_stats/acceptance"].values
-        assert np.isfinite(found).sum() == 3 * 3  # draws 0, 50 and 100 of three chains
-        return np.nanmean(found)
+        accepted = tree["sample_stats/acceptance"].values
+        assert np.isfinite(accepted).sum() == 3 * 3  # draws 0, 50 and 100 of three chains
+        return np.nanmean(accepted)
 
     small, large = acceptance(1e-4), acceptance(3e-2)
     assert small > 0.99
@@ -110,7 +110,8 @@ def test_sample__measures_how_many_steps_a_metropolis_test_accepts(posterior, da
 def test_acceptance__is_that_of_the_closed_form():
     """On a quadratic, by the ratio of Gaussian densities in float64, the long way."""
     from lkarray.sampling.chain import Schedule
-    from lkarray.sampling.job import Job, prepare
+    from lkarray.sampling.job import Job
+    from lkarray.sampling.preparing import prepare
     from lkarray.sampling.randomness import ChainRandomness
 
     torch.manual_seed(0)
@@ -130,7 +131,7 @@ def test_acceptance__is_that_of_the_closed_form():
         progress=False,
     )
     job = Job(posterior, {"losses": data}, {"losses": {}}, sampler, Schedule(1, 0, 1), None, 0)
-    _, target = prepare(job, chains=1, chains_per_device=1, fixed=None)
+    _, target = prepare(job, chains=1, chains_per_device=1)
     center = target.center.double()
     random = ChainRandomness(0, 0, n=30, batch_size=None, like=target.center)
     x = torch.cat([data.tensors[0], torch.ones(30, 1)], 1).double()
@@ -167,8 +168,7 @@ def test_sample__a_stack_gives_the_chains_run_alone(posterior, data, sampler, ba
     )
     np.testing.assert_allclose(losses_of(stacked), losses_of(alone), rtol=1e-3, atol=1e-4)
     for name, values in alone["sample_stats"].data_vars.items():
-        found = stacked["sample_stats"][name]
-        np.testing.assert_allclose(found, values, rtol=2e-3, atol=1e-5)
+        np.testing.assert_allclose(stacked["sample_stats"][name], values, rtol=2e-3, atol=1e-5)
 
 
 def test_sample__the_layout_is_kept_by_a_resume(tmp_path, posterior, data):
@@ -203,7 +203,7 @@ def test_layout__stacks_only_where_it_pays(posterior, data, monkeypatch):
 
     assert width() == 1  # far too short to matter
     seconds = {1: 1.0, 3: 1.5, 2: 1.8}
-    monkeypatch.setattr(layout, "_seconds", lambda t, *rest: seconds[t.flat.width])
+    monkeypatch.setattr(stacking, "_seconds", lambda t, *rest: seconds[t.flat.width])
     assert width() == 3
     seconds |= {3: 2.9, 2: 1.9}
     assert width() == 1
@@ -225,7 +225,7 @@ class Branching(nn.Module):
 
 def test_layout__a_module_that_cannot_be_stacked_runs_alone(data, monkeypatch):
     posterior = lk.LocalPosterior(Branching(), data)
-    monkeypatch.setattr(layout, "WORTH_SECONDS", 0.0)
+    monkeypatch.setattr(stacking, "WORTH_SECONDS", 0.0)
     tree = lk.sample(posterior, data, store=MemoryStore(), **OPTIONS)
     assert tree.attrs["lkarray"]["losses"]["chains_per_device"] == 1
     with pytest.raises(ValueError, match="cannot be stacked.*chains_per_device=1"):
@@ -237,8 +237,8 @@ def test_layout__evaluation_rows_follow_the_largest_layer(data):
 
     batches = Batches(data, name="data", device=torch.device("cpu"))
     wide = nn.Sequential(nn.Linear(6, 1 << 18), nn.Linear(1 << 18, 3))
-    assert layout.evaluation_rows(FlatModel(wide), batches) == 4
-    assert layout.evaluation_rows(FlatModel(small_network()), batches) == 40
+    assert stacking.evaluation_rows(FlatModel(wide), batches) == 4
+    assert stacking.evaluation_rows(FlatModel(small_network()), batches) == 40
 
 
 def test_compile__gives_the_losses_of_plain_passes(posterior, data):
@@ -372,7 +372,7 @@ def test_observe__replays_parts(tmp_path, posterior, data):
 
 
 def test_observe__refuses_another_model(tmp_path, posterior, data, monkeypatch):
-    from lkarray.sampling import replay
+    from lkarray.sampling import remembering
 
     tree = lk.sample(posterior, data, store=tmp_path / "s", **OPTIONS)
     other = lk.LocalPosterior(small_network().requires_grad_(), data, nbeta=10.0, gamma=50.0)
@@ -380,7 +380,7 @@ def test_observe__refuses_another_model(tmp_path, posterior, data, monkeypatch):
         other.model[0].bias[0] += 1
     with pytest.raises(errors.FingerprintError, match="weights"):
         lk.observe(tree, data, posterior=other)
-    monkeypatch.setattr(replay, "_remembered", {})
+    monkeypatch.setattr(remembering, "_remembered", {})
     with pytest.raises(ValueError, match="not known in this process; pass posterior="):
         lk.observe(tree, data)
     with pytest.raises(ValueError, match="pass the whole tree"):
@@ -426,16 +426,16 @@ def test_presets__are_the_rows_of_the_papers_tables(data):
 
 def test_group__that_a_lost_worker_had_finished_is_left_as_it_is(tmp_path, sample, monkeypatch):
     """A worker may finish and be given up before it says so; its task then runs once more."""
-    from lkarray.sampling import run
+    from lkarray.sampling import running
 
     whole = sample(tmp_path / "whole")
-    once = run.run_group
+    once = running.run_group
 
     def twice(*args):
         once(*args)
         return once(*args)
 
-    monkeypatch.setattr(run, "run_group", twice)
+    monkeypatch.setattr(running, "run_group", twice)
     again = sample(tmp_path / "again")
     assert again["losses"].to_dataset().identical(whole["losses"].to_dataset())
     root = zarr.open_group(tmp_path / "again")

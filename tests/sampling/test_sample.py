@@ -11,7 +11,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray.sampling.randomness import ChainRandomness
-from lkarray.sampling.samplers import SGLD
+from lkarray.sampling.samplers import SGLD, StepInput
 from tests.helpers.networks import in_memory
 
 
@@ -25,7 +25,7 @@ def test_sgld__makes_the_step_of_equation_ten():
     eps, nbeta, gamma = 0.03, 7.0, 5.0
     expected = w - eps / 2 * (nbeta * g + gamma * (w - center)) + eps**0.5 * xi
     moved = w.clone()
-    SGLD(step_size=eps).step(moved, g, xi, center, nbeta=nbeta, gamma=gamma)
+    SGLD(step_size=eps).step(StepInput(moved, g, xi, center, nbeta, gamma))
     torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-12)
 
 

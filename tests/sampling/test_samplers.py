@@ -1,13 +1,14 @@
 """Samplers, on plain vectors: their equations, and the variances they must have."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import lkarray as lk
-from lkarray.sampling.samplers import SAMPLERS, sampler_from
+from lkarray.sampling.samplers import SAMPLERS, StepInput, sampler_from
 
 SETTINGS = {
     "SGLD": {},
@@ -24,15 +25,15 @@ def variance(sampler, h, *, steps, chains=20_000, gamma=0.0, seed=1):
     """The stationary variance of many chains on a quadratic of curvature h, times h."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(chains, 1, generator=generator, dtype=torch.float64) / math.sqrt(h)
-    center, carried, found = w.new_zeros(1), states(sampler, w), []
+    center, carried, variances = w.new_zeros(1), states(sampler, w), []
     for step in range(steps):
         noise = torch.randn(w.shape, generator=generator, dtype=torch.float64)
         curvature = torch.full_like(w, h - gamma) if sampler.needs_curvature else None
-        options = {"step": step, "state": carried, "curvature": curvature}
-        sampler.step(w, (h - gamma) * w, noise, center, nbeta=1.0, gamma=gamma, **options)
+        grad = (h - gamma) * w
+        sampler.step(StepInput(w, grad, noise, center, 1.0, gamma, step, carried, curvature))
         if step >= steps // 2:
-            found.append(float(w.square().mean()))
-    return np.mean(found) * h
+            variances.append(float(w.square().mean()))
+    return np.mean(variances) * h
 
 
 def test_sghmc__makes_its_steps():
@@ -45,7 +46,7 @@ def test_sghmc__makes_its_steps():
         force = nbeta * g + gamma * (expected - center)
         momentum = (1 - a) * momentum - eps / 2 * force + math.sqrt(a * eps) * xi
         expected = expected + momentum
-        sampler.step(moved, g, xi, center, nbeta=nbeta, gamma=gamma, step=step, state=carried)
+        sampler.step(StepInput(moved, g, xi, center, nbeta, gamma, step, carried))
     torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -53,8 +54,8 @@ def test_sghmc__with_full_friction_is_sgld():
     w, g, xi, center = torch.randn(4, 50, dtype=torch.float64)
     a, b = w.clone(), w.clone()
     sghmc = lk.SGHMC(step_size=0.02, friction=1.0)
-    sghmc.step(a, g, xi, center, nbeta=3.0, gamma=2.0, state=states(sghmc, a))
-    lk.SGLD(step_size=0.02).step(b, g, xi, center, nbeta=3.0, gamma=2.0)
+    sghmc.step(StepInput(a, g, xi, center, nbeta=3.0, gamma=2.0, state=states(sghmc, a)))
+    lk.SGLD(step_size=0.02).step(StepInput(b, g, xi, center, nbeta=3.0, gamma=2.0))
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -70,7 +71,7 @@ def test_rmsprop__makes_its_steps():
         scale = 1 / ((v / (1 - a ** (step + 1))).sqrt() + damping)
         force = nbeta * g + gamma * (expected - center)
         expected = expected - eps / 2 * scale * force + (eps * scale).sqrt() * xi
-        sampler.step(moved, g, xi, center, nbeta=nbeta, gamma=gamma, step=step, state=carried)
+        sampler.step(StepInput(moved, g, xi, center, nbeta, gamma, step, carried))
     torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -82,12 +83,14 @@ def test_samplers__a_stack_moves_as_its_rows_do(name):
     carried = {key: torch.rand_like(theta) for key in sampler.carries}
     rows = [{key: value[i].clone() for key, value in carried.items()} for i in range(3)]
     alone = [theta[i].clone() for i in range(3)]
-    options = {"nbeta": 2.0, "gamma": 3.0, "step": 5}
-    extra = {"curvature": curvature} if sampler.needs_curvature else {}
-    sampler.step(theta, grad, noise, center, state=carried, **options, **extra)
+    needs = sampler.needs_curvature
+    stack = StepInput(
+        theta, grad, noise, center, 2.0, 3.0, 5, carried, curvature if needs else None
+    )
+    sampler.step(stack)
     for i in range(3):
-        extra = {"curvature": curvature[i]} if sampler.needs_curvature else {}
-        sampler.step(alone[i], grad[i], noise[i], center, state=rows[i], **options, **extra)
+        chain = {"theta": alone[i], "grad": grad[i], "noise": noise[i], "state": rows[i]}
+        sampler.step(replace(stack, **chain, curvature=curvature[i] if needs else None))
         torch.testing.assert_close(theta[i], alone[i], rtol=0, atol=0)
 
 
@@ -95,16 +98,16 @@ def test_samplers__a_stack_moves_as_its_rows_do(name):
 def test_sgld__has_the_variance_of_its_finite_step(gamma):
     h, eps = 2.0, 0.6
     expected = 1 / (1 - eps * h / 4)
-    found = variance(lk.SGLD(step_size=eps), h, steps=200, gamma=gamma)
-    assert found == pytest.approx(expected, rel=0.01)
+    measured = variance(lk.SGLD(step_size=eps), h, steps=200, gamma=gamma)
+    assert measured == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("friction", [0.1, 0.5])
 def test_sghmc__has_the_variance_of_its_finite_step(friction):
     h, eps = 2.0, 1.0
     expected = 1 / (1 - eps * h / (4 * (2 - friction)))
-    found = variance(lk.SGHMC(step_size=eps, friction=friction), h, steps=400)
-    assert found == pytest.approx(expected, rel=0.01)
+    measured = variance(lk.SGHMC(step_size=eps, friction=friction), h, steps=400)
+    assert measured == pytest.approx(expected, rel=0.01)
     assert expected > 1.1
 
 

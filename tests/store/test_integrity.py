@@ -345,10 +345,10 @@ def test_repair__refuses_a_replay_that_differs_from_what_is_sound(store, monkeyp
 
 
 def test_repair__needs_the_observed_sets_in_another_process(store, monkeypatch):
-    from lkarray.sampling import replay
+    from lkarray.sampling import remembering
 
     DAMAGE["losses lost before"](store)
-    monkeypatch.setattr(replay, "_remembered", {})
+    monkeypatch.setattr(remembering, "_remembered", {})
     (told,) = lk.repair(store, progress=False)
     assert "pass posterior=" in told.detail
     data = attacks.classification(n=24)

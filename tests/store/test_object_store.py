@@ -232,8 +232,8 @@ def sample_slowly(environment, url, pause):
     layout.block_draws = lambda draws, values: 32
 
     class Slow(lk.SGLD):
-        def step(self, *args, **options):
-            super().step(*args, **options)
+        def step(self, given):
+            super().step(given)
             time.sleep(pause)
 
     Slow.__name__ = "SGLD"
@@ -626,12 +626,12 @@ def refused(sample, url, match, **options):
 
 @pytest.fixture
 def no_work(monkeypatch):
-    from lkarray.sampling import run
+    from lkarray.sampling import running
 
     def prepare(*args, **options):
         raise AssertionError("began to work")
 
-    monkeypatch.setattr(run, "prepare", prepare)
+    monkeypatch.setattr(running, "prepare", prepare)
 
 
 def test_refused__a_missing_bucket(server, sample, no_work):

@@ -89,7 +89,8 @@ def test_relaxation__is_how_long_the_sampler_remembers(sampler):
     state = {name: torch.zeros_like(theta) for name in stepper.carries}
     zero, path = torch.zeros_like(theta), []
     for step in range(4000):
-        stepper.step(theta, zero, zero, zero[0], nbeta=1.0, gamma=gamma, step=step, state=state)
+        given = samplers.StepInput(theta, zero, zero, zero[0], 1.0, gamma, step, state)
+        stepper.step(given)
         path.append(abs(float(theta)))
     far = np.array(path) / max(path) > 1e-6
     measured = -1 / np.polyfit(np.arange(4000)[far], np.log(np.array(path)[far]), 1)[0]
