@@ -27,7 +27,7 @@ Inputs = Tensor | dict[str, Tensor]
 Target = Tensor | dict[str, Tensor]
 Columns = dict[str, Tensor]
 
-#: Names of the parts of a pair: no keyword of a model, so that no key of a dict is taken for one.
+#: Names of the two of a pair: no keyword of a model, so that no key of a dict is taken for one.
 _INPUT, _TARGET, LABELS = " input", " target", "labels"
 
 
@@ -95,7 +95,7 @@ class Batches:
                 f"{name}: item 0 differs between two readings; turn random augmentation off, so "
                 "that every step is a function of seed, chain and step"
             )
-        self.item_bytes = max(sum(part.nbytes for part in first.values()), 1)
+        self.item_bytes = max(sum(tensor.nbytes for tensor in first.values()), 1)
         self._held: Columns | None = None
         self._views: list[Columns] | None = None
         if _plain(dataset) or self.item_bytes * self.n <= CACHE_BYTES:
@@ -108,16 +108,16 @@ class Batches:
     def __getitem__(self, index: int, /) -> Any:
         return self._dataset[index]
 
-    def part(self, rows: np.ndarray, name: str) -> Batches:
+    def subset(self, rows: np.ndarray, name: str) -> Batches:
         """Return some items as batches of their own; those held are not read again."""
-        found: Any
+        chosen: Any
         if self._held is None:
             whole: Any = self  # a map-style dataset, if not torch's own class
-            found = Subset(whole, rows.tolist())
+            chosen = Subset(whole, rows.tolist())
         else:
-            at = torch.from_numpy(rows).to(self.device)
-            found = _Held({key: part.index_select(0, at) for key, part in self._held.items()})
-        return Batches(found, name=name, device=self.device, num_workers=self._workers)
+            index = torch.from_numpy(rows).to(self.device)
+            chosen = _Held({k: column.index_select(0, index) for k, column in self._held.items()})
+        return Batches(chosen, name=name, device=self.device, num_workers=self._workers)
 
     def refuse_uncounted(self, counts: Callable[[Any], Tensor | None]) -> None:
         """Refuse examples of whose target nothing counts; where not held, when they are read.
@@ -149,18 +149,18 @@ class Batches:
     def _item(self, index: int) -> Columns:
         item = self._dataset[index]
         if isinstance(item, Mapping):
-            parts = {str(key): value for key, value in item.items()}
+            fields = {str(key): value for key, value in item.items()}
         elif isinstance(item, (tuple, list)) and 1 <= len(item) <= 2:
-            parts = dict(zip((_INPUT, _TARGET), item, strict=False))
+            fields = dict(zip((_INPUT, _TARGET), item, strict=False))
         elif isinstance(item, (Tensor, np.ndarray)):
-            parts = {_INPUT: item}
+            fields = {_INPUT: item}
         else:
             raise TypeError(
                 f"{self._name}: item {index} is {type(item).__name__}, expected a pair "
                 "(input, target), a dict of tensors, or a tensor"
             )
-        columns = {key: default_collate([value]) for key, value in parts.items()}
-        bad = {key: type(parts[key]).__name__ for key in columns if not _is_tensor(columns[key])}
+        columns = {key: default_collate([value]) for key, value in fields.items()}
+        bad = {key: type(fields[key]).__name__ for key in columns if not _is_tensor(columns[key])}
         if bad or not columns:
             raise TypeError(
                 f"{self._name}: item {index} must hold tensors, arrays or numbers, not {bad}"
@@ -176,7 +176,7 @@ class Batches:
             items = self._shown(range(self.n))
             self._same_length()
             held = _join(items, self._name)
-        return {key: part.detach().to(self.device) for key, part in held.items()}
+        return {key: column.detach().to(self.device) for key, column in held.items()}
 
     def _shown(self, indices: Sequence[int]) -> list[Columns]:
         """Return items, read under a bar."""
@@ -204,7 +204,7 @@ class Batches:
         )
         for item in loader:
             # A copy of its own: each tensor from a worker holds a file open.
-            yield {key: part.clone() for key, part in item.items()}
+            yield {key: tensor.clone() for key, tensor in item.items()}
 
     def _same_length(self) -> None:
         if len(self._dataset) != self.n:
@@ -216,15 +216,16 @@ class Batches:
     def _hash(self) -> str:
         digest = hashlib.sha256(str(self.n).encode())
         if self._held is not None:
-            parts = list(self._held.items())
+            tensors = list(self._held.items())
         else:
             spread = np.linspace(0, self.n - 1, _HASHED_ITEMS).astype(int)
-            parts = [part for item in self._shown(spread.tolist()) for part in item.items()]
-        for key, part in parts:
+            tensors = [entry for item in self._shown(spread.tolist()) for entry in item.items()]
+        for key, tensor in tensors:
+            # The names of a pair's two are made here: no part of the data.
             if key not in (_INPUT, _TARGET):
                 digest.update(key.encode())
-            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(tensor_bytes(part))
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor_bytes(tensor))
         return digest.hexdigest()[:16]
 
     @property
@@ -245,16 +246,17 @@ class Batches:
         if self._held is not None:
             if isinstance(flat, np.ndarray):
                 flat = torch.from_numpy(flat).to(self.device)
-            columns = {key: part.index_select(0, flat) for key, part in self._held.items()}
+            columns = {key: column.index_select(0, flat) for key, column in self._held.items()}
         else:
             self._same_length()
             columns = _join(list(self._items(flat.tolist())), self._name)
             if self._counts is not None:
                 self._refuse(self._counts(as_batch(columns)[1]), np.asarray(flat.tolist()))
-            columns = {key: part.to(self.device) for key, part in columns.items()}
+            columns = {key: column.to(self.device) for key, column in columns.items()}
         if indices.ndim > 1:
             shape = tuple(indices.shape)
-            columns = {k: part.view(*shape, *part.shape[1:]) for k, part in columns.items()}
+            # (chain * batch, ...) to (chain, batch, ...)
+            columns = {key: c.view(*shape, *c.shape[1:]) for key, c in columns.items()}
         return as_batch(columns)
 
     def numbered(
@@ -284,11 +286,11 @@ class Batches:
                 yield inputs, target
             return
         if self._views is None or len(next(iter(self._views[0].values()))) != min(rows, self.n):
-            parts = {key: part.split(rows) for key, part in self._held.items()}
+            split = {key: column.split(rows) for key, column in self._held.items()}
             count = -(-self.n // rows)
-            self._views = [{k: p[i] for k, p in parts.items()} for i in range(count)]
+            self._views = [{k: views[i] for k, views in split.items()} for i in range(count)]
         for view in self._views:
-            yield as_batch({key: part.clone() for key, part in view.items()})
+            yield as_batch({key: column.clone() for key, column in view.items()})
 
 
 class _Held:
@@ -301,7 +303,7 @@ class _Held:
         return len(next(iter(self.columns.values())))
 
     def __getitem__(self, index: int, /) -> Any:
-        item = {key: part[index] for key, part in self.columns.items()}
+        item = {key: column[index] for key, column in self.columns.items()}
         return tuple(item.values()) if _INPUT in item else item
 
 
@@ -322,14 +324,14 @@ def _same(item: Any) -> Any:
 def check_workers(num_workers: int | None) -> int:
     """Return the number of processes that read items; raise unless it is one."""
     try:
-        found = operator.index(num_workers or 0)
+        count = operator.index(num_workers or 0)
     except TypeError:
         raise TypeError(
             f"num_workers must be an integer or None, not {type(num_workers).__name__}"
         ) from None
-    if found < 0:
-        raise ValueError(f"num_workers must be at least 0, not {found}")
-    return found
+    if count < 0:
+        raise ValueError(f"num_workers must be at least 0, not {count}")
+    return count
 
 
 def check_dataset(dataset: object, name: str) -> None:
@@ -356,8 +358,8 @@ def as_batch(columns: Columns) -> tuple[Inputs, Target]:
         inputs = columns[_INPUT]
         return inputs, columns[_TARGET] if _TARGET in columns else inputs.clone()
     if LABELS in columns:
-        return {key: part for key, part in columns.items() if key != LABELS}, columns[LABELS]
-    return columns, {key: part.clone() for key, part in columns.items()}
+        return {key: c for key, c in columns.items() if key != LABELS}, columns[LABELS]
+    return columns, {key: column.clone() for key, column in columns.items()}
 
 
 def fresh(inputs: Any, target: Any) -> tuple[Any, Any]:

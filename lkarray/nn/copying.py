@@ -92,27 +92,27 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         seen.add(id(value))
         if isinstance(value, Tensor):
             yield name, value
-        left += _parts(name, value)
+        left += _inside(name, value)
 
 
-def _parts(name: str, value: Any) -> list[tuple[str, Any]]:
+def _inside(name: str, value: Any) -> list[tuple[str, Any]]:
     """Return what a value holds, by the place of each."""
-    found: list[tuple[str, Any]] = []
+    inside: list[tuple[str, Any]] = []
     if isinstance(value, (Tensor, *_ATOMS)):
-        return found
+        return inside
     if isinstance(value, Mapping):
-        found += [(f"{name}[{key!r}]", part) for key, part in value.items()]
+        inside += [(f"{name}[{key!r}]", entry) for key, entry in value.items()]
     elif isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__ == "deque":
-        found += [(f"{name}[{i}]", part) for i, part in enumerate(value)]
+        inside += [(f"{name}[{i}]", entry) for i, entry in enumerate(value)]
     elif isinstance(value, types.MethodType):
-        found.append((name, value.__self__))
+        inside.append((name, value.__self__))
     attributes = getattr(value, "__dict__", {})
-    for key, part in attributes.items():
+    for key, attribute in attributes.items():
         if isinstance(value, nn.Module) and key in _INNER:
-            found += [(_join(name, inner), p) for inner, p in part.items()]
+            inside += [(_join(name, inner), p) for inner, p in attribute.items()]
         else:
-            found.append((_join(name, key), part))
-    return found
+            inside.append((_join(name, key), attribute))
+    return inside
 
 
 def _join(name: str, key: str) -> str:
@@ -123,14 +123,14 @@ def _culprit(model: nn.Module, memo: dict[int, Any]) -> str:
     """Return the place of the innermost part that cannot be copied."""
     name, value, seen = "", model, {id(model)}
     while True:
-        for place, part in _parts(name, value):
-            if id(part) in seen:
+        for place, inner in _inside(name, value):
+            if id(inner) in seen:
                 continue
-            seen.add(id(part))
+            seen.add(id(inner))
             try:
-                copy.deepcopy(part, dict(memo))
+                copy.deepcopy(inner, dict(memo))
             except Exception:
-                name, value = place, part
+                name, value = place, inner
                 break
         else:
             return name or type(model).__name__

@@ -71,11 +71,11 @@ def _conv(module: nn.Conv1d | nn.Conv2d, a: Tensor, b: Tensor, n: int) -> Factor
         kernel, dilation, stride = (1, *kernel), (1, *dilation), (1, *stride)
     if b.shape[2] * b.shape[3] > 1:
         return Factors(CONVOLUTION, a, b, module)
-    parts = F.unfold(a, kernel, dilation=dilation, stride=stride)  # (n, in * kernel, position)
+    patches = F.unfold(a, kernel, dilation=dilation, stride=stride)  # (n, in * kernel, position)
     groups = module.groups
     return Factors(
         MATRIX,
-        parts.view(n, groups, -1, parts.shape[-1]).transpose(2, 3),
+        patches.view(n, groups, -1, patches.shape[-1]).transpose(2, 3),
         b.reshape(n, groups, module.out_channels // groups, -1).transpose(2, 3),
     )
 
@@ -181,9 +181,9 @@ def _convolved(f: Factors) -> Tensor:
     pixels of one row of the kernel are then rows of these copies as they lie.
     """
     layer, n = f.layer, len(f.b)
-    one = (1,) if layer.weight.ndim == 3 else ()
+    line = (1,) if layer.weight.ndim == 3 else ()  # of Conv1d: images of one row
     (rows, columns), (down, right), (dy, dx) = (
-        (*one, *sizes) for sizes in (layer.kernel_size, layer.stride, layer.dilation)
+        (*line, *sizes) for sizes in (layer.kernel_size, layer.stride, layer.dilation)
     )
     batch, inputs = n * layer.groups, layer.in_channels // layer.groups
     high, wide = f.b.shape[2:]
@@ -191,15 +191,15 @@ def _convolved(f: Factors) -> Tensor:
     # (batch, in, row of the image, position, column of the kernel), no copy yet
     windows = images.unfold(3, (columns - 1) * dx + 1, right)[..., ::dx][:, :, :, :wide]
     copies = windows.permute(0, 1, 4, 2, 3).contiguous()
-    back = f.b.reshape(batch, -1, high * wide)
-    parts = []
+    back = f.b.reshape(batch, -1, high * wide)  # (batch, out, position)
+    products = []
     for row in range(rows):
         first = row * dy
         seen = copies[:, :, :, first : first + (high - 1) * down + 1 : down]
-        parts.append(torch.bmm(back, seen.reshape(batch, -1, high * wide).transpose(1, 2)))
-    found = torch.stack(parts, 2)  # (batch, out, row, in * column)
+        products.append(torch.bmm(back, seen.reshape(batch, -1, high * wide).transpose(1, 2)))
+    slopes = torch.stack(products, 2)  # (batch, out, row, in * column)
     shape = (batch, back.shape[1], rows, inputs, columns)
-    return found.view(shape).transpose(2, 3).reshape(n, *layer.weight.shape)
+    return slopes.view(shape).transpose(2, 3).reshape(n, *layer.weight.shape)
 
 
 def add_bias(f: Factors, out: Tensor, *, fresh: bool) -> None:

@@ -162,14 +162,14 @@ class FlatModel:
         """What a gradient is taken with respect to: parameters, stacked where there is a stack."""
         return list(self._leaves.values()) or list(self._moving)
 
-    def flatten(self, parts: Iterable[Tensor]) -> Tensor:
+    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """Return tensors shaped like ``leaves`` as one of shape ``(width, param)``."""
-        return torch.cat([part.reshape(self.width, -1) for part in parts], dim=1)
+        return torch.cat([tensor.reshape(self.width, -1) for tensor in tensors], dim=1)
 
     def unflatten(self, vectors: Tensor) -> list[Tensor]:
         """Return ``(width, param)`` as tensors shaped like ``leaves``."""
         pairs = zip(vectors.split(self.sizes, dim=1), self.leaves, strict=True)
-        return [part.reshape(leaf.shape) for part, leaf in pairs]
+        return [stretch.reshape(leaf.shape) for stretch, leaf in pairs]
 
     def slope(self, number: Tensor) -> Tensor:
         """Return the gradient of one number by the parameters, ``(param,)``, dense.
@@ -178,17 +178,17 @@ class FlatModel:
         """
         if not number.requires_grad:
             return torch.zeros_like(self.theta[0])
-        parts = torch.autograd.grad(number, self.leaves, materialize_grads=True)
-        return torch.cat([dense(part).reshape(-1) for part in parts])
+        slopes = torch.autograd.grad(number, self.leaves, materialize_grads=True)
+        return torch.cat([dense(slope).reshape(-1) for slope in slopes])
 
     def whole_slope(self, number: Tensor) -> Tensor:
         """Return the same by a whole backward pass, which a reentrant checkpoint asks for."""
         self.grad.zero_()
         if number.requires_grad:
             number.backward()
-        found = self.grad[0].clone()
-        self.grad.zero_()
-        return found
+        slope = self.grad[0].clone()
+        self.grad.zero_()  # whoever runs backward next adds to what is there
+        return slope
 
     def __call__(self, inputs: Tensor | dict[str, Tensor]) -> object:
         """Run the module, with the parameters of the row that is bound."""
@@ -217,23 +217,23 @@ class FlatModel:
         if self.width == 1:
             return loss(self(inputs), target).unsqueeze(0)
 
-        def one(parameters: dict[str, Tensor], x: object, y: object) -> Tensor:
+        def of_chain(parameters: dict[str, Tensor], x: object, y: object) -> Tensor:
             args, kwargs = ((), x) if isinstance(x, dict) else ((x,), {})
             return loss(functional_call(self.module, parameters, args, kwargs), y)
 
         own = None if shared else 0
-        out: Tensor = vmap(one, in_dims=(0, own, own))(self._leaves, inputs, target)
-        return out
+        losses: Tensor = vmap(of_chain, in_dims=(0, own, own))(self._leaves, inputs, target)
+        return losses
 
 
 def _join_masks(masks: list[Tensor | None], moving: list[nn.Parameter]) -> Tensor | None:
     if all(mask is None for mask in masks):
         return None
-    parts = [
+    moves = [
         torch.ones(p.numel(), dtype=torch.bool) if mask is None else mask.flatten()
         for mask, p in zip(masks, moving, strict=True)
     ]
-    return torch.cat(parts).to(moving[0].device)
+    return torch.cat(moves).to(moving[0].device)
 
 
 def dense(tensor: Tensor) -> Tensor:

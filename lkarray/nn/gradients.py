@@ -41,7 +41,7 @@ class ExampleGradients:
     Linear, Conv1d, Conv2d, Embedding, LayerNorm, GroupNorm and BatchNorm (in eval mode) layers
     give factors, from one forward and one backward pass of the batch; the remaining tensors
     go through ``torch.func.vmap(grad)``, or autograd of one example at a time where that cannot
-    have the model. Which way each tensor takes is found on two examples, where every layer's
+    have the model. Which way each tensor takes is decided on two examples, where every layer's
     result is compared with plain autograd of one example at a time: a layer that is used in a way
     that its factors do not tell of (its weight read elsewhere, a batch that is not its leading
     dim) goes through ``torch.func``. In later batches that is looked at again (see `Layers`), and
@@ -92,11 +92,11 @@ class ExampleGradients:
         with gradients_on(), torch.no_grad():
             if out is None:
                 out = self.flat.theta.new_empty((n, self.flat.theta.shape[1]))
-            found = self._layers.run(inputs, target)
+            passed = self._layers.run(inputs, target)
             written: set[str] = set()
-            for module, f in found.factors:
-                self._write(module, f, out, self._column, written, found.untrusted)
-            self._fill(inputs, target, out, self._column, written, found.untrusted)
+            for module, f in passed.factors:
+                self._write(module, f, out, self._column, written, passed.untrusted)
+            self._fill(inputs, target, out, self._column, written, passed.untrusted)
         return out
 
     def features(self, inputs: Inputs, target: Target) -> Features:
@@ -111,21 +111,22 @@ class ExampleGradients:
         columns, width = self._dense_columns
         with gradients_on(), torch.no_grad():
             passed = self._layers.run(inputs, target)
-            found = Features(self.flat.theta.new_empty((n, width)), numbers=passed.numbers)
+            features = Features(self.flat.theta.new_empty((n, width)), numbers=passed.numbers)
             other = passed.untrusted - set(columns)
             written: set[str] = set()
             for module, f in passed.factors:
                 for name in set(self._layers.modules[module]) - set(columns):
-                    if not f.single or name in found.factors:
+                    # A second call of the layer adds a product of its own: rank two.
+                    if not f.single or name in features.factors:
                         other.add(name)
-                    found.factors[name] = f
-                self._write(module, f, found.dense, columns.get, written, passed.untrusted)
+                    features.factors[name] = f
+                self._write(module, f, features.dense, columns.get, written, passed.untrusted)
             if other:
                 raise NotFactoredError(other)
-            for name in set(self._sides) - set(columns) - set(found.factors):
-                found.factors[name] = self._nothing(name, n)  # the batch did not reach the layer
-            self._fill(inputs, target, found.dense, columns.get, written, passed.untrusted)
-        return found
+            for name in set(self._sides) - set(columns) - set(features.factors):
+                features.factors[name] = self._nothing(name, n)  # the batch did not reach the layer
+            self._fill(inputs, target, features.dense, columns.get, written, passed.untrusted)
+        return features
 
     def materialise(self, names: Iterable[str]) -> None:
         """Let `features` give some tensors' gradients whole, also where factors are cheaper."""
@@ -172,9 +173,9 @@ class ExampleGradients:
         others = self._layers.left_out | untrusted
         rest = {n: place for n in self._starts if n in others and (place := column(n)) is not None}
         if rest:
-            found = self._reference.gradients(list(rest), inputs, target)
+            slopes = self._reference.gradients(list(rest), inputs, target)
             for name, place in rest.items():
-                out[:, place] = found[name].flatten(1)
+                out[:, place] = slopes[name].flatten(1)
         for name in self._starts:
             place = column(name)
             if place is not None and name not in written and name not in rest:
@@ -202,15 +203,15 @@ class ExampleGradients:
                     kinds.setdefault(name, []).append(f)
             hooked = {name for names in layers.modules.values() for name in names}
             layers.left_out = passed.untrusted | (set(names) - hooked)
-            found = self.gradients(inputs, target)
+            taken = self.gradients(inputs, target)
         except (RuntimeError, ValueError, IndexError, AttributeError, TypeError):
             layers.left_out = set(names)
-            found = self.gradients(inputs, target)
-        wrong = [name for name in names if not self._same(found, expected, name)]
+            taken = self.gradients(inputs, target)
+        wrong = [name for name in names if not self._same(taken, expected, name)]
         if wrong and not layers.left_out.issuperset(wrong):
             layers.left_out |= set(wrong)
-            found = self.gradients(inputs, target)
-            wrong = [name for name in names if not self._same(found, expected, name)]
+            taken = self.gradients(inputs, target)
+            wrong = [name for name in names if not self._same(taken, expected, name)]
         if wrong:  # torch.func is not right about it: an autograd function's own vmap, say
             self._reference.one_by_one = True
             layers.left_out |= set(wrong)
@@ -241,11 +242,11 @@ class ExampleGradients:
                 start += size
         return columns, start
 
-    def _same(self, found: Tensor, expected: Tensor, name: str) -> bool:
+    def _same(self, taken: Tensor, expected: Tensor, name: str) -> bool:
         place = self._column(name)
-        tolerance = TOLERANCE.get(found.dtype, 1e-2)
+        tolerance = TOLERANCE.get(taken.dtype, 1e-2)
         scale = expected[:, place].abs().max().clamp(min=1e-3 * float(expected.abs().max()))
-        return bool(((found - expected)[:, place].abs() <= tolerance * scale).all())
+        return bool(((taken - expected)[:, place].abs() <= tolerance * scale).all())
 
     def _refuse_coupling(self, alone: Tensor, inputs: Inputs, target: Target) -> None:
         with torch.no_grad():

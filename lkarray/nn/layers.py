@@ -193,7 +193,7 @@ def _outline(calls: list[Call], graph: Graph | None, n: int) -> object:
 
 def _shapes(values: Any) -> object:
     if isinstance(values, dict):
-        return tuple((key, part.shape[1:]) for key, part in sorted(values.items()))
+        return tuple((key, tensor.shape[1:]) for key, tensor in sorted(values.items()))
     return values.shape[1:]
 
 
@@ -229,11 +229,11 @@ def _modules(flat: FlatModel) -> dict[nn.Module, dict[str, str]]:
     """Return the layers that have factors, each with its moving tensors and what they are."""
     first = {id(p): name for name, p in flat.module.named_parameters()}
     moving = set(flat.names)
-    found: dict[nn.Module, dict[str, str]] = {}
+    layers: dict[nn.Module, dict[str, str]] = {}
     for module in flat.module.modules():
         if rule_of(module) is None:
             continue
         own = {first[id(p)]: kind for kind, p in module.named_parameters(recurse=False)}
         if set(own) & moving:
-            found[module] = {name: kind for name, kind in own.items() if name in moving}
-    return found
+            layers[module] = {name: kind for name, kind in own.items() if name in moving}
+    return layers

@@ -188,17 +188,17 @@ def token_ids(target: Tensor | Mapping[str, Tensor]) -> Tensor:
 
 def logits(output: Any) -> Tensor:
     """Return the tensor that a model gives: itself, ``output.logits``, or the first of a tuple."""
-    found = getattr(output, "logits", output)
-    if isinstance(found, Mapping) and "logits" in found:
-        found = found["logits"]
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
+    scores = getattr(output, "logits", output)
+    if isinstance(scores, Mapping) and "logits" in scores:
+        scores = scores["logits"]
+    if isinstance(scores, (tuple, list)) and scores:
+        scores = scores[0]
+    if not isinstance(scores, Tensor):
         raise TypeError(
             f"the model returned {type(output).__name__} without logits; pass a callable as the "
             "loss, which takes the output as it is"
         )
-    return found
+    return scores
 
 
 #: Losses by name.

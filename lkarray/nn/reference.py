@@ -43,9 +43,8 @@ class Reference:
     def __init__(self, flat: FlatModel, scalars: Scalars) -> None:
         self.flat, self.scalars = flat, scalars
         self.one_by_one = False
-        self._whole = (
-            False  # a reentrant checkpoint, which knows no gradient but that of everything
-        )
+        #: Whether there is a reentrant checkpoint, which knows no gradient but by everything.
+        self._whole = False
 
     def alone(self, inputs: Any, target: Any) -> tuple[Tensor, Tensor]:
         """Return the number of one example, and its gradient ``(param,)``: the definition."""
@@ -82,23 +81,24 @@ class Reference:
             except Exception:  # torch.func has many ways to refuse a model
                 self.one_by_one = True
         rows = torch.stack([self.alone(x, y)[1] for x, y in examples(inputs, target)])
-        parts = zip(self.flat.names, rows.split(self.flat.sizes, 1), strict=True)
-        return {name: part for name, part in parts if name in names}
+        columns = zip(self.flat.names, rows.split(self.flat.sizes, 1), strict=True)
+        return {name: column for name, column in columns if name in names}
 
     def _transformed(self, names: list[str], inputs: Inputs, target: Target) -> dict[str, Tensor]:
         module = self.flat.module
         values = {name: p.detach() for name, p in module.named_parameters()}
         chosen = {name: values.pop(name) for name in names}
 
-        def one(chosen: dict[str, Tensor], x: Any, y: Any) -> Tensor:
+        def of_example(chosen: dict[str, Tensor], x: Any, y: Any) -> Tensor:
             x, y = single(x), single(y)
             args, kwargs = ((), x) if isinstance(x, dict) else ((x,), {})
             output = functional_call(module, values | chosen, args, kwargs)
             return self.scalars(output, y).squeeze(0)
 
         with gradients_on(), _batching():
-            found: dict[str, Tensor] = vmap(grad(one), (None, 0, 0))(chosen, *fresh(inputs, target))
-        return {name: values.detach() for name, values in found.items()}
+            each = vmap(grad(of_example), (None, 0, 0))
+            slopes: dict[str, Tensor] = each(chosen, *fresh(inputs, target))
+        return {name: slope.detach() for name, slope in slopes.items()}
 
 
 @contextmanager

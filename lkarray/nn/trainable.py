@@ -59,10 +59,10 @@ def moving_indices(
     """Return, in the model's order, what moves of each parameter: indices, or ``None`` for all."""
     require_module(model)
     parameters = dict(model.named_parameters())
-    found: dict[str, list[str] | None] = {}
+    moving: dict[str, list[str] | None] = {}
     if trainable is None:
-        found = {name: None for name, p in parameters.items() if p.requires_grad}
-        if not found:
+        moving = {name: None for name, p in parameters.items() if p.requires_grad}
+        if not moving:
             raise ValueError(
                 f"the model has no trainable parameters ({len(parameters)} in all); give it some, "
                 "call requires_grad_(True), or name them with trainable=[...]"
@@ -73,14 +73,14 @@ def moving_indices(
             part = _PART.fullmatch(text("trainable", pattern))
             for name in _matches(model, part["name"] if part else pattern):
                 if part is None:
-                    found[name] = None
-                elif (before := found.setdefault(name, [])) is not None:
+                    moving[name] = None
+                elif (before := moving.setdefault(name, [])) is not None:
                     before.append(part["index"])
-        found = {name: found[name] for name in parameters if name in found}
-        if not found:
+        moving = {name: moving[name] for name in parameters if name in moving}
+        if not moving:
             raise ValueError(f"trainable names no parameter; choose from {sorted(parameters)}")
-    _check(model, [parameters[name] for name in found])
-    return found
+    _check(model, [parameters[name] for name in moving])
+    return moving
 
 
 def require_module(model: object) -> None:

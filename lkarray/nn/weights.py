@@ -48,7 +48,7 @@ def _read(weights: Any) -> tuple[Mapping[str, Any], str]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
-        found = torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # pickle's, zip's and torch's, whatever the file is
         lines = str(error).strip().splitlines() or [""]
         raise ValueError(
@@ -57,11 +57,11 @@ def _read(weights: Any) -> tuple[Mapping[str, Any], str]:
             "torch.save(model.state_dict(), path); of a whole module that was saved, load it "
             "where it is trusted and save its state_dict()"
         ) from None
-    if not isinstance(found, Mapping):
+    if not isinstance(state, Mapping):
         raise ValueError(
-            f"{path} holds {type(found).__name__}, not a state dict; save model.state_dict()"
+            f"{path} holds {type(state).__name__}, not a state dict; save model.state_dict()"
         )
-    return found, str(path)
+    return state, str(path)
 
 
 def _misfit(model: nn.Module, state: Mapping[str, Any], name: str, error: Exception) -> str:

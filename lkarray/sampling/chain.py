@@ -21,7 +21,8 @@ from lkarray.store import ChainRegion
 
 logger = logging.getLogger("lkarray")
 
-#: Every so many draws a Metropolis test is evaluated, at the cost of one more gradient.
+#: Every so many draws a Metropolis test is evaluated, at the cost of one more gradient: it tells
+#: whether the step size is too large.
 TEST_EVERY = 50
 
 _LOSS = f"/{schema.LOSS.name}"
@@ -53,7 +54,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Seat:
-    """One chain, and its row of the stack."""
+    """One chain, and where it sits: its row of the stack's buffers."""
 
     row: int
     chain: int
@@ -65,7 +66,7 @@ class Stack:
     """Chains that share a stack, from where their regions stand to the end of the schedule.
 
     Chains may stand at different steps, as a kill between their commits leaves them: those
-    behind run alone until the others' step is reached. A row without a running chain is
+    behind run alone until the others' step is reached. A seat without a running chain is
     computed and dropped, so that the numbers of a chain depend on the width of the stack alone,
     not on who else sits in it.
 
@@ -201,6 +202,7 @@ class Stack:
             seat.random.noise(step, self._noise_rows[seat.row])
         if flat.mask is not None:
             self._noise.mul_(flat.mask)
+        # Of where the step begins: taken before it moves.
         statistics = [minibatch.mean(1), _norm(flat.grad)] if draws else []
         before = (flat.theta.clone(), flat.grad.clone(), minibatch) if tests else None
         sampler.step(
@@ -227,7 +229,7 @@ class Stack:
             self._commit()
 
     def _rows(self, step: int) -> Minibatch:
-        """Return the minibatch of each row; rows without a chain share the first one's."""
+        """Return the minibatch of each seat; empty seats share the first chain's."""
         first = self._active[0]
         if first.random.everything:
             return None
@@ -237,8 +239,8 @@ class Stack:
         pick = {seat.row: seat.random for seat in self._active}
         random = [pick.get(row, first.random) for row in range(width)]
         if held:
-            return torch.stack([one.rows(step) for one in random])
-        return np.stack([one.indices(step) for one in random])
+            return torch.stack([chain.rows(step) for chain in random])  # (chain, batch)
+        return np.stack([chain.indices(step) for chain in random])
 
     def _acceptance(
         self, rows: Minibatch, step: int, theta: Tensor, grad: Tensor, minibatch: Tensor
@@ -258,18 +260,18 @@ class Stack:
         drop += target.gamma / 2 * _sum((theta - moved) * (theta + moved - 2 * center))
         both = target.nbeta * (grad + target.flat.grad)
         both += target.gamma * (theta + moved - 2 * center)
-        root = scale**0.5
+        root = scale**0.5  # everything below is (chain, param), and each sum (chain,)
         # log q(w|w') - log q(w'|w), with the noise's own large square cancelled by hand.
         drop += math.sqrt(eps) / 2 * _sum(root * self._noise * both)
         drop -= eps / 8 * _sum(scale * both * both)
         return drop.clamp(max=0).exp().to(minibatch.dtype)
 
     def _send(self, statistics: Sequence[Tensor]) -> None:
-        parts = self._target.observe() | self._target.measure()
-        parts["statistics"] = torch.stack(list(statistics), dim=1)
+        draw = self._target.observe() | self._target.measure()
+        draw["statistics"] = torch.stack(list(statistics), dim=1)  # (chain, statistic)
         self._due = None
-        self._receive()
-        self._mail.send(parts)
+        self._receive()  # the draw before: its copies were made while this one was computed
+        self._mail.send(draw)
         self._sent = list(self._active), self._sampler.size(self._taken - 1)
         if any(seat.region.room() == 1 for seat in self._active):
             self._receive()
@@ -282,15 +284,15 @@ class Stack:
         statistics = arrays.pop("statistics")
         seats, size = self._sent
         for seat in seats:
-            row: dict[str, np.ndarray | float | bool] = {k: v[seat.row] for k, v in arrays.items()}
+            draw: dict[str, np.ndarray | float | bool] = {k: v[seat.row] for k, v in arrays.items()}
             numbers = statistics[seat.row].tolist()
-            row |= {_STATISTICS[s.name]: v for s, v in zip(_ON_DEVICE, numbers, strict=True)}
-            row[_STATISTICS[schema.STEP_SIZE.name]] = size
+            draw |= {_STATISTICS[s.name]: v for s, v in zip(_ON_DEVICE, numbers, strict=True)}
+            draw[_STATISTICS[schema.STEP_SIZE.name]] = size
             finite = math.isfinite(sum(numbers[:3])) and all(
                 _finite(values[seat.row]) for path, values in arrays.items() if path.endswith(_LOSS)
             )
-            row[_STATISTICS[schema.DIVERGED.name]] = not finite
-            seat.region.append(row)
+            draw[_STATISTICS[schema.DIVERGED.name]] = not finite
+            seat.region.append(draw)
             if not finite:
                 self._retire(seat)
 
@@ -299,6 +301,7 @@ class Stack:
         seat.region.wait()
         self.diverged.append((seat.chain, seat.region.draws - 1))
         self._active.remove(seat)
+        # An empty seat is computed all the same: from w*, where everything is finite.
         self._target.flat.theta[seat.row] = self._target.center
         for vector in (self._noise, *self._vectors.values()):
             vector[seat.row] = 0

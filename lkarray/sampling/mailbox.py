@@ -18,34 +18,35 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[str, Tensor] | None = None
+        self._sent: dict[str, Tensor] | None = None
         self._pinned: dict[str, Tensor] = {}
         self._arrived: torch.cuda.Event | None = None
 
     @property
     def empty(self) -> bool:
         """Whether nothing is on its way."""
-        return self._parts is None
+        return self._sent is None
 
-    def send(self, parts: Mapping[str, Tensor]) -> None:
+    def send(self, tensors: Mapping[str, Tensor]) -> None:
         """Start to move tensors; the last ones must have been received."""
         assert self.empty, "the last draw has not been received"
-        self._parts = {key: self._start(key, part) for key, part in parts.items()}
+        self._sent = {key: self._start(key, tensor) for key, tensor in tensors.items()}
         if self._pinned:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def _start(self, key: str, part: Tensor) -> Tensor:
-        if part.device.type != "cuda":
-            return part
+    def _start(self, key: str, tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cuda":
+            return tensor
+        # Only a copy into pinned memory goes on while the host does; the buffers are kept.
         if key not in self._pinned:
-            self._pinned[key] = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
-        return self._pinned[key].copy_(part, non_blocking=True)
+            self._pinned[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return self._pinned[key].copy_(tensor, non_blocking=True)
 
     def receive(self) -> dict[str, np.ndarray]:
         """Return what was sent, once it is here; valid until the next `send`."""
-        assert self._parts is not None, "nothing was sent"
+        assert self._sent is not None, "nothing was sent"
         if self._arrived is not None:
             self._arrived.synchronize()
-        parts, self._parts = self._parts, None
-        return {key: part.numpy() for key, part in parts.items()}
+        sent, self._sent = self._sent, None
+        return {key: tensor.numpy() for key, tensor in sent.items()}

@@ -173,7 +173,7 @@ def _read(
     options: dict[str, Any] = {"device": chosen, "num_workers": workers}
     train = Batches(posterior.train_set, name="train_set", **options)
     if observed is posterior.train_set:
-        few = train.part(rows, "observed")
+        few = train.subset(rows, "observed")
     else:
         subset: Any = Subset(observed, rows.tolist())  # type: ignore[arg-type]
         few = Batches(subset, name="observed", **options)

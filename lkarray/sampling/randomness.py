@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 _STEP_BITS = 24
-_BLOCK = 64  # steps whose minibatches are drawn together
+#: Steps whose minibatches are drawn together, from one counter of Philox.
+_BLOCK = 64
 #: Largest number of steps of one chain, and of chains, for which no noise ever repeats.
 MAX_STEPS = 1 << _STEP_BITS
 MAX_CHAINS = 1 << (32 - _STEP_BITS)
@@ -50,9 +51,11 @@ class ChainRandomness:
         self._n = n
         self.batch = n if batch_size is None else min(batch_size, n)
         self._everything = np.arange(n)
-        self._block, self._rows = -1, self._everything[None]
+        self._block = -1
+        self._indices: np.ndarray = self._everything[None]
         self._device = like.device
         self._uploaded, self._uploaded_block = torch.empty(0), -2
+        # Two words of the digest key Philox, the other two the permutation of noise.
         digest = hashlib.sha256(f"lkarray:{seed}".encode()).digest()
         words = np.frombuffer(digest, np.uint64)
         self._key = np.array([words[0] ^ np.uint64(chain), words[1]])
@@ -68,33 +71,32 @@ class ChainRandomness:
 
     def indices(self, step: int) -> np.ndarray:
         """Return the minibatch of a step: shape ``(batch,)``, distinct."""
-        row = self._find(step)
-        found: np.ndarray = self._rows[row]
-        return found
+        place = self._find(step)
+        return self._indices[place]
 
     def rows(self, step: int) -> Tensor:
         """Return the minibatch of a step on the chain's device, uploaded 64 steps at a time."""
-        row = self._find(step)
+        place = self._find(step)
         if self._uploaded_block != self._block:
-            host = torch.from_numpy(self._rows)
+            host = torch.from_numpy(self._indices)
             if self._device.type == "cuda":
                 host = host.pin_memory()
             self._uploaded = host.to(self._device, non_blocking=True)
             self._uploaded_block = self._block
-        return self._uploaded[row]
+        return self._uploaded[place]
 
     def _find(self, step: int) -> int:
-        """Return the row of a step in ``_rows``, which it fills."""
+        """Return the place of a step's minibatch in ``_indices``, which it fills."""
         if self.everything:
             return 0
-        block, row = divmod(step, _BLOCK)
+        block, place = divmod(step, _BLOCK)
         if block != self._block:
             # One generator for many steps: making one costs more than a small model's step.
             bits = np.random.Philox(key=self._key, counter=[0, 0, 0, block])
             choice = np.random.Generator(bits).choice
             picked = [choice(self._n, self.batch, replace=False) for _ in range(_BLOCK)]
-            self._rows, self._block = np.stack(picked), block
-        return row
+            self._indices, self._block = np.stack(picked), block  # (step, batch)
+        return place
 
     def noise(self, step: int, out: Tensor | None = None) -> Tensor:
         """Return the standard normal vector of a step, in ``out`` or until the next call."""
@@ -103,12 +105,13 @@ class ChainRandomness:
 
     def signs(self, step: int, out: Tensor) -> Tensor:
         """Fill ``out`` with random signs that are independent of the step's noise."""
-        self.noise(step)
+        self.noise(step)  # the generator then stands behind the step's noise
         return out.bernoulli_(0.5, generator=self._generator).mul_(2).sub_(1)
 
     def _scramble(self, word: int) -> int:
         """Map 32 bits one-to-one (two keyed rounds of the murmur3 finaliser)."""
         for mask in self._mask:
+            # Each line can be undone, so that no two words meet.
             word ^= mask
             word ^= word >> 16
             word = word * 0x85EBCA6B & 0xFFFFFFFF

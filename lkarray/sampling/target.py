@@ -85,7 +85,7 @@ class Target:
         """
         flat = self.flat
         flat.grad.zero_()
-        parts = []
+        batches = []
         for inputs, target in self._batches(rows, limit):
             # The gradient of the mean, without a node for the mean.
             if flat.width == 1:
@@ -98,11 +98,10 @@ class Target:
                 share = self._share(losses, count)
                 slopes = torch.autograd.grad(losses, flat.leaves, share, materialize_grads=True)
                 flat.grad.add_(flat.flatten(slopes))
-            parts.append(losses.detach().view(flat.width, -1))
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            batches.append(losses.detach().view(flat.width, -1))  # (chain, batch)
         if flat.mask is not None:
             flat.grad.mul_(flat.mask)
-        return out
+        return _side_by_side(batches)
 
     @cached_property
     def _step_loss(self) -> PerExampleLoss:
@@ -142,16 +141,17 @@ class Target:
         """
         flat, leaves = self.flat, self.flat.leaves
         out = torch.zeros_like(flat.grad)
-        parts = flat.unflatten(signs)
+        sides = flat.unflatten(signs)
         for inputs, target in self._batches(rows, limit):
             losses = flat.losses(self._step_loss, inputs, target, shared=rows is None)
             count = self.train.n if rows is None else losses.shape[1]
             slopes = torch.autograd.grad(
                 losses.sum() / count, leaves, create_graph=True, materialize_grads=True
             )
-            pairs = zip(slopes, parts, strict=True)
+            pairs = zip(slopes, sides, strict=True)
             products = [(slope * sign).sum() for slope, sign in pairs if slope.requires_grad]
             if products:
+                # The gradient of g . v is H v; chains do not share terms, so one sum serves all.
                 total = torch.stack(products).sum()
                 out += flat.flatten(torch.autograd.grad(total, leaves, materialize_grads=True))
         out.mul_(signs)
@@ -184,22 +184,21 @@ class Target:
         out = {}
         with torch.no_grad() if self.compiled else torch.inference_mode(), self._precision():
             for observed in self.observed:
-                parts = []
+                batches = []
                 for inputs, target in islice(observed.data.slices(observed.rows), limit):
-                    parts.append(self._observed_losses(inputs, target))
+                    batches.append(self._observed_losses(inputs, target))
                     tick()
-                path = f"{observed.group}/{schema.LOSS.name}"
-                out[path] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+                out[f"{observed.group}/{schema.LOSS.name}"] = _side_by_side(batches)
         return out
 
     def first_losses(self, count: int) -> Tensor:
         """Return what `observe` would give of the first items of each set, ``(chain, losses)``."""
-        parts = []
+        sets = []
         with torch.inference_mode(), self._precision():
             for observed in self.observed:
                 inputs, target = observed.data.take(np.arange(min(count, observed.data.n)))
-                parts.append(self._observed_losses(inputs, target).flatten(1))
-        return torch.cat(parts, dim=1)
+                sets.append(self._observed_losses(inputs, target).flatten(1))
+        return torch.cat(sets, dim=1)
 
     def _precision(self) -> AbstractContextManager[object]:
         if self.autocast is None:
@@ -212,11 +211,16 @@ class Target:
         for name, function in self.observables.items():
             with torch.no_grad():
                 values = [function(self.flat.bind(row)) for row in range(self.flat.width)]
-                parts = [torch.as_tensor(value, device=self.flat.device) for value in values]
-            out[f"{schema.OBSERVABLES}/{name}"] = torch.stack([p.detach().float() for p in parts])
+                each = [torch.as_tensor(value, device=self.flat.device) for value in values]
+            out[f"{schema.OBSERVABLES}/{name}"] = torch.stack([v.detach().float() for v in each])
         return out
 
     def distance(self) -> Tensor:
         """Return each chain's Euclidean distance from w*, shape ``(chain,)``."""
         moved: Tensor = torch.linalg.vector_norm(self.flat.theta - self.center, dim=1)
         return moved
+
+
+def _side_by_side(batches: list[Tensor]) -> Tensor:
+    """Return ``(chain, batch, ...)`` joined along the batch; one alone is not copied."""
+    return batches[0] if len(batches) == 1 else torch.cat(batches, dim=1)
