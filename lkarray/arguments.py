@@ -10,20 +10,28 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 import operator
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import wraps
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import xarray as xr
-from dask.utils import parse_bytes
 
-from lkarray.errors import MemoryBudgetError, SchemaError
+from lkarray.values import (
+    byte_count,
+    integer,
+    kind_of,
+    mapping,
+    number,
+    plain_number,
+    real,
+    require_real,
+    several,
+    short,
+    text,
+    truth,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,7 +56,7 @@ class Limits:
     def check(self, name: str, value: float) -> None:
         """Raise ``ValueError``, with the name, unless a number is within the limits."""
         if wrong := self._broken(value):
-            raise ValueError(f"{name} must be {' and '.join(wrong)}, not {_short(value)}")
+            raise ValueError(f"{name} must be {' and '.join(wrong)}, not {short(value)}")
 
     def check_float(self, name: str, value: object) -> float:
         """Return a finite number within the limits as Python's own, or raise and name it."""
@@ -56,7 +64,7 @@ class Limits:
         if not math.isfinite(finite) or self._broken(finite):
             every = " and ".join(self._broken(math.nan))
             expected = "a positive number" if self == POSITIVE else f"a finite number of {every}"
-            raise ValueError(f"{name} must be {expected}, not {_short(value)}")
+            raise ValueError(f"{name} must be {expected}, not {short(value)}")
         return finite
 
     def _broken(self, value: float) -> list[str]:
@@ -154,150 +162,13 @@ def at_least(name: str, value: object, least: int) -> int:
     return number
 
 
-def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raise ``ValueError`` unless an option has one of its values."""
-    if not isinstance(value, str | bool | int | None) or value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, not {_short(value)}")
-
-
-def integer(name: str, value: object) -> int:
-    """Return an integer as Python's own, or raise and name it."""
-    plain = _plain(value)
-    if isinstance(plain, bool | np.bool_):
-        raise TypeError(f"{name} must be an integer, not {_short(value)}")
-    try:
-        return operator.index(cast(Any, plain))
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}") from None
-
-
-def number(name: str, value: object) -> float:
-    """Return a finite real number as Python's own, or raise and name it."""
-    finite = real(name, value)
-    if not math.isfinite(finite):
-        raise ValueError(f"{name} must be a finite number, not {_short(value)}")
-    return finite
-
-
-def _plain(value: object) -> object:
-    """Return a number of NumPy's, or one in an array without dims, as Python's own."""
-    kinds = np.generic | np.ndarray | xr.DataArray
-    if isinstance(value, kinds) and value.ndim == 0 and value.dtype.kind in "biuf":
-        return value.item()
-    return value
-
-
-def real(name: str, value: object) -> float:
-    """Return a real number, finite or not, as Python's own, or raise and name it."""
-    plain = _plain(value)
-    if isinstance(plain, bool | np.bool_) or not isinstance(plain, numbers.Real):
-        raise TypeError(f"{name} must be a number, not {_kind(value)}")
-    try:
-        return float(plain)
-    except OverflowError:
-        return math.inf
-
-
-def truth(name: str, value: object) -> bool:
-    """Return True or False as Python's own, or raise and name it."""
-    plain = _plain(value)
-    whole = isinstance(plain, numbers.Integral) and plain in (0, 1)
-    if not isinstance(plain, bool | np.bool_) and not whole:
-        raise TypeError(f"{name} must be True or False, not {_short(value)}")
-    return bool(plain)
-
-
-def text(name: str, value: object) -> str:
-    """Return a string, or raise and name it."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, not {_kind(value)}")
-    return str(value)
-
-
-def path_like(name: str, value: object) -> Path:
-    """Return the path of a file or folder, or raise and name it."""
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{name} must be a path, not {_kind(value)}")
-    path = os.fspath(value)
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise ValueError(f"{name} must be the path of a file or folder, not {path!r}")
-    return Path(path)
-
-
-def mapping(name: str, value: object) -> Mapping[Any, Any]:
-    """Return a mapping, or raise and name it."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict, not {_kind(value)}")
-    return value
-
-
-def several(name: str, value: object) -> tuple[Any, ...]:
-    """Return what some iterable holds, which is no string, or raise and name it."""
-    if isinstance(value, str | bytes | type) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a list, not {_kind(value)}")
-    try:
-        return tuple(value)
-    except TypeError:  # an array without dims
-        raise TypeError(f"{name} must be a list, not one {type(value).__name__}") from None
-
-
-def array(name: str, value: object) -> np.ndarray:
-    """Return an array of labels or numbers, or raise and name it."""
-    try:
-        if isinstance(value, str | Mapping | set | xr.Dataset | xr.DataTree):
-            raise TypeError
-        values = np.asarray(value)
-        if values.dtype.kind == "O" and values.ndim == 0:
-            raise TypeError
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"{name} must be an array, or lists that one can be made of, not {_kind(value)}"
-        ) from None
-    return values
-
-
-def real_array(name: str, value: object) -> np.ndarray:
-    """Return an array of real numbers, or raise and name it."""
-    values = array(name, value)
-    if values.dtype.kind not in "fiub":
-        raise TypeError(f"{name} must be real numbers, not {values.dtype}")
-    return values
-
-
-def require_real(name: str, x: xr.DataArray) -> None:
-    """Raise ``SchemaError`` unless labelled data are real numbers."""
-    if x.dtype.kind not in "fiub":
-        raise SchemaError(f"{name} is {x.dtype}, expected real numbers")
-
-
-def byte_count(name: str, value: object) -> int:
-    """Return a number of bytes, from a number or a string such as ``"2 GiB"``.
-
-    Raises
-    ------
-    TypeError
-        It is neither.
-    MemoryBudgetError
-        It is no finite positive number of bytes.
-    """
-    try:
-        count = int(parse_bytes(value) if isinstance(value, str) else number(name, value))
-    except (ValueError, OverflowError):
-        raise MemoryBudgetError(
-            f"{name} {value!r} is not a number of bytes; use for example '2 GiB'"
-        ) from None
-    if count <= 0:
-        raise MemoryBudgetError(f"{name} must be positive, not {value!r}")
-    return count
-
-
 Check = Callable[[str, Any], Any]
 
 
 def _memory(name: str, value: object) -> object:
     if value is not None:
         byte_count(name, value)
-    return _plain(value)
+    return plain_number(value)
 
 
 def _labelled(*kinds: type) -> Check:
@@ -323,7 +194,7 @@ def _labelled(*kinds: type) -> Check:
 def _several(each: Check, what: str) -> Check:
     def check(name: str, value: object) -> object:
         if isinstance(value, str | Mapping | xr.Dataset | xr.DataTree):
-            raise TypeError(f"{name} must be {what}, not {_kind(value)}")
+            raise TypeError(f"{name} must be {what}, not {kind_of(value)}")
         return tuple(each(f"{name}[{at}]", part) for at, part in enumerate(several(name, value)))
 
     return check
@@ -393,21 +264,7 @@ def _either(words: list[str]) -> Check:
             kind = next((word for word in words if word in ("int", "float", "bool")), "")
         if not kind:
             names = " or ".join(_PLAIN[word][1] for word in words)
-            raise TypeError(f"{name} must be {names}, not {_kind(value)}")
+            raise TypeError(f"{name} must be {names}, not {kind_of(value)}")
         return _PLAIN[kind][0](name, value)
 
     return check
-
-
-def _kind(value: object) -> str:
-    """Return what something is, for a message: its value where that is short, else its class."""
-    if isinstance(value, str | bool | int | float | None):
-        return _short(value)
-    return type(value).__name__
-
-
-def _short(value: object) -> str:
-    if isinstance(value, np.generic):
-        value = value.item()
-    shown = repr(value) if isinstance(value, str | bytes | bool | int | float | None) else ""
-    return shown if 0 < len(shown) <= 60 else type(value).__name__

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.arguments import COUNT, REPEATS, Limits, checked, require_real
+from lkarray.arguments import COUNT, REPEATS, Limits, checked
 from lkarray.engine.numbers import top_k
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
@@ -18,6 +18,7 @@ from lkarray.kernels.kinds import require_kernel
 from lkarray.labels import in_order, squared
 from lkarray.results import Result, alone, as_array
 from lkarray.schema import COMPONENT, RANK, second
+from lkarray.values import require_real
 from lkarray.waiting import workers_awaited
 
 PAIRS = "pairs"

@@ -7,6 +7,7 @@ coordinate on its dim, a pandas Series) is taken by that index, or refused: neve
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from lkarray.errors import SchemaError
+from lkarray.schema import RESERVED, SAMPLE
 
 _BARE = "pass its values alone (.values) if they are in order already"
 
@@ -149,6 +151,57 @@ def as_columns(values: Mapping[str, Any], *, dim: Hashable) -> dict[str, np.ndar
             f"{bare[0]!r} has no index, and {lead!r} and {moved[0]!r} have theirs in different "
             f"orders, so that nothing says whose it is in; give it the labels of its {dim}s"
         )
+    return out
+
+
+def given_coords(
+    coords: Mapping[str, Any] | None,
+    n: int,
+    *,
+    dim: str = SAMPLE,
+    index: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Return coordinates given for the ``sample`` dim, or for another, as arrays, index first.
+
+    Those with an index of their own are brought into the order of ``index``, or
+    of the index among ``coords``. Where entries are numbered in the order in which they come, only
+    an index that says just that is taken, since a shuffled table has one too.
+
+    Raises
+    ------
+    TypeError
+        A coordinate is a table.
+    SchemaError
+        A coordinate has another length than the observed set, more than one dim, or takes
+        the name of a dim or variable; or ``sample`` is not a list of distinct integers.
+    """
+    out: dict[str, np.ndarray] = {dim: np.arange(n) if index is None else index}
+    numbers = np.asarray((coords or {}).get(dim, out[dim]))
+    known = None
+    if numbers.shape == (n,) and not np.array_equal(numbers, np.arange(n)):
+        known = pd.Index(numbers)
+    for name, values in (coords or {}).items():
+        if not isinstance(name, str) or not re.fullmatch(r"[^\s/.][^\s/]*", name):
+            raise SchemaError(
+                f"coords: {name!r} must be a string without spaces and slashes, which does not "
+                "begin with a dot"
+            )
+        if name in RESERVED:
+            raise SchemaError(f"coords: {name!r} is a name of lkarray itself; choose another")
+        if name == dim:
+            values = numbers
+        array = aligned(values, known, n, dim=dim, what=f"coords[{name!r}]")
+        if array.dtype.kind not in "biufUOTM":
+            raise SchemaError(f"coords[{name!r}] has dtype {array.dtype}; use numbers or strings")
+        if array.dtype.kind == "O" and not all(isinstance(v, str) for v in array):
+            raise SchemaError(
+                f"coords[{name!r}] mixes kinds or has missing values; use numbers or strings only"
+            )
+        if array.dtype.kind in "UO":
+            array = array.astype(np.dtypes.StringDType())
+        out[str(name)] = array
+    if out[dim].dtype.kind not in "iu" or len(np.unique(out[dim])) != n:
+        raise SchemaError(f"coords[{dim!r}] must be distinct integers, one per {dim}")
     return out
 
 

@@ -7,9 +7,10 @@ import xarray as xr
 from zarr.storage import MemoryStore
 
 import lkarray as lk
-from lkarray import errors, plots, schema
+from lkarray import errors, plots
 from lkarray.auditing.grouping import groupings
 from lkarray.embedding import _from_kernel
+from lkarray.labels import given_coords
 from tests.helpers.recorded_runs import cross_entropy, examples
 
 N = 24
@@ -81,10 +82,10 @@ TAKE = {
     "hidden_similarity, predicted": lambda t, g: lk.hidden_similarity(
         t["hidden"], t["hidden"], np.arange(N) % 4, g, k=2
     ),
-    "sample_coords": lambda t, g: schema.sample_coords({"label": g}, N, index=INDEX)["label"],
-    "sample_coords, sample among them": lambda t, g: schema.sample_coords(
-        {"label": g, "sample": INDEX}, N
-    )["label"],
+    "sample_coords": lambda t, g: given_coords({"label": g}, N, index=INDEX)["label"],
+    "sample_coords, sample among them": lambda t, g: given_coords({"label": g, "sample": INDEX}, N)[
+        "label"
+    ],
     "plots.similarity_to_target": lambda t, g: drawn(
         plots.similarity_to_target(t["points"], g, 3).axes[0]
     ),
@@ -153,7 +154,7 @@ def test_labels__that_are_missing_make_no_group(things, missing):
         with pytest.raises(errors.SchemaError, match="missing for 1 of 24"):
             lk.neighbors(things["bare"], 3, exclude=given)
         with pytest.raises(errors.SchemaError, match="missing values"):
-            schema.sample_coords({"label": given}, N, index=INDEX)
+            given_coords({"label": given}, N, index=INDEX)
     with pytest.raises(errors.SchemaError, match="mixes int and str"):
         lk.group_mean(things["losses"], [1, "a"] * (N // 2))
 
@@ -166,12 +167,12 @@ def test_labels__of_what_is_known_by_position_alone(things):
     numbered = xr.DataArray(values, dims="sample", coords={"sample": np.arange(N)})
     for given in (numbered, pd.Series(values)):
         np.testing.assert_array_equal(lk.group_mean(bare, given), expected)
-        np.testing.assert_array_equal(schema.sample_coords({"a": given}, N)["a"], values)
+        np.testing.assert_array_equal(given_coords({"a": given}, N)["a"], values)
     for given in (numbered[::-1], pd.Series(values)[::-1], pd.Series(values, INDEX)):
         with pytest.raises(errors.SchemaError, match="known by position alone"):
             lk.group_mean(bare, given)
         with pytest.raises(errors.SchemaError, match="known by position alone"):
-            schema.sample_coords({"a": given}, N)
+            given_coords({"a": given}, N)
 
 
 def test_exclude__given_apart_becomes_a_coordinate(things):

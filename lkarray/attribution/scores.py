@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray import schema
 from lkarray.errors import MemoryBudgetError, SchemaError
 from lkarray.kernels.kinds import INFLUENCE_OPERATOR
+from lkarray.labels import given_coords
 from lkarray.schema import AUDIT, EXAMPLE, OUTPUT
 from lkarray.training.checking import literal
 from lkarray.training.choosing import as_steps
@@ -53,7 +53,7 @@ def audit_labels(
     coords: Mapping[str, Any] | None, index: np.ndarray
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Return the coordinates of the ``audit`` dim, checked."""
-    found = schema.sample_coords(coords, len(index), dim=AUDIT, index=index)
+    found = given_coords(coords, len(index), dim=AUDIT, index=index)
     for taken in (EXAMPLE, OUTPUT):
         if taken in found:
             raise SchemaError(f"coords: {taken!r} is a dim of the result; choose another name")

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray import schema
 from lkarray.auditing.budget import rows_of_a_panel, state_bytes
 from lkarray.auditing.problem import ACTED, Problem
 from lkarray.errors import SchemaError
 from lkarray.kernels.kinds import INFLUENCE_OPERATOR
+from lkarray.labels import given_coords
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, PARAM, TIME
 from lkarray.store import audits
 
@@ -75,7 +75,7 @@ def _labels(
     given = {AUDIT: (coords, problem.index), first: (example_coords, numbered)}
     out: dict[str, tuple[str, np.ndarray]] = {}
     for dim, (labels, numbers) in given.items():
-        for key, values in schema.sample_coords(labels, sizes[dim], dim=dim, index=numbers).items():
+        for key, values in given_coords(labels, sizes[dim], dim=dim, index=numbers).items():
             if key in out or (key in (*sizes, EPOCH) and key != dim):
                 raise SchemaError(
                     f"coords: {key!r} is a label of audited and of training examples, or a dim; "

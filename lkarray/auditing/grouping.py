@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lkarray.arguments import array, integer, several
 from lkarray.labels import aligned, coded
 from lkarray.schema import EPOCH, EXAMPLE, GROUP, LAYER, PARAM, TIME, WINDOW
 from lkarray.training.choosing import select
+from lkarray.values import array, integer, several
 
 if TYPE_CHECKING:
     from lkarray.training.trace import Trace

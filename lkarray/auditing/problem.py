@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lkarray.arguments import array
 from lkarray.auditing.blocks import blocks_of
 from lkarray.auditing.checking import refuse_unlike
 from lkarray.auditing.grouping import epochs, groupings
@@ -28,6 +27,7 @@ from lkarray.store import trace_layout, trajectory
 from lkarray.training.checking import literal
 from lkarray.training.choosing import as_examples, select
 from lkarray.training.trace import Trace
+from lkarray.values import array
 
 SEEN, ACTED = "seen", "acted"
 

@@ -13,11 +13,11 @@ from typing import Any
 from dask.system import CPU_COUNT
 from dask.utils import format_bytes
 
-from lkarray.arguments import byte_count
 from lkarray.engine.blas import products_at_once
 from lkarray.engine.operand import Operand, Piece, volume
 from lkarray.engine.reading import AHEAD
 from lkarray.errors import MemoryBudgetError
+from lkarray.values import byte_count
 from lkarray.waiting import current_client
 
 #: Bytes for each element of a tile that is written: its transpose, and what that is encoded to.

@@ -9,7 +9,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from lkarray.arguments import COUNT, checked, one_of
+from lkarray.arguments import COUNT, checked
 from lkarray.engine import Operand
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
@@ -23,6 +23,7 @@ from lkarray.kernels.operands import (
     free_dim,
 )
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
+from lkarray.values import one_of
 
 Pair = tuple[int, int]
 

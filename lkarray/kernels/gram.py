@@ -10,7 +10,7 @@ import xarray as xr
 from zarr.codecs import Crc32cCodec
 
 from lkarray import engine
-from lkarray.arguments import checked, one_of
+from lkarray.arguments import checked
 from lkarray.kernels.coords import kernel_coords
 from lkarray.kernels.operands import (
     CENTERS,
@@ -24,6 +24,7 @@ from lkarray.kernels.operands import (
 )
 from lkarray.results import Result
 from lkarray.schema import second
+from lkarray.values import one_of
 
 
 @checked()

@@ -10,13 +10,14 @@ import numpy as np
 import xarray as xr
 
 from lkarray import engine
-from lkarray.arguments import checked, one_of
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import with_labels
 from lkarray.kernels.operands import CENTERS, PRECISIONS, degrees_of_freedom, free_dim
 from lkarray.labels import coded, require_unique
 from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
+from lkarray.values import one_of
 
 #: Says which pairs not to count, from the coordinates of both sides (arrays that broadcast).
 Rule = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], np.ndarray]

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.arguments import one_of
 from lkarray.engine import Operand
 from lkarray.errors import SchemaError
 from lkarray.results import as_array
 from lkarray.schema import CHAIN, GRADIENT, LOSS, POSTERIOR, Losses, as_losses
+from lkarray.values import one_of
 
 CENTERS = ("pooled", "chain")
 KERNELS = ("correlation", "covariance")

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.arguments import checked, real_array, require_real
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.results import as_array
 from lkarray.schema import MODE
+from lkarray.values import real_array, require_real
 
 
 @checked()

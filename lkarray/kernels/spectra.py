@@ -11,7 +11,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from lkarray.arguments import COUNT, POSITIVE, checked, one_of
+from lkarray.arguments import COUNT, POSITIVE, checked
 from lkarray.engine import Operand
 from lkarray.engine.passes import Passes, gram_step, joined_lengths
 from lkarray.engine.plan import memory_budget
@@ -31,6 +31,7 @@ from lkarray.kernels.operands import (
 from lkarray.kernels.unfolding import merge
 from lkarray.results import Result
 from lkarray.schema import MODE
+from lkarray.values import one_of
 
 _EXTRA = 10  # vectors beyond those asked for (Halko, Martinsson and Tropp 2011)
 _EXACT_OPERATIONS = 1e11  # of the short side's Gram, up to which it is decomposed at once

@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lkarray.arguments import several, text
 from lkarray.errors import NonFiniteError
+from lkarray.values import several, text
 
 _PART = re.compile(r"(?P<name>.+)\[(?P<index>[^\[\]]*:[^\[\]]*)\]")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lkarray import schema
 from lkarray.arguments import at_least
 from lkarray.errors import FingerprintError
+from lkarray.labels import given_coords
 from lkarray.nn import Batches, FlatModel
 from lkarray.nn.batches import MapDataset, check_dataset, fresh
 from lkarray.sampling.posterior import LocalPosterior
@@ -81,7 +82,7 @@ def observed_labels(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return the labels of the observed sets by group."""
     if not isinstance(observed, Mapping):
-        return {group: schema.sample_coords(coords, len(sets[group])) for group in sets}
+        return {group: given_coords(coords, len(sets[group])) for group in sets}
     unknown = set(coords or {}) - set(observed)
     if unknown:
         raise ValueError(
@@ -89,7 +90,7 @@ def observed_labels(
             f"labels by their names, {list(observed)}"
         )
     return {
-        group: schema.sample_coords((coords or {}).get(name), len(dataset))
+        group: given_coords((coords or {}).get(name), len(dataset))
         for name, (group, dataset) in zip(observed, sets.items(), strict=True)
     }
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 import numpy as np
 from torch.utils.data import Subset
 
-from lkarray.arguments import array
 from lkarray.nn.batches import Batches, MapDataset
 from lkarray.training.recorder import Recorder
 from lkarray.training.trace import Trace
+from lkarray.values import array
 
 
 def as_trace(trace: Trace | Recorder) -> Trace:

@@ -19,6 +19,7 @@ from lkarray import store as store_
 from lkarray.arguments import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError, NonFiniteError
+from lkarray.labels import given_coords
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.features import GradientPlan
 from lkarray.nn.losses import identity
@@ -271,7 +272,7 @@ def _layout(
         )
     if rows > 128:
         rows -= rows % 128
-    labels = schema.sample_coords(coords, n, dim=EXAMPLE, index=maker.index)
+    labels = given_coords(coords, n, dim=EXAMPLE, index=maker.index)
     described: dict[str, tuple[str, np.ndarray]] = {k: (EXAMPLE, v) for k, v in labels.items()}
     if maker.project is None:
         text = np.dtypes.StringDType()

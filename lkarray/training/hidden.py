@@ -10,10 +10,10 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from lkarray import schema
 from lkarray.arguments import checked
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
+from lkarray.labels import given_coords
 from lkarray.nn.batches import MapDataset, fresh
 from lkarray.nn.modes import with_gradients
 from lkarray.nn.reference import checkpoints_named
@@ -67,7 +67,7 @@ def activations(
     named = dict(source.flat.module.named_modules())
     if not module or module not in named:
         raise ValueError(f"module {module!r} is none of {[name for name in named if name]}")
-    labels = schema.sample_coords(coords, data.n, dim=EXAMPLE, index=index)
+    labels = given_coords(coords, data.n, dim=EXAMPLE, index=index)
     out: np.ndarray | None = None
     for t, (_, theta) in enumerate(source.states(steps.tolist())):
         source.set_parameters(theta)

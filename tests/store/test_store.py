@@ -10,8 +10,9 @@ import xarray as xr
 import zarr
 
 import lkarray as lk
-from lkarray import errors, schema
+from lkarray import errors
 from lkarray import store as stores
+from lkarray.labels import given_coords
 from lkarray.store import commit as commit_module
 from lkarray.store.layout import block_draws, loss_chunks
 from lkarray.store.location import enter
@@ -20,7 +21,7 @@ STATS = {"minibatch_loss": 1.0, "gradient_norm": 2.0, "distance": 3.0, "step_siz
 
 
 def make(path, *, chains=2, draws=10, samples=5, coords=None):
-    labels = schema.sample_coords(coords, samples)
+    labels = given_coords(coords, samples)
     center = np.zeros(samples, np.float32)
     return stores.create_run(
         path,

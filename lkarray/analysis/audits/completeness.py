@@ -8,11 +8,12 @@ import numpy as np
 import xarray as xr
 
 from lkarray.analysis.audits.influence import audit_opened, audit_variable
-from lkarray.arguments import checked, require_real
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.results import Result
 from lkarray.schema import EPOCH
+from lkarray.values import require_real
 
 
 @checked(audit=None)

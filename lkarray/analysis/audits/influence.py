@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 import xarray as xr
 
-from lkarray.arguments import require_real
 from lkarray.errors import NonFiniteError, SchemaError
 from lkarray.results import Result, as_array, opened
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, WINDOW
+from lkarray.values import require_real
 from lkarray.waiting import computed
 
 Computed = TypeVar("Computed", xr.DataArray, xr.Dataset)

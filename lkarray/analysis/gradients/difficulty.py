@@ -9,7 +9,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from lkarray.arguments import COUNT, NATURAL, Limits, checked, mapping, real_array
+from lkarray.arguments import COUNT, NATURAL, Limits, checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.gram import gram
@@ -19,6 +19,7 @@ from lkarray.kernels.operands import free_dim, nan_for_infinite
 from lkarray.labels import as_columns
 from lkarray.results import Result, as_array, opened
 from lkarray.schema import EXAMPLE
+from lkarray.values import mapping, real_array
 
 _CLASS = "lkarray_class"
 _MEASURES = ("auroc", "aupr", "spearman")

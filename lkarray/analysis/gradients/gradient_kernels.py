@@ -9,7 +9,7 @@ import xarray as xr
 
 from lkarray.analysis.gradients.factor_kernels import factor_kernel, holds_factors
 from lkarray.analysis.gradients.path_sums import named, path_dims, root_weight, weighted
-from lkarray.arguments import checked, require_real
+from lkarray.arguments import checked
 from lkarray.kernels.gram import gram
 from lkarray.kernels.kinds import require_kernel
 from lkarray.kernels.operands import check_shared, free_dim
@@ -23,6 +23,7 @@ from lkarray.schema import (
     Losses,
     as_gradients,
 )
+from lkarray.values import require_real
 
 
 @checked()

@@ -7,11 +7,12 @@ import xarray as xr
 
 from lkarray import engine
 from lkarray.analysis.gradients.path_sums import root_weight
-from lkarray.arguments import checked, one_of
+from lkarray.arguments import checked
 from lkarray.engine.running import RUNNING_BYTES, running_array
 from lkarray.kernels.coords import kernel_coords
 from lkarray.kernels.operands import check_shared, free_dim
 from lkarray.schema import EXAMPLE, PARAM, TIME, Losses, as_gradients, second
+from lkarray.values import one_of
 
 
 @checked()

@@ -6,12 +6,13 @@ import numpy as np
 import xarray as xr
 
 from lkarray.analysis.gradients.modes import of_modes
-from lkarray.arguments import checked, require_real
+from lkarray.arguments import checked
 from lkarray.errors import NonFiniteError, SchemaError
 from lkarray.kernels.ranks import participation_ratio
 from lkarray.labels import in_order
 from lkarray.results import Result, as_array, as_dataset
 from lkarray.schema import EXAMPLE, MODE
+from lkarray.values import require_real
 
 FACTOR = "factor"
 _OF_MODES = ("singular_value", "alignment", "drive")

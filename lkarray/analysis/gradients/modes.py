@@ -9,7 +9,7 @@ import xarray as xr
 
 from lkarray.analysis.gradients.gradient_kernels import kernel_or_gradients, temporal_kernel
 from lkarray.analysis.gradients.path_sums import root_weight, weighted
-from lkarray.arguments import checked, require_real
+from lkarray.arguments import checked
 from lkarray.errors import NonFiniteError, SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.gram import gram
@@ -20,6 +20,7 @@ from lkarray.kernels.unfolding import merge
 from lkarray.labels import in_order, squared
 from lkarray.results import Result, as_array, opened
 from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
+from lkarray.values import require_real
 
 _ROWS = "lkarray_rows"  # times and examples, merged
 

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.arguments import one_of
 from lkarray.errors import SchemaError
 from lkarray.schema import (
     LEARNING_RATE,
     PARAM,
     TIME,
 )
+from lkarray.values import one_of
 
 #: Powers of the learning rate inside a sum over time: none, one, two.
 WEIGHTS = (None, "lr", "lr2")

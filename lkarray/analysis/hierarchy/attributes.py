@@ -12,10 +12,11 @@ from scipy import sparse
 
 from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio
 from lkarray.analysis.hierarchy.pairs import as_table, count_pairs, labels_of, table_rows
-from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked, real_array, several
+from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked
 from lkarray.kernels.groups import group_codes, with_labels
 from lkarray.labels import coded
 from lkarray.schema import SAMPLE, second
+from lkarray.values import real_array, several
 from lkarray.waiting import workers_awaited
 
 _CHANNELS = ("red", "green", "blue")

@@ -11,9 +11,10 @@ import xarray as xr
 from lkarray.analysis.hierarchy import graph
 from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio, resampled, spread
 from lkarray.analysis.hierarchy.taxonomy import Taxonomy, require_taxonomy
-from lkarray.arguments import NATURAL, SHARE, Limits, checked, several
+from lkarray.arguments import NATURAL, SHARE, Limits, checked
 from lkarray.kernels.groups import group_mean, with_labels
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses, second
+from lkarray.values import several
 from lkarray.waiting import workers_awaited
 
 

@@ -14,11 +14,12 @@ from lkarray.analysis.hierarchy import graph
 from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio, resampled, spread
 from lkarray.analysis.hierarchy.pairs import as_table, count_pairs, labels_of, table_rows
 from lkarray.analysis.hierarchy.taxonomy import Taxonomy, require_taxonomy
-from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked, one_of
+from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked
 from lkarray.kernels.groups import with_labels
 from lkarray.kernels.neighbors import neighbors as find_neighbors
 from lkarray.labels import coded
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses
+from lkarray.values import one_of
 from lkarray.waiting import workers_awaited
 
 BASES = ("matched", "dataset")

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from lkarray.analysis.hierarchy.sources import is_missing, plain
-from lkarray.arguments import mapping, several
+from lkarray.values import mapping, several
 
 
 def checked_parents(

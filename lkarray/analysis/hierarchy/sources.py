@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lkarray.arguments import path_like
 from lkarray.errors import MissingCorpusError
 from lkarray.store.files import write_text
+from lkarray.values import path_like
 
 _GET_WORDNET = "python -m nltk.downloader wordnet"
 

@@ -13,7 +13,7 @@ from lkarray.analysis.hierarchy import graph, sources
 from lkarray.analysis.hierarchy.graph import DEPTHS
 from lkarray.analysis.hierarchy.names import checked_parents, named_nodes, plain_all, several_or_one
 from lkarray.analysis.hierarchy.sources import plain
-from lkarray.arguments import integer, mapping, one_of, several, text
+from lkarray.values import integer, mapping, one_of, several, text
 
 Node = Hashable
 

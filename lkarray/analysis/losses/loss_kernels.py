@@ -6,11 +6,12 @@ import xarray as xr
 
 from lkarray import schema
 from lkarray.analysis.losses.summaries import attributes, loss_variance
-from lkarray.arguments import checked, one_of
+from lkarray.arguments import checked
 from lkarray.kernels.gram import gram
 from lkarray.kernels.operands import CENTERS, free_dim
 from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
 from lkarray.schema import POSTERIOR, STACKED, Losses, as_losses
+from lkarray.values import one_of
 
 
 @checked()

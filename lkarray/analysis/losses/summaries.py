@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
-from lkarray.arguments import checked, number, require_real
+from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.schema import (
     CHAIN,
@@ -22,6 +22,7 @@ from lkarray.schema import (
     as_losses,
     losses_node,
 )
+from lkarray.values import number, require_real
 
 _BLOCK = "block"
 _ONE_CHAIN = 10  # blocks that a lone chain is cut into
