@@ -49,7 +49,7 @@ from lkarray.store.trace_layout import (
 )
 from lkarray.store.trajectory import committed_chunks, kept_states, read_steps, step_rows
 
-#: Seconds between commits of an open block; they take at most one part in ``_COMMIT_SHARE`` of the time.
+#: Seconds between commits of an open block, and how much longer than a commit that must be.
 _COMMIT_SECONDS, _COMMIT_SHARE = 30.0, 50.0
 
 
