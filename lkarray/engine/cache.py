@@ -39,7 +39,7 @@ class PanelCache:
             waiting = self._loading.get(key)
             if waiting is None:
                 self._loading[key] = mine
-        if waiting is not None:
+        if waiting is not None:  # another thread loads it: outside the lock, which it needs
             return waiting.result()
         try:
             panel = load()
@@ -54,7 +54,7 @@ class PanelCache:
             self._bytes += size
             evicted = self._evict(limit)
         mine.set_result(panel)
-        if evicted:
+        if evicted:  # freed here, without the lock, so that nobody waits for it
             del evicted[:]
             _trim()
         return panel

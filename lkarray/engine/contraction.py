@@ -122,7 +122,7 @@ def sum_pieces(c: Contraction, tile: Tile, start: int, stop: int) -> np.ndarray:
     for p in range(start, stop):
         product = _product(c, tile, p)
         if len(c.plan.pieces) == 1:
-            return product
+            return product  # float32, as BLAS summed it
         total = product.astype(np.float64) if total is None else np.add(total, product, total)
     assert total is not None
     return total
@@ -135,7 +135,7 @@ def _product(c: Contraction, tile: Tile, p: int) -> np.ndarray:
     if c.precision == "bfloat16":
         low = c.x.low_panel(tile.entry, rows, *args)
         other = low if c.is_diagonal(tile) else c.other.low_panel(tile.entry, cols, *args)
-        with product_slot(many=False):
+        with product_slot(many=False):  # torch uses all threads for one product
             return multiply_low(low, other)
     a = c.x.panel(tile.entry, rows, *args)
     b = a if c.is_diagonal(tile) else c.other.panel(tile.entry, cols, *args)
@@ -179,8 +179,8 @@ def contraction_of(array: Any) -> Contraction | None:
 
 def count_tasks(array: da.Array) -> int:
     """Return the tasks of a view of a contraction; the input's graph is inside the contraction."""
-    layers = array.__dask_graph__().layers.values()
-    return sum(len(layer) for layer in layers if layer.is_materialized())
+    graph: Any = array.__dask_graph__()
+    return sum(len(layer) for layer in graph.layers.values() if layer.is_materialized())
 
 
 def gram_array(c: Contraction) -> da.Array:

@@ -66,7 +66,7 @@ def _error_tile(c: Contraction, blocks: Blocks, tile: Tile) -> np.ndarray:
         b = a if same else c.other.panel((), c.plan.cols[tile.j], blocks.pieces, p, c.plan.cache)
         weight = size**2 / (total - size)
         means = [block.mean(0, dtype=np.float64) for block in (a, b)]
-        product = multiply(a, b)
+        product = multiply(a, b)  # (rows, cols), of this block of draws
         whole = product.copy() if whole is None else np.add(whole, product, whole)
         product += (weight * means[0][:, None] * means[1]).astype(product.dtype)
         left_out.append(product)

@@ -64,6 +64,12 @@ class Moments:
         return norm
 
 
+def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return ``a @ b``, as the array that NumPy's types do not say it is."""
+    product: np.ndarray = a @ b
+    return product
+
+
 def _sums(block: np.ndarray, origin: np.ndarray, *, squared: bool) -> np.ndarray:
     """Return float64 sums along the first axis of ``block - origin``, or of its square."""
     total = np.zeros(block.shape[1])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lkarray.engine.blas import product_slot
+from lkarray.engine.numbers import matmul
 from lkarray.engine.strips import Strips
 from lkarray.engine.tasks import Key, Tasks
 
@@ -123,24 +124,20 @@ def _add_all(totals: list[Any]) -> Any:
 def gram_step(blocks: tuple[np.ndarray, ...], span: slice, exact: bool = False) -> np.ndarray:
     """Return ``b b'``, the Gram of the short side, in float64 where ``exact``."""
     b = blocks[0].astype(np.float64) if exact else blocks[0]
-    product: np.ndarray = b @ b.T
-    return product
+    return matmul(b, b.T)
 
 
 def times_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
     """Return ``b M`` for a matrix along the long side."""
-    product: np.ndarray = blocks[0] @ matrix[span].astype(blocks[0].dtype, copy=False)
-    return product
+    return matmul(blocks[0], matrix[span].astype(blocks[0].dtype, copy=False))
 
 
 def project_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
     """Return ``b' M`` for a matrix along the short side."""
-    product: np.ndarray = blocks[0].T @ matrix.astype(blocks[0].dtype, copy=False)
-    return product
+    return matmul(blocks[0].T, matrix.astype(blocks[0].dtype, copy=False))
 
 
 def apply_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
     """Return ``b b' M`` for a matrix along the short side: both products in one reading."""
     b = blocks[0]
-    product: np.ndarray = b @ (b.T @ matrix.astype(b.dtype, copy=False))
-    return product
+    return matmul(b, b.T @ matrix.astype(b.dtype, copy=False))

@@ -65,7 +65,8 @@ def search_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
     sides = tile_sides(graph, name, c, (_maybe_of_tile, node, asked, name))
     merge = (_merge, node, asked, name)
     before = {i: gather(graph, name, i, own, (*merge, i)) for i, own in sides.items()}
-    # Candidates first, all of them: both steps keep panels, of different kinds.
+    # Candidates first, all of them: both steps keep panels, of different kinds, and interleaved
+    # they evict each other (each panel was read five times).
     over = f"{name}-over"
     graph |= {(f"{name}-done", i): (_done, key) for i, key in before.items()}
     graph[over] = (_done, [(f"{name}-done", i) for i in before])
@@ -180,7 +181,7 @@ def _merge(
 
 def _rank(c: Contraction, ask: Ask, i: int, maybe: Maybe, over: None) -> Candidates:
     """Return the ``k`` best of a panel's rows, by float32 products of what may be among them."""
-    c.x.forget_low_panels()
+    c.x.forget_low_panels()  # 700 MiB of the peak, once
     best: Candidates | None = None
     for exact in _exact(c, ask, i, maybe):
         best = merge_candidates([exact] if best is None else [best, exact], ask.k)

@@ -131,7 +131,7 @@ def make_strips(
         passing = tasks * (most + needs["held"]) + needs["kept"]
         return max(passing, needs["alone"]) + _moments(operands, rows)
 
-    allowed = 3 * budget // 4
+    allowed = 3 * budget // 4  # the rest is the cache's, and the allocator's
     while True:
         for width in _widths(n if rows else length, widths):
             cuts = _cut(operands[0], rows, width)

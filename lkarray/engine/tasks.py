@@ -28,7 +28,7 @@ class Tasks:
 
     def __init__(self, label: str, *distinct: Any) -> None:
         self.name = f"{label}-{tokenize(*distinct)}"
-        self._graph: dict[Key, Any] = {}
+        self._graph: dict[Any, Any] = {}
         self._below: list[Any] = []
 
     def hold(self, value: Any) -> Key:
@@ -56,7 +56,7 @@ class Tasks:
         whole, name = self._whole(), "-".join(map(str, blocks[0]))
         rest = (0,) * (len(shape) - 1)
         layer = {(name, *((b, *rest) if shape else ())): key for b, key in enumerate(blocks)}
-        layers = {**whole.layers, name: layer}
+        layers: dict[str, Any] = {**whole.layers, name: layer}
         graph = HighLevelGraph(layers, {**whole.dependencies, name: {self.name}})
         chunks = tuple(size if isinstance(size, tuple) else (size,) for size in shape)
         return da.Array(graph, name, chunks, dtype=dtype)

@@ -173,6 +173,7 @@ def leave_out(values: np.ndarray, c: Contraction, ask: Ask, rows: slice, cols: s
     if ask.rule is not None:
         i, j = np.arange(rows.start, rows.stop), np.arange(cols.start, cols.stop)
         values[np.broadcast_to(ask.rule(i[:, None], j[None, :]), values.shape)] = -np.inf
+    # The entries of rows with themselves, where the block crosses the diagonal.
     same = np.arange(max(rows.start, cols.start), min(rows.stop, cols.stop))
     if c.symmetric:
         values[same - rows.start, same - cols.start] = -np.inf
@@ -281,10 +282,10 @@ def merge_candidates(candidates: list[Candidates], k: int) -> Candidates:
     row = np.concatenate([np.repeat(np.arange(rows), np.diff(c.starts)) for c in candidates])
     column = np.concatenate([c.columns for c in candidates])
     value = np.concatenate([c.values for c in candidates])
-    order = np.lexsort((column, -value, row))
+    order = np.lexsort((column, -value, row))  # by row, then best first, then lower column
     row, column, value = row[order], column[order], value[order]
     starts = np.searchsorted(row, np.arange(rows + 1))
-    keep = np.arange(len(row)) - starts[row] < k
+    keep = np.arange(len(row)) - starts[row] < k  # the rank in its row
     counts = np.minimum(np.diff(starts), k)
     return Candidates(np.concatenate(([0], np.cumsum(counts))), column[keep], value[keep])
 

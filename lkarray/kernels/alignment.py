@@ -11,6 +11,7 @@ import xarray as xr
 
 from lkarray.arguments import COUNT, checked
 from lkarray.engine import Operand
+from lkarray.engine.numbers import matmul
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
 from lkarray.engine.tasks import Key
@@ -266,7 +267,7 @@ class _Products:
         """Return the products of pairs, lazily: plain, of centred kernels, or unbiased HSIC."""
         n = self.operands[0].n
         sizes = [int(np.prod(x.shape)) for x in self.operands]
-        wide = n >= max(sizes)
+        wide = n >= max(sizes)  # then Grams of the draws are smaller than the kernels
         scale = np.array([self.scale[i] * self.scale[j] for i, j in pairs])
         distinct = tuple(dict.fromkeys(pairs))
         passes = Passes("inner", self.operands, pairs, kind, self.memory)
@@ -316,12 +317,15 @@ def _gram_step(
     """Cross Grams of the draws, of centred blocks; and for HSIC the sums over diagonals."""
     if sums is not None:
         blocks = tuple(
-            b - (s / n).astype(b.dtype)[:, None] for b, s in zip(blocks, sums, strict=True)
+            # Centred over the samples before any product, else a common mode cancels digits.
+            b - (s / n).astype(b.dtype)[:, None]
+            for b, s in zip(blocks, sums, strict=True)
         )
-    products = tuple(blocks[i] @ blocks[j].T for i, j in pairs)
+    products = tuple(blocks[i] @ blocks[j].T for i, j in pairs)  # each (S_i, S_j)
     if kind != "unbiased":
         return products
     diagonal = [np.einsum("ij,ij->j", b, b, dtype=np.float64) for b in blocks]
+    # (pair, 3): the product of the diagonals, and the sum of each
     extra = [(diagonal[i] @ diagonal[j], diagonal[i].sum(), diagonal[j].sum()) for i, j in pairs]
     return (*products, np.array(extra))
 
@@ -330,8 +334,7 @@ def _kernel_step(blocks: tuple[np.ndarray, ...], span: slice, centred: bool) -> 
     (b,) = blocks
     if centred:
         b = b - b.mean(0, dtype=np.float64).astype(b.dtype)
-    product: np.ndarray = b @ b.T
-    return product
+    return matmul(b, b.T)
 
 
 def _from_grams(grams: tuple[np.ndarray, ...], n: int, count: int, kind: str | None) -> np.ndarray:
@@ -363,6 +366,8 @@ def _unbiased(
     The estimate does not change when the features are centred over the samples; then a row of the
     kernel without its diagonal sums to minus that diagonal.
     """
+    # Kernels without their diagonals: their product's trace, and the sums of all entries, which
+    # are minus the diagonals' sums.
     trace = products - both
     sums = first * second / ((n - 1) * (n - 2))
     out: np.ndarray = (trace + sums - 2 * both / (n - 2)) / (n * (n - 3))

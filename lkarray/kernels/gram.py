@@ -116,6 +116,7 @@ def gram(
     left = engine.Operand(x, rows=rows, **options)
     right = None if y is None else engine.Operand(y, rows=columns, **options)
     plan = engine.make_plan(left, right, memory=memory, sink=engine.WRITTEN_BYTES)
+    # Apart from the operands, so that kernels which differ by it alone share cached panels.
     factor = scale / degrees if normalize == "count" else scale
     contraction = engine.Contraction(left, right, plan, factor).at_precision(precision)
     data = engine.gram_array(contraction)

@@ -148,7 +148,7 @@ def _group_rows(
     """Means of the rows of each group, and the sums of their squared norms."""
     (b,) = blocks
     own = codes[span]
-    member = np.zeros((len(own), len(counts)), b.dtype)
+    member = np.zeros((len(own), len(counts)), b.dtype)  # (strip, group)
     member[np.arange(len(own)), own] = 1 / counts[own]
     squares = np.einsum("ij,ij->j", b, b, dtype=np.float64)
     return b @ member, np.bincount(own, squares, minlength=len(counts))
@@ -161,7 +161,7 @@ def _group_draws(
     (b,) = blocks
     member = np.zeros((len(counts), len(codes)), b.dtype)
     member[codes, np.arange(len(codes))] = 1 / counts[codes]
-    mean = (member @ b).astype(np.float64)
+    mean = (member @ b).astype(np.float64)  # (group, stretch of the draws)
     squares = np.einsum("ij,ij->i", b, b, dtype=np.float64)
     return mean @ mean.T, np.bincount(codes, squares, minlength=len(counts))
 
@@ -176,6 +176,7 @@ def _group_finish(
     mean, squares = sums
     out = mean.T @ mean if rows else mean.copy()
     if not self_pairs:
+        # Within a group: the sum over all pairs, less each sample's squared norm.
         pairs = counts * (counts - 1.0)
         own = np.diagonal(out) * counts**2 - squares
         np.fill_diagonal(out, np.divide(own, pairs, out=np.full(len(own), np.nan), where=pairs > 0))

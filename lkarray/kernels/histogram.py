@@ -78,6 +78,7 @@ def histogram(
     x, operand, scale = kernel_operand(losses, kernel, center)
     labels = np.zeros(operand.n, int) if groups is None else groups
     name, values, codes = group_codes(x, operand.rows, labels)
+    # Sixteen counts, which are added at once; two bins beyond the bounds.
     held = 16 * 8 * len(values) ** 2 * (bins + 2)
     plan = engine.make_plan(operand, memory=memory, sink=HISTOGRAM_BYTES, held=held)
     contraction = engine.Contraction(operand, None, plan, scale)

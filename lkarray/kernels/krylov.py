@@ -23,8 +23,8 @@ class Krylov:
 
     basis: np.ndarray  # (short, vectors), orthonormal
     operator: np.ndarray  # of the vectors that were multiplied
-    ritz: np.ndarray
-    residual: np.ndarray
+    ritz: np.ndarray  # (short, width)
+    residual: np.ndarray  # (k,), relative
     passes: int
     done: bool
 
@@ -62,17 +62,19 @@ def advance(
         return state
     basis, known = state.basis, len(state.operator)
     size = basis.shape[1]
-    inner = basis.T @ image
+    inner = basis.T @ image  # (vectors, newest): the operator's last columns
     operator_ = np.zeros((size, size))
     operator_[:known, :known] = state.operator
     operator_[:, known:] = inner
     operator_[known:, :] = inner.T
     operator_[known:, known:] = (inner[known:] + inner[known:].T) / 2
+    # Twice: once leaves rounding along the basis, and vectors that converged would come back.
     rest = image - basis @ inner
     rest -= basis @ (basis.T @ rest)
     block, factor = np.linalg.qr(rest)
     value, vector = np.linalg.eigh(operator_)
-    value, vector = value[::-1], vector[:, ::-1]
+    value, vector = value[::-1], vector[:, ::-1]  # largest first
+    # A Ritz vector's image leaves the space only by way of the newest block.
     norms = np.linalg.norm(factor @ vector[known:, :k], axis=0)
     residual = norms / np.maximum(value[:k], np.finfo(np.float64).tiny)
     room = min(width, len(basis) - size)

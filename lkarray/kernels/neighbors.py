@@ -101,6 +101,7 @@ def neighbors(
         operand, memory=memory, sink=engine.TOP_K_BYTES, held=engine.top_k_held(n, k)
     )
     contraction = engine.Contraction(operand, None, plan)
+    # Whole panels only: the certificate needs the rounding error of whole rows.
     if len(plan.pieces) == 1 and plan.budget >= engine.SEARCH_BUDGET:
         contraction = contraction.at_precision(precision, search=True)
     low = contraction.precision != "float32"
@@ -149,9 +150,9 @@ class _Positions:
     def __init__(self, rule: Rule, x: xr.DataArray, rows: str) -> None:
         self.rule = rule
         self.coords = {str(k): np.asarray(c) for k, c in x.coords.items() if c.dims == (rows,)}
-        at = np.arange(2)
+        pair = np.arange(2)
         try:
-            got = np.asarray(self(at[:, None], at[None, :]))
+            got = np.asarray(self(pair[:, None], pair[None, :]))
             np.broadcast_to(got, (2, 2))
         except Exception as error:
             raise ValueError(

@@ -65,8 +65,9 @@ def _draws_step(blocks: tuple[np.ndarray, ...], span: slice) -> tuple[np.ndarray
 def _intensity(sums: tuple[np.ndarray, Any], draws: int, n: int, rows: bool) -> np.ndarray:
     gram, fourth = sums
     own = np.diagonal(gram)
-    if rows:
+    if rows:  # the Gram is of the draws: its diagonal has their squared norms
         fourth = own @ own
+    # Scikit-learn's mu, delta and beta are mean, distance and error here.
     mean = own.sum() / (draws * n)
     square = (gram**2).sum() / draws**2
     distance = square / n - mean**2
@@ -88,7 +89,7 @@ def _shrink(
 ) -> np.ndarray:
     out: np.ndarray = tile * tile.dtype.type(1 - share)
     rows, cols = block_info[0]["array-location"]
-    if rows == cols:
+    if rows == cols:  # a tile on the diagonal
         own = np.einsum("ii->i", out)
         own += tile.dtype.type(share * mean)
     return out

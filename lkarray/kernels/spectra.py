@@ -13,6 +13,7 @@ import xarray as xr
 
 from lkarray.arguments import COUNT, POSITIVE, checked
 from lkarray.engine import Operand
+from lkarray.engine.numbers import matmul
 from lkarray.engine.passes import Passes, gram_step, joined_lengths
 from lkarray.engine.plan import memory_budget
 from lkarray.engine.strips import Strips, along_rows, make_strips
@@ -113,6 +114,7 @@ def svd(
         )
     width = min(k + _EXTRA, short)
     operations = 2 * operand.n * prod(operand.shape) * short
+    # At once where that is cheap, or where the iteration would span most of the short side anyway.
     fits = _DECOMPOSE * 8 * short**2 <= 3 * memory_budget(memory) // 4
     exact = fits and (short <= 2 * width * max_passes or operations <= _EXACT_OPERATIONS)
     if exact:
@@ -269,10 +271,9 @@ def _assemble(
     return xr.Dataset(vectors, coords=coords | {MODE: np.arange(k)}, attrs=attrs)
 
 
-def _square(part: np.ndarray) -> np.ndarray:
-    part = part.astype(np.float64)
-    square: np.ndarray = part.T @ part
-    return square
+def _square(block: np.ndarray) -> np.ndarray:
+    block = block.astype(np.float64)
+    return matmul(block.T, block)
 
 
 @dataclass
@@ -285,32 +286,35 @@ class _Small:
 
 
 def _small(squares: list[np.ndarray], state: Krylov, k: int) -> _Small:
-    gram = squares[0]
-    for part in squares[1:]:
-        gram = gram + part
-    square, vector = np.linalg.eigh(gram)
-    square, vector = square[::-1][:k], vector[:, ::-1][:, :k]
-    value = np.sqrt(np.maximum(square, 0))
+    gram = squares[0]  # (width, width), of the projection
+    for square in squares[1:]:
+        gram = gram + square
+    energy, vector = np.linalg.eigh(gram)  # ascending
+    energy, vector = energy[::-1][:k], vector[:, ::-1][:, :k]
+    value = np.sqrt(np.maximum(energy, 0))
+    # The rank ends here: modes beyond it get zero vectors, not those of rounding.
     value[value <= value[:1] * 1e-10] = 0
     return _Small(value, vector, (state.ritz @ vector) * (value > 0))
 
 
-def _long_side(part: np.ndarray, small: _Small) -> np.ndarray:
+def _long_side(block: np.ndarray, small: _Small) -> np.ndarray:
+    """Return vectors of the long side, of norm one; zero where the value is."""
     inverse = np.divide(1.0, small.value, out=np.zeros_like(small.value), where=small.value > 0)
-    turned: np.ndarray = (part @ (small.vector * inverse).astype(part.dtype)).astype(part.dtype)
+    turned: np.ndarray = (block @ (small.vector * inverse).astype(block.dtype)).astype(block.dtype)
     return turned
 
 
 def _signs(rows: list[np.ndarray] | _Small) -> np.ndarray:
     """Return the sign of the entry of largest magnitude of each vector of the rows."""
-    parts = [rows.short] if isinstance(rows, _Small) else rows
-    best = np.stack([np.take_along_axis(p, np.abs(p).argmax(0)[None], 0)[0] for p in parts])
+    blocks = [rows.short] if isinstance(rows, _Small) else rows
+    # (block, mode): the largest of each block, then the largest of those; ties go to the first.
+    best = np.stack([np.take_along_axis(b, np.abs(b).argmax(0)[None], 0)[0] for b in blocks])
     top = np.take_along_axis(best, np.abs(best).argmax(0)[None], 0)[0]
     return np.where(top < 0, -1, 1)
 
 
-def _signed(part: np.ndarray, sign: np.ndarray) -> np.ndarray:
-    signed: np.ndarray = part * sign.astype(part.dtype)
+def _signed(block: np.ndarray, sign: np.ndarray) -> np.ndarray:
+    signed: np.ndarray = block * sign.astype(block.dtype)
     return signed
 
 
@@ -329,4 +333,4 @@ def _residual(state: Krylov, k: int) -> np.ndarray:
 
 
 def _passes(state: Krylov) -> np.ndarray:
-    return np.asarray(state.passes + 1)
+    return np.asarray(state.passes + 1)  # and the projection
