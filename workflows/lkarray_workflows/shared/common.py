@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
-from lkarray.nn.batches import MapDataset
 from lkarray import progress, workflow
+from lkarray.nn.batches import MapDataset
 
 
 def _parts(value: Any) -> Any:

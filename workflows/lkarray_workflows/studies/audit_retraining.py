@@ -20,7 +20,14 @@ import torch
 from lkarray_workflows.shared import retraining
 from lkarray_workflows.shared.images import FOLDER, data_set, require_files
 from lkarray_workflows.shared.recorded import build, fit, plan
-from lkarray_workflows.shared.retraining import SETS, influence, order, take, without, without_of_each
+from lkarray_workflows.shared.retraining import (
+    SETS,
+    influence,
+    order,
+    take,
+    without,
+    without_of_each,
+)
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn

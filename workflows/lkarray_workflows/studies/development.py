@@ -26,16 +26,23 @@ from lkarray_workflows.shared.common import (
     garment_lifts,
     halves_agree,
 )
+from lkarray_workflows.shared.images import (
+    FOLDER,
+    NAMES,
+    Dataset,
+    data_set,
+    require_files,
+    take_images,
+)
 from lkarray_workflows.studies.fashion import SYNSETS
-from lkarray_workflows.shared.images import (FOLDER, NAMES, data_set, require_files, take_images, Dataset)
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
 
 import lkarray as lk
 from lkarray import progress, workflow
-from lkarray.errors import SettingsError
 from lkarray.analysis.hierarchy import sources
+from lkarray.errors import SettingsError
 
 
 class Config(Sampling):

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from lkarray_workflows.shared.images import (FOLDER, Split, read_images, require_files, Dataset)
+from lkarray_workflows.shared.images import FOLDER, Dataset, Split, read_images, require_files
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F

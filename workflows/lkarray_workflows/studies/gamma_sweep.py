@@ -30,8 +30,8 @@ from lkarray_workflows.shared.common import (
     keep_model,
     load_model,
 )
+from lkarray_workflows.shared.images import FOLDER, Dataset, data_set, require_files, take_images
 from lkarray_workflows.studies.fashion import SYNSETS
-from lkarray_workflows.shared.images import (FOLDER, data_set, require_files, take_images, Dataset)
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn

@@ -315,10 +315,7 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
 
     with progress.busy("numbers", show=show):
         mean, error = without_chain(losses, means)
-        axes = {
-            of: without_chain(losses, partial(first_axis, of))
-            for of in ("chain", "sample")
-        }
+        axes = {of: without_chain(losses, partial(first_axis, of)) for of in ("chain", "sample")}
         leading = lk.svd(losses, 1, over=("chain", "draw"), center="pooled", normalize="cosine")
         u = leading["u"].isel(mode=0).values
         spread = moments(losses, int((~division).sum()))

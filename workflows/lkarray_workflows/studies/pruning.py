@@ -23,7 +23,16 @@ from lkarray_workflows.shared import retraining
 from lkarray_workflows.shared.common import Numbers
 from lkarray_workflows.shared.images import CLASSES, data_set
 from lkarray_workflows.shared.pruning_report import FIGURES, NOTHING, compare, draw, judge
-from lkarray_workflows.shared.recorded import TEST, Trained, Training, build, check, discard, plan, train
+from lkarray_workflows.shared.recorded import (
+    TEST,
+    Trained,
+    Training,
+    build,
+    check,
+    discard,
+    plan,
+    train,
+)
 from lkarray_workflows.shared.retraining import SETS, order, without, without_of_each
 from pydantic import Field, field_validator
 from scipy.cluster.hierarchy import linkage

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lkarray_workflows.studies import adversarial, ips_map, lenet_audit, lenet_training
 from lkarray_workflows.shared.attacks import require_foolbox
 from lkarray_workflows.shared.images import CLASSES, Dataset
 from lkarray_workflows.shared.recorded import SHARED, Training, check
+from lkarray_workflows.studies import adversarial, ips_map, lenet_audit, lenet_training
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from pydantic import Field
