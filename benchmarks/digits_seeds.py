@@ -41,14 +41,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs"))
     options = parser.parse_args()
     study = find_workflow("digits")
-    found = []
+    runs = []
     for seed in options.seeds:
         folder = options.out / f"digits-{options.preset}-seed-{seed}"
         study.run(study.Config.build(options.preset, [f"seed={seed}"]), folder, progress=False)
-        found.append(json.loads((folder / "report" / "metrics.json").read_text()))
+        runs.append(json.loads((folder / "report" / "metrics.json").read_text()))
     print(f"{'seeds ' + str(options.seeds):50} {'mean':>8} {'sd':>8} {'least':>8} {'most':>8}")
     for name, path in ROWS.items():
-        values = np.array([_get(metrics, path) for metrics in found])
+        values = np.array([_get(metrics, path) for metrics in runs])
         spread = values.std(ddof=1) if len(values) > 1 else 0.0
         print(
             f"{name:50} {values.mean():8.3f} {spread:8.3f} {values.min():8.3f} {values.max():8.3f}"

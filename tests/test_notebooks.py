@@ -45,10 +45,10 @@ def test_notebooks__there_are_five_and_the_readme_names_each():
 @EACH
 def test_notebooks__run_within_their_limit_and_give_the_outputs_that_are_committed(path, tmp_path):
     start = time.monotonic()
-    found = execute.execute(path, tmp_path)
+    executed = execute.execute(path, tmp_path)
     assert time.monotonic() - start < execute.LIMIT
     committed = nbformat.read(path, as_version=4)
-    assert [kinds(c) for c in code_cells(found)] == [kinds(c) for c in code_cells(committed)]
+    assert [kinds(c) for c in code_cells(executed)] == [kinds(c) for c in code_cells(committed)]
 
 
 @EACH

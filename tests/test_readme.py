@@ -21,8 +21,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 def block(word):
     """The only block of code with a word in it."""
-    (found,) = [text for text in BLOCKS if word in text]
-    return compile(found, "README.md", "exec")
+    (code,) = [text for text in BLOCKS if word in text]
+    return compile(code, "README.md", "exec")
 
 
 def test_readme__the_ten_lines_run_on_the_demo_store(digits):

@@ -114,7 +114,7 @@ def source_hash(module: str) -> str:
     package = module.partition(".")[0]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise SettingsError(f"the source of {module} is not to be found; install it again")
+        raise SettingsError(f"the source of {module} is missing; install it again")
     root = Path(spec.origin)
     todo, seen = [module], dict[str, str]()
     while todo:
@@ -155,12 +155,12 @@ def input_hash(path: Path) -> str:
     try:
         real = path.resolve(strict=True)
         files = sorted(_files(real)) if real.is_dir() else [real]
-        found = [[str(file), s.st_size, s.st_mtime_ns] for file in files if (s := file.stat())]
+        facts = [[str(file), s.st_size, s.st_mtime_ns] for file in files if (s := file.stat())]
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from None
-    if not found:
+    if not facts:
         raise SettingsError(f"{path} is empty; is its disk mounted?")
-    return _hash(found)
+    return _hash(facts)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -203,14 +203,14 @@ def _hash(value: Any) -> str:
 
 def _link(link: Path, name: str) -> None:
     """Make a link to a folder beside it, in one move."""
-    part = link.with_name(".latest.part")
+    new = link.with_name(".latest.part")
     try:
         if link.is_symlink() and os.readlink(link) == name:
             return
         if os.path.lexists(link) and not link.is_symlink():
             raise FileExistsError(errno.EEXIST, "there is something else of that name", str(link))
-        part.unlink(missing_ok=True)
-        part.symlink_to(name, target_is_directory=True)
-        part.replace(link)
+        new.unlink(missing_ok=True)
+        new.symlink_to(name, target_is_directory=True)
+        new.replace(link)
     except OSError as error:
         logger.warning("cannot link %s to %s: %s", link, name, error.strerror)

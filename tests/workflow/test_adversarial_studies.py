@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lkarray_workflows.shared import adversarial_modes
+from lkarray_workflows.shared.adversarial_cure import CURES
 from lkarray_workflows.shared.adversarial_report import claims, pooled
 from lkarray_workflows.shared.attacks import KINDS
 from lkarray_workflows.studies import adversarial, adversarial_training, svhn
@@ -43,17 +44,17 @@ def test_adversarial__cut_off_in_the_middle_gives_the_same_numbers(
     adversarial.run(config, tmp_path / "run", progress=False)
     for stage in ("train 1", "pairs 1", "modes 1", "cure 1", "audit 1", "layers 1", "outputs 1"):
         assert f"adversarial: {stage} is done, reused" in caplog.text
-    found = check_report(tmp_path / "run", ("path", "magnitude", "influence", "inputs"))
+    resumed = check_report(tmp_path / "run", ("path", "magnitude", "influence", "inputs"))
     for key in ("networks", "claims"):
-        assert found[key] == whole[key]
-    one = found["networks"][0]
-    assert one["audit"]["lc"] > 0.99
-    assert one["outputs"]["lc"] > 0.99
-    assert set(one["modes"]["cancellation"]) == set(KINDS)
-    assert one["cure"]["accuracy"]["clean"] == 1
-    assert one["cure"]["accuracy"]["adversarial"] == 0
-    assert set(one["cure"]["accuracy"]) == {*KINDS[:3], *adversarial_modes.CURES}
-    assert set(found["networks"][1]) == {"modes", "cure"}
+        assert resumed[key] == whole[key]
+    first = resumed["networks"][0]
+    assert first["audit"]["lc"] > 0.99
+    assert first["outputs"]["lc"] > 0.99
+    assert set(first["modes"]["cancellation"]) == set(KINDS)
+    assert first["cure"]["accuracy"]["clean"] == 1
+    assert first["cure"]["accuracy"]["adversarial"] == 0
+    assert set(first["cure"]["accuracy"]) == {*KINDS[:3], *CURES}
+    assert set(resumed["networks"][1]) == {"modes", "cure"}
     assert lk.verify(tmp_path / "run/analysis.zarr") == []
     assert not (tmp_path / "run/train.zarr/trajectory").exists()
 
@@ -65,12 +66,12 @@ def test_claims__need_every_network():
         gaps = {kind: {"mean": ratio} for kind in ("clean", "random", "natural error")}
         return {"cure": {"accuracy": cures}, "modes": {"paired_cancellation": gaps}}
 
-    found = claims([network(0.8, 0.1, -0.2), network(0.4, 0.1, 0.1)])
-    held = {claim: of["holds"] for claim, of in found.items()}
+    decided = claims([network(0.8, 0.1, -0.2), network(0.4, 0.1, 0.1)])
+    held = {claim: judged["holds"] for claim, judged in decided.items()}
     assert held["the correction restores more than adversarial + random does"]
     assert not held["the correction restores more than attacked again does"]
     assert not held["adversarial images cancel more than natural error images of equal loss"]
-    gap = found["adversarial images cancel more than clean images"]
+    gap = decided["adversarial images cancel more than clean images"]
     assert gap["differences"] == [0.2, -0.1]
 
 
@@ -90,13 +91,13 @@ def test_with_drive__is_of_the_whole_training_set(rng):
     _, s, v = np.linalg.svd(gradients, full_matrices=False)
     modes = xr.Dataset({"direction": (("mode", "param"), v[:4]), "singular_value": ("mode", s[:4])})
     mean = xr.DataArray(gradients.mean(0), dims="param")
-    found = adversarial_modes.with_drive(modes, mean, 30, 30)
-    np.testing.assert_allclose(found["drive"], (gradients @ v[:4].T).sum(0))
-    np.testing.assert_allclose(found["alignment"] * found["singular_value"], found["drive"])
+    driven = adversarial_modes.with_drive(modes, mean, 30, 30)
+    np.testing.assert_allclose(driven["drive"], (gradients @ v[:4].T).sum(0))
+    np.testing.assert_allclose(driven["alignment"] * driven["singular_value"], driven["drive"])
     # The modes of the same gradients four times over have singular values twice as large.
     more = adversarial_modes.with_drive(modes, mean, 120, 30)
-    np.testing.assert_allclose(more["drive"], 4 * found["drive"])
-    np.testing.assert_allclose(more["alignment"], 2 * found["alignment"])
+    np.testing.assert_allclose(more["drive"], 4 * driven["drive"])
+    np.testing.assert_allclose(more["alignment"], 2 * driven["alignment"])
 
 
 @pytest.mark.slow

@@ -64,8 +64,8 @@ def test_noise_like__has_the_norm_of_the_attack(model, data, kind):
     moved, _ = attacks.attack(model, images, labels, kind=kind, radius=0.2)
     noisy = attacks.noise_like(images, moved - images, kind, seed=1)
     assert 0 <= float(noisy.min()) <= float(noisy.max()) <= 1
-    wanted, found = (attacks.lengths(x - images).flatten() for x in (moved, noisy))
-    np.testing.assert_allclose(found, wanted, rtol=1e-3)
+    wanted, norms = (attacks.lengths(x - images).flatten() for x in (moved, noisy))
+    np.testing.assert_allclose(norms, wanted, rtol=1e-3)
     # Not 0: at the edge of the range both can only go inwards.
     cosine = torch.cosine_similarity((noisy - images).flatten(1), (moved - images).flatten(1))
     assert abs(float(cosine.mean())) < 0.3
@@ -74,12 +74,12 @@ def test_noise_like__has_the_norm_of_the_attack(model, data, kind):
 def test_natural_errors__are_the_best_match(rng):
     losses, wrong = rng.exponential(size=7), np.array([1, 0, 1, 1, 0, 1, 1], bool)
     wanted = rng.exponential(size=3)
-    found = attacks.natural_errors(losses, wrong, wanted)
+    matched = attacks.natural_errors(losses, wrong, wanted)
     best = min(
         itertools.permutations(np.flatnonzero(wrong), 3),
         key=lambda at: sum(abs(np.log(losses[list(at)]) - np.log(wanted))),
     )
-    np.testing.assert_array_equal(found, best)
+    np.testing.assert_array_equal(matched, best)
     with pytest.raises(ValueError, match="5 of the images are misclassified, and 6 are needed"):
         attacks.natural_errors(losses, wrong, np.ones(6))
 

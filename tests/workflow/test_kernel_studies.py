@@ -87,22 +87,22 @@ def test_gamma_sweep__kernels_at_every_gamma(tmp_path, garments, wordnet, caplog
     config = gamma_sweep.Config.build("small", [*settings, f"data={garments}"])
     figures = "by_distance", "cka", "convergence", "lift"
     metrics = run_twice(gamma_sweep, config, tmp_path / "run", caplog, figures)
-    assert [one["gamma"] for one in metrics["kernels"]] == [100, 10_000]
+    assert [kernel["gamma"] for kernel in metrics["kernels"]] == [100, 10_000]
     table = np.array(metrics["cka"])
     np.testing.assert_allclose(table, table.T, atol=1e-6)
     np.testing.assert_allclose(np.diag(metrics["cka_without_noise"]), 1, atol=1e-5)
-    assert (np.diff([one["cka"] for one in metrics["kernels"]])[:, -3:] > -0.02).all()
+    assert (np.diff([kernel["cka"] for kernel in metrics["kernels"]])[:, -3:] > -0.02).all()
 
 
 def test_development__kernels_of_checkpoints(tmp_path, garments, wordnet, caplog):
     settings = "train=800", "observed=200", "neighbors=15", "steps=0,10"
     config = development.Config.build("small", [*settings, f"data={garments}"])
     metrics = run_twice(development, config, tmp_path / "run", caplog, ["maps", "curves"])
-    found = metrics["checkpoints"]
-    assert [one["step"] for one in found] == [0, 10, 10 * 7]
-    assert found[-1]["cka_to_final"] == pytest.approx(1)
-    assert found[0]["cka_to_final"] < 0.99
-    assert found[-1]["accuracy"] > found[0]["accuracy"]
+    checkpoints = metrics["checkpoints"]
+    assert [entry["step"] for entry in checkpoints] == [0, 10, 10 * 7]
+    assert checkpoints[-1]["cka_to_final"] == pytest.approx(1)
+    assert checkpoints[0]["cka_to_final"] < 0.99
+    assert checkpoints[-1]["accuracy"] > checkpoints[0]["accuracy"]
     wrong = development.Config.build("small", [*settings[:3], "steps=70", f"data={garments}"])
     with pytest.raises(ValueError, match="steps must lie between 0 and 69"):
         development.run(wrong, tmp_path / "wrong", progress=False)

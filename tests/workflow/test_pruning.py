@@ -9,6 +9,7 @@ from lkarray_workflows.shared import pruning_report, retraining
 from lkarray_workflows.studies import audit_retraining, pruning
 
 import lkarray as lk
+from lkarray import workflow
 from tests.helpers.studies import check_report
 
 N, CLASSES = 60, 4
@@ -145,21 +146,21 @@ def outcomes(points):
 
 def test_compare__is_paired_by_seed():
     gaps = pruning_report.compare(outcomes({"random": (0, 0), "most harmful": (-2, -4)}))
-    one = gaps["most harmful"]["0.6"]
-    assert one["accuracy"]["by_seed"] == pytest.approx([-4] * 3)
-    assert one["accuracy"]["low"] == pytest.approx(-4)  # what seeds share falls out
-    assert one["loss"]["mean"] == pytest.approx(4)
-    assert one["accuracy"]["every_seed"]
+    gap = gaps["most harmful"]["0.6"]
+    assert gap["accuracy"]["by_seed"] == pytest.approx([-4] * 3)
+    assert gap["accuracy"]["low"] == pytest.approx(-4)  # what seeds share falls out
+    assert gap["loss"]["mean"] == pytest.approx(4)
+    assert gap["accuracy"]["every_seed"]
     assert "random" not in gaps
 
 
 def test_compare__interval_is_students():
-    found = outcomes({"random": (0, 0)})
+    made = outcomes({"random": (0, 0)})
     for seed, extra in enumerate((0.0, 0.01, 0.02)):
-        found["most helpful"]["0.2"][seed]["held_out"]["accuracy"] += extra
-    one = pruning_report.compare(found)["most helpful"]["0.2"]["accuracy"]
-    assert one["mean"] == pytest.approx(2)
-    assert one["high"] - one["mean"] == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+        made["most helpful"]["0.2"][seed]["held_out"]["accuracy"] += extra
+    gap = pruning_report.compare(made)["most helpful"]["0.2"]["accuracy"]
+    assert gap["mean"] == pytest.approx(2)
+    assert gap["high"] - gap["mean"] == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
 
 
 def test_judge__tells_the_papers_findings_from_their_opposite():
@@ -178,10 +179,10 @@ def test_judge__tells_the_papers_findings_from_their_opposite():
         "whole clusters": (-3, -3),
     }
     judged = pruning_report.judge(pruning_report.compare(outcomes(paper)))
-    assert [claim for claim, one in judged.items() if not one["holds"]] == []
+    assert [claim for claim, verdict in judged.items() if not verdict["holds"]] == []
     turned = {arm: (-a, -b) for arm, (a, b) in paper.items()}
     judged = pruning_report.judge(pruning_report.compare(outcomes(turned)))
-    assert [claim for claim, one in judged.items() if one["holds"]] == []
+    assert [claim for claim, verdict in judged.items() if verdict["holds"]] == []
     said = next(iter(judged.values()))["measured"]
     assert said.startswith("1 of 6 methods; not: most redundant, up-weighted (-0.50), least")
 
@@ -205,10 +206,12 @@ def test_pruning__runs_whole_and_goes_on_to_the_same_numbers(
     assert set(metrics["arms"]) == set(pruning.ARMS)
     for shares in metrics["arms"].values():
         for share, runs in shares.items():
-            for one in runs:
-                assert one["images"] == round(256 * (1 - float(share)))
-                assert one["steps"] == 8
-    assert [(one["images"], one["steps"]) for one in metrics["nothing"]] == [(256, 8)] * 2
+            for outcome in runs:
+                assert outcome["images"] == round(256 * (1 - float(share)))
+                assert outcome["steps"] == 8
+    assert [(outcome["images"], outcome["steps"]) for outcome in metrics["nothing"]] == [
+        (256, 8)
+    ] * 2
     assert len(metrics["claims"]) == 8
     assert lk.verify(tmp_path / "whole/audits.zarr") == []
     kept = [path for path in (tmp_path / "whole/train.zarr").rglob("*") if path.is_file()]
@@ -254,13 +257,12 @@ def test_pruning__chooses_as_audit_retraining_does(tmp_path, garments, monkeypat
         "small",
         ["batches=4", "epochs=2", "audited=24", "held_out=60", "share=0.25", f"data={garments}"],
     )
-    (tmp_path / "other").mkdir()
-    paths = audit_retraining.Paths(tmp_path / "other")
-    audit_retraining.make_data(other, paths)
-    audit_retraining.make_audit(other, paths, False)
+    study = workflow.Study("audit_retraining", other, tmp_path / "other", show=False)
+    audit_retraining.make_data(study)
+    audit_retraining.make_audit(study)
     with (
         np.load(tmp_path / "pruning/tests.npz") as tests,
-        np.load(paths.data) as data,
+        np.load(study.path("data.npz")) as data,
         np.load(tmp_path / "pruning/data.npz") as trained,
     ):
         for name in tests:
@@ -271,7 +273,7 @@ def test_pruning__chooses_as_audit_retraining_does(tmp_path, garments, monkeypat
         known = {**scores, "label": labels, "gone": None, "into": None}
     for arm in ("random", "most helpful", "least influential", "most harmful"):
         np.testing.assert_array_equal(
-            pruning.kept_by(arm, 64, known, 20, 2), audit_retraining.kept_by(other, paths, arm, 2)
+            pruning.kept_by(arm, 64, known, 20, 2), audit_retraining.kept_by(study, arm, 2)
         )
 
 
@@ -296,13 +298,11 @@ def test_make_merges__goes_on_from_a_cut_off_cleanup(tmp_path, monkeypatch):
     data = TensorDataset(torch.rand(40, 6), torch.arange(40) % 2)
     trace = lk.snapshot(nn.Linear(6, 2), data, store=tmp_path / "t")
     run = SimpleNamespace(trace=lambda: trace, images=lambda part: data, epochs=lambda count: [0])
-    paths = SimpleNamespace(
-        run=run, factors=tmp_path / "factors.zarr", merges=tmp_path / "merges.npz"
-    )
-    config = SimpleNamespace(times=1)
-    pruning.make_merges(config, paths, False)
-    whole = dict(np.load(paths.merges))
-    paths.merges.unlink()
+    config = pruning.Config.build("small", ["times=1"])
+    study = workflow.Study("pruning", config, tmp_path, show=False)
+    pruning.make_merges(study, run)
+    whole = study.load("merges.npz")
+    study.path("merges.npz").unlink()
 
     plain = LocalStore.delete_dir
 
@@ -316,7 +316,7 @@ def test_make_merges__goes_on_from_a_cut_off_cleanup(tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(LocalStore, "delete_dir", killed)
         with pytest.raises(KeyboardInterrupt):
-            pruning.make_merges(config, paths, False)
-    pruning.make_merges(config, paths, False)
-    for name, values in np.load(paths.merges).items():
+            pruning.make_merges(study, run)
+    pruning.make_merges(study, run)
+    for name, values in study.load("merges.npz").items():
         np.testing.assert_array_equal(values, whole[name])

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from lkarray_workflows.shared import images, recorded, retraining
+from lkarray_workflows.shared import costs, images, recorded, retraining
 from lkarray_workflows.studies import (
     adversarial,
     adversarial_training,
@@ -125,8 +125,8 @@ def test_retraining__refuses_more_images_than_there_are(monkeypatch):
 
 def test_ips_map__numbers_that_are_missing_are_said_so():
     assert ips_map.interval({"auroc": None}, "auroc") == "none"
-    found = ips_map.interval({"auroc": 0.5, "auroc_low": 0.25, "auroc_high": 0.75}, "auroc")
-    assert found == "0.500 [0.250, 0.750]"
+    text = ips_map.interval({"auroc": 0.5, "auroc_low": 0.25, "auroc_high": 0.75}, "auroc")
+    assert text == "0.500 [0.250, 0.750]"
 
 
 @pytest.mark.parametrize("study", [glosses, language, gamma_sweep, development, fashion])
@@ -153,7 +153,7 @@ def test_cli__settings_that_do_not_fit_exit_with_two(tmp_path):
     assert "holds no run" in result.output
 
 
-def test_files__of_fashion_mnist_are_told_and_found_in_a_root_of_torchvisions(tmp_path):
+def test_files__of_fashion_mnist_are_told_and_taken_from_a_root_of_torchvisions(tmp_path):
     assert "apt-get install dataset-fashion-mnist" in images.how_to_get("fashion")
     assert "apt-get" not in images.how_to_get("mnist")
     inside = tmp_path / "MNIST/raw"
@@ -184,7 +184,7 @@ TABLES = {
 def test_presets__of_the_papers_are_their_tables(study):
     needed = ["data=x"] if study is imagenet else []
     config = study.Config.build("paper", needed)
-    found = (
+    values = (
         config.sampler_batch,
         config.chains,
         config.draws,
@@ -194,18 +194,18 @@ def test_presets__of_the_papers_are_their_tables(study):
         config.gamma,
     )
     name = study.__name__.rsplit(".", 1)[1]
-    for value, expected in zip(found, TABLES[name], strict=True):
+    for value, expected in zip(values, TABLES[name], strict=True):
         assert expected is None or value == expected
     assert config.thin == 1
 
 
 def _hungry(mebibytes):
-    before = lenet_audit._peak()
+    before = costs.peak_memory()
     held = np.ones(mebibytes << 17)
-    return lenet_audit._peak() - before - held.nbytes
+    return costs.peak_memory() - before - held.nbytes
 
 
-def test_lenet_audit__peak_is_of_the_process_itself():
+def test_peak_memory__is_of_the_process_itself():
     """Not what its parent had before, which a new process inherits in getrusage."""
     held = np.ones(300 << 17)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -216,9 +216,9 @@ def test_lenet_audit__peak_is_of_the_process_itself():
 
 def test_mosaic__bytes_of_three_colours_are_not_all_white():
     images = np.full((2, 3, 3, 3), 51, np.uint8)
-    found = mosaic(images, 2)
-    assert found[0, 0].tolist() == [0.2] * 3
-    assert found.max() == 1  # the gap
+    tiled = mosaic(images, 2)
+    assert tiled[0, 0].tolist() == [0.2] * 3
+    assert tiled.max() == 1  # the gap
     grey = mosaic(images[..., 0], 2)
     assert grey[0, 0] == 51
     assert plots.image_rows([[images[0] / 255]], ["a"]).axes[0].images[0].get_clim() == (0, 1)

@@ -406,12 +406,12 @@ def test_digits__stopped_while_it_trains_ends_at_once(nightly):
 def test_digits__stopped_and_killed_it_comes_to_the_same_numbers(nightly, digits):
     assert nightly.done.status == "done"
     assert nightly.done.reused == ["data", "train"]
-    expected, found = (
+    expected, resumed = (
         json.loads(Path(path).read_text())
         for path in (digits / "runs/digits/report/metrics.json", nightly.done.metrics)
     )
-    del expected["seconds"], found["seconds"]
-    assert found == expected
+    del expected["seconds"], resumed["seconds"]
+    assert resumed == expected
 
 
 def test_digits__unchanged_it_runs_no_stage_and_does_not_load_torch(nightly):

@@ -11,6 +11,7 @@ from lkarray_workflows.studies import (
 )
 
 import lkarray as lk
+from lkarray import workflow
 from tests.helpers.studies import check_report
 
 SMALL = ["batches=8", "batch_size=64", "epochs=4", "learning_rate=6e-4"]
@@ -135,15 +136,14 @@ def test_audit_retraining__arms_are_of_equal_size_and_steps(tmp_path, garments):
     assert list(lk.open(tmp_path / "run/train.zarr").children) == ["audit"]
     assert set(sizes.values()) == {round(0.8 * 8 * 64)}
     assert len(metrics["claims"]) == 6
-    paths = audit_retraining.Paths(tmp_path / "run")
+    study = workflow.Study("audit_retraining", config, tmp_path / "run", show=False)
     kept = {
-        arm: set(audit_retraining.kept_by(config, paths, arm, 2).tolist())
-        for arm in audit_retraining.ARMS
+        arm: set(audit_retraining.kept_by(study, arm, 2).tolist()) for arm in audit_retraining.ARMS
     }
-    net = np.load(paths.scores)["net"]
+    net = study.load("scores.npz")["net"]
     gone = sorted(set(range(512)) - kept["most helpful"])
     assert net[gone].max() <= net[sorted(kept["most helpful"])].min()
-    assert kept["random"] != set(audit_retraining.kept_by(config, paths, "random", 3).tolist())
+    assert kept["random"] != set(audit_retraining.kept_by(study, "random", 3).tolist())
 
 
 @pytest.mark.slow

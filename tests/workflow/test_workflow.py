@@ -6,8 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from pydantic import Field
 
@@ -118,6 +120,76 @@ def test_run__refuses_a_file_a_broken_record_and_a_second_run(tmp_path):
         assert f"LockedError: {tmp_path}/held is in use by process {os.getpid()}" in done.stderr
 
 
+class Tiny(workflow.Config):
+    """Settings of a study in a test."""
+
+    size: int = 3
+
+
+def squares(study):
+    study.save("squares.npz", values=np.arange(study.config.size) ** 2)
+
+
+def total(study, added):
+    study.write("total.json", {"total": int(study.load("squares.npz")["values"].sum()) + added})
+
+
+def report(study):
+    figure = Figure()
+    figure.add_subplot().plot([0, 1])
+    study.report(
+        "Squares",
+        "Of small numbers.",
+        metrics=study.read("total.json"),
+        rows=[("Total", "5", "5")],
+        figures=[workflow.Figure("line", "A line", "None.", figure)],
+        next_steps="pass",
+    )
+
+
+def tiny(folder, size=3):
+    with workflow.Study("tiny", Tiny(size=size), folder, show=False) as study:
+        study.stage("squares", squares, "squares.npz")
+        study.within("inner").stage("inner", squares, ["squares.npz"])
+        study.stage("total", total, "total.json", 1)
+        study.stage("report", report, "report/index.html")
+    return study
+
+
+def test_study__does_stages_and_reports_with_seconds_and_settings(tmp_path):
+    assert tiny(tmp_path).reused == []
+    metrics = json.loads((tmp_path / "report/metrics.json").read_text())
+    assert metrics["total"] == 6
+    assert metrics["config"] == {"size": 3}
+    assert list(metrics["seconds"]) == ["squares", "inner", "total"]
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["stages"]["inner"]["outputs"] == ["inner/squares.npz"]
+    assert 'src="line.png"' in (tmp_path / "report/index.html").read_text()
+    assert tiny(tmp_path).reused == ["squares", "inner", "total", "report"]
+    with pytest.raises(errors.FingerprintError, match="size: stored 3, now 4"):
+        tiny(tmp_path, 4)
+
+
+def test_study__a_failure_while_a_file_is_written_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    study = workflow.Study("tiny", Tiny(), tmp_path, show=False)
+    squares(study)
+    study.write("total.json", {"total": 1})
+
+    def cut_off(file, **arrays):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(np, "savez", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            study.save("squares.npz", values=np.zeros(3))
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        study.write("total.json", {"total": float("nan")})
+    assert study.load("squares.npz")["values"].tolist() == [0, 1, 4]
+    assert study.read("total.json") == {"total": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["squares.npz", "total.json"]
+
+
 def test_digits__writes_its_report_and_says_where(digits):
     report = digits / "runs/digits/report"
     metrics = json.loads((report / "metrics.json").read_text())
@@ -175,11 +247,11 @@ def test_digits__killed_runs_resume_to_the_same_numbers(digits, tmp_path):
             time.sleep(seconds)
             process.send_signal(signal.SIGKILL)
     run_in(tmp_path, "run", "digits", "--preset", "quick")
-    expected, found = (
+    expected, resumed = (
         lk.open(folder / "runs/digits/store.zarr")["losses"].to_dataset().compute()
         for folder in (digits, tmp_path)
     )
-    assert found.identical(expected)
+    assert resumed.identical(expected)
 
 
 def run_in(folder: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:

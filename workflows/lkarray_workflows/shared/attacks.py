@@ -13,6 +13,7 @@ from lkarray_workflows.shared.recorded import logits_of, losses_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from lkarray import workflow
 from lkarray.errors import MissingPackageError, SettingsError
 
 #: Foolbox's class of each attack, the norm of its perturbation, and its steps of one gradient.
@@ -72,8 +73,8 @@ def attack(
 
 def lengths(x: torch.Tensor) -> torch.Tensor:
     """Return the L2 norm of each, shaped to multiply them."""
-    found: torch.Tensor = x.flatten(1).norm(dim=1).view(-1, *(1,) * (x.ndim - 1))
-    return found
+    norms: torch.Tensor = x.flatten(1).norm(dim=1)
+    return norms.view(-1, *(1,) * (x.ndim - 1))
 
 
 def noise_like(images: torch.Tensor, delta: torch.Tensor, kind: Attack, seed: int) -> torch.Tensor:
@@ -101,16 +102,16 @@ def natural_errors(losses: np.ndarray, wrong: np.ndarray, wanted: np.ndarray) ->
     """
     from scipy.optimize import linear_sum_assignment
 
-    at = np.flatnonzero(wrong)
-    if len(at) < len(wanted):
+    candidates = np.flatnonzero(wrong)
+    if len(candidates) < len(wanted):
         raise SettingsError(
-            f"{len(at)} of the images are misclassified, and {len(wanted)} are needed to set "
-            "beside the adversarial ones; take fewer pairs"
+            f"{len(candidates)} of the images are misclassified, and {len(wanted)} are needed to "
+            "set beside the adversarial ones; take fewer pairs"
         )
     tiny = 1e-9
-    cost = np.abs(np.log(losses[at] + tiny)[None] - np.log(wanted + tiny)[:, None])
+    cost = np.abs(np.log(losses[candidates] + tiny)[None] - np.log(wanted + tiny)[:, None])
     rows, columns = linear_sum_assignment(cost)
-    return np.asarray(at[columns[np.argsort(rows)]])
+    return np.asarray(candidates[columns[np.argsort(rows)]])
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,11 @@ class Pairs:
 
     def data(self, kinds: Sequence[str] = KINDS, count: int | None = None) -> TensorDataset:
         """Return all images, kind by kind."""
-        parts = [
-            torch.cat([of[kind][:count] for kind in kinds]) for of in (self.images, self.labels)
+        tensors = [
+            torch.cat([by_kind[kind][:count] for kind in kinds])
+            for by_kind in (self.images, self.labels)
         ]
-        return TensorDataset(*parts)
+        return TensorDataset(*tensors)
 
     def coords(self, kinds: Sequence[str] = KINDS, count: int | None = None) -> dict[str, Any]:
         """Return the kind and the pair of each of them."""
@@ -150,17 +152,21 @@ class Pairs:
         """Write them."""
         arrays: dict[str, Any] = {f"images {kind}": x.numpy() for kind, x in self.images.items()}
         arrays |= {f"labels {kind}": y.numpy() for kind, y in self.labels.items()}
-        np.savez(path, fooled=self.fooled, **arrays)
+        workflow.save_arrays(path, fooled=self.fooled, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Pairs:
         """Read them."""
-        with np.load(path) as found:
+        with np.load(path) as arrays:
             images, labels = (
-                {k.split(" ", 1)[1]: torch.from_numpy(found[k]) for k in found if k.startswith(of)}
-                for of in ("images", "labels")
+                {
+                    name.removeprefix(prefix): torch.from_numpy(arrays[name])
+                    for name in arrays
+                    if name.startswith(prefix)
+                }
+                for prefix in ("images ", "labels ")
             )
-            return cls(images, labels, float(found["fooled"]))
+            return cls(images, labels, float(arrays["fooled"]))
 
 
 def make_pairs(
@@ -183,32 +189,32 @@ def make_pairs(
     images, labels = data.tensors
     right = (logits_of(model, images).argmax(1) == labels).numpy()
     left = np.flatnonzero(right)
-    at, moved_ = np.empty(0, int), []
-    while len(at) < count and len(left):
+    chosen, moved_ = np.empty(0, int), []
+    while len(chosen) < count and len(left):
         tried, left = left[: 4 * count], left[4 * count :]
         moved, fooled = attack(
             model, images[tried], labels[tried], kind=kind, radius=radius, seed=seed
         )
         # In batches of another size: a network may say otherwise there.
         fooled &= (logits_of(model, moved).argmax(1) != labels[tried]).numpy()
-        at = np.append(at, tried[fooled])
+        chosen = np.append(chosen, tried[fooled])
         moved_.append(moved[torch.from_numpy(fooled)])
-    if len(at) < count:
+    if len(chosen) < count:
         raise SettingsError(
-            f"{kind} within {radius} fools the network on {len(at)} of {right.sum()} images, and "
-            f"{count} are needed; take a larger --radius or fewer --pairs"
+            f"{kind} within {radius} fools the network on {len(chosen)} of {right.sum()} images, "
+            f"and {count} are needed; take a larger --radius or fewer --pairs"
         )
-    share = len(at) / (right.sum() - len(left))
-    at, adversarial = at[:count], torch.cat(moved_)[:count]
-    clean, of = images[at], labels[at]
-    found = {
+    share = len(chosen) / (right.sum() - len(left))
+    chosen, adversarial = chosen[:count], torch.cat(moved_)[:count]
+    clean, own = images[chosen], labels[chosen]
+    by_kind = {
         "clean": clean,
         "adversarial": adversarial,
         "random": noise_like(clean, adversarial - clean, kind, seed),
     }
-    named = dict.fromkeys(found, of)
+    named = dict.fromkeys(by_kind, own)
     if errors:
-        wanted = losses_of(model, TensorDataset(adversarial, of))
+        wanted = losses_of(model, TensorDataset(adversarial, own))
         matched = natural_errors(losses_of(model, data), ~right, wanted)
-        found["natural error"], named["natural error"] = images[matched], labels[matched]
-    return Pairs(found, named, float(share))
+        by_kind["natural error"], named["natural error"] = images[matched], labels[matched]
+    return Pairs(by_kind, named, float(share))

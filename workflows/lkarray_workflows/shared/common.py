@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +20,44 @@ from lkarray import progress, workflow
 from lkarray.nn.batches import MapDataset
 
 
-def _parts(value: Any) -> Any:
+def _split(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
 #: A setting of several numbers; on the command line ``--gammas 100,1000``.
-Numbers = Annotated[tuple[float, ...], BeforeValidator(_parts)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]
+
+
+class Posterior(Protocol):
+    """Settings that say how to sample: those of `Sampling`, or a study's own of the same names."""
+
+    @property
+    def nbeta(self) -> float:
+        """Inverse temperature times the number of training inputs."""
+
+    @property
+    def gamma(self) -> float:
+        """Localization."""
+
+    @property
+    def step_size(self) -> float:
+        """Step size of SGLD."""
+
+    @property
+    def chains(self) -> int:
+        """Number of chains."""
+
+    @property
+    def draws(self) -> int:
+        """Draws of a chain."""
+
+    @property
+    def burn_in(self) -> int:
+        """Steps before the first draw."""
+
+    @property
+    def thin(self) -> int:
+        """Steps between draws."""
 
 
 class Sampling(workflow.Config):
@@ -54,15 +86,17 @@ def fit(
     learned: Callable[[nn.Module], bool] | None = None,
     settle: int = 0,
     before_step: Callable[[int], None] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
-    """Train by AdamW on shuffled batches.
+    """Train by AdamW, unless there is another ``optimizer``, on shuffled batches.
 
     Where an epoch leaves the model such that ``learned(model)`` is true, ``settle`` epochs end
     the training, over which the learning rate falls to zero: networks trained on with weight
     decay may leave their minimum again. ``before_step`` is called with the number of each step.
     """
     inputs, targets = data.tensors
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay)
     shuffle = torch.Generator().manual_seed(seed)
     left: float = float("inf")  # of the epochs that settle
     step = 0
@@ -115,8 +149,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Take and return ``(input, place, width)``."""
-        parts = self.attention(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0)
-        q, k, v = (part.transpose(-3, -2) for part in parts)  # (input, head, place, width)
+        mixed = self.attention(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0)
+        q, k, v = (side.transpose(-3, -2) for side in mixed)  # (input, head, place, width)
         # Written out: torch.func has no batched form of the fused attention.
         future = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).triu(1)
         likeness = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
@@ -139,8 +173,8 @@ def accuracy(model: nn.Module, data: TensorDataset, rows: int = 2000) -> np.ndar
 
 def keep_model(model: nn.Module, path: Path) -> None:
     """Save weights in one move."""
-    with workflow.replacing(path) as part:
-        torch.save(model.state_dict(), part)
+    with workflow.replacing(path) as new:
+        torch.save(model.state_dict(), new)
 
 
 def load_model(model: nn.Module, path: Path) -> nn.Module:
@@ -150,16 +184,16 @@ def load_model(model: nn.Module, path: Path) -> nn.Module:
 
 
 def draw_losses(
-    config: Sampling,
+    settings: Posterior,
     model: nn.Module,
     train: MapDataset,
     observed: MapDataset,
     store: Path,
     *,
+    batch_size: int,
     seed: int,
     coords: Mapping[str, Any],
     show: bool = False,
-    gamma: float | None = None,
     trainable: Any = None,
     checkpoints: Mapping[Any, Any] | None = None,
     loss: str = "cross_entropy",
@@ -169,20 +203,20 @@ def draw_losses(
         model,
         train,
         loss,
-        nbeta=config.nbeta,
-        gamma=config.gamma if gamma is None else gamma,
+        nbeta=settings.nbeta,
+        gamma=settings.gamma,
         trainable=trainable,
     )
     return lk.sample(
         posterior,
         observed,
-        sampler=lk.SGLD(step_size=config.step_size),
+        sampler=lk.SGLD(step_size=settings.step_size),
         store=store,
-        chains=config.chains,
-        draws=config.draws,
-        burn_in=config.burn_in,
-        thin=config.thin,
-        batch_size=config.sampler_batch,
+        chains=settings.chains,
+        draws=settings.draws,
+        burn_in=settings.burn_in,
+        thin=settings.thin,
+        batch_size=batch_size,
         coords=coords,
         seed=seed,
         progress=show,
@@ -220,50 +254,6 @@ def halves_agree(losses: xr.DataArray, rows: int = 2000, seed: int = 0) -> float
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def brightness(images: np.ndarray, groups: int = 8) -> np.ndarray:
-    """Return the group of each image by its mean brightness: equally many images in each."""
-    mean = images.reshape(len(images), -1).mean(1)
-    inner = np.quantile(mean, np.linspace(0, 1, groups + 1)[1:-1])
-    return np.asarray(np.searchsorted(inner, mean))
-
-
-def garment_lifts(losses: xr.DataArray, taxonomy: lk.Taxonomy, k: int, seed: int) -> dict[str, Any]:
-    """Return how much more often neighbours share class, brightness and ancestors than chance.
-
-    Each with its standard error, or interval, of which inputs (labels) were asked about and of the
-    sampling, by leaving out chains, together. Brightness and ancestors are counted among
-    neighbours of other classes, so that neither is the class again.
-    """
-
-    def pooled(part: xr.DataArray) -> list[xr.Dataset]:
-        near, other = (lk.neighbors(part, k, exclude=kind).compute() for kind in (None, "label"))
-        return [
-            lk.attribute_lift(near, "label", seed=seed),
-            lk.attribute_lift(other, "brightness", seed=seed),
-        ]
-
-    values, by_chains = without_chain(
-        losses, lambda part: [float(found["pooled_lift"]) for found in pooled(part)]
-    )
-    by_queries = [float(found["pooled_standard_error"]) for found in pooled(losses)]
-    both = np.hypot(by_chains, by_queries)
-    lift = lk.taxonomic_lift(losses, taxonomy, k=k, seed=seed)
-    return {
-        **{
-            name: {
-                "value": float(values[i]),
-                "error": float(both[i]),
-                "error_of_chains": float(by_chains[i]),
-            }
-            for i, name in enumerate(("class", "brightness"))
-        },
-        "depths": [int(d) for d in lift["depth"].values],
-        "pooled_lift": [float(v) if np.isfinite(v) else None for v in lift["pooled_lift"].values],
-        "low": [float(v) if np.isfinite(v) else None for v in lift["pooled_low"].values],
-        "high": [float(v) if np.isfinite(v) else None for v in lift["pooled_high"].values],
-    }
-
-
 def curve_with_errors(
     axes: Axes, x: Sequence[float], points: Sequence[tuple[float | None, ...]], label: str
 ) -> None:
@@ -279,3 +269,13 @@ def area(flags: np.ndarray, score: np.ndarray) -> float:
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(flags, score))
+
+
+def plain_numbers(values: Any) -> list[float | None]:
+    """Return numbers as JSON has them: what is not finite is missing."""
+    return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def with_error(losses: xr.DataArray, value: Callable[[xr.DataArray], Any]) -> dict[str, float]:
+    """Return a number of the draws, and its standard error, by `without_chain`."""
+    return dict(zip(("value", "error"), without_chain(losses, value), strict=True))

@@ -54,7 +54,7 @@ class Source(Protocol):
 def how_to_get(dataset: Dataset) -> str:
     """Return the command that gets a data set's files, and the setting that names them."""
     name, inside = CLASSES[dataset]
-    parts = "split=s" if dataset == "svhn" else "train=s"
+    which = "split=s" if dataset == "svhn" else "train=s"
     over = "('train', 'test')" if dataset == "svhn" else "(True, False)"
     folder = str(Path("data") / inside)
     debian = (
@@ -63,13 +63,13 @@ def how_to_get(dataset: Dataset) -> str:
         else ""
     )
     return debian + (
-        f"python -c \"from torchvision.datasets import {name} as D; [D('data', {parts}, "
+        f"python -c \"from torchvision.datasets import {name} as D; [D('data', {which}, "
         f'download=True) for s in {over}]", then --data {folder}'
     )
 
 
 def read_images(
-    folder: Path | None, part: Split, dataset: Dataset = "fashion"
+    folder: Path | None, split: Split, dataset: Dataset = "fashion"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return images, ``(n, 28, 28)`` or ``(n, 32, 32, 3)`` of uint8, and labels.
 
@@ -78,7 +78,7 @@ def read_images(
     StoreError
         There is no folder, or it lacks a file; the message has the command that gets it.
     """
-    paths = _files(folder, part, dataset)
+    paths = _files(folder, split, dataset)
     if dataset == "svhn":
         return _read_svhn(paths[0])
     arrays = []
@@ -96,52 +96,52 @@ def require_files(source: Source, made: Path | None = None) -> None:
     """
     if made is not None and made.exists():
         return
-    parts: tuple[Split, ...] = ("train", "test")
-    for part in parts:
-        _files(source.data, part, source.dataset)
+    splits: tuple[Split, ...] = ("train", "test")
+    for split in splits:
+        _files(source.data, split, source.dataset)
 
 
-def _files(folder: Path | None, part: Split, dataset: Dataset) -> list[Path]:
+def _files(folder: Path | None, split: Split, dataset: Dataset) -> list[Path]:
     """Return the files of images and of labels, packed or not; of SVHN one file."""
     if folder is None:
         raise StoreError(f"no folder of {CLASSES[dataset][0]}'s files: {how_to_get(dataset)}")
     if dataset == "svhn":
-        path = folder / f"{part}_32x32.mat"  # as published and as torchvision keeps it
+        path = folder / f"{split}_32x32.mat"  # as published and as torchvision keeps it
         if not path.exists():
             raise StoreError(f"{folder} has no {path.name}: {how_to_get('svhn')}")
         return [path]
-    found = []
+    files = []
     inside = folder / CLASSES[dataset][1]
     folder = inside if inside.is_dir() else folder  # a root of torchvision's will do
     for kind in ("images-idx3", "labels-idx1"):
-        path = folder / f"{'t10k' if part == 'test' else part}-{kind}-ubyte.gz"
+        path = folder / f"{'t10k' if split == 'test' else split}-{kind}-ubyte.gz"
         if not path.exists():
             path = path.with_suffix("")
         if not path.exists():
             raise StoreError(
                 f"{folder} has no {path.name} or {path.name}.gz: {how_to_get(dataset)}"
             )
-        found.append(path)
-    return found
+        files.append(path)
+    return files
 
 
 def _read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
     from scipy.io import loadmat
 
-    found = loadmat(str(path))
-    labels = found["y"].ravel().astype(np.int64) % 10  # the digit 0 has the label 10
-    return np.ascontiguousarray(found["X"].transpose(3, 0, 1, 2)), labels
+    arrays = loadmat(str(path))
+    labels = arrays["y"].ravel().astype(np.int64) % 10  # the digit 0 has the label 10
+    return np.ascontiguousarray(arrays["X"].transpose(3, 0, 1, 2)), labels
 
 
 def take_images(source: Source, train: int, test: int, *, seed: int) -> dict[str, Any]:
-    """Return some images and labels of either part: ``train_images``, ``test_labels``, ..."""
+    """Return some images and labels of either split: ``train_images``, ``test_labels``, ..."""
     rng = np.random.default_rng(seed)
     kept: dict[str, Any] = {}
     wanted: dict[Split, int] = {"train": train, "test": test}
-    for part, count in wanted.items():
-        images, labels = read_images(source.data, part, source.dataset)
+    for split, count in wanted.items():
+        images, labels = read_images(source.data, split, source.dataset)
         chosen = rng.choice(len(labels), min(count, len(labels)), replace=False)
-        kept |= {f"{part}_images": images[chosen], f"{part}_labels": labels[chosen]}
+        kept |= {f"{split}_images": images[chosen], f"{split}_labels": labels[chosen]}
     return kept
 
 
@@ -151,8 +151,8 @@ def as_inputs(images: np.ndarray) -> torch.Tensor:
     return values.unsqueeze(1) if values.ndim == 3 else values.permute(0, 3, 1, 2).contiguous()
 
 
-def data_set(path: Path, part: str, count: int | None = None) -> TensorDataset:
+def data_set(path: Path, split: str, count: int | None = None) -> TensorDataset:
     """Return images ``(n, channel, row, column)`` of 0 to 1 from a file, and their classes."""
     with np.load(path) as data:
-        images = as_inputs(data[f"{part}_images"][:count])
-        return TensorDataset(images, torch.from_numpy(data[f"{part}_labels"][:count]).long())
+        images = as_inputs(data[f"{split}_images"][:count])
+        return TensorDataset(images, torch.from_numpy(data[f"{split}_labels"][:count]).long())

@@ -73,10 +73,9 @@ class Trained:
         """Store of the trace."""
         return self.folder / "train.zarr"
 
-    def images(self, part: str, count: int | None = None) -> TensorDataset:
+    def images(self, split: str, count: int | None = None) -> TensorDataset:
         """Return images of ``"train"`` or ``"test"`` as the network takes them."""
-        found: TensorDataset = data_set(self.data, part, count)
-        return found
+        return data_set(self.data, split, count)
 
     def untrained(self) -> nn.Sequential:
         """Return the network as it began."""
@@ -96,32 +95,29 @@ class Trained:
         """Return the loss of each image at each of some steps, ``(time, n)`` nats."""
         trace = self.trace()
         inputs, labels = data.tensors
-        found = np.empty((len(steps), len(labels)))
+        table = np.empty((len(steps), len(labels)))
         for t, (_, theta) in enumerate(trace.states(list(steps))):
             trace.set_parameters(theta)
             with torch.no_grad():
-                parts: list[Any] = [trace.flat(part) for part in inputs.split(2000)]
-            losses = F.cross_entropy(torch.cat(parts).double(), labels, reduction="none")
-            found[t] = losses.numpy()
-        return found
+                logits: list[Any] = [trace.flat(some) for some in inputs.split(2000)]
+            losses = F.cross_entropy(torch.cat(logits).double(), labels, reduction="none")
+            table[t] = losses.numpy()
+        return table
 
     def epochs(self, count: int | None = None) -> list[int]:
         """Return the steps where epochs begin, and the last: all, or so many, evenly spaced."""
         trace = self.trace()
         steps = np.append(trace.epochs, trace.steps)
-        at = np.linspace(0, len(steps) - 1, count or len(steps)).round().astype(int)
-        return [int(step) for step in steps[np.unique(at)]]
+        chosen = np.linspace(0, len(steps) - 1, count or len(steps)).round().astype(int)
+        return [int(step) for step in steps[np.unique(chosen)]]
+
+    def times(self, count: int | None = None) -> tuple[list[int], np.ndarray]:
+        """Return such steps, and the epochs that begin there."""
+        steps = self.epochs(count)
+        return steps, np.searchsorted(self.epochs(), steps)
 
 
-def train(
-    state: workflow.Run,
-    config: Training,
-    folder: Path,
-    show: bool,
-    *,
-    seed: int | None = None,
-    every: int = 1,
-) -> Trained:
+def train(study: workflow.Study[Training], *, seed: int | None = None, every: int = 1) -> Trained:
     """Train, recorded, as two stages of a study; or take the run that ``config.trained`` names.
 
     ``seed`` is one after the config's own, whose run is then always the study's own; it records
@@ -129,13 +125,14 @@ def train(
 
     See `check`, which is to be called first.
     """
+    config = study.config
     first = seed is None or seed == config.seed
     seed = config.seed if seed is None else seed
     if config.trained is not None and first:
         return Trained(config.trained, config, seed)
-    run = Trained(folder, config, seed)
-    state.stage(f"data {seed}", lambda: _make_data(run), [run.data])
-    state.stage(f"train {seed}", lambda: _train(run, every, show), [run.model, run.store])
+    run = Trained(study.folder, config, seed)
+    study.stage(f"data {seed}", _make_data, "data.npz", run)
+    study.stage(f"train {seed}", _train, ["model.pt", "train.zarr"], run, every)
     return run
 
 
@@ -193,19 +190,18 @@ def _check_run(config: Training, folder: Path) -> None:
         )
 
 
-def _make_data(run: Trained) -> None:
+def _make_data(study: workflow.Study[Training], run: Trained) -> None:
     wanted = run.config.batches * run.config.batch_size
-    run.folder.mkdir(parents=True, exist_ok=True)
     kept = take_images(run.config, wanted, TEST, seed=run.seed)
     if len(kept["train_labels"]) < wanted:
         raise SettingsError(
             f"{run.config.batches} batches of {run.config.batch_size} are {wanted:,} images, and "
             f"there are {len(kept['train_labels']):,}; take fewer --batches"
         )
-    np.savez(run.data, **kept)
+    study.save("data.npz", **kept)
 
 
-def _train(run: Trained, every: int, show: bool) -> None:
+def _train(study: workflow.Study[Training], run: Trained, every: int) -> None:
     config, data = run.config, run.images("train")
     batches = plan(len(data), config.batch_size, config.batches * config.epochs, run.seed)
     model = fit(
@@ -215,9 +211,10 @@ def _train(run: Trained, every: int, show: bool) -> None:
         config.learning_rate,
         store=run.store,
         every=every,
-        show=show,
+        show=study.show,
     )
-    torch.save(model.state_dict(), run.model)
+    with workflow.replacing(run.model) as new:
+        torch.save(model.state_dict(), new)
 
 
 def build(network: str, shape: Sequence[int], seed: int) -> nn.Sequential:
@@ -268,13 +265,13 @@ def cnn(channels: int = 3, side: int = 32) -> nn.Sequential:
 
 def layers(model: nn.Sequential) -> dict[str, str]:
     """Return names people use for a network's layers, and the module that each is."""
-    counts, found = {"conv": 0, "fc": 0}, {}
+    counts, modules = {"conv": 0, "fc": 0}, {}
     for name, module in model.named_children():
         kind = {nn.Conv2d: "conv", nn.Linear: "fc"}.get(type(module))
         if kind is not None:
             counts[kind] += 1
-            found[f"{kind}{counts[kind]}"] = name
-    return found
+            modules[f"{kind}{counts[kind]}"] = name
+    return modules
 
 
 def last_hidden(model: nn.Sequential) -> str:
@@ -285,10 +282,10 @@ def last_hidden(model: nn.Sequential) -> str:
 def plan(n: int, batch_size: int, steps: int, seed: int) -> list[torch.Tensor]:
     """Return so many batches, epoch by epoch, each in an order of its own."""
     shuffle = torch.Generator().manual_seed(seed)
-    out: list[torch.Tensor] = []
-    while len(out) < steps:
-        out += torch.randperm(n, generator=shuffle).split(batch_size)
-    return out[:steps]
+    batches: list[torch.Tensor] = []
+    while len(batches) < steps:
+        batches += torch.randperm(n, generator=shuffle).split(batch_size)
+    return batches[:steps]
 
 
 def fit(
@@ -336,7 +333,7 @@ def fit(
 def logits_of(model: nn.Module, inputs: torch.Tensor, rows: int = 2000) -> torch.Tensor:
     """Return what a network says of images, ``(n, class)`` in float64."""
     with torch.inference_mode():
-        return torch.cat([model.eval()(part) for part in inputs.split(rows)]).double()
+        return torch.cat([model.eval()(some) for some in inputs.split(rows)]).double()
 
 
 def losses_of(model: nn.Module, data: TensorDataset) -> np.ndarray:

@@ -24,11 +24,11 @@ SETS = ("audited", "held_out")
 def take(source: Source, train: int, audited: int, held_out: int, *, seed: int) -> dict[str, Any]:
     """Return training images, test images to audit, and others: ``audited_images``, ..."""
     kept: dict[str, Any] = take_images(source, train, audited + held_out, seed=seed)
-    for part, wanted in (("train", train), ("test", audited + held_out)):
-        if len(kept[f"{part}_labels"]) < wanted:
+    for split, wanted in (("train", train), ("test", audited + held_out)):
+        if len(kept[f"{split}_labels"]) < wanted:
             raise SettingsError(
-                f"{wanted:,} {part} images are wanted, and there are "
-                f"{len(kept[f'{part}_labels']):,}; ask for fewer"
+                f"{wanted:,} {split} images are wanted, and there are "
+                f"{len(kept[f'{split}_labels']):,}; ask for fewer"
             )
     for kind in ("images", "labels"):
         both = kept.pop(f"test_{kind}")
@@ -42,10 +42,10 @@ def influence(trace: Trace, audited: TensorDataset, store: Path, show: bool) -> 
     ``net`` sums over the audited images, so that what lowered their losses is negative; ``gross``
     sums magnitudes.
     """
-    found = lk.audit(trace, audited, store=store, progress=show)
-    each = found["influence"].astype(np.float64)
+    audit = lk.audit(trace, audited, store=store, progress=show)
+    each = audit["influence"].astype(np.float64)
     net, gross = each.sum("audit").values, abs(each).sum("audit").values
-    return {"net": net, "gross": gross, "lc": found.attrs["lc"]}
+    return {"net": net, "gross": gross, "lc": audit.attrs["lc"]}
 
 
 def order(arm: str, net: np.ndarray, gross: np.ndarray, seed: int) -> np.ndarray:
@@ -97,8 +97,8 @@ def again(
     """
     images, labels = data.tensors
     fit(model, TensorDataset(images[kept], labels[kept]), batches, rate)
-    found = {name: outcome(model, test) for name, test in tests.items()}
-    return found | {"images": len(np.unique(kept)), "steps": len(batches)}
+    outcomes = {name: outcome(model, test) for name, test in tests.items()}
+    return outcomes | {"images": len(np.unique(kept)), "steps": len(batches)}
 
 
 def outcome(model: nn.Module, data: TensorDataset) -> dict[str, float]:

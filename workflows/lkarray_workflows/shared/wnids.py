@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from lkarray_workflows.shared.common import plain_numbers
 
 import lkarray as lk
 from lkarray import plots, progress, store, workflow
@@ -33,15 +34,15 @@ def keep_thumbnails(path: Path, images: np.ndarray, size: int = 64) -> None:
     store.put(path, "thumbnails", xr.DataArray(small, dims=dims, name="thumbnail"))
 
 
-def relate(path: Path, k: int, seed: int, *, show: bool) -> None:
+def relate(study: workflow.Study[Any], name: str) -> None:
     """Find neighbours of other classes; embed the images at distance 1 - R (appendix B)."""
-    losses = losses_of(path)
-    near = lk.neighbors(losses, k, exclude="label")
-    with progress.dask_bar("neighbours", show=show):
+    path, config = study.path(name), study.config
+    near = lk.neighbors(losses_of(path), config.neighbors, exclude="label")
+    with progress.dask_bar("neighbours", show=study.show):
         store.put(path, "neighbors", near)
     near = neighbors_of(path)
-    with progress.busy("map (UMAP)", show=show):
-        store.put(path, "map", lk.embed(near, seed=seed))
+    with progress.busy("map (UMAP)", show=study.show):
+        store.put(path, "map", lk.embed(near, seed=config.seed))
 
 
 def losses_of(path: Path) -> xr.DataArray:
@@ -54,10 +55,10 @@ def neighbors_of(path: Path) -> xr.Dataset:
     return lk.open(path)["derived/neighbors"].to_dataset().load()
 
 
-def lift_of(found: Any, labels: np.ndarray, seed: int, k: int = 30) -> xr.Dataset:
+def lift_of(near_or_losses: Any, labels: np.ndarray, seed: int, k: int = 30) -> xr.Dataset:
     """Return the taxonomic lift of neighbours or losses, over the classes that occur."""
     taxonomy = lk.Taxonomy.imagenet().subset(np.unique(labels).tolist())
-    lift: xr.Dataset = lk.taxonomic_lift(found, taxonomy, k=k, seed=seed)
+    lift: xr.Dataset = lk.taxonomic_lift(near_or_losses, taxonomy, k=k, seed=seed)
     return lift
 
 
@@ -67,20 +68,17 @@ _CURVE = ("depth", "lift", "low", "high")
 def numbers(lift: xr.Dataset) -> dict[str, list[float | None]]:
     """Return the pooled lift by depth, with its interval, as plain numbers."""
     of = {"depth": "depth", "lift": "pooled_lift", "low": "pooled_low", "high": "pooled_high"}
-    return {
-        name: [float(v) if np.isfinite(v) else None for v in lift[variable].values]
-        for name, variable in of.items()
-    }
+    return {name: plain_numbers(lift[variable].values) for name, variable in of.items()}
 
 
 def lift_text(lift: dict[str, list[Any]]) -> str:
     """Return a lift by depth as one line, with its interval where there is one."""
-    parts = []
+    depths = []
     for depth, value, low, high in zip(*(lift[key] for key in _CURVE), strict=True):
         if value is not None:
             ends = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
-            parts.append(f"{depth:.0f}: {value:.2f}{ends}")
-    return ", ".join(parts)
+            depths.append(f"{depth:.0f}: {value:.2f}{ends}")
+    return ", ".join(depths)
 
 
 def figures(path: Path, lift: xr.Dataset, *, shown: int = 6, seed: int = 0) -> list[Any]:

@@ -8,15 +8,15 @@ algorithm 2, label-free, with its controls. The claims are decided over several 
 
 from __future__ import annotations
 
-import json
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 import xarray as xr
-from lkarray_workflows.shared.adversarial_modes import SENSITIVE, by_modes, cure, over_time
+from lkarray_workflows.shared.adversarial_cure import cure
+from lkarray_workflows.shared.adversarial_modes import SENSITIVE, by_modes, over_time
 from lkarray_workflows.shared.adversarial_report import report
 from lkarray_workflows.shared.attacks import KINDS, Attack, Pairs, make_pairs, require_foolbox
 from lkarray_workflows.shared.recorded import (
@@ -91,183 +91,190 @@ class Config(Training):
         return self
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     check(config, config.seeds)
     require_foolbox()
-    with workflow.Run("adversarial", config, folder) as state:
-        every: list[Paths] = []
+    with workflow.Study("adversarial", config, folder, progress) as study:
+        networks: list[tuple[Study, Trained]] = []
         for seed in range(config.seed, config.seed + config.seeds):
             first = seed == config.seed
-            home = folder if first else folder / f"seed_{seed}"
-            kept = 1 if first else config.batches  # later networks are asked at epochs only
-            run_ = train(state, config, home, progress, seed=seed, every=kept)
-            paths = Paths(home, run_)
-            every.append(paths)
-            stages = {"pairs": make_inputs, "modes": by_modes, "cure": cure}
-            if first:
-                stages |= {"audit": audit, "layers": by_layer, "outputs": outputs}
-                stages |= {"time": over_time}
-            for name, work in stages.items():
-                do = partial(work, config, paths, progress)
-                state.stage(f"{name} {seed}", do, [getattr(paths, name)])
-        index = folder / "report" / "index.html"
-        write = partial(report, config, every, state)
-        state.stage("report", write, [index])
-        discard(config, *(paths.run for paths in every))
-        for paths in every:
-            if not config.keep:
-                lk.discard_gradients(paths.store)
-    return f"Report  {index}\nStore   {every[0].store}"
-
-
-class Paths:
-    """Where the files about one network are."""
-
-    def __init__(self, folder: Path, run: Trained) -> None:
-        self.folder, self.run = folder, run
-        self.store = folder / "analysis.zarr"
-        self.pairs, self.cured = folder / "pairs.npz", folder / "cured.npz"
-        self.modes, self.cure, self.audit, self.layers, self.outputs, self.time = (
-            folder / f"{name}.json"
-            for name in ("modes", "cure", "audit", "layers", "outputs", "time")
-        )
-
-    def epochs(self, count: int | None = None) -> tuple[list[int], np.ndarray]:
-        """Return steps, and the epochs that begin there."""
-        steps = self.run.epochs(count)
-        return steps, np.searchsorted(self.run.epochs(), steps)
+            home = study if first else study.within(f"seed_{seed}")
+            # Later networks are asked at epochs only.
+            recorded = train(home, seed=seed, every=1 if first else config.batches)
+            networks.append((home, recorded))
+            for name, (work, makes) in (STAGES if first else LATER).items():
+                home.stage(f"{name} {seed}", work, makes, recorded)
+        study.stage("report", report, "report/index.html", networks)
+        discard(config, *(recorded for _, recorded in networks))
+        if not config.keep:
+            for home, _ in networks:
+                lk.discard_gradients(home.path("analysis.zarr"))
+    return f"Report  {study.index}\nStore   {study.path('analysis.zarr')}"
 
 
 # --- inputs -----------------------------------------------------------------------------------
 
 
-def make_inputs(config: Config, paths: Paths, show: bool) -> None:
+def make_inputs(study: Study, run: Trained) -> None:
     """Attack training images, and take what stands beside them."""
-    found = make_pairs(
-        paths.run.final(),
-        paths.run.images("train", config.tried),
+    config = study.config
+    pairs = make_pairs(
+        run.final(),
+        run.images("train", config.tried),
         config.pairs,
         kind=config.attack,
         radius=config.radius,
-        seed=paths.run.seed,
+        seed=run.seed,
     )
-    found.save(paths.pairs)
+    pairs.save(study.path("pairs.npz"))
 
 
 def path_of(pairs: Pairs, points: int = 11) -> tuple[TensorDataset, dict[str, Any]]:
     """Return the first clean image on its way to the adversarial and the random one."""
-    at = torch.linspace(0, 1, points)
+    positions = torch.linspace(0, 1, points)
     clean = pairs.images["clean"][:1]
-    rows = [
-        clean + at.view(-1, 1, 1, 1) * (pairs.images[kind][:1] - clean)
+    images = [
+        clean + positions.view(-1, 1, 1, 1) * (pairs.images[kind][:1] - clean)
         for kind in ("adversarial", "random")
     ]
     labels = pairs.labels["clean"][:1].repeat(2 * points)
-    return TensorDataset(torch.cat(rows), labels), {
+    return TensorDataset(torch.cat(images), labels), {
         "kind": np.repeat(["path adversarial", "path random"], points),
-        "position": np.tile(at.numpy(), 2),
+        "position": np.tile(positions.numpy(), 2),
     }
 
 
 # --- audits -----------------------------------------------------------------------------------
 
 
-def audit(config: Config, paths: Paths, show: bool) -> None:
-    """Audit the losses of all inputs, and of the way to two of them, by epoch."""
-    pairs = Pairs.load(paths.pairs)
+def with_way(pairs: Pairs) -> tuple[TensorDataset, dict[str, Any]]:
+    """Return all inputs, and those on the way to two of them, with what each is."""
     (images, labels), coords = pairs.data().tensors, pairs.coords()
     way, between = path_of(pairs)
-    both = TensorDataset(*(torch.cat(of) for of in zip((images, labels), way.tensors, strict=True)))
-    coords = {
+    both = zip((images, labels), way.tensors, strict=True)
+    return TensorDataset(*(torch.cat(tensors) for tensors in both)), {
         "kind": np.concatenate([coords["kind"], between["kind"]]),
         "pair": np.concatenate([coords["pair"], np.zeros(len(way), int)]),
         "position": np.concatenate([np.full(len(images), np.nan), between["position"]]),
     }
-    found = lk.audit(
-        paths.run.trace(),
-        both,
+
+
+def audit(study: Study, run: Trained) -> None:
+    """Audit the losses of all inputs, and of the way to two of them, by epoch."""
+    path = study.path("analysis.zarr")
+    inputs, coords = with_way(Pairs.load(study.path("pairs.npz")))
+    audited = lk.audit(
+        run.trace(),
+        inputs,
         groups={"time": "epoch"},
         coords=coords,
-        store=paths.store,
-        progress=show,
+        store=path,
+        progress=study.show,
     )
-    kept = {}
+    sums = {}
     for name, make in (("net", lk.net_influence), ("gross", lk.gross_influence)):
         for cumulative in (False, True):
-            kept[name + " so far" * cumulative] = make(found, cumulative=cumulative).compute()
-    store.put(paths.store, "influence_sums", xr.Dataset(_plain(kept)))
-    whole = found["influence"].sum("epoch").transpose("example", ...).values
-    kinds, n = found["kind"].values, config.pairs
-    parts = {kind: whole[:, kinds == kind] for kind in KINDS}
-    of = {
-        kind: [float(np.corrcoef(parts["clean"][:, i], parts[kind][:, i])[0, 1]) for i in range(n)]
-        for kind in ("adversarial", "random")
-    }
-    slope = {
-        kind: [
-            float(parts["clean"][:, i] @ parts[kind][:, i] / np.square(parts["clean"][:, i]).sum())
-            for i in range(n)
-        ]
-        for kind in of
-    }
-    first = {kind: parts[kind][:, 0] for kind in ("clean", *of)}
-    store.put(paths.store, "first_pair", xr.Dataset({k: ("example", v) for k, v in first.items()}))
-    gross = kept["gross so far"].isel(epoch=-1).values
-    net = kept["net so far"].isel(epoch=-1).values
+            sums[name + " so far" * cumulative] = make(audited, cumulative=cumulative).compute()
+    store.put(path, "influence_sums", xr.Dataset(_plain(sums)))
+    whole = audited["influence"].sum("epoch").transpose("example", ...).values
+    kinds = audited["kind"].values
+    influence = {kind: whole[:, kinds == kind] for kind in KINDS}
+    first = {kind: influence[kind][:, 0] for kind in KINDS[:3]}
+    store.put(path, "first_pair", xr.Dataset({k: ("example", v) for k, v in first.items()}))
+    gross, net = (sums[f"{name} so far"].isel(epoch=-1).values for name in ("gross", "net"))
     metrics = {
-        **{key: found.attrs[key] for key in ("mre", "lc", "closure")},
-        "correlation": of,
-        "slope": slope,
+        **{key: audited.attrs[key] for key in ("mre", "lc", "closure")},
+        **against_clean(influence, study.config.pairs),
         "gross": {kind: float(gross[kinds == kind].mean()) for kind in KINDS},
         "net": {kind: float(net[kinds == kind].mean()) for kind in KINDS},
         "net_over_gross": {
             kind: float(np.mean(np.abs(net) / gross, where=kinds == kind)) for kind in KINDS
         },
     }
-    paths.audit.write_text(json.dumps(metrics))
+    study.write("audit.json", metrics)
 
 
-def by_layer(config: Config, paths: Paths, show: bool) -> None:
+def against_clean(influence: dict[str, np.ndarray], count: int) -> dict[str, Any]:
+    """Return correlation and slope of influence on perturbed images with that on clean ones."""
+    clean, perturbed = influence["clean"], ("adversarial", "random")
+    return {
+        "correlation": {
+            kind: [
+                float(np.corrcoef(clean[:, i], influence[kind][:, i])[0, 1]) for i in range(count)
+            ]
+            for kind in perturbed
+        },
+        "slope": {
+            kind: [
+                float(clean[:, i] @ influence[kind][:, i] / np.square(clean[:, i]).sum())
+                for i in range(count)
+            ]
+            for kind in perturbed
+        },
+    }
+
+
+def by_layer(study: Study, run: Trained) -> None:
     """Audit some by layer and epoch, each training image apart for as long as that takes."""
-    pairs, count = Pairs.load(paths.pairs), config.detailed
-    found = lk.audit(
-        paths.run.trace(),
+    pairs, count = Pairs.load(study.path("pairs.npz")), study.config.detailed
+    audited = lk.audit(
+        run.trace(),
         pairs.data(count=count),
-        groups={"param": layers(paths.run.untrained()), "time": "epoch"},
+        groups={"param": layers(run.untrained()), "time": "epoch"},
         coords=pairs.coords(count=count),
-        store=paths.store,
+        store=study.path("analysis.zarr"),
         name="layers",
-        progress=show,
+        progress=study.show,
     )
-    sums = {"net": lk.net_influence(found).compute(), "gross": lk.gross_influence(found).compute()}
-    store.put(paths.store, "layer_sums", xr.Dataset(_plain(sums)))
+    sums = {
+        "net": lk.net_influence(audited).compute(),
+        "gross": lk.gross_influence(audited).compute(),
+    }
+    store.put(study.path("analysis.zarr"), "layer_sums", xr.Dataset(_plain(sums)))
     gross = sums["gross"].groupby("kind").mean().sum("epoch")
     largest = {
         str(kind): str(gross["layer"].values[int(gross.sel(kind=kind).argmax("layer"))])
         for kind in gross["kind"].values
     }
-    numbers = {key: found.attrs[key] for key in ("mre", "lc", "closure")}
-    paths.layers.write_text(json.dumps({**numbers, "largest_layer": largest}))
+    numbers = {key: audited.attrs[key] for key in ("mre", "lc", "closure")}
+    study.write("layers.json", {**numbers, "largest_layer": largest})
 
 
-def outputs(config: Config, paths: Paths, show: bool) -> None:
+def outputs(study: Study, run: Trained) -> None:
     """Audit every output of the network for some: the prediction audit."""
-    pairs, count = Pairs.load(paths.pairs), config.predicted
+    pairs, count = Pairs.load(study.path("pairs.npz")), study.config.predicted
     kinds = KINDS[:3]
-    found = lk.audit(
-        paths.run.trace(),
+    audited = lk.audit(
+        run.trace(),
         pairs.data(kinds, count),
         target="prediction",
         coords=pairs.coords(kinds, count),
-        store=paths.store,
+        store=study.path("analysis.zarr"),
         name="outputs",
-        progress=show,
+        progress=study.show,
     )
-    paths.outputs.write_text(
-        json.dumps({key: found.attrs[key] for key in ("mre", "lc", "closure")})
-    )
+    study.write("outputs.json", {key: audited.attrs[key] for key in ("mre", "lc", "closure")})
 
 
-def _plain(parts: dict[str, xr.DataArray]) -> dict[str, xr.DataArray]:
-    return {name: part.rename(None).drop_attrs() for name, part in parts.items()}
+def _plain(sums: dict[str, xr.DataArray]) -> dict[str, xr.DataArray]:
+    return {name: values.rename(None).drop_attrs() for name, values in sums.items()}
+
+
+#: What is done with every network, in this order, and the file that each leaves.
+LATER: dict[str, tuple[Callable[[Study, Trained], None], str]] = {
+    "pairs": (make_inputs, "pairs.npz"),
+    "modes": (by_modes, "modes.json"),
+    "cure": (cure, "cure.json"),
+}
+#: What is done with the first.
+STAGES = {
+    **LATER,
+    "audit": (audit, "audit.json"),
+    "layers": (by_layer, "layers.json"),
+    "outputs": (outputs, "outputs.json"),
+    "time": (over_time, "time.json"),
+}

@@ -10,12 +10,13 @@ losses of clean test images (summed harmful influence).
 from __future__ import annotations
 
 import json
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from lkarray_workflows.shared.common import accuracy, area, draw_losses, keep_model, load_model
 from lkarray_workflows.shared.images import FOLDER, NAMES, data_set, require_files, take_images
 from lkarray_workflows.shared.recorded import build, fit, plan
 from matplotlib.figure import Figure
@@ -75,73 +76,70 @@ class Config(workflow.Config):
     keep: bool = Field(False, description="keep the recorded runs after the report")
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
-    seeds = range(config.seed, config.seed + config.seeds)
+    seeds = seeds_of(config)
     require_files(config)
-    with workflow.Run("audit_flips", config, folder) as state:
+    with workflow.Study("audit_flips", config, folder, progress) as study:
         for seed in seeds:
-            paths = Paths(folder, seed)
-            for name, work, out in (
-                ("data", make_data, paths.data),
-                ("train", train, paths.model),
-                ("audit", make_audit, paths.audit),
-                ("TracIn", make_tracin, paths.tracin),
-                ("sample", make_sample, paths.gain),
-            ):
-                state.stage(f"{name} {seed}", partial(work, config, paths, progress), [out])
-        index = folder / "report" / "index.html"
-        state.stage("report", lambda: report(config, folder, list(seeds), state), [index])
+            home = study.within(f"seed-{seed}")
+            for name, (work, makes) in STAGES.items():
+                home.stage(f"{name} {seed}", work, makes, seed)
+        study.stage("report", report, "report/index.html")
         if not config.keep:
             for seed in seeds:
-                lk.discard_trace(Paths(folder, seed).store)
-    return f"Report  {index}\nStore   {Paths(folder, seeds[0]).store}"
+                lk.discard_trace(study.path(f"seed-{seed}/train.zarr"))
+    return f"Report  {study.index}\nStore   {study.path(f'seed-{config.seed}/train.zarr')}"
 
 
-class Paths:
-    """Where the files of a seed are."""
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.whole, self.seed = folder, seed
-        self.folder = folder / f"seed-{seed}"
-        self.data, self.model = self.folder / "data.npz", self.folder / "model.pt"
-        self.store, self.samples = self.folder / "train.zarr", self.folder / "samples.zarr"
-        self.audit, self.tracin, self.gain = (
-            self.folder / f"{name}.npz" for name in ("audit", "tracin", "gain")
-        )
+def seeds_of(config: Config) -> range:
+    """Return the seeds, each with a network and a folder of its own."""
+    return range(config.seed, config.seed + config.seeds)
 
 
-def make_data(config: Config, paths: Paths, show: bool) -> None:
+def make_data(study: Study, seed: int) -> None:
     """Take images, and change some labels to any of the other nine."""
-    paths.folder.mkdir(parents=True, exist_ok=True)
-    kept = take_images(config, config.train, config.audited, seed=paths.seed)
-    rng = np.random.default_rng(paths.seed + 1000)
+    config = study.config
+    kept = take_images(config, config.train, config.audited, seed=seed)
+    rng = np.random.default_rng(seed + 1000)
     n = len(kept["train_labels"])
     changed = rng.choice(n, round(config.flipped * n), replace=False)
     kept["true_labels"] = kept["train_labels"].copy()
     labels = kept["train_labels"]
     labels[changed] = (labels[changed] + rng.integers(1, 10, len(changed))) % 10
-    np.savez(paths.data, **kept)
+    study.save("data.npz", **kept)
 
 
-def train(config: Config, paths: Paths, show: bool) -> None:
+def train(study: Study, seed: int) -> None:
     """Train, recorded."""
-    data = data_set(paths.data, "train")
+    config = study.config
+    data = data_set(study.path("data.npz"), "train")
     steps = -(-len(data) // config.batch_size) * config.epochs
-    batches = plan(len(data), config.batch_size, steps, paths.seed)
-    model = fit(untrained(paths), data, batches, config.learning_rate, store=paths.store, show=show)
-    torch.save(model.state_dict(), paths.model)
+    batches = plan(len(data), config.batch_size, steps, seed)
+    model = fit(
+        untrained(seed),
+        data,
+        batches,
+        config.learning_rate,
+        store=study.path("train.zarr"),
+        show=study.show,
+    )
+    keep_model(model, study.path("model.pt"))
 
 
-def untrained(paths: Paths) -> nn.Sequential:
+def untrained(seed: int) -> nn.Sequential:
     """Return LeNet-5 as it begins."""
-    found: nn.Sequential = build("lenet", (1, 28), paths.seed)
-    return found
+    return build("lenet", (1, 28), seed)
 
 
-def open_trace(paths: Paths) -> Trace:
+def open_trace(study: Study, seed: int) -> Trace:
     """Open the recorded run."""
-    return lk.open_trace(paths.store, untrained(paths), data_set(paths.data, "train"))
+    return lk.open_trace(
+        study.path("train.zarr"), untrained(seed), data_set(study.path("data.npz"), "train")
+    )
 
 
 def harm(influence: Any) -> np.ndarray:
@@ -154,94 +152,103 @@ def own(influence: Any) -> np.ndarray:
     return -np.asarray(np.diagonal(influence.values))
 
 
-def make_audit(config: Config, paths: Paths, show: bool) -> None:
+def make_audit(study: Study, seed: int) -> None:
     """Audit the training images themselves, and clean test images."""
-    trace = open_trace(paths)
-    found: dict[str, Any] = {}
-    on_itself = lk.audit(
-        trace, np.arange(trace.train.n), store=paths.store, name="itself", progress=show
-    )
-    clean = lk.audit(trace, data_set(paths.data, "test"), store=paths.store, progress=show)
-    found["self-influence"] = own(on_itself["influence"])
-    found["harmful influence"] = harm(clean["influence"])
-    found["net influence"] = clean["influence"].sum("audit").values
-    np.savez(paths.audit, lc=[on_itself.attrs["lc"], clean.attrs["lc"]], **found)
-
-
-def make_tracin(config: Config, paths: Paths, show: bool) -> None:
-    """Attribute by TracIn: over every step, and at the checkpoints of epochs."""
-    trace = open_trace(paths)
-    everything, test = np.arange(trace.train.n), data_set(paths.data, "test")
-    found: dict[str, Any] = {
-        "TracIn self-influence": own(lk.tracin_in_run(trace, everything, progress=show)),
-        "TracIn harmful influence": harm(lk.tracin_in_run(trace, test, progress=show)),
-        "TracInCP self-influence": own(lk.tracin(trace, everything, progress=show)),
+    trace = open_trace(study, seed)
+    store, test = study.path("train.zarr"), data_set(study.path("data.npz"), "test")
+    everything = np.arange(trace.train.n)
+    on_itself = lk.audit(trace, everything, store=store, name="itself", progress=study.show)
+    clean = lk.audit(trace, test, store=store, progress=study.show)
+    scores: dict[str, Any] = {
+        "self-influence": own(on_itself["influence"]),
+        "harmful influence": harm(clean["influence"]),
+        "net influence": clean["influence"].sum("audit").values,
     }
-    np.savez(paths.tracin, **found)
+    study.save("audit.npz", lc=[on_itself.attrs["lc"], clean.attrs["lc"]], **scores)
 
 
-def make_sample(config: Config, paths: Paths, show: bool) -> None:
+def make_tracin(study: Study, seed: int) -> None:
+    """Attribute by TracIn: over every step, and at the checkpoints of epochs."""
+    trace = open_trace(study, seed)
+    everything, test = np.arange(trace.train.n), data_set(study.path("data.npz"), "test")
+    scores: dict[str, Any] = {
+        "TracIn self-influence": own(lk.tracin_in_run(trace, everything, progress=study.show)),
+        "TracIn harmful influence": harm(lk.tracin_in_run(trace, test, progress=study.show)),
+        "TracInCP self-influence": own(lk.tracin(trace, everything, progress=study.show)),
+    }
+    study.save("tracin.npz", **scores)
+
+
+def make_sample(study: Study, seed: int) -> None:
     """Sample the local posterior: loss gains; and the losses themselves."""
-    data = data_set(paths.data, "train")
-    model = untrained(paths)
-    model.load_state_dict(torch.load(paths.model, weights_only=True))
-    model.eval()
-    tree = lk.sample(
-        lk.LocalPosterior(model, data, nbeta=config.nbeta, gamma=config.gamma),
+    path = study.path("data.npz")
+    data, test = data_set(path, "train"), data_set(path, "test")
+    model = load_model(untrained(seed), study.path("model.pt"))
+    tree = draw_losses(
+        study.config,
+        model,
         data,
-        sampler=lk.SGLD(step_size=config.step_size),
-        store=paths.samples,
-        chains=config.chains,
-        draws=config.draws,
-        burn_in=config.burn_in,
-        thin=config.thin,
+        data,
+        study.path("samples.zarr"),
         batch_size=256,
-        seed=paths.seed,
-        progress=show,
+        seed=seed,
+        coords={},
+        show=study.show,
     )
     images, labels = data.tensors
-    with np.load(paths.data) as arrays, torch.inference_mode():
-        true = torch.from_numpy(arrays["true_labels"]).long()
+    with torch.inference_mode():
         output = model(images)
-        right = output.argmax(1)
-        test = data_set(paths.data, "test").tensors
-        on_test = float((model(test[0]).argmax(1) == test[1]).float().mean())
-    flipped = true != labels
-    verdicts = lk.diagnostics(tree).attrs["verdicts"]
+    with np.load(path) as arrays:
+        flipped = arrays["true_labels"] != labels.numpy()
+    right = accuracy(model, data)
     facts = {
-        "right on clean labels": float((right == labels)[~flipped].float().mean()),
-        "changed labels learned": float((right == labels)[flipped].float().mean()),
-        "test accuracy": on_test,
-        "verdicts": list(verdicts),
+        "right on clean labels": mean_of(right[~flipped]),
+        "changed labels learned": mean_of(right[flipped]),
+        "test accuracy": mean_of(accuracy(model, test)),
+        "verdicts": list(lk.diagnostics(tree).attrs["verdicts"]),
     }
-    found: dict[str, Any] = {
+    scores: dict[str, Any] = {
         "loss gain": lk.loss_gain(tree["losses"]).values,
         "loss variance": lk.loss_variance(tree["losses"]).values,
         "loss": F.cross_entropy(output, labels, reduction="none").numpy(),
     }
-    np.savez(paths.gain, facts=json.dumps(facts), flipped=flipped.numpy(), **found)
+    study.save("gain.npz", facts=json.dumps(facts), flipped=flipped, **scores)
 
 
-def scores_of(paths: Paths) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
+def mean_of(right: np.ndarray) -> float:
+    """Return the share that is right, as a mean in float32."""
+    return float(torch.from_numpy(right).float().mean())
+
+
+#: What is done with each seed, in this order, and the file that each leaves.
+STAGES: dict[str, tuple[Callable[[Study, int], None], str]] = {
+    "data": (make_data, "data.npz"),
+    "train": (train, "model.pt"),
+    "audit": (make_audit, "audit.npz"),
+    "TracIn": (make_tracin, "tracin.npz"),
+    "sample": (make_sample, "gain.npz"),
+}
+
+
+def scores_of(study: Study, seed: int) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
     """Return each score of the training images, which are flipped, and facts of the run."""
-    found: dict[str, np.ndarray] = {}
-    for path in (paths.audit, paths.tracin, paths.gain):
-        with np.load(path) as arrays:
-            found |= dict(arrays)
-    facts = json.loads(str(found["facts"])) | {"lc": found["lc"].tolist()}
-    return {name: found[name] for name in SCORES}, found["flipped"], facts
+    arrays: dict[str, np.ndarray] = {}
+    for name in ("audit", "tracin", "gain"):
+        arrays |= study.load(f"seed-{seed}/{name}.npz")
+    facts = json.loads(str(arrays["facts"])) | {"lc": arrays["lc"].tolist()}
+    return {name: arrays[name] for name in SCORES}, arrays["flipped"], facts
 
 
-def report(config: Config, folder: Path, seeds: list[int], state: workflow.Run) -> None:
+def report(study: Study) -> None:
     """Write the report folder."""
-    from sklearn.metrics import roc_auc_score
-
-    of = {seed: scores_of(Paths(folder, seed)) for seed in seeds}
+    config = study.config
+    first = study.path(f"seed-{config.seed}/train.zarr")
+    by_seed = {seed: scores_of(study, seed) for seed in seeds_of(config)}
     areas = {
-        name: [float(roc_auc_score(flipped, scores[name])) for scores, flipped, _ in of.values()]
+        name: [area(flipped, scores[name]) for scores, flipped, _ in by_seed.values()]
         for name in SCORES
     }
-    scores, flipped, _ = of[seeds[0]]
+    scores, flipped, _ = by_seed[config.seed]
     rows = [
         (
             f"AUROC of {name}",
@@ -251,43 +258,36 @@ def report(config: Config, folder: Path, seeds: list[int], state: workflow.Run) 
         for name, values in areas.items()
     ]
     for fact in ("right on clean labels", "changed labels learned", "test accuracy"):
-        values = [facts[fact] for _, _, facts in of.values()]
+        values = [facts[fact] for _, _, facts in by_seed.values()]
         rows.append((fact.capitalize(), f"{np.mean(values):.1%}", ""))
-    workflow.write_report(
-        workflow.Report(
-            title="Wrong labels, found by audit",
-            summary=[
-                f"{config.flipped:.0%} of {config.train:,} labels changed; {config.epochs} epochs, "
-                f"Adam {config.learning_rate:g}; {config.audited} clean test images; "
-                f"{config.seeds} seeds. Chance is 0.5. TracIn follows the batches of every step; "
-                "TracInCP takes the states that epochs begin with."
-            ],
-            metrics={
-                "auroc": areas,
-                "facts": {str(s): one[2] for s, one in of.items()},
-                "seconds": state.seconds(),
-                "config": config.model_dump(mode="json"),
-            },
-            rows=rows,
-            figures=[
-                workflow.Figure(
-                    "scores",
-                    "Scores of clean and of changed labels",
-                    f"Seed {seeds[0]}, each kind of label with its own area.",
-                    draw(scores, flipped, areas),
-                ),
-                workflow.Figure(
-                    "suspects",
-                    "Most suspicious by self-influence",
-                    "The label that it was given; red where that was changed.",
-                    gallery(config, Paths(folder, seeds[0]), scores, flipped),
-                ),
-            ],
-            settings=config.model_dump(mode="json"),
-            next_steps=f'audit = lk.open("{Paths(folder, seeds[0]).store}")["audit_itself"]\n'
-            'influence = audit["influence"]',
-        ),
-        folder / "report",
+    study.report(
+        title="Wrong labels, found by audit",
+        summary=[
+            f"{config.flipped:.0%} of {config.train:,} labels changed; {config.epochs} epochs, "
+            f"Adam {config.learning_rate:g}; {config.audited} clean test images; "
+            f"{config.seeds} seeds. Chance is 0.5. TracIn follows the batches of every step; "
+            "TracInCP takes the states that epochs begin with."
+        ],
+        metrics={
+            "auroc": areas,
+            "facts": {str(s): facts for s, (_, _, facts) in by_seed.items()},
+        },
+        rows=rows,
+        figures=[
+            workflow.Figure(
+                "scores",
+                "Scores of clean and of changed labels",
+                f"Seed {config.seed}, each kind of label with its own area.",
+                draw(scores, flipped, areas),
+            ),
+            workflow.Figure(
+                "suspects",
+                "Most suspicious by self-influence",
+                "The label that it was given; red where that was changed.",
+                gallery(study, scores, flipped),
+            ),
+        ],
+        next_steps=f'audit = lk.open("{first}")["audit_itself"]\ninfluence = audit["influence"]',
     )
 
 
@@ -313,12 +313,10 @@ def draw(
     return figure
 
 
-def gallery(
-    config: Config, paths: Paths, scores: dict[str, np.ndarray], flipped: np.ndarray
-) -> Figure:
+def gallery(study: Study, scores: dict[str, np.ndarray], flipped: np.ndarray) -> Figure:
     """Draw the images of highest self-influence with their given labels."""
-    names = NAMES[config.dataset]
-    with np.load(paths.data) as arrays:
+    names = NAMES[study.config.dataset]
+    with np.load(study.path(f"seed-{study.config.seed}/data.npz")) as arrays:
         images, labels = arrays["train_images"], arrays["train_labels"]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     order = np.argsort(-scores["self-influence"])

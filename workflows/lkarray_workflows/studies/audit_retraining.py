@@ -10,8 +10,6 @@ that the audit never saw.
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -74,187 +72,175 @@ class Config(workflow.Config):
     keep: bool = Field(False, description="keep the recorded run after the report")
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     require_files(config, folder / "data.npz")
-    with workflow.Run("audit_retraining", config, folder) as state:
-        paths = Paths(folder)
-        state.stage("data", lambda: make_data(config, paths), [paths.data])
-        state.stage("audit", lambda: make_audit(config, paths, progress), [paths.scores])
+    with workflow.Study("audit_retraining", config, folder, progress) as study:
+        study.stage("data", make_data, "data.npz")
+        study.stage("audit", make_audit, "scores.npz")
         for seed in range(config.seed + 1, config.seed + 1 + config.seeds):
             for arm in ARMS:
-                out = paths.arm(arm, seed)
-                state.stage(f"{arm} {seed}", partial(again, config, paths, arm, seed), [out])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
+                study.stage(f"{arm} {seed}", again, file_of(arm, seed), arm, seed)
+        study.stage("report", report, "report/index.html")
         if not config.keep:
-            lk.discard_trace(paths.store)
-    return f"Report  {paths.index}\nStore   {paths.store}"
+            lk.discard_trace(study.path("train.zarr"))
+    return f"Report  {study.index}\nStore   {study.path('train.zarr')}"
 
 
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.report = folder, folder / "report"
-        self.data, self.scores = folder / "data.npz", folder / "scores.npz"
-        self.store = folder / "train.zarr"
-        self.index = self.report / "index.html"
-
-    def arm(self, arm: str, seed: int) -> Path:
-        """Return the outcome of an arm's run."""
-        return self.folder / f"{arm.replace(' ', '_')}_{seed}.json"
+def file_of(arm: str, seed: int) -> str:
+    """Return the name of the file with the outcome of an arm's run."""
+    return f"{arm.replace(' ', '_')}_{seed}.json"
 
 
-def make_data(config: Config, paths: Paths) -> None:
+def make_data(study: Study) -> None:
     """Take the training images, the audited ones, and others."""
+    config = study.config
     train = config.batches * config.batch_size
-    np.savez(paths.data, **take(config, train, config.audited, config.held_out, seed=config.seed))
+    study.save("data.npz", **take(config, train, config.audited, config.held_out, seed=config.seed))
 
 
 def lenet(seed: int) -> nn.Sequential:
     """Return LeNet-5 as a run begins."""
-    found: nn.Sequential = build("lenet", (1, 28), seed)
-    return found
+    return build("lenet", (1, 28), seed)
 
 
 def batches(config: Config, n: int, seed: int) -> list[torch.Tensor]:
     """Return the batches of a run: as many for each arm."""
-    found: list[torch.Tensor] = plan(n, config.batch_size, config.batches * config.epochs, seed)
-    return found
+    return plan(n, config.batch_size, config.batches * config.epochs, seed)
 
 
-def make_audit(config: Config, paths: Paths, show: bool) -> None:
+def make_audit(study: Study) -> None:
     """Train, recorded; audit; keep what each training image did to the audited losses."""
-    data, audited = data_set(paths.data, "train"), data_set(paths.data, "audited")
+    config = study.config
+    path = study.path("data.npz")
+    data, audited = data_set(path, "train"), data_set(path, "audited")
     fit(
         lenet(config.seed),
         data,
         batches(config, len(data), config.seed),
         config.learning_rate,
-        store=paths.store,
-        show=show,
+        store=study.path("train.zarr"),
+        show=study.show,
     )
-    trace = lk.open_trace(paths.store, lenet(config.seed), data)
-    np.savez(paths.scores, **influence(trace, audited, paths.store, show))
+    trace = lk.open_trace(study.path("train.zarr"), lenet(config.seed), data)
+    study.save("scores.npz", **influence(trace, audited, study.path("train.zarr"), study.show))
 
 
-def kept_by(config: Config, paths: Paths, arm: str, seed: int) -> np.ndarray:
+def kept_by(study: Study, arm: str, seed: int) -> np.ndarray:
     """Return the training images that an arm learns from."""
-    with np.load(paths.scores) as scores:
+    with np.load(study.path("scores.npz")) as scores:
         net, gross = scores["net"], scores["gross"]
     if arm == BALANCED:
-        labels = data_set(paths.data, "train").tensors[1].numpy()
-        counts = [round(config.share * int(size)) for size in np.unique_counts(labels).counts]
+        labels = data_set(study.path("data.npz"), "train").tensors[1].numpy()
+        counts = [round(study.config.share * int(size)) for size in np.unique_counts(labels).counts]
         kept = without_of_each(order("least influential", net, gross, seed), labels, counts)
     else:
-        count = 0 if arm == "nothing" else round(config.share * len(net))
+        count = 0 if arm == "nothing" else round(study.config.share * len(net))
         kept = without(order(arm, net, gross, seed), count)
     return np.asarray(kept)
 
 
-def again(config: Config, paths: Paths, arm: str, seed: int) -> None:
+def again(study: Study, arm: str, seed: int) -> None:
     """Train one arm, and measure it."""
-    kept = kept_by(config, paths, arm, seed)
-    found = retraining.again(
+    kept = kept_by(study, arm, seed)
+    outcome = retraining.again(
         lenet(seed),
-        data_set(paths.data, "train"),
+        data_set(study.path("data.npz"), "train"),
         kept,
-        batches(config, len(kept), seed),
-        config.learning_rate,
-        {name: data_set(paths.data, name) for name in SETS},
+        batches(study.config, len(kept), seed),
+        study.config.learning_rate,
+        {name: data_set(study.path("data.npz"), name) for name in SETS},
     )
-    paths.arm(arm, seed).write_text(json.dumps(found))
+    study.write(file_of(arm, seed), outcome)
 
 
-def claims(config: Config, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def claims(outcomes: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Say of each claim what the paired differences of losses are, and whether it holds."""
-    out = {}
+    held = {}
     for claim, (worse, better) in CLAIMS.items():
         for name in SETS:
-            pairs = zip(found[worse], found[better], strict=True)
+            pairs = zip(outcomes[worse], outcomes[better], strict=True)
             gaps = [a[name]["loss"] - b[name]["loss"] for a, b in pairs]
-            out[f"{claim}, {name.replace('_', ' ')} images"] = {
+            held[f"{claim}, {name.replace('_', ' ')} images"] = {
                 "differences": gaps,
                 "mean": float(np.mean(gaps)),
                 "holds": min(gaps) > 0,
             }
-    return out
+    return held
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
+def report(study: Study) -> None:
     """Write the report folder."""
+    config = study.config
     seeds = range(config.seed + 1, config.seed + 1 + config.seeds)
-    found = {arm: [json.loads(paths.arm(arm, s).read_text()) for s in seeds] for arm in ARMS}
-    held = claims(config, found)
+    outcomes = {arm: [study.read(file_of(arm, s)) for s in seeds] for arm in ARMS}
+    held = claims(outcomes)
     rows = [
         (
             f"{arm}: loss of the audited, of others (accuracy)",
-            ", ".join(f"{np.mean([one[s]['loss'] for one in runs]):.4f}" for s in SETS)
-            + f" ({np.mean([one['held_out']['accuracy'] for one in runs]):.1%})",
+            ", ".join(f"{np.mean([run[s]['loss'] for run in runs]):.4f}" for s in SETS)
+            + f" ({np.mean([run['held_out']['accuracy'] for run in runs]):.1%})",
             f"{runs[0]['images']:,} images",
         )
-        for arm, runs in found.items()
+        for arm, runs in outcomes.items()
     ] + [
         (
             claim,
-            f"{one['mean']:+.4f} nats: {'holds' if one['holds'] else 'does NOT hold'}",
-            "by seed: " + ", ".join(f"{gap:+.4f}" for gap in one["differences"]),
+            f"{gap['mean']:+.4f} nats: {'holds' if gap['holds'] else 'does NOT hold'}",
+            "by seed: " + ", ".join(f"{value:+.4f}" for value in gap["differences"]),
         )
-        for claim, one in held.items()
+        for claim, gap in held.items()
     ]
-    with np.load(paths.scores) as scores:
+    with np.load(study.path("scores.npz")) as scores:
         correlation = float(scores["lc"])
-    workflow.write_report(
-        workflow.Report(
-            title="Training again without the examples that an audit names",
-            summary=[
-                f"{config.share:.0%} of {config.batches * config.batch_size:,} training images "
-                f"removed, {config.batches * config.epochs} steps in every arm, {config.seeds} "
-                "seeds. A claim holds if the difference has its sign for every seed. Removing "
-                "images changes what is left, so an audit of one run need not tell what another "
-                "run does: this is the check whether it does."
-            ],
-            metrics={
-                "arms": found,
-                "claims": held,
-                "lc": correlation,
-                "seconds": state.seconds(),
-                "config": config.model_dump(mode="json"),
-            },
-            rows=rows,
-            figures=[
-                workflow.Figure(
-                    "arms",
-                    "Loss after training again",
-                    "Each dot is a seed, the bar their mean.",
-                    draw(found),
-                )
-            ],
-            settings=config.model_dump(mode="json"),
-            next_steps=f'audit = lk.open("{paths.store}")["audit"].to_dataset()\n'
-            "lk.most_influential(audit, 10)",
-        ),
-        paths.report,
+    study.report(
+        title="Training again without the examples that an audit names",
+        summary=[
+            f"{config.share:.0%} of {config.batches * config.batch_size:,} training images "
+            f"removed, {config.batches * config.epochs} steps in every arm, {config.seeds} "
+            "seeds. A claim holds if the difference has its sign for every seed. Removing "
+            "images changes what is left, so an audit of one run need not tell what another "
+            "run does: this is the check whether it does."
+        ],
+        metrics={
+            "arms": outcomes,
+            "claims": held,
+            "lc": correlation,
+        },
+        rows=rows,
+        figures=[
+            workflow.Figure(
+                "arms",
+                "Loss after training again",
+                "Each dot is a seed, the bar their mean.",
+                draw(outcomes),
+            )
+        ],
+        next_steps=f'audit = lk.open("{study.path("train.zarr")}")["audit"].to_dataset()\n'
+        "lk.most_influential(audit, 10)",
     )
 
 
-def draw(found: dict[str, list[dict[str, Any]]]) -> Figure:
+def draw(outcomes: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draw the losses of each arm."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), SETS, strict=True):
-        for y, (arm, runs) in enumerate(found.items()):
-            losses = [one[name]["loss"] for one in runs]
+        for y, (arm, runs) in enumerate(outcomes.items()):
+            losses = [run[name]["loss"] for run in runs]
             color = "0.5" if arm in ("nothing", "random") else "#3f90da"
             axes.plot(losses, [y] * len(losses), "o", color=color, alpha=0.7, ms=6)
             axes.plot([np.mean(losses)] * 2, [y - 0.3, y + 0.3], color="black", lw=1.5)
         axes.axvline(
-            np.mean([one[name]["loss"] for one in found["random"]]),
+            np.mean([run[name]["loss"] for run in outcomes["random"]]),
             color="0.7",
             lw=0.8,
             ls="--",
             zorder=0,
         )
-        axes.set_yticks(range(len(found)), list(found))
+        axes.set_yticks(range(len(outcomes)), list(outcomes))
         axes.invert_yaxis()
         axes.set(xlabel="mean loss (nats)", title=f"{name.replace('_', ' ')} test images")
         axes.grid(axis="x", alpha=0.25)

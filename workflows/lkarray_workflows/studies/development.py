@@ -7,7 +7,6 @@ images is computed at each; maps share one setting of UMAP, so that what changes
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,28 +15,27 @@ import torch
 import xarray as xr
 from lkarray_workflows.shared.common import (
     Numbers,
-    Sampling,
     accuracy,
-    brightness,
-    convolutional,
     curve_with_errors,
     draw_losses,
     fit,
-    garment_lifts,
     halves_agree,
 )
-from lkarray_workflows.shared.images import (
-    FOLDER,
-    NAMES,
-    Dataset,
-    data_set,
-    require_files,
-    take_images,
+from lkarray_workflows.shared.garments import (
+    Garments,
+    garment_lifts,
+    make_data,
+    network,
+    observed_images,
+    points_of,
+    rank_correlation,
+    wordnet_of,
 )
-from lkarray_workflows.studies.fashion import SYNSETS
+from lkarray_workflows.shared.images import NAMES, data_set, require_files
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import progress, workflow
@@ -45,7 +43,7 @@ from lkarray.analysis.hierarchy import sources
 from lkarray.errors import SettingsError
 
 
-class Config(Sampling):
+class Config(Garments):
     """Settings."""
 
     presets: ClassVar = {
@@ -75,61 +73,27 @@ class Config(Sampling):
         },
     }
 
-    seed: int = Field(1, ge=0, description="of the images, the training, the sampling")
-    dataset: ClassVar[Dataset] = "fashion"
-    data: Path | None = Field(None, description=FOLDER)
-    train: int = Field(20_000, ge=50, le=60_000, description="training images")
-    observed: int = Field(1000, ge=100, le=10_000, description="test images")
-    width: int = Field(16, ge=1, description="channels of the first layer")
-    epochs: int = Field(15, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    batch_size: int = Field(128, ge=1, description="of the training")
     steps: Numbers = Field((0, 10, 50, 200, 800), description="to keep, beside the last")
-    neighbors: int = Field(30, ge=1)
-    step_size: float = Field(2e-5, gt=0)
-    burn_in: int = Field(300, ge=0)
+
+
+Study = workflow.Study[Config]
 
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     require_files(config, folder / "data.npz")
     sources.open_wordnet()  # asked for at the end
-    with workflow.Run("development", config, folder) as state:
-        paths = Paths(folder)
-        state.stage("data", lambda: make_data(config, paths), [paths.data])
-        state.stage("train", lambda: train(config, paths, progress), [paths.models])
-        state.stage("sample", lambda: sample(config, paths, progress), [paths.store])
-        state.stage("map", lambda: make_maps(config, paths, progress), [paths.maps])
-        state.stage("measure", lambda: measure(config, paths, progress), [paths.metrics])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-    return f"Report  {paths.index}\nStore   {paths.store}"
+    with workflow.Study("development", config, folder, progress) as study:
+        study.stage("data", make_data, "data.npz")
+        study.stage("train", train, "models.pt")
+        study.stage("sample", sample, "store.zarr")
+        study.stage("map", make_maps, "maps.npz")
+        study.stage("measure", measure, "metrics.json")
+        study.stage("report", report, "report/index.html")
+    return f"Report  {study.index}\nStore   {study.path('store.zarr')}"
 
 
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.data, self.models = folder, folder / "data.npz", folder / "models.pt"
-        self.store, self.maps = folder / "store.zarr", folder / "maps.npz"
-        self.metrics = folder / "metrics.json"
-        self.report = folder / "report"
-        self.index = self.report / "index.html"
-
-
-def make_data(config: Config, paths: Paths) -> None:
-    """Take training images, and observed ones from the test images."""
-    kept = take_images(config, config.train, config.observed, seed=config.seed)
-    np.savez(paths.data, **kept)
-
-
-def network(config: Config) -> nn.Module:
-    """Return the untrained network."""
-    torch.manual_seed(config.seed)
-    model: nn.Module = convolutional(config.width)
-    return model
-
-
-def train(config: Config, paths: Paths, show: bool) -> None:
+def train(study: Study) -> None:
     """Train with Adam, and keep the weights before some steps, and the last.
 
     Raises
@@ -137,7 +101,8 @@ def train(config: Config, paths: Paths, show: bool) -> None:
     SettingsError
         A step to keep is not one of the training's.
     """
-    data, model = data_set(paths.data, "train"), network(config)
+    config = study.config
+    data, model = data_set(study.path("data.npz"), "train"), network(config)
     last = config.epochs * -(-len(data) // config.batch_size)
     wanted = {int(step) for step in config.steps}
     if not wanted or min(wanted) < 0 or max(wanted) >= last:
@@ -155,145 +120,157 @@ def train(config: Config, paths: Paths, show: bool) -> None:
         epochs=config.epochs,
         batch_size=config.batch_size,
         seed=config.seed,
-        show=show,
+        show=study.show,
         before_step=keep,
     )
     keep(last)
-    with workflow.replacing(paths.models) as part:
-        torch.save(kept, part)
+    with study.writing("models.pt") as new:
+        torch.save(kept, new)
 
 
-def sample(config: Config, paths: Paths, show: bool) -> None:
+def sample(study: Study) -> None:
     """Sample around each checkpoint."""
-    observed = data_set(paths.data, "test")
-    groups = brightness(observed.tensors[0].numpy())
+    config = study.config
+    observed, coords = observed_images(study)
     draw_losses(
         config,
         network(config),
-        data_set(paths.data, "train"),
+        data_set(study.path("data.npz"), "train"),
         observed,
-        paths.store,
+        study.path("store.zarr"),
+        batch_size=config.sampler_batch,
         seed=config.seed,
-        show=show,
-        checkpoints=torch.load(paths.models, weights_only=True),
-        coords={"label": observed.tensors[1].numpy(), "brightness": groups},
+        show=study.show,
+        checkpoints=torch.load(study.path("models.pt"), weights_only=True),
+        coords=coords,
     )
 
 
-def losses_of(paths: Paths) -> xr.DataArray:
+def losses_of(study: Study) -> xr.DataArray:
     """Return the losses ``(checkpoint, chain, draw, sample)``."""
-    return lk.open(paths.store)["losses"].to_dataset()["loss"]
+    return lk.open(study.path("store.zarr"))["losses"].to_dataset()["loss"]
 
 
-def make_maps(config: Config, paths: Paths, show: bool) -> None:
+def make_maps(study: Study) -> None:
     """Map the images at each checkpoint, with edges within a class removed (appendix B)."""
-    losses = losses_of(paths)
+    losses = losses_of(study)
     points = []
-    with progress.bar("maps (UMAP)", total=losses.sizes["checkpoint"], unit="map", show=show) as b:
+    with progress.bar(
+        "maps (UMAP)", total=losses.sizes["checkpoint"], unit="map", show=study.show
+    ) as b:
         for step in losses["checkpoint"].values:
             near = lk.neighbors(
-                losses.sel(checkpoint=step), config.neighbors, exclude="label"
+                losses.sel(checkpoint=step), study.config.neighbors, exclude="label"
             ).compute()
-            points.append(lk.embed(near, seed=config.seed).values)
+            points.append(lk.embed(near, seed=study.config.seed).values)
             b.update()
-    np.savez(paths.maps, points=np.stack(points))
+    study.save("maps.npz", points=np.stack(points))
 
 
-def measure(config: Config, paths: Paths, show: bool) -> None:
+def numbers_of(
+    model: nn.Module, data: TensorDataset, losses: xr.DataArray, final: xr.DataArray
+) -> dict[str, Any]:
+    """Return how right a checkpoint's network is, and how near its kernel is to the final one."""
+    return {
+        "accuracy": float(accuracy(model, data).mean()),
+        "cka_to_final": float(lk.cka(losses, final, normalize="cosine")),
+        "cka_without_noise": float(lk.cka(losses, final, normalize="cosine", debiased="draws")),
+    }
+
+
+def measure(study: Study) -> None:
     """Compute every number of the report."""
-    taxonomy = lk.Taxonomy.wordnet(SYNSETS)
-    taxonomy.to_json(paths.folder / "taxonomy.json")
-    losses, states = losses_of(paths), torch.load(paths.models, weights_only=True)
+    config, taxonomy = study.config, wordnet_of(study)
+    losses, weights = losses_of(study), torch.load(study.path("models.pt"), weights_only=True)
     final = losses.isel(checkpoint=-1, drop=True)
-    found: list[dict[str, Any]] = []
-    with progress.bar("checkpoints", total=len(states), unit="kernel", show=show) as bar:
-        for step, state in states.items():
+    test = data_set(study.path("data.npz"), "test")
+    checkpoints: list[dict[str, Any]] = []
+    with progress.bar("checkpoints", total=len(weights), unit="kernel", show=study.show) as bar:
+        for step, state in weights.items():
             x = losses.sel(checkpoint=step, drop=True)
             model = network(config)
             model.load_state_dict(state)
             by_distance = lk.correlation_by_distance(x, taxonomy, seed=config.seed)
-            found.append(
+            checkpoints.append(
                 {
                     "step": step,
-                    "accuracy": float(accuracy(model, data_set(paths.data, "test")).mean()),
-                    "cka_to_final": float(lk.cka(x, final, normalize="cosine")),
-                    "cka_without_noise": float(
-                        lk.cka(x, final, normalize="cosine", debiased="draws")
-                    ),
+                    **numbers_of(model, test, x, final),
                     "lifts": garment_lifts(x, taxonomy, config.neighbors, config.seed),
-                    "rank_correlation": {
-                        key: float(by_distance[f"rank_{key}"])
-                        for key in ("correlation", "low", "high")
-                    },
+                    "rank_correlation": rank_correlation(by_distance),
                     "same_class": float(by_distance["correlation"].sel(distance=0)),
                     "agreement_of_halves": halves_agree(x),
                 }
             )
             bar.update()
-    paths.metrics.write_text(json.dumps({"checkpoints": found}, indent=2, allow_nan=False))
+    study.write("metrics.json", {"checkpoints": checkpoints})
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
-    """Write the report folder."""
-    m = json.loads(paths.metrics.read_text())
-    found = m["checkpoints"]
-    with np.load(paths.maps) as maps:
-        points = maps["points"]
-    labels = losses_of(paths)["label"].values
-    figures = [
+def figures_of(study: Study, checkpoints: list[dict[str, Any]]) -> list[workflow.Figure]:
+    """Return the figures of the report."""
+    points = study.load("maps.npz")["points"]
+    labels = losses_of(study)["label"].values
+    return [
         workflow.Figure(
             "maps",
             "Maps through training",
             "UMAP at distance 1 - R with one setting; "
             "edges within a class removed, so classes gather only through others "
             "(figure 8).",
-            draw_maps(points, labels, [one["step"] for one in found]),
+            draw_maps(points, labels, [entry["step"] for entry in checkpoints]),
         ),
         workflow.Figure(
             "curves",
             "Alignment and lift through training",
             "CKA with the last "
             "kernel, plain and with Monte-Carlo noise taken out; lifts against chance.",
-            draw_curves(found),
+            draw_curves(checkpoints),
         ),
     ]
+
+
+def rows_of(checkpoints: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Return the table at the top of the report."""
     text = "{value:.2f} +- {error:.2f}".format
     rows = []
-    for one in found:
+    for entry in checkpoints:
         rows += [
             (
-                f"Step {one['step']}: CKA with the last kernel, noise taken out",
-                f"{one['cka_to_final']:.3f}, {one['cka_without_noise']:.3f}",
+                f"Step {entry['step']}: CKA with the last kernel, noise taken out",
+                f"{entry['cka_to_final']:.3f}, {entry['cka_without_noise']:.3f}",
                 "",
             ),
             (
                 "... lift of class, of brightness",
-                text(**one["lifts"]["class"]) + ", " + text(**one["lifts"]["brightness"]),
+                text(**entry["lifts"]["class"]) + ", " + text(**entry["lifts"]["brightness"]),
                 "chance: 1",
             ),
-            ("... right, of the test images", f"{one['accuracy']:.1%}", ""),
+            ("... right, of the test images", f"{entry['accuracy']:.1%}", ""),
             (
                 "... agreement of R between halves of the chains",
-                f"{one['agreement_of_halves']:.2f}",
+                f"{entry['agreement_of_halves']:.2f}",
                 "",
             ),
         ]
-    workflow.write_report(
-        workflow.Report(
-            title="How the loss kernel develops through training",
-            summary=[
-                f"{config.train:,} training images of Fashion-MNIST, {config.observed:,} test "
-                f"images observed, {config.chains} chains of {config.draws} draws at each "
-                "checkpoint. The paper shows maps of GoogLeNet on ImageNet and no numbers."
-            ],
-            metrics={**m, "seconds": state.seconds(), "config": config.model_dump(mode="json")},
-            rows=rows,
-            figures=figures,
-            settings=config.model_dump(mode="json"),
-            next_steps=f'losses = lk.open("{paths.store}")["losses"].to_dataset()["loss"]\n'
-            "lk.cka(losses.isel(checkpoint=0), losses.isel(checkpoint=-1))",
-        ),
-        paths.report,
+    return rows
+
+
+def report(study: Study) -> None:
+    """Write the report folder."""
+    config, path = study.config, study.path("store.zarr")
+    metrics = study.read("metrics.json")
+    checkpoints = metrics["checkpoints"]
+    study.report(
+        title="How the loss kernel develops through training",
+        summary=[
+            f"{config.train:,} training images of Fashion-MNIST, {config.observed:,} test "
+            f"images observed, {config.chains} chains of {config.draws} draws at each "
+            "checkpoint. The paper shows maps of GoogLeNet on ImageNet and no numbers."
+        ],
+        metrics=metrics,
+        rows=rows_of(checkpoints),
+        figures=figures_of(study, checkpoints),
+        next_steps=f'losses = lk.open("{path}")["losses"].to_dataset()["loss"]\n'
+        "lk.cka(losses.isel(checkpoint=0), losses.isel(checkpoint=-1))",
     )
 
 
@@ -302,16 +279,16 @@ def draw_maps(points: np.ndarray, labels: np.ndarray, steps: list[int]) -> Figur
     from matplotlib import color_sequences
 
     columns = min(3, len(steps))
-    rows = -(-len(steps) // columns)
-    figure = Figure(figsize=(4.2 * columns + 1.5, 4.2 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flat
+    lines = -(-len(steps) // columns)
+    figure = Figure(figsize=(4.2 * columns + 1.5, 4.2 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flat
     palette = color_sequences["petroff10"]
     for axes, xy, step in zip(grid, points, steps, strict=False):
         for label in np.unique(labels):
-            at = labels == label
+            own = xy[labels == label]
             axes.scatter(
-                xy[at, 0],
-                xy[at, 1],
+                own[:, 0],
+                own[:, 1],
                 s=6,
                 lw=0,
                 color=palette[label % 10],
@@ -325,20 +302,20 @@ def draw_maps(points: np.ndarray, labels: np.ndarray, steps: list[int]) -> Figur
     return figure
 
 
-def draw_curves(found: list[dict[str, Any]]) -> Figure:
+def draw_curves(checkpoints: list[dict[str, Any]]) -> Figure:
     """Draw CKA, accuracy and lifts against the step."""
     figure = Figure(figsize=(15, 4.4), layout="constrained")
     left, right, deep = figure.subplots(1, 3)
-    steps = [max(one["step"], 1) for one in found]
+    steps = [max(entry["step"], 1) for entry in checkpoints]
     lines = {
         "cka_to_final": ("CKA with the last kernel", "o-"),
         "cka_without_noise": ("... noise taken out", "s--"),
         "accuracy": ("right, of the test images", "^:"),
     }
     for key, (label, style) in lines.items():
-        left.plot(steps, [one[key] for one in found], style, ms=4, label=label)
+        left.plot(steps, [entry[key] for entry in checkpoints], style, ms=4, label=label)
     for name, style in {"class": "o-", "brightness": "s--"}.items():
-        lifts = [one["lifts"][name] for one in found]
+        lifts = [entry["lifts"][name] for entry in checkpoints]
         right.errorbar(
             steps,
             [v["value"] for v in lifts],
@@ -348,11 +325,8 @@ def draw_curves(found: list[dict[str, Any]]) -> Figure:
             capsize=3,
             label=name,
         )
-    for column, depth in enumerate(found[0]["lifts"]["depths"]):
-        points = [
-            tuple(one["lifts"][key][column] for key in ("pooled_lift", "low", "high"))
-            for one in found
-        ]
+    for column, depth in enumerate(checkpoints[0]["lifts"]["depths"]):
+        points = points_of(checkpoints, column)
         curve_with_errors(deep, steps, points, f"depth {depth}")
     right.set(ylabel="lift (chance: 1)", title="class and brightness")
     deep.set(ylabel="lift (chance: 1)", title="common ancestor in WordNet, other classes")

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows.shared.common import draw_losses, fit, keep_model, load_model
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
@@ -47,37 +47,27 @@ class Config(workflow.Config):
     neighbors: int = Field(30, ge=1, le=200)
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
-    with workflow.Run("digits", config, folder) as state:
-        paths = Paths(folder)
-        state.stage("data", lambda: make_data(config, paths), [paths.data])
-        state.stage("train", lambda: train(config, paths, progress), [paths.model])
-        state.stage("sample", lambda: sample(config, paths, progress), [paths.store])
-        state.stage("kernel", lambda: kernels(config, paths, progress), [paths.near])
-        state.stage("map", lambda: make_map(config, paths, progress), [paths.map])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-        reused = "sample" in state.reused
-    return closing_words(paths, reused)
+    with workflow.Study("digits", config, folder, progress) as study:
+        study.stage("data", make_data, "data.npz")
+        study.stage("train", train, "model.pt")
+        study.stage("sample", sample, "store.zarr")
+        study.stage("kernel", kernels, "store.zarr/derived/neighbors")
+        study.stage("map", make_map, "store.zarr/derived/map")
+        study.stage("report", report, "report/index.html")
+        reused = "sample" in study.reused
+    return closing_words(study, reused)
 
 
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.data = folder / "data.npz"
-        self.model = folder / "model.pt"
-        self.store = folder / "store.zarr"
-        self.near = self.store / "derived" / "neighbors"
-        self.map = self.store / "derived" / "map"
-        self.report = folder / "report"
-        self.index = self.report / "index.html"
-
-
-def make_data(config: Config, paths: Paths) -> None:
+def make_data(study: Study) -> None:
     """Split the digits, flip some training labels, and keep both kinds of labels."""
     from sklearn.datasets import load_digits
 
+    config = study.config
     digits = load_digits()
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(digits.target))
@@ -86,8 +76,8 @@ def make_data(config: Config, paths: Paths) -> None:
     flipped = np.zeros(len(true), bool)
     flipped[rng.choice(len(true), round(config.flipped * len(true)), replace=False)] = True
     label = np.where(flipped, (true + rng.integers(1, 10, len(true))) % 10, true)
-    np.savez(
-        paths.data,
+    study.save(
+        "data.npz",
         images=digits.images[kept] / 16,
         label=label,
         true_label=true,
@@ -97,9 +87,9 @@ def make_data(config: Config, paths: Paths) -> None:
     )
 
 
-def train_set(paths: Paths) -> TensorDataset:
+def train_set(study: Study) -> TensorDataset:
     """Return the training images and their labels, flips and all."""
-    with np.load(paths.data) as data:
+    with np.load(study.path("data.npz")) as data:
         images = torch.from_numpy(data["images"]).float().flatten(1)
         return TensorDataset(images, torch.from_numpy(data["label"]))
 
@@ -109,88 +99,80 @@ def network(config: Config) -> nn.Module:
     return nn.Sequential(nn.Linear(64, config.width), nn.ReLU(), nn.Linear(config.width, 10))
 
 
-def train(config: Config, paths: Paths, show: bool) -> None:
+def train(study: Study) -> None:
     """Train with Adam until the flipped labels are memorised."""
-    images, labels = train_set(paths).tensors
+    config = study.config
     torch.manual_seed(config.seed)
     model = network(config)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    shuffle = torch.Generator().manual_seed(config.seed)
-    with progress.bar("training", total=config.epochs, unit="epoch", show=show) as bar:
-        for _ in range(config.epochs):
-            for batch in torch.randperm(len(labels), generator=shuffle).split(config.batch_size):
-                optimizer.zero_grad()
-                F.cross_entropy(model(images[batch]), labels[batch]).backward()
-                optimizer.step()
-            bar.update()
-    with workflow.replacing(paths.model) as part:
-        torch.save(model.state_dict(), part)
-
-
-def load_model(config: Config, paths: Paths) -> nn.Module:
-    """Return the trained network."""
-    model = network(config)
-    model.load_state_dict(torch.load(paths.model, weights_only=True))
-    return model
-
-
-def sample(config: Config, paths: Paths, show: bool) -> None:
-    """Sample the local posterior and observe every training image."""
-    data = train_set(paths)
-    with np.load(paths.data) as arrays:
-        coords = {name: arrays[name] for name in ("label", "true_label", "flipped")}
-    posterior = lk.LocalPosterior(
-        load_model(config, paths), data, nbeta=config.nbeta, gamma=config.gamma
-    )
-    lk.sample(
-        posterior,
-        data,
-        sampler=lk.SGLD(step_size=config.step_size),
-        store=paths.store,
-        chains=config.chains,
-        draws=config.draws,
-        burn_in=config.burn_in,
-        thin=config.thin,
+    fit(
+        model,
+        train_set(study),
+        rate=config.learning_rate,
         batch_size=config.batch_size,
-        coords=coords,
+        epochs=config.epochs,
         seed=config.seed,
-        progress=show,
+        show=study.show,
+        optimizer=torch.optim.Adam(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        ),
+    )
+    keep_model(model, study.path("model.pt"))
+
+
+def trained(study: Study) -> nn.Module:
+    """Return the trained network."""
+    return load_model(network(study.config), study.path("model.pt"))
+
+
+def sample(study: Study) -> None:
+    """Sample the local posterior and observe every training image."""
+    config = study.config
+    data = train_set(study)
+    with np.load(study.path("data.npz")) as arrays:
+        coords = {name: arrays[name] for name in ("label", "true_label", "flipped")}
+    draw_losses(
+        config,
+        trained(study),
+        data,
+        data,
+        study.path("store.zarr"),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        coords=coords,
+        show=study.show,
     )
 
 
-def kernels(config: Config, paths: Paths, show: bool) -> None:
+def kernels(study: Study) -> None:
     """Compute the correlation kernel and both neighbour tables; keep them in the store."""
-    losses = lk.open(paths.store)["losses"]
-    with progress.dask_bar("correlation kernel", show=show):
-        store.put(paths.store, "correlation", lk.correlation(losses))
-        same = lk.neighbors(losses, config.neighbors)
-        store.put(paths.store, "neighbors_any_label", same)
-        other = lk.neighbors(losses, config.neighbors, exclude="label")
-        store.put(paths.store, "neighbors", other)
+    path, k = study.path("store.zarr"), study.config.neighbors
+    losses = lk.open(path)["losses"]
+    with progress.dask_bar("correlation kernel", show=study.show):
+        store.put(path, "correlation", lk.correlation(losses))
+        store.put(path, "neighbors_any_label", lk.neighbors(losses, k))
+        store.put(path, "neighbors", lk.neighbors(losses, k, exclude="label"))
 
 
-def make_map(config: Config, paths: Paths, show: bool) -> None:
+def make_map(study: Study) -> None:
     """Embed the neighbour graph, edges within a label removed before the search."""
-    near = lk.open(paths.store)["derived/neighbors"].to_dataset()
-    with progress.busy("map (UMAP)", show=show):
-        store.put(paths.store, "map", lk.embed(near, seed=config.seed))
+    near = lk.open(study.path("store.zarr"))["derived/neighbors"].to_dataset()
+    with progress.busy("map (UMAP)", show=study.show):
+        store.put(study.path("store.zarr"), "map", lk.embed(near, seed=study.config.seed))
 
 
-def measure(config: Config, paths: Paths) -> dict[str, Any]:
+def measure(study: Study) -> dict[str, Any]:
     """Return every number of the report."""
     from sklearn.metrics import roc_auc_score
 
-    tree = lk.open(paths.store)
+    tree = lk.open(study.path("store.zarr"))
     losses = tree["losses"].to_dataset()
     flipped = losses["flipped"].values
     gain, variance = lk.loss_gain(losses).values, lk.loss_variance(losses).values
     center = losses["center_loss"].values
     nearest = tree["derived/neighbors_any_label"].to_dataset()["neighbor"].isel(rank=0).values
-    images, labels = train_set(paths).tensors
-    with np.load(paths.data) as data, torch.inference_mode():
-        model = load_model(config, paths)
+    images, labels = train_set(study).tensors
+    with np.load(study.path("data.npz")) as data, torch.inference_mode():
+        model = trained(study)
         held_out = torch.from_numpy(data["held_out_images"]).float().flatten(1)
         right = (model(images).argmax(1) == labels).numpy()
         tested = (model(held_out).argmax(1).numpy() == data["held_out_label"]).mean()
@@ -260,16 +242,15 @@ def _half_kernels(losses: xr.Dataset) -> float:
     return float(np.corrcoef(first, second)[0, 1])
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
-    """Write figures, numbers and page."""
-    metrics = measure(config, paths)
-    tree = lk.open(paths.store)
+def figures_of(study: Study) -> list[workflow.Figure]:
+    """Return the figures of the report."""
+    tree = lk.open(study.path("store.zarr"))
     near = tree["derived/neighbors"].to_dataset().compute()
-    with np.load(paths.data) as data:
+    with np.load(study.path("data.npz")) as data:
         images = data["images"]
     flipped = near["flipped"].values
     references = [*np.flatnonzero(~flipped)[:3], *np.flatnonzero(flipped)[:3]]
-    figures = [
+    return [
         workflow.Figure(
             "map",
             "The map",
@@ -303,23 +284,24 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             plots.gain_against_loss(tree, mark="flipped"),
         ),
     ]
-    workflow.write_report(
-        workflow.Report(
-            title="Digits: what the loss kernel sees in a network that memorised wrong labels",
-            summary=[
-                f"A network was trained on {metrics['samples']:,} images of handwritten digits, "
-                f"{metrics['flipped']} of them with a wrong label, which it memorised. Its weights "
-                "were then perturbed without losing its low loss, and every image's loss was "
-                "recorded at every perturbation. Two images whose losses rise and fall together "
-                "are treated alike by the network.",
-            ],
-            metrics={**metrics, "seconds": state.seconds(), "config": config.model_dump()},
-            rows=_rows(metrics),
-            figures=figures,
-            settings=config.model_dump(),
-            next_steps=_next_steps(paths),
-        ),
-        paths.report,
+
+
+def report(study: Study) -> None:
+    """Write figures, numbers and page."""
+    metrics = measure(study)
+    study.report(
+        title="Digits: what the loss kernel sees in a network that memorised wrong labels",
+        summary=[
+            f"A network was trained on {metrics['samples']:,} images of handwritten digits, "
+            f"{metrics['flipped']} of them with a wrong label, which it memorised. Its weights "
+            "were then perturbed without losing its low loss, and every image's loss was "
+            "recorded at every perturbation. Two images whose losses rise and fall together "
+            "are treated alike by the network.",
+        ],
+        metrics=metrics,
+        rows=_rows(metrics),
+        figures=figures_of(study),
+        next_steps=_next_steps(study),
     )
 
 
@@ -364,23 +346,23 @@ def _rows(m: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _next_steps(paths: Paths) -> str:
+def _next_steps(study: Study) -> str:
     return (
         "import lkarray as lk\n"
-        f"tree = lk.open({_shown(paths.store)!r})\n"
+        f"tree = lk.open({_shown(study.path('store.zarr'))!r})\n"
         'R = lk.correlation(tree["losses"])\n'
         "R.sel(sample=3, sample_2=17).compute()"
     )
 
 
-def closing_words(paths: Paths, reused: bool) -> str:
+def closing_words(study: Study, reused: bool) -> str:
     """Return the last lines of the run: where things are and what to try next."""
     first = "The store was complete and was reused.\n" if reused else ""
-    steps = "\n".join(f"    {line}" for line in _next_steps(paths).splitlines())
+    steps = "\n".join(f"    {line}" for line in _next_steps(study).splitlines())
     return (
-        f"{first}Report  {_shown(paths.index)}\nStore   {_shown(paths.store)}\n\n"
+        f"{first}Report  {_shown(study.index)}\nStore   {_shown(study.path('store.zarr'))}\n\n"
         f"Next, in Python:\n{steps}\n\n"
-        f"Or look into the store:\n    lkarray info {_shown(paths.store)}"
+        f"Or look into the store:\n    lkarray info {_shown(study.path('store.zarr'))}"
     )
 
 

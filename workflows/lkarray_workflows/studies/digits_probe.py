@@ -8,7 +8,7 @@ the covariance kernel (Bayesian probes, section 4, figure 1, appendices A.3 and 
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,7 +25,7 @@ from lkarray_workflows.shared.common import (
     halves_agree,
     keep_model,
     load_model,
-    without_chain,
+    with_error,
 )
 from lkarray_workflows.shared.images import FOLDER, NAMES, require_files, take_images
 from matplotlib.figure import Figure
@@ -79,57 +79,41 @@ class Config(Sampling):
     thin: int = Field(5, ge=1)
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     require_files(config, folder / "data.npz")
-    with workflow.Run("digits_probe", config, folder) as state:
-        paths = Paths(folder)
-        state.stage("data", lambda: make_data(config, paths), [paths.data])
+    with workflow.Study("digits_probe", config, folder, progress) as study:
+        study.stage("data", make_data, "data.npz")
         for kind in KINDS:
-            work = partial(train, config, paths, kind, progress)
-            state.stage(f"train {kind}", work, [paths.model(kind)])
-            work = partial(sample, config, paths, kind, progress)
-            state.stage(f"sample {kind}", work, [paths.store(kind)])
-        state.stage("map", lambda: make_map(config, paths, progress), [paths.map])
-        state.stage("measure", lambda: measure(config, paths, progress), [paths.metrics])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-    return f"Report  {paths.index}\nStores  {paths.store(KINDS[0])}, {paths.store(KINDS[1])}"
+            study.stage(f"train {kind}", train, f"{kind}.pt", kind)
+            study.stage(f"sample {kind}", sample, f"{kind}.zarr", kind)
+        study.stage("map", make_map, "map.npz")
+        study.stage("measure", measure, "metrics.json")
+        study.stage("report", report, "report/index.html")
+    stores = ", ".join(str(folder / f"{kind}.zarr") for kind in KINDS)
+    return f"Report  {study.index}\nStores  {stores}"
 
 
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.data = folder, folder / "data.npz"
-        self.map, self.metrics = folder / "map.npz", folder / "metrics.json"
-        self.report = folder / "report"
-        self.index = self.report / "index.html"
-
-    def model(self, kind: str) -> Path:
-        """Return the file of a network's weights."""
-        return self.folder / f"{kind}.pt"
-
-    def store(self, kind: str) -> Path:
-        """Return a network's store."""
-        return self.folder / f"{kind}.zarr"
-
-
-def make_data(config: Config, paths: Paths) -> None:
+def make_data(study: Study) -> None:
     """Take the images; give some training images another label at random."""
+    config = study.config
     kept = take_images(config, config.train, config.test, seed=config.seed)
     rng = np.random.default_rng(config.seed + 1)
     labels = kept["train_labels"].copy()
     changed = rng.choice(len(labels), round(config.relabelled * len(labels)), replace=False)
     labels[changed] = (labels[changed] + rng.integers(1, 10, len(changed))) % 10
-    np.savez(paths.data, relabelled_labels=labels, **kept)
+    study.save("data.npz", relabelled_labels=labels, **kept)
 
 
-def data_set(paths: Paths, kind: str, part: str = "train") -> TensorDataset:
+def data_set(study: Study, kind: str, split: str = "train") -> TensorDataset:
     """Return images as rows of 0 to 1, and the labels that a network learns."""
-    with np.load(paths.data) as data:
-        images = torch.from_numpy(data[f"{part}_images"]).float().flatten(1) / 255
-        relabelled = kind == "relabelled" and part == "train"
-        labels = data["relabelled_labels" if relabelled else f"{part}_labels"]
+    with np.load(study.path("data.npz")) as data:
+        images = torch.from_numpy(data[f"{split}_images"]).float().flatten(1) / 255
+        relabelled = kind == "relabelled" and split == "train"
+        labels = data["relabelled_labels" if relabelled else f"{split}_labels"]
         return TensorDataset(images, torch.from_numpy(labels).long())
 
 
@@ -139,106 +123,126 @@ def network(config: Config) -> nn.Module:
     return nn.Sequential(nn.Linear(784, config.width), nn.ReLU(), nn.Linear(config.width, 10))
 
 
-def train(config: Config, paths: Paths, kind: str, show: bool) -> None:
+def train(study: Study, kind: str) -> None:
     """Train with Adam."""
+    config = study.config
     epochs = config.epochs if kind == "clean" else config.relabelled_epochs
     model = fit(
         network(config),
-        data_set(paths, kind),
+        data_set(study, kind),
         rate=config.learning_rate,
         epochs=epochs,
         batch_size=config.batch_size,
         seed=config.seed,
-        show=show,
+        show=study.show,
     )
-    keep_model(model, paths.model(kind))
+    keep_model(model, study.path(f"{kind}.pt"))
 
 
-def trained(config: Config, paths: Paths, kind: str) -> nn.Module:
+def trained(study: Study, kind: str) -> nn.Module:
     """Return one of the trained networks."""
-    model: nn.Module = load_model(network(config), paths.model(kind))
+    model: nn.Module = load_model(network(study.config), study.path(f"{kind}.pt"))
     return model
 
 
-def sample(config: Config, paths: Paths, kind: str, show: bool) -> None:
+def sample(study: Study, kind: str) -> None:
     """Sample around a network; observe all its training images."""
-    data = data_set(paths, kind)
-    with np.load(paths.data) as arrays:
+    data = data_set(study, kind)
+    with np.load(study.path("data.npz")) as arrays:
         true = arrays["train_labels"]
     coords = {"label": data.tensors[1].numpy(), "true_label": true}
     coords["relabelled"] = coords["label"] != true
     draw_losses(
-        config,
-        trained(config, paths, kind),
+        study.config,
+        trained(study, kind),
         data,
         data,
-        paths.store(kind),
-        seed=config.seed,
+        study.path(f"{kind}.zarr"),
+        batch_size=study.config.sampler_batch,
+        seed=study.config.seed,
         coords=coords,
-        show=show,
+        show=study.show,
     )
 
 
-def make_map(config: Config, paths: Paths, show: bool) -> None:
+def make_map(study: Study) -> None:
     """Map some images by t-SNE of the covariance kernel's leading features."""
+    config = study.config
     from sklearn.manifold import TSNE
 
-    losses = lk.open(paths.store("relabelled"))["losses"].to_dataset()["loss"]
+    losses = lk.open(study.path("relabelled.zarr"))["losses"].to_dataset()["loss"]
     n = losses.sizes["sample"]
     chosen = np.sort(
         np.random.default_rng(config.seed).choice(n, min(config.mapped, n), replace=False)
     )
-    with progress.busy("map (t-SNE)", show=show):
-        found = lk.svd(losses.isel(sample=chosen), 50, over=("chain", "draw"), center="pooled")
-        features = (found["u"] * found["singular_value"]).transpose("sample", "mode").values
-        points = TSNE(random_state=config.seed, init="pca").fit_transform(features)
-    np.savez(paths.map, points=points, samples=chosen)
+    with progress.busy("map (t-SNE)", show=study.show):
+        features = lk.svd(losses.isel(sample=chosen), 50, over=("chain", "draw"), center="pooled")
+        weighted = (features["u"] * features["singular_value"]).transpose("sample", "mode").values
+        points = TSNE(random_state=config.seed, init="pca").fit_transform(weighted)
+    study.save("map.npz", points=points, samples=chosen)
 
 
-def measure(config: Config, paths: Paths, show: bool) -> None:
-    """Compute every number of the report."""
+def kind_numbers(study: Study, kind: str) -> dict[str, Any]:
+    """Return every number of one network."""
     from scipy.stats import spearmanr
 
-    out: dict[str, Any] = {}
-    for kind in KINDS:
-        tree = lk.open(paths.store(kind))
-        node = tree["losses"].to_dataset()
-        losses, center = node["loss"], node["center_loss"]
-        changed, loss = node["relabelled"].values, center.values.astype(np.float64)
-        gains = gains_by_chain(losses, center)
-        gain = gains.mean("chain").values
-        model = trained(config, paths, kind)
-        right = accuracy(model, data_set(paths, kind))
-        one: dict[str, Any] = {
-            "accuracy": {
-                "training": float(right.mean()),
-                "test": float(accuracy(model, data_set(paths, kind, "test")).mean()),
-            },
-            "mean_gain": float(gain.mean()),
-            "pearson": pair(gains, lambda g, x=loss: np.corrcoef(x, g)[0, 1]),
-            "spearman": float(spearmanr(loss, gain).statistic),
-            "llc": float(lk.llc(node)),
-            "agreement_of_halves": halves_agree(losses),
-            "verdicts": list(lk.diagnostics(tree).attrs["verdicts"]),
+    tree = lk.open(study.path(f"{kind}.zarr"))
+    node = tree["losses"].to_dataset()
+    losses, loss = node["loss"], node["center_loss"].values.astype(np.float64)
+    gains = gains_by_chain(losses, node["center_loss"])
+    gain = gains.mean("chain").values
+    model = trained(study, kind)
+    right = accuracy(model, data_set(study, kind))
+
+    def pearson(gain: np.ndarray) -> float:
+        return float(np.corrcoef(loss, gain)[0, 1])
+
+    numbers: dict[str, Any] = {
+        "accuracy": {
+            "training": float(right.mean()),
+            "test": float(accuracy(model, data_set(study, kind, "test")).mean()),
+        },
+        "mean_gain": float(gain.mean()),
+        "pearson": pair(gains, pearson),
+        "spearman": float(spearmanr(loss, gain).statistic),
+        "llc": float(lk.llc(node)),
+        "agreement_of_halves": halves_agree(losses),
+        "verdicts": list(lk.diagnostics(tree).attrs["verdicts"]),
+    }
+    if kind == "relabelled":
+        changed = node["relabelled"].values
+        numbers["accuracy"] |= {
+            "unchanged": float(right[~changed].mean()),
+            "changed": float(right[changed].mean()),
         }
-        if kind == "relabelled":
-            variance = lk.loss_variance(losses).values
-            one["accuracy"] |= {
-                "unchanged": float(right[~changed].mean()),
-                "changed": float(right[changed].mean()),
-            }
-            one |= {
-                "gain_changed": float(gain[changed].mean()),
-                "gain_unchanged": float(gain[~changed].mean()),
-                "ratio": pair(gains, lambda g, at=changed: g[at].mean() / g[~at].mean()),
-                "auroc": {
-                    "loss gain": pair(gains, lambda g, at=changed: area(at, g)),
-                    "loss variance": {"value": area(changed, variance)},
-                    "loss": {"value": area(changed, loss)},
-                },
-            }
-        out[kind] = one
-    paths.metrics.write_text(json.dumps(out, indent=2, allow_nan=False))
+        numbers |= changed_numbers(gains, changed, lk.loss_variance(losses).values, loss)
+    return numbers
+
+
+def changed_numbers(
+    gains: xr.DataArray, changed: np.ndarray, variance: np.ndarray, loss: np.ndarray
+) -> dict[str, Any]:
+    """Return how loss gain, loss variance and loss tell changed labels from the others."""
+    gain = gains.mean("chain").values
+
+    def ratio(gain: np.ndarray) -> float:
+        return float(gain[changed].mean() / gain[~changed].mean())
+
+    return {
+        "gain_changed": float(gain[changed].mean()),
+        "gain_unchanged": float(gain[~changed].mean()),
+        "ratio": pair(gains, ratio),
+        "auroc": {
+            "loss gain": pair(gains, partial(area, changed)),
+            "loss variance": {"value": area(changed, variance)},
+            "loss": {"value": area(changed, loss)},
+        },
+    }
+
+
+def measure(study: Study) -> None:
+    """Compute every number of the report."""
+    study.write("metrics.json", {kind: kind_numbers(study, kind) for kind in KINDS})
 
 
 def gains_by_chain(losses: xr.DataArray, center: xr.DataArray) -> xr.DataArray:
@@ -247,28 +251,32 @@ def gains_by_chain(losses: xr.DataArray, center: xr.DataArray) -> xr.DataArray:
     return gains.transpose("chain", "sample")
 
 
-def pair(gains: xr.DataArray, value: Any) -> dict[str, float]:
+def pair(gains: xr.DataArray, value: Callable[[np.ndarray], float]) -> dict[str, float]:
     """Return a number of the gains, and its standard error over chains."""
-    found = without_chain(gains, lambda g: value(g.mean("chain").values))
-    return {"value": found[0], "error": found[1]}
+
+    def of_chains(some: xr.DataArray) -> float:
+        return value(some.mean("chain").values)
+
+    return with_error(gains, of_chains)
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
-    """Write the report folder."""
-    m = json.loads(paths.metrics.read_text())
-    nodes = {kind: lk.open(paths.store(kind))["losses"].to_dataset() for kind in KINDS}
-    with np.load(paths.data) as data:
+def figures_of(study: Study) -> list[workflow.Figure]:
+    """Return the figures of the report."""
+    nodes = {kind: lk.open(study.path(f"{kind}.zarr"))["losses"].to_dataset() for kind in KINDS}
+    with np.load(study.path("data.npz")) as data:
         images = data["train_images"]
-    with np.load(paths.map) as found:
-        points, chosen = found["points"], found["samples"]
+    with np.load(study.path("map.npz")) as mapped:
+        points, chosen = mapped["points"], mapped["samples"]
     gain = {kind: lk.loss_gain(node).values for kind, node in nodes.items()}
-    some = np.random.default_rng(config.seed).permutation(len(images))[:10_000]
-    figures = [
+    some = np.random.default_rng(study.config.seed).permutation(len(images))[:10_000]
+    return [
         workflow.Figure(
             "gallery",
             "Loss gain: lowest, middle, highest",
             "Of the network trained on true labels; the label and the gain in nats above each.",
-            gallery(images, nodes["clean"]["label"].values, gain["clean"], NAMES[config.dataset]),
+            gallery(
+                images, nodes["clean"]["label"].values, gain["clean"], NAMES[study.config.dataset]
+            ),
         ),
         workflow.Figure(
             "gain_against_loss",
@@ -291,9 +299,13 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             draw_map(points, nodes["relabelled"]["relabelled"].values[chosen]),
         ),
     ]
+
+
+def rows_of(m: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the table at the top of the report."""
     clean, changed = m["clean"], m["relabelled"]
     text = "{value:.3f} +- {error:.3f}".format
-    rows = [
+    return [
         ("Pearson r of loss and loss gain", text(**clean["pearson"]), "paper: -0.030"),
         ("... Spearman's", f"{clean['spearman']:.3f}", ""),
         ("Mean loss gain of changed over unchanged labels", text(**changed["ratio"]), "paper: 10"),
@@ -305,10 +317,10 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         *(
             (
                 f"AUROC of {name} for changed labels",
-                text(**found) if "error" in found else f"{found['value']:.3f}",
+                text(**score) if "error" in score else f"{score['value']:.3f}",
                 "",
             )
-            for name, found in changed["auroc"].items()
+            for name, score in changed["auroc"].items()
         ),
         (
             "Right after training on changed labels: unchanged, changed, test",
@@ -326,23 +338,25 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             "",
         ),
     ]
-    workflow.write_report(
-        workflow.Report(
-            title="What is hard, and what was memorised",
-            summary=[
-                f"{len(images):,} training images, a network 784-{config.width}-10, "
-                f"{config.chains} chains of {config.draws} draws, {config.thin} steps apart. "
-                "Errors are one standard error, from leaving out one chain at a time. The paper "
-                "has MNIST."
-            ],
-            metrics={**m, "seconds": state.seconds(), "config": config.model_dump(mode="json")},
-            rows=rows,
-            figures=figures,
-            settings=config.model_dump(mode="json"),
-            next_steps=f'losses = lk.open("{paths.store("relabelled")}")["losses"]\n'
-            "lk.loss_gain(losses)",
-        ),
-        paths.report,
+
+
+def report(study: Study) -> None:
+    """Write the report folder."""
+    config, m = study.config, study.read("metrics.json")
+    count = len(data_set(study, "clean"))
+    study.report(
+        title="What is hard, and what was memorised",
+        summary=[
+            f"{count:,} training images, a network 784-{config.width}-10, "
+            f"{config.chains} chains of {config.draws} draws, {config.thin} steps apart. "
+            "Errors are one standard error, from leaving out one chain at a time. The paper "
+            "has MNIST."
+        ],
+        metrics=m,
+        rows=rows_of(m),
+        figures=figures_of(study),
+        next_steps=f'losses = lk.open("{study.path("relabelled.zarr")}")["losses"]\n'
+        "lk.loss_gain(losses)",
     )
 
 
@@ -352,13 +366,13 @@ def gallery(
     """Draw images of lowest, middle and highest loss gain, with their labels."""
     order = np.argsort(gain)
     middle = (len(order) - 10) // 2
-    rows = {
+    lines = {
         "lowest": order[:10],
         "middle": order[middle : middle + 10],
         "highest": order[::-1][:10],
     }
     figure = Figure(figsize=(12, 4.9), layout="constrained")
-    for line, (name, chosen) in zip(figure.subplots(3, 10), rows.items(), strict=True):
+    for line, (name, chosen) in zip(figure.subplots(3, 10), lines.items(), strict=True):
         for axes, i in zip(line, chosen, strict=True):
             axes.imshow(images[i], cmap="gray")
             axes.set(xticks=[], yticks=[])
@@ -373,8 +387,8 @@ def draw_map(points: np.ndarray, changed: np.ndarray) -> Figure:
     axes = figure.add_subplot()
     size = float(np.clip(20_000 / len(points), 2, 20))
     for flag, color, name in ((False, "#3f90da", "unchanged"), (True, "#bd1f01", "changed label")):
-        at = changed == flag
-        axes.scatter(points[at, 0], points[at, 1], s=size, color=color, lw=0, alpha=0.7, label=name)
+        own = points[changed == flag]
+        axes.scatter(own[:, 0], own[:, 1], s=size, color=color, lw=0, alpha=0.7, label=name)
     axes.set(
         xticks=[],
         yticks=[],

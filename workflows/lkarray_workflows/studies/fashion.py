@@ -7,38 +7,23 @@ within pairs of classes, and compared with the distance of the classes in WordNe
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows.shared.common import accuracy, draw_losses, fit, plain_numbers
+from lkarray_workflows.shared.garments import rank_correlation, wordnet_of
 from lkarray_workflows.shared.images import FOLDER, Dataset, Split, read_images, require_files
 from pydantic import Field
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
-from lkarray import plots, progress, store, workflow
+from lkarray import plots, store, workflow
 from lkarray.analysis.hierarchy import sources
 
-#: WordNet's synset of each class.
-SYNSETS: dict[Hashable, str] = {
-    0: "jersey.n.03",  # "T-shirt/top": a T-shirt is a jersey in WordNet
-    1: "trouser.n.01",
-    2: "pullover.n.01",
-    3: "dress.n.01",
-    4: "coat.n.01",
-    5: "sandal.n.01",
-    6: "shirt.n.01",
-    7: "gym_shoe.n.01",  # "Sneaker"
-    8: "bag.n.04",
-    9: "boot.n.01",  # "Ankle boot"
-}
 KERNELS = ("trained", "untrained", "images")
 
 
@@ -76,58 +61,41 @@ class Config(workflow.Config):
     neighbors: int = Field(30, ge=1)
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     require_files(config, folder / "data.npz")
     sources.open_wordnet()  # asked for at the end
-    with workflow.Run("fashion", config, folder) as state:
-        paths = Paths(folder)
-        state.stage("data", lambda: make_data(config, paths), [paths.data])
-        state.stage("train", lambda: train(config, paths, progress), [paths.models])
+    with workflow.Study("fashion", config, folder, progress) as study:
+        study.stage("data", make_data, "data.npz")
+        study.stage("train", train, "models.pt")
         for name in KERNELS[:2]:
-            state.stage(
-                f"sample {name}",
-                partial(sample, config, paths, name, progress),
-                [paths.store(name)],
-            )
-        state.stage("compare", lambda: compare(config, paths), [paths.metrics])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-    return f"Report  {paths.index}\nStore   {paths.store('trained')}"
+            study.stage(f"sample {name}", sample, f"{name}.zarr", name)
+        study.stage("compare", compare, "comparison.json")
+        study.stage("report", report, "report/index.html")
+    return f"Report  {study.index}\nStore   {study.path('trained.zarr')}"
 
 
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.data = folder / "data.npz"
-        self.models = folder / "models.pt"
-        self.metrics = folder / "comparison.json"
-        self.report = folder / "report"
-        self.index = self.report / "index.html"
-
-    def store(self, name: str) -> Path:
-        """Return a kernel's store."""
-        return self.folder / f"{name}.zarr"
-
-
-def make_data(config: Config, paths: Paths) -> None:
+def make_data(study: Study) -> None:
     """Take the training images, and observed ones from the test images, at random."""
+    config = study.config
     rng = np.random.default_rng(config.seed)
     kept: dict[str, Any] = {}
     wanted: dict[Split, int] = {"train": config.train, "test": config.observed}
-    for part, count in wanted.items():
-        images, labels = read_images(config.data, part)
+    for split, count in wanted.items():
+        images, labels = read_images(config.data, split)
         chosen = np.sort(rng.choice(len(labels), min(count, len(labels)), replace=False))
-        kept |= {f"{part}_images": images[chosen], f"{part}_labels": labels[chosen]}
-    np.savez(paths.data, **kept)
+        kept |= {f"{split}_images": images[chosen], f"{split}_labels": labels[chosen]}
+    study.save("data.npz", **kept)
 
 
-def data_set(paths: Paths, part: str) -> TensorDataset:
+def data_set(study: Study, split: str) -> TensorDataset:
     """Return images as rows of 0 to 1, and their classes."""
-    with np.load(paths.data) as data:
-        images = torch.from_numpy(data[f"{part}_images"]).float().flatten(1) / 255
-        return TensorDataset(images, torch.from_numpy(data[f"{part}_labels"]).long())
+    with np.load(study.path("data.npz")) as data:
+        images = torch.from_numpy(data[f"{split}_images"]).float().flatten(1) / 255
+        return TensorDataset(images, torch.from_numpy(data[f"{split}_labels"]).long())
 
 
 def network(config: Config, seed: int) -> nn.Sequential:
@@ -142,64 +110,57 @@ def network(config: Config, seed: int) -> nn.Sequential:
     )
 
 
-def train(config: Config, paths: Paths, show: bool) -> None:
+def train(study: Study) -> None:
     """Train with Adam; keep the trained network and an untrained one."""
-    images, labels = data_set(paths, "train").tensors
+    config = study.config
     model = network(config, config.seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    shuffle = torch.Generator().manual_seed(config.seed)
-    with progress.bar("training", total=config.epochs, unit="epoch", show=show) as bar:
-        for _ in range(config.epochs):
-            for batch in torch.randperm(len(labels), generator=shuffle).split(config.batch_size):
-                optimizer.zero_grad()
-                F.cross_entropy(model(images[batch]), labels[batch]).backward()
-                optimizer.step()
-            bar.update()
+    fit(
+        model,
+        data_set(study, "train"),
+        rate=config.learning_rate,
+        batch_size=config.batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+        show=study.show,
+        optimizer=torch.optim.Adam(model.parameters(), lr=config.learning_rate),
+    )
     states = {
         "trained": model.state_dict(),
         "untrained": network(config, 1000 + config.seed).state_dict(),
     }
-    with workflow.replacing(paths.models) as part:
-        torch.save(states, part)
+    with study.writing("models.pt") as new:
+        torch.save(states, new)
 
 
-def load_model(config: Config, paths: Paths, name: str) -> nn.Module:
+def load_model(study: Study, name: str) -> nn.Module:
     """Return one of the networks."""
-    model = network(config, 0)
-    model.load_state_dict(torch.load(paths.models, weights_only=True)[name])
+    model = network(study.config, 0)
+    model.load_state_dict(torch.load(study.path("models.pt"), weights_only=True)[name])
     return model
 
 
-def sample(config: Config, paths: Paths, name: str, show: bool) -> None:
+def sample(study: Study, name: str) -> None:
     """Sample around one network and observe the test images."""
-    observed = data_set(paths, "test")
-    posterior = lk.LocalPosterior(
-        load_model(config, paths, name),
-        data_set(paths, "train"),
-        nbeta=config.nbeta,
-        gamma=config.gamma,
-    )
-    lk.sample(
-        posterior,
+    config = study.config
+    observed = data_set(study, "test")
+    draw_losses(
+        config,
+        load_model(study, name),
+        data_set(study, "train"),
         observed,
-        sampler=lk.SGLD(step_size=config.step_size),
-        store=paths.store(name),
-        chains=config.chains,
-        draws=config.draws,
-        burn_in=config.burn_in,
-        thin=config.thin,
+        study.path(f"{name}.zarr"),
         batch_size=config.batch_size,
-        coords={"label": observed.tensors[1]},
         seed=config.seed,
-        progress=show,
+        coords={"label": observed.tensors[1]},
+        show=study.show,
     )
 
 
-def losses_of(paths: Paths, name: str) -> xr.DataArray:
+def losses_of(study: Study, name: str) -> xr.DataArray:
     """Return the losses of a kernel; of ``images``, the pixels in the place of draws."""
     if name != "images":
-        return lk.open(paths.store(name))["losses"].to_dataset()["loss"]
-    images, labels = data_set(paths, "test").tensors
+        return lk.open(study.path(f"{name}.zarr"))["losses"].to_dataset()["loss"]
+    images, labels = data_set(study, "test").tensors
     return xr.DataArray(
         images.numpy().T[None],
         dims=("chain", "draw", "sample"),
@@ -208,36 +169,30 @@ def losses_of(paths: Paths, name: str) -> xr.DataArray:
     )
 
 
-def compare(config: Config, paths: Paths) -> None:
+def compare(study: Study) -> None:
     """Compare each kernel with the hierarchy, by class and by neighbours."""
-    taxonomy = lk.Taxonomy.wordnet(SYNSETS)
-    taxonomy.to_json(paths.folder / "taxonomy.json")
+    seed = study.config.seed
+    taxonomy = wordnet_of(study)
     metrics: dict[str, Any] = {}
     for name in KERNELS:
-        losses = losses_of(paths, name)
-        found = lk.correlation_by_distance(losses, taxonomy, seed=config.seed)
-        store.put(paths.store("trained"), f"by_distance_{name}", found)
-        near = lk.neighbors(losses, config.neighbors, exclude="label")
-        lift = lk.taxonomic_lift(near, taxonomy, seed=config.seed)
+        losses = losses_of(study, name)
+        by_distance = lk.correlation_by_distance(losses, taxonomy, seed=seed)
+        store.put(study.path("trained.zarr"), f"by_distance_{name}", by_distance)
+        near = lk.neighbors(losses, study.config.neighbors, exclude="label")
+        lift = lk.taxonomic_lift(near, taxonomy, seed=seed)
         metrics[name] = {
-            "rank_correlation": [
-                float(found[key]) for key in ("rank_correlation", "rank_low", "rank_high")
-            ],
-            "magnitude": mantel(found, config.seed),
-            "pooled_lift": [
-                float(v) if np.isfinite(v) else None for v in lift["pooled_lift"].values
-            ],
-            "same_class": float(found["correlation"].sel(distance=0)),
-            "nearest_classes": nearest_classes(found),
+            "rank_correlation": list(rank_correlation(by_distance).values()),
+            "magnitude": mantel(by_distance, seed),
+            "pooled_lift": plain_numbers(lift["pooled_lift"].values),
+            "same_class": float(by_distance["correlation"].sel(distance=0)),
+            "nearest_classes": nearest_classes(by_distance),
         }
-    observed = data_set(paths, "test")
-    with torch.inference_mode():
-        right = load_model(config, paths, "trained")(observed.tensors[0]).argmax(1)
-    metrics["accuracy"] = float((right == observed.tensors[1]).float().mean())
-    paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
+    right = accuracy(load_model(study, "trained"), data_set(study, "test"))
+    metrics["accuracy"] = float(torch.from_numpy(right).float().mean())
+    study.write("comparison.json", metrics)
 
 
-def mantel(found: xr.Dataset, seed: int, permutations: int = 2000) -> dict[str, float]:
+def mantel(by_distance: xr.Dataset, seed: int, permutations: int = 2000) -> dict[str, float]:
     """Return the rank correlation of |mean R| with distance, and its permutation p-value.
 
     Near classes may *anti*-correlate, where inputs of one gain what those of the other lose; the
@@ -245,7 +200,7 @@ def mantel(found: xr.Dataset, seed: int, permutations: int = 2000) -> dict[str, 
     """
     from scipy.stats import spearmanr
 
-    mean, far = np.abs(found["label_mean"].values), found["label_distance"].values
+    mean, far = np.abs(by_distance["label_mean"].values), by_distance["label_distance"].values
     pairs = np.triu_indices(len(far), 1)
     rng = np.random.default_rng(seed)
     value = float(spearmanr(mean[pairs], far[pairs]).statistic)
@@ -255,25 +210,26 @@ def mantel(found: xr.Dataset, seed: int, permutations: int = 2000) -> dict[str, 
     return {"rank_correlation": value, "p_value": (1 + beyond) / (1 + permutations)}
 
 
-def nearest_classes(found: xr.Dataset) -> dict[str, str]:
+def nearest_classes(by_distance: xr.Dataset) -> dict[str, str]:
     """Return, for each class, the other with the highest mean correlation."""
-    means = np.array(found["label_mean"].values)
+    means = np.array(by_distance["label_mean"].values)
     np.fill_diagonal(means, -np.inf)
-    titles = [str(title) for title in found["title"].values]
+    titles = [str(title) for title in by_distance["title"].values]
     return {title: titles[int(row.argmax())] for title, row in zip(titles, means, strict=True)}
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
-    """Write figures, numbers and page."""
-    metrics = json.loads(paths.metrics.read_text())
-    tree = lk.open(paths.store("trained"))
-    found = {name: tree[f"derived/by_distance_{name}"].to_dataset().compute() for name in KERNELS}
+def figures_of(study: Study) -> list[workflow.Figure]:
+    """Return the figures of the report."""
+    tree = lk.open(study.path("trained.zarr"))
+    by_distance = {
+        name: tree[f"derived/by_distance_{name}"].to_dataset().compute() for name in KERNELS
+    }
     figures = [
         workflow.Figure(
             f"matrix_{name}",
             f"By class: {name}",
             "Mean correlation between the classes' images, beside their distance in WordNet.",
-            plots.hierarchy_matrices(found[name]),
+            plots.hierarchy_matrices(by_distance[name]),
         )
         for name in KERNELS
     ]
@@ -282,9 +238,16 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             "by_distance",
             "Correlation against distance",
             "Mean correlation by distance of the classes; 0 is images of one class.",
-            plots.correlation_against_distance(found),
+            plots.correlation_against_distance(by_distance),
         )
     )
+    return figures
+
+
+def report(study: Study) -> None:
+    """Write figures, numbers and page."""
+    config = study.config
+    metrics = study.read("comparison.json")
     rows = [
         (
             f"Rank correlation of mean R with distance: {name}",
@@ -302,28 +265,22 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         for name in KERNELS
     ]
     rows.append(("Accuracy on the test images", f"{metrics['accuracy']:.1%}", ""))
-    workflow.write_report(
-        workflow.Report(
-            title="Fashion: does the loss kernel place garments as WordNet does?",
-            summary=[
-                f"{config.observed:,} test images, ten classes mapped to WordNet's synsets. Ten "
-                "classes give 45 pairs, so intervals are wide; the untrained network and the "
-                "images themselves say how much of it needs no training. Where the network tells "
-                "two classes apart, a perturbation that helps one hurts the other, so near "
-                "classes can correlate negatively; the magnitude is given beside the sign."
-            ],
-            metrics={
-                **metrics,
-                "seconds": state.seconds(),
-                "config": config.model_dump(mode="json"),
-            },
-            rows=rows,
-            figures=figures,
-            settings=config.model_dump(mode="json"),
-            next_steps="import lkarray as lk\n"
-            f'losses = lk.open("{paths.store("trained")}")["losses"]\n'
-            f'taxonomy = lk.Taxonomy.from_json("{paths.folder / "taxonomy.json"}")\n'
-            "lk.correlation_by_distance(losses, taxonomy)",
-        ),
-        paths.report,
+    study.report(
+        title="Fashion: does the loss kernel place garments as WordNet does?",
+        summary=[
+            f"{config.observed:,} test images, ten classes mapped to WordNet's synsets. Ten "
+            "classes give 45 pairs, so intervals are wide; the untrained network and the "
+            "images themselves say how much of it needs no training. Where the network tells "
+            "two classes apart, a perturbation that helps one hurts the other, so near "
+            "classes can correlate negatively; the magnitude is given beside the sign."
+        ],
+        metrics={
+            **metrics,
+        },
+        rows=rows,
+        figures=figures_of(study),
+        next_steps="import lkarray as lk\n"
+        f'losses = lk.open("{study.path("trained.zarr")}")["losses"]\n'
+        f'taxonomy = lk.Taxonomy.from_json("{study.folder / "taxonomy.json"}")\n'
+        "lk.correlation_by_distance(losses, taxonomy)",
     )

@@ -9,25 +9,30 @@ correlation of the inputs themselves, and random neighbours. What counts is what
 
 from __future__ import annotations
 
-import json
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows.shared.common import draw_losses
+from lkarray_workflows.shared.glosses_report import (
+    HEADLINE,
+    STORE,
+    curve,
+    differences,
+    report,
+    untrained_of,
+)
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
-from lkarray import plots, progress, store, workflow
+from lkarray import progress, store, workflow
 from lkarray.analysis.hierarchy import sources
-
-HEADLINE = "trained"
-_CONTROLS = ("untrained", "inputs", "random")
 
 
 class Config(workflow.Config):
@@ -73,62 +78,52 @@ class Config(workflow.Config):
     free_head: bool = Field(True, description="whether to sample with the head free too")
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     sources.open_wordnet()  # missing, it is told before a folder is made
-    with workflow.Run("glosses", config, folder) as state:
-        paths = Paths(folder)
-        state.stage(
-            "data", lambda: make_data(config, paths), [paths.words, paths.facts, paths.taxonomy]
-        )
-        state.stage("train", lambda: train(config, paths, progress), [paths.models])
+    with workflow.Study("glosses", config, folder, progress) as study:
+        study.stage("data", make_data, ["words.npz", "data.npz", "taxonomy.json"])
+        study.stage("train", train, "models.pt")
         for kernel in kernels(config):
-            state.stage(
-                f"sample {kernel.name}",
-                partial(sample, config, paths, kernel, progress),
-                [paths.store(kernel.name)],
-            )
-        state.stage("lift", lambda: measure(config, paths, progress), [paths.metrics])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-    return f"Report  {paths.index}\nStores  {folder}/*.zarr"
+            study.stage(f"sample {kernel.name}", sample, file_of(kernel.name), kernel)
+        study.stage("lift", measure, "lifts.json")
+        study.stage("report", report, "report/index.html")
+    return f"Report  {study.index}\nStores  {folder}/*.zarr"
 
 
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.words = folder / "words.npz"
-        self.facts = folder / "data.npz"
-        self.taxonomy = folder / "taxonomy.json"
-        self.models = folder / "models.pt"
-        self.metrics = folder / "lifts.json"
-        self.report = folder / "report"
-        self.index = self.report / "index.html"
-
-    def store(self, kernel: str) -> Path:
-        """Return a kernel's store."""
-        return self.folder / f"{kernel.replace(' ', '_')}.zarr"
+def file_of(kernel: str) -> str:
+    """Return the name of a kernel's store."""
+    return f"{kernel.replace(' ', '_')}.zarr"
 
 
+@dataclass(frozen=True)
 class Kernel:
-    """One network and one way to perturb it."""
+    """One network and one way to perturb it: with its head free, or held."""
 
-    def __init__(self, name: str, model: str, gamma: float, head: bool = False) -> None:
-        self.name, self.model, self.gamma, self.head = name, model, gamma, head
+    name: str
+    model: str
+    gamma: float
+    head: bool = False
 
 
 def kernels(config: Config) -> list[Kernel]:
     """Return every kernel of the study, the headline's first."""
-    out = [Kernel(HEADLINE, "trained", config.gamma)]
-    out += [
-        Kernel(f"untrained {at}", f"untrained {at}", config.gamma) for at in range(config.untrained)
-    ]
     gammas = [float(text) for text in config.gammas.split(",") if text.strip()]
-    out += [Kernel(f"gamma {gamma:g}", "trained", gamma) for gamma in gammas]
-    out += [Kernel("early", "early", config.gamma)]
-    out += [Kernel("free head", "trained", config.gamma, head=True)] * config.free_head
-    return out
+    return [
+        Kernel(HEADLINE, "trained", config.gamma),
+        *(Kernel(name, name, config.gamma) for name in untrained_names(config)),
+        *(Kernel(f"gamma {gamma:g}", "trained", gamma) for gamma in gammas),
+        Kernel("early", "early", config.gamma),
+        *[Kernel("free head", "trained", config.gamma, head=True)] * config.free_head,
+    ]
+
+
+def untrained_names(config: Config) -> list[str]:
+    """Return the names of the untrained networks."""
+    return [f"untrained {i}" for i in range(config.untrained)]
 
 
 def assign_classes(smallest: int, least: int) -> tuple[list[str], list[str]]:
@@ -144,10 +139,14 @@ def assign_classes(smallest: int, least: int) -> tuple[list[str], list[str]]:
     below = np.bincount(lines.indices, minlength=len(whole.nodes)) - 1
     depth = whole.depths()
     chosen = []
+
+    def rank(node: int) -> tuple[Any, ...]:
+        return -depth[node], below[node], whole.nodes[node]
+
     for row in range(len(nouns)):
         line = lines.indices[lines.indptr[row] : lines.indptr[row + 1]].tolist()
         above = [a for a in line if below[a] >= smallest and whole.nodes[a] != nouns[row]]
-        best = min(above, key=lambda a: (-depth[a], below[a], whole.nodes[a]), default=-1)
+        best = min(above, key=rank, default=-1)
         chosen.append(str(whole.nodes[best]) if best >= 0 else "")
     names, counts = np.unique(chosen, return_counts=True)
     kept = {n for n, count in zip(names, counts, strict=True) if n and count >= least}
@@ -155,11 +154,12 @@ def assign_classes(smallest: int, least: int) -> tuple[list[str], list[str]]:
     return [n for n, _ in pairs], [c for _, c in pairs]
 
 
-def make_data(config: Config, paths: Paths) -> None:
+def make_data(study: Study) -> None:
     """Choose classes, hash definitions, split, and keep the hierarchy above the classes."""
     from scipy import sparse
     from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
+    config = study.config
     nouns, classes = assign_classes(config.smallest, config.least_members)
     wordnet = sources.open_wordnet()
     glosses = [wordnet.synset(name).definition() for name in nouns]
@@ -171,20 +171,22 @@ def make_data(config: Config, paths: Paths) -> None:
     ).transform(glosses)
     weigh = TfidfTransformer(sublinear_tf=True).fit(counts[~held_out])
     names, label = np.unique(classes, return_inverse=True)
-    lk.Taxonomy.wordnet(names.tolist()).to_json(paths.taxonomy)
-    sparse.save_npz(paths.words, weigh.transform(counts).astype(np.float32))
-    np.savez(paths.facts, label=label, synset=nouns, classes=names, held_out=held_out)
+    with study.writing("taxonomy.json") as new:
+        lk.Taxonomy.wordnet(names.tolist()).to_json(new)
+    with study.writing("words.npz") as new:
+        sparse.save_npz(new, weigh.transform(counts).astype(np.float32))
+    study.save("data.npz", label=label, synset=nouns, classes=names, held_out=held_out)
 
 
-def data_set(paths: Paths, *, held_out: bool) -> tuple[TensorDataset, np.ndarray]:
+def data_set(study: Study, *, held_out: bool) -> tuple[TensorDataset, np.ndarray]:
     """Return one side of the split, and where its inputs are among all."""
     from scipy import sparse
 
-    with np.load(paths.facts) as facts:
-        at = np.flatnonzero(facts["held_out"] == held_out)
-        label = facts["label"][at]
-    words = sparse.csr_array(sparse.load_npz(paths.words))[at].toarray()
-    return TensorDataset(torch.from_numpy(words), torch.from_numpy(label)), at
+    with np.load(study.path("data.npz")) as facts:
+        places = np.flatnonzero(facts["held_out"] == held_out)
+        label = facts["label"][places]
+    words = sparse.csr_array(sparse.load_npz(study.path("words.npz")))[places].toarray()
+    return TensorDataset(torch.from_numpy(words), torch.from_numpy(label)), places
 
 
 def network(config: Config, classes: int, seed: int) -> nn.Sequential:
@@ -195,23 +197,24 @@ def network(config: Config, classes: int, seed: int) -> nn.Sequential:
     )
 
 
-def train(config: Config, paths: Paths, show: bool) -> None:
+def train(study: Study) -> None:
     """Train one network with Adam; keep it, its first epoch, and the untrained ones."""
-    data, _ = data_set(paths, held_out=False)
-    words, labels = data.tensors
-    classes = int(labels.max()) + 1
+    config = study.config
+    data, _ = data_set(study, held_out=False)
+    labels = data.tensors[1]
+    classes, steps = int(labels.max()) + 1, -(-len(labels) // config.batch_size)
     states = {
-        f"untrained {at}": network(config, classes, 1000 * (config.seed + 1) + at).state_dict()
-        for at in range(config.untrained)
+        name: network(config, classes, 1000 * (config.seed + 1) + i).state_dict()
+        for i, name in enumerate(untrained_names(config))
     }
     model = network(config, classes, config.seed)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
-    shuffle = torch.Generator().manual_seed(config.seed)
-    steps = -(-len(labels) // config.batch_size)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * steps)
-    with progress.bar("training", total=config.epochs, unit="epoch", show=show) as bar:
+    words = data.tensors[0]
+    shuffle = torch.Generator().manual_seed(config.seed)
+    with progress.bar("training", total=config.epochs, unit="epoch", show=study.show) as bar:
         for epoch in range(config.epochs):
             for batch in torch.randperm(len(labels), generator=shuffle).split(config.batch_size):
                 optimizer.zero_grad()
@@ -222,44 +225,39 @@ def train(config: Config, paths: Paths, show: bool) -> None:
                 states["early"] = {k: v.clone() for k, v in model.state_dict().items()}
             bar.update()
     states["trained"] = model.state_dict()
-    with workflow.replacing(paths.models) as part:
-        torch.save(states, part)
+    with study.writing("models.pt") as new:
+        torch.save(states, new)
 
 
-def load_model(config: Config, paths: Paths, name: str) -> nn.Module:
+def load_model(study: Study, name: str) -> nn.Module:
     """Return one of the networks."""
-    state = torch.load(paths.models, weights_only=True)[name]
-    model = network(config, len(state["2.bias"]), 0)
+    state = torch.load(study.path("models.pt"), weights_only=True)[name]
+    model = network(study.config, len(state["2.bias"]), 0)
     model.load_state_dict(state)
     return model
 
 
-def sample(config: Config, paths: Paths, kernel: Kernel, show: bool) -> None:
+def sample(study: Study, kernel: Kernel) -> None:
     """Sample around one network and observe the held-out definitions."""
-    data, _ = data_set(paths, held_out=False)
-    observed, at = data_set(paths, held_out=True)
-    with np.load(paths.facts) as facts:
-        coords = {"label": facts["classes"][facts["label"][at]], "synset": facts["synset"][at]}
-    posterior = lk.LocalPosterior(
-        load_model(config, paths, kernel.model),
+    config = study.config
+    data, _ = data_set(study, held_out=False)
+    observed, places = data_set(study, held_out=True)
+    with np.load(study.path("data.npz")) as facts:
+        coords = {
+            "label": facts["classes"][facts["label"][places]],
+            "synset": facts["synset"][places],
+        }
+    draw_losses(
+        config.model_copy(update={"gamma": kernel.gamma}),
+        load_model(study, kernel.model),
         data,
-        nbeta=config.nbeta,
-        gamma=kernel.gamma,
-        trainable=None if kernel.head else ["0.*"],
-    )
-    lk.sample(
-        posterior,
         observed,
-        sampler=lk.SGLD(step_size=config.step_size),
-        store=paths.store(kernel.name),
-        chains=config.chains,
-        draws=config.draws,
-        burn_in=config.burn_in,
-        thin=config.thin,
+        study.path(file_of(kernel.name)),
         batch_size=config.batch_size,
-        coords=coords,
         seed=config.seed,
-        progress=show,
+        coords=coords,
+        show=study.show,
+        trainable=None if kernel.head else ["0.*"],
     )
 
 
@@ -273,9 +271,9 @@ def random_neighbors(losses: xr.Dataset, k: int, seed: int) -> xr.Dataset:
     return xr.Dataset({"neighbor": (("sample", "rank"), near)}, coords=coords, attrs=attrs)
 
 
-def inputs_as_losses(paths: Paths, losses: xr.Dataset) -> xr.DataArray:
+def inputs_as_losses(study: Study, losses: xr.Dataset) -> xr.DataArray:
     """Return the input features in the place of draws, so that R is their correlation."""
-    words = data_set(paths, held_out=True)[0].tensors[0].numpy()
+    words = data_set(study, held_out=True)[0].tensors[0].numpy()
     return xr.DataArray(
         words.T[None],
         dims=("chain", "draw", "sample"),
@@ -284,21 +282,22 @@ def inputs_as_losses(paths: Paths, losses: xr.Dataset) -> xr.DataArray:
     )
 
 
-def measure(config: Config, paths: Paths, show: bool) -> None:
+def measure(study: Study) -> None:
     """Compute every lift, keep each, and write the numbers."""
-    taxonomy = lk.Taxonomy.from_json(paths.taxonomy)
+    config = study.config
+    taxonomy = lk.Taxonomy.from_json(study.path("taxonomy.json"))
     options: dict[str, Any] = {"k": config.neighbors, "seed": config.seed, "keep_replicates": True}
     lifts: dict[str, xr.Dataset] = {}
     scores: dict[str, Any] = {}
-    first = lk.open(paths.store(HEADLINE))["losses"].to_dataset()
+    first = lk.open(study.path(STORE))["losses"].to_dataset()
     chosen = kernels(config)
-    with progress.bar("lift", total=len(chosen), unit="kernel", show=show) as bar:
+    with progress.bar("lift", total=len(chosen), unit="kernel", show=study.show) as bar:
         for kernel in chosen:
-            losses = lk.open(paths.store(kernel.name))["losses"].to_dataset()
+            losses = lk.open(study.path(file_of(kernel.name)))["losses"].to_dataset()
             lifts[kernel.name] = lk.taxonomic_lift(losses, taxonomy, **options)
-            scores[kernel.name] = quality(config, paths, kernel, losses)
+            scores[kernel.name] = quality(study, kernel, losses)
             bar.update()
-    lifts["inputs"] = lk.taxonomic_lift(inputs_as_losses(paths, first), taxonomy, **options)
+    lifts["inputs"] = lk.taxonomic_lift(inputs_as_losses(study, first), taxonomy, **options)
     near = random_neighbors(first, config.neighbors, config.seed)
     lifts["random"] = lk.taxonomic_lift(near, taxonomy, **options)
     printed = {
@@ -310,9 +309,10 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
         ),
     }
     for name, lift in (lifts | printed).items():
-        store.put(paths.store(HEADLINE), f"lift_{name.replace(',', '').replace(' ', '_')}", lift)
+        key = f"lift_{name.replace(',', '').replace(' ', '_')}"
+        store.put(study.path(STORE), key, lift)
     by_distance = lk.correlation_by_distance(first, taxonomy, replicates=20, seed=config.seed)
-    store.put(paths.store(HEADLINE), "by_distance", by_distance)
+    store.put(study.path(STORE), "by_distance", by_distance)
     metrics = {
         "classes": len(taxonomy),
         "held_out": first["loss"].sizes["sample"],
@@ -325,173 +325,26 @@ def measure(config: Config, paths: Paths, show: bool) -> None:
         },
         "kernels": scores,
     }
-    paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
+    study.write("lifts.json", metrics)
 
 
-def curve(lift: xr.Dataset) -> dict[str, list[float | None]]:
-    """Return a pooled curve with its interval, as plain numbers."""
-    names = {"lift": "pooled_lift", "low": "pooled_low", "high": "pooled_high"}
-    return {
-        name: [float(v) if np.isfinite(v) else None for v in lift[of].values]
-        for name, of in names.items()
-    }
-
-
-def untrained_of(lifts: dict[str, xr.Dataset]) -> list[xr.Dataset]:
-    """Return the lifts of the untrained networks."""
-    return [lift for name, lift in lifts.items() if name.startswith("untrained")]
-
-
-def differences(trained: xr.Dataset, plain: list[xr.Dataset]) -> list[dict[str, Any]]:
-    """Return pooled lift of the trained network minus the mean of a control's, by depth.
-
-    Errors: of labels, replicate by replicate, since both were resampled alike; of the trained
-    network's chains; and of which untrained networks there were, their own chains included.
-    """
-    out = []
-    for depth in trained["depth"].values:
-        at = {"depth": depth}
-        values = np.array([float(lift["pooled_lift"].sel(at)) for lift in plain])
-        value = float(trained["pooled_lift"].sel(at)) - values.mean()
-        if not np.isfinite(value):
-            continue
-        mean = sum(lift["pooled_replicate"].sel(at).values for lift in plain) / len(plain)
-        labels = np.nanstd(trained["pooled_replicate"].sel(at).values - mean, ddof=1)
-        chains = float(trained["pooled_standard_error_chains"].sel(at))
-        seeds = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-        error = float(np.sqrt(labels**2 + chains**2 + seeds**2))
-        shared = float((trained["pairs"] * trained["base_rate"].fillna(0)).sel(at).sum())
-        out.append(
-            {
-                "depth": int(depth),
-                "trained": float(trained["pooled_lift"].sel(at)),
-                "control": float(values.mean()),
-                "difference": value,
-                "low": value - 1.96 * error,
-                "high": value + 1.96 * error,
-                "pairs_expected_to_share": shared,
-            }
-        )
-    return out
-
-
-def quality(config: Config, paths: Paths, kernel: Kernel, losses: xr.Dataset) -> dict[str, float]:
+def quality(study: Study, kernel: Kernel, losses: xr.Dataset) -> dict[str, float]:
     """Return how well a network classifies, and how steady its kernel is."""
-    observed, _ = data_set(paths, held_out=True)
+    observed, _ = data_set(study, held_out=True)
     words, labels = observed.tensors
     with torch.inference_mode():
-        logits = load_model(config, paths, kernel.model)(words)
+        logits = load_model(study, kernel.model)(words)
         accuracy = (logits.argmax(1) == labels).float().mean()
         loss = F.cross_entropy(logits, labels)
     halves = [
         losses["loss"].isel(chain=slice(first, None, 2), sample=slice(0, 1000)) for first in (0, 1)
     ]
-    one, two = (lk.correlation(half).values for half in halves)
-    pairs = np.triu(np.ones(one.shape, bool), 1)
+    left, right = (lk.correlation(half).values for half in halves)
+    pairs = np.triu(np.ones(left.shape, bool), 1)
     return {
         "held_out_accuracy": float(accuracy),
         "held_out_loss": float(loss),
         "loss_gain": float(lk.loss_gain(losses).mean()),
-        "mean_correlation": float(one[pairs].mean()),
-        "agreement_of_half_kernels": float(np.corrcoef(one[pairs], two[pairs])[0, 1]),
+        "mean_correlation": float(left[pairs].mean()),
+        "agreement_of_half_kernels": float(np.corrcoef(left[pairs], right[pairs])[0, 1]),
     }
-
-
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
-    """Write figures, numbers and page."""
-    metrics = json.loads(paths.metrics.read_text())
-    derived = lk.open(paths.store(HEADLINE))["derived"]
-    lift = {
-        name.removeprefix("lift_").replace("_", " "): node.to_dataset().compute()
-        for name, node in derived.children.items()
-        if name.startswith("lift_")
-    }
-    by_distance = derived["by_distance"].to_dataset().compute()
-    compared = {
-        "trained": lift["trained"],
-        **{f"untrained ({at})": part for at, part in enumerate(untrained_of(lift))},
-        "inputs": lift["inputs"],
-        "random": lift["random"],
-    }
-    settings = {
-        "trained": lift["trained"],
-        **{
-            name: part
-            for name, part in lift.items()
-            if name in ("early", "free head", "trained label component removed")
-            or name.startswith("gamma")
-        },
-    }
-    figures = [
-        workflow.Figure(
-            "controls",
-            "Trained, and the controls",
-            "Pooled lift under the matched base rate, pairs of one label excluded. Bars are 95% "
-            "intervals: labels resampled, chains deleted.",
-            plots.lift_curves(compared, title="Taxonomic lift of held-out definitions"),
-        ),
-        workflow.Figure(
-            "by_depth",
-            "By query depth",
-            "The trained network, one curve for each query depth.",
-            plots.lift_by_depth(lift["trained"]),
-        ),
-        workflow.Figure(
-            "settings",
-            "Settings",
-            "The trained network under other localizations, with the "
-            "head free, after one epoch, and without each label's shared component.",
-            plots.lift_curves(settings, title="What the lift depends on"),
-        ),
-        workflow.Figure(
-            "by_distance",
-            "Correlation against distance",
-            "Mean correlation of losses by distance of the labels in WordNet.",
-            plots.correlation_against_distance({"trained": by_distance}),
-        ),
-        workflow.Figure(
-            "matrix",
-            "By label",
-            "Mean correlation between classes, in the hierarchy's order, beside their distance.",
-            plots.hierarchy_matrices(by_distance),
-        ),
-    ]
-    rows = [
-        (
-            f"Pooled lift at depth {d['depth']}: trained minus {name}",
-            f"{d['difference']:+.2f} ({d['low']:+.2f} to {d['high']:+.2f})",
-            f"{d['trained']:.2f} against {d['control']:.2f}",
-        )
-        for name in ("untrained", "inputs")
-        for d in metrics[f"trained_minus_{name}"]
-        if d["depth"] >= 1 and d["pairs_expected_to_share"] >= 100
-    ]
-    rows += [
-        (
-            f"{name}: accuracy, loss, agreement of half kernels",
-            f"{k['held_out_accuracy']:.1%}, {k['held_out_loss']:.2f}, "
-            f"{k['agreement_of_half_kernels']:.2f}",
-            "",
-        )
-        for name, k in metrics["kernels"].items()
-    ]
-    workflow.write_report(
-        workflow.Report(
-            title="Glosses: what of WordNet does a definition classifier's loss kernel see?",
-            summary=[
-                f"{metrics['held_out']:,} held-out definitions, {metrics['classes']} classes, "
-                f"{metrics['draws']:,} draws. Lift above 1 means that the inputs whose losses "
-                "move together share ancestors more often than chance. Only what exceeds the "
-                "controls can be owed to what the network learned.",
-            ],
-            metrics={**metrics, "seconds": state.seconds(), "config": config.model_dump()},
-            rows=rows,
-            figures=figures,
-            settings=config.model_dump(),
-            next_steps="import lkarray as lk\n"
-            f'losses = lk.open("{paths.store(HEADLINE)}")["losses"]\n'
-            f'taxonomy = lk.Taxonomy.from_json("{paths.taxonomy}")\n'
-            "lk.taxonomic_lift(losses, taxonomy)",
-        ),
-        paths.report,
-    )

