@@ -66,7 +66,7 @@ class Ending:
         self._before: dict[str, Any] = {}
         self._began = time.perf_counter()
 
-    def at(self, folder: Path) -> None:
+    def begin_in(self, folder: Path) -> None:
         """Note the run's folder, before anything runs in it."""
         self.folder, self._before = folder, read_record(folder).get("stages", {})
 

@@ -70,7 +70,7 @@ class Request:
 def run_in(request: Request, out: Path, ending: Ending, *, progress: bool) -> str:
     """Run a study in a folder, or continue it; return what to tell the user."""
     study, config = request.load()
-    ending.at(out)
+    ending.begin_in(out)
     text = study.run(config, out, progress=progress)
     finish(out, {})
     return text
@@ -92,7 +92,7 @@ def run_if_changed(request: Request, out: Path, ending: Ending, *, progress: boo
         loaded = request.load()
         facts = _with_inputs(request.facts(), loaded[1], out)
     folder = out / _hash({key: facts[key] for key in facts if key != "request"})[:12]
-    ending.at(folder)
+    ending.begin_in(folder)
     with run_lock(out):
         if is_complete(folder):
             ending.status = "unchanged"
