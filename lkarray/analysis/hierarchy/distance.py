@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,54 +111,26 @@ def correlation_by_distance(
     x = as_losses(losses)
     rows = next(str(dim) for dim in x.dims if dim not in POSTERIOR)
     x, label = with_labels(x, rows, label, what="label")
-    options: dict[str, Any] = {
-        "kernel": kernel,
-        "center": center,
-        "self_pairs": False,
-        "memory": memory,
-    }
-    means = group_mean(x, label, **options)
+    mean = partial(group_mean, kernel=kernel, center=center, self_pairs=False, memory=memory)
+    means = mean(x, label)
     labels = means[label].values
-    taxonomy.positions(labels.tolist())
-    order = [taxonomy.node(name) for name in taxonomy.subset(labels.tolist()).order()]
-    place = {node: at for at, node in enumerate(order)}
-    chosen = [at for at in range(len(labels)) if _is_within(taxonomy, labels[at], within)]
-    if len(chosen) < 3:
-        raise ValueError(
-            f"only {len(chosen)} of the labels of the samples lie below {within!r}; at least 3 do "
-            "in a useful comparison"
-        )
-    chosen.sort(key=lambda at: (place[taxonomy.node(labels.item(at))], at))
+    chosen = _in_order(taxonomy, labels, within)
     labels = np.asarray(labels)[chosen]
-    parts = [means.values[np.ix_(chosen, chosen)]]
+    square = np.ix_(chosen, chosen)
+    whole, deleted = means.values[square], []
     chains = x.sizes[CHAIN]
     for gone in range(chains if chains > 2 else 0):
         kept = [chain for chain in range(chains) if chain != gone]
-        mean = group_mean(x.isel({CHAIN: kept}), label, **options)
-        parts.append(mean.values[np.ix_(chosen, chosen)])
+        deleted.append(mean(x.isel({CHAIN: kept}), label).values[square])
     values, sizes = np.unique(x[label].values, return_counts=True)
     sizes = sizes[np.searchsorted(values, labels)].astype(float)
     far = taxonomy_distance(taxonomy, labels.tolist()).values
     curve = _Curve(far, sizes)
+    # The first weights are those of the labels as they are; the others resample them.
     weights = np.concatenate([np.ones((1, len(labels))), resampled(len(labels), replicates, seed)])
-    boot = np.stack([curve.mean(parts[0], w) for w in weights])
-    ranks = np.array([_rank(parts[0], far, w) for w in weights])
-    out: dict[str, Any] = {}
-    for name, dims, resamplings, deleted in (
-        ("", ("distance",), boot, [curve.mean(part, weights[0]) for part in parts[1:]]),
-        ("rank_", (), ranks, [np.array(_rank(part, far, weights[0])) for part in parts[1:]]),
-    ):
-        errors = {"labels": spread(resamplings[1:])} | (
-            {"chains": jackknife(deleted)} if deleted else {}
-        )
-        low, high = interval(resamplings[0], list(errors.values()), level)
-        out[name + ("correlation" if name else kernel)] = (dims, resamplings[0])
-        out[f"{name}low"], out[f"{name}high"] = (dims, low), (dims, high)
-        for source, error in errors.items():
-            out[f"{name}standard_error_{source}"] = (dims, error)
-    out["pairs"] = ("distance", curve.pairs(weights[0]).round().astype(np.int64))
-    square = ("label", second("label"))
-    out |= {"label_mean": (square, parts[0]), "label_distance": (square, far)}
+    out = _by_distance(curve, weights, whole, deleted, kernel, level)
+    dims = ("label", second("label"))
+    out |= {"label_mean": (dims, whole), "label_distance": (dims, far)}
     names = xr.Variable(("label",), labels)
     return xr.Dataset(
         out,
@@ -174,9 +147,54 @@ def correlation_by_distance(
             "replicates": replicates,
             "level": level,
             "seed": seed,
-            "chains_deleted": len(parts) - 1,
+            "chains_deleted": len(deleted),
         },
     )
+
+
+def _in_order(taxonomy: Taxonomy, labels: np.ndarray, within: Hashable | None) -> list[int]:
+    """Return the positions of the labels that lie within, in the taxonomy's order."""
+    taxonomy.positions(labels.tolist())
+    order = [taxonomy.node(name) for name in taxonomy.subset(labels.tolist()).order()]
+    place = {node: number for number, node in enumerate(order)}
+    chosen = [i for i in range(len(labels)) if _is_within(taxonomy, labels[i], within)]
+    if len(chosen) < 3:
+        raise ValueError(
+            f"only {len(chosen)} of the labels of the samples lie below {within!r}; at least 3 do "
+            "in a useful comparison"
+        )
+    return sorted(chosen, key=lambda i: (place[taxonomy.node(labels.item(i))], i))
+
+
+def _by_distance(
+    curve: _Curve,
+    weights: np.ndarray,
+    whole: np.ndarray,
+    deleted: list[np.ndarray],
+    kernel: str,
+    level: float,
+) -> dict[str, Any]:
+    """Return the curve and the rank correlation, each with its errors and interval.
+
+    Of means over labels, those with all chains and those without each; ``(label, label)``.
+    """
+    boot = np.stack([curve.mean(whole, w) for w in weights])
+    ranks = np.array([_rank(whole, curve.far, w) for w in weights])
+    out: dict[str, Any] = {}
+    for name, dims, resamplings, without in (
+        ("", ("distance",), boot, [curve.mean(means, weights[0]) for means in deleted]),
+        ("rank_", (), ranks, [np.array(_rank(m, curve.far, weights[0])) for m in deleted]),
+    ):
+        errors = {"labels": spread(resamplings[1:])}
+        if without:
+            errors["chains"] = jackknife(without)
+        low, high = interval(resamplings[0], list(errors.values()), level)
+        out[name + ("correlation" if name else kernel)] = (dims, resamplings[0])
+        out[f"{name}low"], out[f"{name}high"] = (dims, low), (dims, high)
+        for source, error in errors.items():
+            out[f"{name}standard_error_{source}"] = (dims, error)
+    out["pairs"] = ("distance", curve.pairs(weights[0]).round().astype(np.int64))
+    return out
 
 
 def _is_within(taxonomy: Taxonomy, label: Any, within: Hashable | None) -> bool:
@@ -187,6 +205,7 @@ class _Curve:
     """Means over pairs of inputs by the distance of their labels."""
 
     def __init__(self, far: np.ndarray, sizes: np.ndarray) -> None:
+        self.far = far
         self.steps, codes = np.unique(far[np.isfinite(far)], return_inverse=True)
         self.steps = self.steps.astype(np.int64)
         self.codes = np.full(far.shape, len(self.steps))

@@ -61,3 +61,10 @@ def several_or_one(given: Any) -> tuple[Hashable, ...]:
     if isinstance(given, str) or not isinstance(given, Iterable):
         return (given,)
     return tuple(given)
+
+
+def named_list(names: Iterable[Hashable], most: int = 10) -> str:
+    """Return the first names as a message gives them, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(map(repr, names[:most]))
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -11,7 +11,7 @@ from scipy import sparse
 
 from lkarray.analysis.hierarchy import graph, sources
 from lkarray.analysis.hierarchy.graph import DEPTHS
-from lkarray.analysis.hierarchy.names import checked_parents, named_nodes, plain_all, several_or_one
+from lkarray.analysis.hierarchy.names import checked_parents, named_list, named_nodes, plain_all
 from lkarray.analysis.hierarchy.sources import plain
 from lkarray.values import integer, mapping, one_of, several, text
 
@@ -90,11 +90,11 @@ class Taxonomy:
         others = {} if aliases is None else named_nodes("aliases", mapping("aliases", aliases))
         absent = [node for node in others.values() if node not in position]
         if absent:
-            raise ValueError(f"{_listed(absent)} named by aliases, but not in the taxonomy")
+            raise ValueError(f"{named_list(absent)} named by aliases, but not in the taxonomy")
         known = position | {alias: position[node] for alias, node in others.items()}
         absent = [node for node in named.values() if node not in known]
         if absent:
-            raise ValueError(f"{_listed(absent)} named as labels, but not in the taxonomy")
+            raise ValueError(f"{named_list(absent)} named as labels, but not in the taxonomy")
         self.labels = tuple(named)
         self._index = known | {label: known[node] for label, node in named.items()}
         self._check_roots(inner, None if roots is None else set(plain_all("roots", roots)))
@@ -107,7 +107,7 @@ class Taxonomy:
             if not good:
                 raise ValueError(
                     f"label {label!r} has no path to a root: above it is only "
-                    f"{_listed([self.nodes[a] for a in tops])} "
+                    f"{named_list([self.nodes[a] for a in tops])} "
                     "without parents; give it a parent, or name it in roots="
                 )
 
@@ -186,10 +186,7 @@ class Taxonomy:
         >>> Taxonomy.from_parents({"dog": "mammal", "bat": ["mammal", "flier"]}).roots
         ('mammal', 'flier')
         """
-        listed = {
-            node: several_or_one(above) for node, above in mapping("parents", parents).items()
-        }
-        return cls(listed, labels, roots=roots)
+        return cls(mapping("parents", parents), labels, roots=roots)
 
     @classmethod
     def from_networkx(
@@ -356,8 +353,8 @@ class Taxonomy:
         absent = [name for name in dict.fromkeys(names) if name not in self._index]
         if absent:
             raise ValueError(
-                f"{name}: {_listed(absent)} not in the taxonomy, whose labels are such as "
-                f"{_listed(self.labels[:3])}; rename labels with Taxonomy(..., labels={{label: "
+                f"{name}: {named_list(absent)} not in the taxonomy, whose labels are such as "
+                f"{named_list(self.labels[:3])}; rename labels with Taxonomy(..., labels={{label: "
                 "node}), or leave these inputs out"
             )
         return [(name, self._index[name]) for name in names]
@@ -396,9 +393,3 @@ def require_taxonomy(taxonomy: object) -> None:
         raise TypeError(
             f"taxonomy must be a Taxonomy, as lk.Taxonomy makes, not {type(taxonomy).__name__}"
         )
-
-
-def _listed(names: Iterable[Hashable], most: int = 10) -> str:
-    names = list(names)
-    shown = ", ".join(map(repr, names[:most]))
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

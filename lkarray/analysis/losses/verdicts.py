@@ -168,6 +168,14 @@ def _of_one(report: xr.Dataset, run: Run, turned: np.ndarray) -> Iterator[str]:
             f"the mean loss {way} during {drifting.sum()} of {chains} chains (drift z = "
             f"{worst:.1f}), so chains have not settled, or wander slowly: {longer}"
         )
+    yield from _of_kernel(report, run, chains, longer, apart=apart)
+
+
+def _of_kernel(
+    report: xr.Dataset, run: Run, chains: int, longer: str, *, apart: bool
+) -> Iterator[str]:
+    """Yield what the entries of a kernel suffer from: few draws, and chains that differ."""
+    total = run.draws * chains
     ess = min(float(report["kernel_ess"]), total)
     if ess < _KERNEL_ESS:
         more = _KERNEL_ESS / max(ess, 1)
