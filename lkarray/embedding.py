@@ -42,13 +42,13 @@ def embed(
     k: int = 30,
     min_dist: float = 0.1,
 ) -> xr.DataArray:
-    """Embed samples by UMAP, at distance ``1 - R`` (loss-kernel section 3).
+    """Embed samples by UMAP, at distance ``1 - R``.
 
     Parameters
     ----------
     neighbors_or_kernel
         What `lkarray.neighbors` returns (with ``exclude="label"``, edges within a label are
-        gone before the search, as loss-kernel appendix B advises), or a square correlation
+        gone before the search, as Adam et al. 2025a, appendix B advises), or a square correlation
         kernel, read by rows and never held whole.
     method
         ``"umap"`` (umap-learn; McInnes et al. 2018).
@@ -74,6 +74,12 @@ def embed(
         not a correlation, or an influence operator.
     SchemaError, TypeError
         It is neither a neighbour table nor a square kernel.
+
+    References
+    ----------
+    - McInnes et al. 2018: "UMAP: uniform manifold approximation and projection for dimension
+      reduction", arXiv:1802.03426.
+    - Adam et al. 2025a, section 3 and appendix B: "The Loss Kernel", arXiv:2509.26537.
     """
     if method != "umap":
         raise ValueError(f"method must be 'umap', not {method!r}")
@@ -106,8 +112,8 @@ def similarity_by_distance(
 ) -> xr.Dataset:
     """Return how a kernel goes with distance on its map, within groups and between them.
 
-    Over all pairs of different samples: is the map that a kernel was given true to it (PLGK
-    section 6.2)?
+    Over all pairs of different samples: is the map that a kernel was given true to it (Anonymous
+    2026, section 6.2)?
 
     Parameters
     ----------
@@ -137,6 +143,10 @@ def similarity_by_distance(
         ``bins`` is below 1, or the kernel is an influence operator.
     SchemaError
         The kernel is not square, or the points or groups are not of its samples.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.2: "Path-Integrated Loss-Gradient Kernels".
     """
     from scipy.spatial.distance import pdist
 

@@ -94,6 +94,15 @@ def plan(kernel: Result) -> KernelPlan:
     ------
     ValueError
         ``kernel`` is not lazy, or no kernel of lkarray.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> cost = lk.plan(lk.covariance(losses))
+    >>> cost.tiles, cost.precision
+    (1, 'float32')
     """
     arrays: list[Any] = [kernel]
     if isinstance(kernel, xr.Dataset | xr.DataTree):

@@ -1,4 +1,4 @@
-"""Settings of the papers' experiments, by name."""
+"""Settings of the experiments of Adam et al. 2025a and 2025b, by name."""
 
 from __future__ import annotations
 

@@ -97,6 +97,17 @@ def save(
     damaged or missing is computed again, and no other. The first and the last are computed again
     and compared, so that a kernel of other data is noticed. Memory is the plan's
     (`lkarray.plan`).
+
+    Examples
+    --------
+    >>> from zarr.storage import MemoryStore
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> store = MemoryStore()
+    >>> stored = lk.save(lk.covariance(losses), store)
+    >>> stored.values.tolist() == lk.covariance(losses).values.tolist()
+    True
     """
     kernel = _checked(alone(kernel, "kernel"))
     saved = SavedKernel.of(

@@ -47,7 +47,7 @@ _NAMES = {
 }
 GROUPS = {title: names.split() for title, names in _NAMES.items()}
 
-KEPT = ("Parameters", "Attributes", "Returns", "Raises", "Notes", "Examples")
+KEPT = ("Parameters", "Attributes", "Returns", "Raises", "Notes", "References", "Examples")
 LISTS = ("Parameters", "Attributes", "Raises")
 _TITLE = re.compile(r"^([A-Z][A-Za-z ]+)\n-{3,}\n", flags=re.MULTILINE)
 _VALUES = {"__version__": "The version of the library, a string."}
@@ -216,8 +216,25 @@ def markdown(doc: str) -> str:
     for title, body in zip(pieces[1::2], pieces[2::2], strict=True):
         if title in KEPT:
             shape = items if title in LISTS or title == "Returns" else prose
+            body = linked(body) if title == "References" else body
             text += f"\n**{title}**\n\n" + shape(body.strip("\n"))
     return text
+
+
+def linked(body: str) -> str:
+    """Return references with their identifiers, authors and pages as links."""
+    text = inspect.cleandoc(body.strip("\n"))
+    text = re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+    text = re.sub(r"doi:(10\.\S+\w)", r"[doi:\1](https://doi.org/\1)", text)
+    text = re.sub(r"docs/(methods/\w+\.md)", r"[\1](\1)", text)
+    return re.sub(r"^- (\w+)(.*? )(\d{4})([ab]?)(?=[,:])", in_list, text, flags=re.MULTILINE)
+
+
+def in_list(match: re.Match[str]) -> str:
+    """Return the author and year of a reference as a link into the list of them."""
+    first, others, year, letter = match.groups()
+    key = f"{first.lower()}-{year}{letter}"
+    return f"- [{first}{others}{year}{letter}](references.md#{key})"
 
 
 def items(body: str) -> str:

@@ -107,6 +107,12 @@ def influence_functions(
     ``P`` backward passes of the gradient of every training example, ``P^3 / 3`` operations in
     float64 for the factor, and ``2 P^2`` for each audited number. Memory: four matrices of ``P``
     squared and the gradients of all examples, in float64.
+
+    References
+    ----------
+    - Koh and Liang 2017, eq. 2: "Understanding black-box predictions via influence functions",
+      arXiv:1703.04730.
+    - docs/methods/laplace.md.
     """
     source = as_trace(trace)
     step = as_state(source, at)

@@ -112,6 +112,11 @@ def tracin(
     At each checkpoint a forward and backward pass of the audited examples, and one of the training
     examples for each panel of audited ones that fits the budget (usually one); a product takes as
     many multiplications as `lkarray.gradient_plan` prints, by factors where that is cheaper.
+
+    References
+    ----------
+    - Pruthi et al. 2020, section 3: "Estimating training data influence by tracing gradient
+      descent", arXiv:2002.08484.
     """
     source = as_trace(trace)
     steps = as_checkpoints(source, checkpoints)
@@ -157,9 +162,10 @@ def tracin_in_run(
     .. math:: T_{mn} = -\sum_t \frac{\eta_t}{|B_t|} \sum_{m \in B_t} g_m(t) \cdot g_n(t)
 
     (Pruthi et al. 2020, section 3.1; the first order of in-run data Shapley, Wang et al. 2024; what
-    PLGK A.11 compares with.) An example that is in a batch twice counts twice. With plain SGD the
-    sum over examples is the change of what is audited, up to second order in a step; momentum,
-    preconditioner, clipping and decay are ignored, and `lkarray.audit` is what accounts for them.
+    Anonymous 2026, A.11 compares with.) An example that is in a batch twice counts twice. With
+    plain SGD the sum over examples is the change of what is audited, up to second order in a step;
+    momentum, preconditioner, clipping and decay are ignored, and `lkarray.audit` is what accounts
+    for them.
 
     Parameters
     ----------
@@ -182,6 +188,13 @@ def tracin_in_run(
     -----
     The pass of `lkarray.audit` with Euler's rule, and with steps taken for plain gradient descent:
     its cost and memory, without anything carried from step to step.
+
+    References
+    ----------
+    - Pruthi et al. 2020, section 3.1: "Estimating training data influence by tracing gradient
+      descent", arXiv:2002.08484.
+    - Wang et al. 2024: "Data Shapley in one training run", arXiv:2406.11011.
+    - Anonymous 2026, A.11: "Path-Integrated Loss-Gradient Kernels".
     """
     source = as_trace(trace)
     request = _request(source, audit_set, target, params, examples, unlike)
@@ -250,6 +263,11 @@ def gradient_similarity(
     Notes
     -----
     The cost of one checkpoint of `tracin`.
+
+    References
+    ----------
+    - Charpiat et al. 2019: "Input similarity from the neural network perspective",
+      arXiv:2102.05262.
     """
     source = as_trace(trace)
     step = as_state(source, at)

@@ -71,8 +71,8 @@ def trak(
 
     with means over checkpoints (Park et al. 2023, section 3 and algorithm 1, without its soft
     threshold). It is about training again without an example (a counterfactual), by a model
-    linearised at its final weights, and not about what happened in this run (PLGK remark 5.3); the
-    paper takes checkpoints of runs of their own.
+    linearised at its final weights, and not about what happened in this run (Anonymous 2026, remark
+    5.3); the paper takes checkpoints of runs of their own.
 
     Parameters
     ----------
@@ -129,6 +129,12 @@ def trak(
     project a gradient, and ``2 size (size + N)`` for its products with ``N`` audited examples.
     Memory: four matrices of ``size`` squared numbers and ``2 N size`` in float64; projected
     gradients are kept where half the budget holds them, and computed twice otherwise.
+
+    References
+    ----------
+    - Park et al. 2023, section 3 and algorithm 1: "TRAK: attributing model behavior at scale",
+      arXiv:2303.14186.
+    - Anonymous 2026, remark 5.3: "Path-Integrated Loss-Gradient Kernels".
     """
     source = as_trace(trace)
     if target not in (MARGIN, LOSS):

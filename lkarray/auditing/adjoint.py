@@ -1,8 +1,9 @@
 r"""The adjoint pass: the recorded steps run backwards, for a panel of audited examples.
 
 With every realised quantity of a step given, the parameters are linear in the training gradients
-(design section 6; PLGK A.2 unrolls the same sums forwards). So the change of any audited quantity,
-:math:`\sum_t \bar g_n(t) \cdot \Delta\theta_t`, is pulled back through the updates::
+(docs/methods/adjoint.md; Anonymous 2026, A.2 unrolls the same sums forwards). So the change of any
+audited quantity, :math:`\sum_t \bar g_n(t) \cdot \Delta\theta_t`, is pulled back through the
+updates::
 
     q_n  = Q_t gbar_n(t) + mu_{t+1} q_n
     k_n  = S_t q_n + N_t gbar_n(t)

@@ -171,8 +171,8 @@ class Outer(Block):
     ) -> Tensor:
         """Return the inner products of the mean gradients themselves, ``(row, example)``.
 
-        The ghost dot product (PLGK A.2.8): ``2 (in + out)`` operations each, and no gradient is
-        multiplied out.
+        The ghost dot product (Anonymous 2026, A.2.8): ``2 (in + out)`` operations each, and no
+        gradient is multiplied out.
         """
         (b, a), (inputs, back) = prepared, training
         total = (b[:, 0] @ back) * (a[:, 0] @ inputs)

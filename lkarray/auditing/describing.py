@@ -21,7 +21,10 @@ _UNITS = {"loss": "nat"}
 
 
 def errors(found: np.ndarray, true: np.ndarray) -> tuple[float, float]:
-    """Return the mean reconstruction error and the correlation (PLGK definitions 12, 13)."""
+    """Return the mean reconstruction error and the correlation.
+
+    See Anonymous 2026, definitions 12, 13.
+    """
     a, b = found.ravel(), true.ravel()
     varied = len(a) > 1 and a.std() > 0 and b.std() > 0
     lc = float(np.corrcoef(a, b)[0, 1]) if varied else float("nan")
@@ -111,7 +114,7 @@ def _attrs(problem: Problem) -> dict[str, Any]:
 
 
 def metrics(problem: Problem, found: xr.Dataset) -> dict[str, float]:
-    """Return PLGK definitions 12 and 13, and how exactly the parts add up."""
+    """Return Anonymous 2026, definitions 12 and 13, and how exactly the parts add up."""
     sums = {name: found[name].values for name in ("total", "change", "path", "length")}
     residual = found["residual"].values
     if residual.ndim > sums["total"].ndim:

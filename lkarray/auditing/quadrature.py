@@ -34,7 +34,7 @@ class Stencil:
 def stencil(rule: str, supersample: int = 1) -> Stencil:
     """Return a rule, repeated on ``supersample`` equal parts of the stretch.
 
-    ``trapezoid`` on two parts is the stencil 1/4, 1/2, 1/4 of PLGK A.2.7.
+    ``trapezoid`` on two parts is the stencil 1/4, 1/2, 1/4 of Anonymous 2026, A.2.7.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {sorted(RULES)}, not {rule!r}")

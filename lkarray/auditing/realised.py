@@ -22,7 +22,7 @@ Scale = float | Tensor
 
 @dataclass(frozen=True)
 class Update:
-    """The realised quantities of one step, for some tensors (design section 6).
+    """The realised quantities of one step, for some tensors (docs/methods/adjoint.md).
 
     ``u = clip g + coupled theta``; ``b = mu b' + s u``; the parameters move by
     ``- q b - n u - decoupled theta``.

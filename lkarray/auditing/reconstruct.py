@@ -57,6 +57,11 @@ def reconstruction(
         ``change(audit)``, ``path(audit)``, ``length(audit)``, ``reconstruction(epoch, audit)`` and
         ``epoch_change(epoch, audit)``, in memory, as `audit` describes them; attributes ``mre`` and
         ``lc``.
+
+    References
+    ----------
+    - Anonymous 2026, lemma 3.2 and A.2.7: "Path-Integrated Loss-Gradient Kernels".
+    - docs/methods/adjoint.md, "Rules of quadrature".
     """
     request = Request(
         audit_set, target, module, None, rule, supersample, stride, steps, unlike=unlike, bare=True

@@ -61,6 +61,18 @@ def frobenius(
     -----
     One pass over the data, ``2 n S_a S_b`` operations and ``S_a x S_b`` numbers where n exceeds
     the draws, otherwise n x n numbers.
+
+    References
+    ----------
+    - docs/methods/kernels.md, "Of losses".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> float(lk.frobenius(losses)) == float((lk.covariance(losses) ** 2).sum())
+    True
     """
     tensors = [as_losses(a, name="a"), as_losses(a if b is None else b, name="b")]
     if b is None:
@@ -80,7 +92,7 @@ def cka(
     normalize: str = "count",
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    r"""Return the centred kernel alignment of two kernels (loss-kernel appendix D.3), lazily.
+    r"""Return the centred kernel alignment of two kernels, lazily.
 
     .. math:: \langle HKH, HLH \rangle_F / (|HKH|_F |HLH|_F), \quad H = I - 11'/n
 
@@ -116,6 +128,23 @@ def cka(
     Two passes over the data: the mean over samples, which is subtracted before any product, and
     the products, ``2 n S**2`` operations each. Memory: three ``S x S`` float64 arrays a task, or
     n x n where n is smaller than the draws; never n x n otherwise.
+
+    References
+    ----------
+    - Kornblith et al. 2019: "Similarity of neural network representations revisited",
+      arXiv:1905.00414.
+    - Adam et al. 2025a, appendix D.3: "The Loss Kernel", arXiv:2509.26537.
+    - Song et al. 2012: "Feature selection via dependence maximization", Journal of Machine Learning
+      Research 13.
+    - docs/methods/kernels.md, "Of losses".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> round(float(lk.cka(losses, 3 * losses)), 6)
+    1.0
     """
     if debiased not in (False, "samples", "draws"):
         raise ValueError(f"debiased must be False, 'samples' or 'draws', not {debiased!r}")
@@ -163,6 +192,19 @@ def cka_curve(
     -----
     One pass for the means over samples and one for the ``S x S`` Gram of the draws, from which
     every point follows; memory is that of a few such arrays in float64.
+
+    References
+    ----------
+    - Adam et al. 2025a, appendix D.3 and figure 6A: "The Loss Kernel", arXiv:2509.26537.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr, lkarray as lk
+    >>> noise = np.random.default_rng(0).normal(size=(4, 100, 6))
+    >>> losses = xr.DataArray(noise, dims=("chain", "draw", "sample"))
+    >>> curve = lk.cka_curve(losses, draws=[10, 50, 100])
+    >>> curve["draws"].values.tolist(), round(float(curve[-1]), 6)
+    ([10, 50, 100], 1.0)
     """
     x = as_losses(losses).transpose(*POSTERIOR, ...)
     rows = free_dim(x, "losses", POSTERIOR, ())

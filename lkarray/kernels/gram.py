@@ -96,6 +96,20 @@ def gram(
     -----
     Cost: ``n**2 * S`` operations for a symmetric Gram, twice that for two operands; each
     panel is read once where the budget can hold them all.
+
+    References
+    ----------
+    - docs/methods/kernels.md.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> x = xr.DataArray([[1.0, 2.0], [0.0, 1.0]], dims=("sample", "feature"))
+    >>> kernel = lk.gram(x, over="feature")
+    >>> kernel.dims, kernel.values.tolist()
+    (('sample', 'sample_2'), [[5.0, 2.0], [2.0, 1.0]])
+    >>> lk.gram(x, over="feature", normalize="cosine").values.round(4).tolist()
+    [[1.0, 0.8944], [0.8944, 1.0]]
     """
     x, y = as_tensor(x, "x"), None if y is None else as_tensor(y, "y")
     over, each = dim_names(over), dim_names(each)

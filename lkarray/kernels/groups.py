@@ -122,6 +122,14 @@ def group_mean(
     -----
     Samples are averaged within groups first, so it costs one pass over the data and ``2 n S g``
     operations for g groups, and ``S x g`` numbers; never n x n unless n is below S.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> lk.group_mean(losses, ["cat", "cat", "dog"]).values.round(6).tolist()
+    [[1.0, -1.0], [-1.0, 1.0]]
     """
     x, operand, scale = kernel_operand(losses, kernel, center)
     name, values, codes = group_codes(x, operand.rows, groups)

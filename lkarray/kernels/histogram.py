@@ -27,7 +27,7 @@ def histogram(
     center: str = "pooled",
     memory: int | str | None = None,
 ) -> xr.Dataset:
-    """Count kernel entries in bins, by pairs of groups (loss-kernel figure 3D), lazily.
+    """Count kernel entries in bins, by pairs of groups, lazily.
 
     Parameters
     ----------
@@ -65,6 +65,19 @@ def histogram(
     Notes
     -----
     ``n**2 S`` operations, and counts instead of the kernel.
+
+    References
+    ----------
+    - Adam et al. 2025a, figure 3D: "The Loss Kernel", arXiv:2509.26537.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> counts = lk.histogram(losses, bins=2, kernel="covariance", bounds=(-5.0, 5.0))
+    >>> counts["count"].values.ravel().tolist()
+    [4, 2]
     """
     if bounds is None:
         if kernel == "covariance":

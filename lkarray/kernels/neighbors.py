@@ -44,7 +44,7 @@ def neighbors(
         Neighbours of each sample.
     exclude
         A coordinate of the samples, such as ``"label"``: pairs that share its value are left
-        out *before* the k are taken (loss-kernel B: noise in the output layer alone makes
+        out *before* the k are taken (Adam et al. 2025a, B: noise in the output layer alone makes
         inputs of one label correlate). Or one label for each sample, as for `lkarray.group_mean`;
         it becomes a coordinate of the result. Or any rule: a function of two mappings from the
         names of the samples' coordinates to arrays that broadcast, which is true where a pair is
@@ -84,6 +84,22 @@ def neighbors(
     A sample whose losses do not vary (of an input so certain that its loss is 0 in float32, say)
     has R = 0 with all others: the k that come first, which mean nothing. Leave such samples out
     before statistics of neighbours are taken: ``losses.isel(sample=losses.std(...) > 0)``.
+
+    References
+    ----------
+    - Adam et al. 2025a, section 2.3 and appendix B: "The Loss Kernel", arXiv:2509.26537.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> losses = losses.assign_coords(label=("sample", ["cat", "cat", "dog"]))
+    >>> near = lk.neighbors(losses, k=1).compute()
+    >>> near["neighbor"].values.tolist()
+    [[1], [0], [0]]
+    >>> lk.neighbors(losses, k=1, exclude="label")["neighbor"].values.tolist()
+    [[2], [2], [0]]
     """
     x = as_losses(losses)
     rows = free_dim(x, "losses", POSTERIOR, ())

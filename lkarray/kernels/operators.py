@@ -44,6 +44,15 @@ def linear_operator(
         n x n, symmetric, float64. Each product with a vector or a block of them reads the
         data once or twice, on the Dask scheduler of the moment, and costs ``4 n S`` operations a
         vector; products are float32 for float32 losses, so ask for tolerances above 1e-6.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> operator = lk.linear_operator(losses)
+    >>> (operator @ [1.0, 0.0, 0.0]).tolist()
+    [1.0, 2.0, -1.0]
     """
     from scipy.sparse.linalg import LinearOperator
 

@@ -18,7 +18,7 @@ from lkarray.values import real_array, require_real
 def participation_ratio(s: Any) -> Any:
     """Return the effective number of modes, ``(sum w)^2 / sum w^2`` with ``w = s^2``.
 
-    1 if one mode holds all the energy, K if K modes share it equally (PLGK section 6.3).
+    1 if one mode holds all the energy, K if K modes share it equally (Anonymous 2026, section 6.3).
 
     Parameters
     ----------
@@ -29,6 +29,16 @@ def participation_ratio(s: Any) -> Any:
     -------
     DataArray or array
         Without the modes; lazy if ``s`` is. NaN where all are zero.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.3 and A.7: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import numpy as np, lkarray as lk
+    >>> float(lk.participation_ratio(np.array([2.0, 2.0, 0.0])))
+    2.0
     """
     s = _values(s)
     if isinstance(s, xr.DataArray):
@@ -56,6 +66,12 @@ def energy_rank(s: Any, share: float = 0.9) -> Any:
     -------
     DataArray or array
         int64, without the modes; lazy if ``s`` is.
+
+    Examples
+    --------
+    >>> import numpy as np, lkarray as lk
+    >>> int(lk.energy_rank(np.array([3.0, 1.0, 0.1]), share=0.9))
+    2
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, not {share}")

@@ -40,6 +40,21 @@ def ledoit_wolf(
     Notes
     -----
     One pass, ``2 n S q`` operations for the shorter side q, and ``q x q`` numbers.
+
+    References
+    ----------
+    - Ledoit and Wolf 2004: "A well-conditioned estimator for large-dimensional covariance
+      matrices", doi:10.1016/S0047-259X(03)00096-4.
+    - docs/methods/uncertainty.md.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr, lkarray as lk
+    >>> noise = np.random.default_rng(0).normal(size=(4, 100, 6))
+    >>> losses = xr.DataArray(noise, dims=("chain", "draw", "sample"))
+    >>> share = lk.ledoit_wolf(losses)
+    >>> bool(0 < share <= 1)
+    True
     """
     _, operand, _ = kernel_operand(losses, "covariance", center)
     draws = int(np.prod(operand.shape))

@@ -101,6 +101,22 @@ def svd(
     ``max_passes``, and one more for the projection, whose own singular values are taken, so that
     their error is of the order of float32 rounding of the largest, not of its square. Memory:
     strips, and ``q (k + 10) max_passes`` float64.
+
+    References
+    ----------
+    - Musco and Musco 2015: "Randomized block Krylov methods for stronger and faster approximate
+      singular value decomposition", arXiv:1504.05477.
+    - Halko, Martinsson and Tropp 2011: "Finding structure with randomness", doi:10.1137/090771806.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> x = xr.DataArray([[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]], dims=("sample", "feature"))
+    >>> modes = lk.svd(x, 2, over="feature").compute()
+    >>> modes["singular_value"].values.round(6).tolist()
+    [3.0, 2.0]
+    >>> abs(modes["u"]).values.round(6).tolist()
+    [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
     """
     x = as_tensor(x, "x")
     over = dim_names(over)
@@ -163,6 +179,13 @@ def eigh(
     -----
     Two passes over the data, ``2 n S q`` operations for the shorter side q, and a dense
     ``q x q`` decomposition (``O(q**3)``: minutes beyond q = 10,000; for a few modes use `svd`).
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> x = xr.DataArray([[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]], dims=("sample", "feature"))
+    >>> lk.eigh(x, over="feature")["eigenvalue"].values.round(6).tolist()
+    [9.0, 4.0]
     """
     x = as_tensor(x, "x")
     over = dim_names(over)

@@ -31,7 +31,7 @@ _CHUNK = 128 << 20  # bytes of a merged chunk, at most
 
 @checked()
 def unfold(G: Losses, *, keep: str | Iterable[str]) -> xr.DataArray:
-    """Return the gradient tensor as a matrix, lazily (PLGK appendix A.6.3).
+    """Return the gradient tensor as a matrix, lazily.
 
     Every kernel and spectrum here takes the tensor itself and the dims to contract
     (``lk.gram``, ``lk.svd``); a matrix is for what else one might do with it.
@@ -63,6 +63,20 @@ def unfold(G: Losses, *, keep: str | Iterable[str]) -> xr.DataArray:
     Nothing is computed. Where the outer of the merged dims has chunks of one entry, as times
     have in a store, chunks stay as they are; otherwise the inner ones are made whole, in chunks
     of at most 128 MiB.
+
+    References
+    ----------
+    - Anonymous 2026, A.6.3 and eq. 13: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> lk.unfold(G, keep="time").dims
+    ('time', 'example_param')
+    >>> lk.unfold(G, keep="example").values.tolist()
+    [[3.0, 4.0, 0.0, 2.0], [1.0, 0.0, 1.0, 0.0]]
     """
     x = as_gradients(G)
     rows = (keep,) if isinstance(keep, str) else tuple(keep)

@@ -212,6 +212,7 @@ def add_bias(f: Factors, out: Tensor, *, fresh: bool) -> None:
 def rank_one_products(f: Factors, g: Factors) -> Tensor:
     """Return the inner products of two sets' weight gradients, of rank one each, ``(n, m)``.
 
-    The ghost dot product (PLGK A.2.8): ``(a a') (b b')``, ``2 n m (in + out)`` operations.
+    The ghost dot product (Anonymous 2026, A.2.8): ``(a a') (b b')``, ``2 n m (in + out)``
+    operations.
     """
     return (f.a[:, 0, 0] @ g.a[:, 0, 0].T) * (f.b[:, 0, 0] @ g.b[:, 0, 0].T)

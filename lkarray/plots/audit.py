@@ -1,4 +1,7 @@
-"""Figures of audits: is one complete, who decided, and where influence cancels (PLGK 6.1, 6.3)."""
+"""Figures of audits: is one complete, who decided, and where influence cancels.
+
+See Anonymous 2026, 6.1, 6.3.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _NEAREST = 1e-16  # to a correlation of 1, in float64
 
 @checked(audit=None)
 def completeness(audit: xr.DataTree | xr.Dataset) -> Figure:
-    """Draw MRE and LC by the end of each epoch (PLGK figure 1).
+    """Draw MRE and LC by the end of each epoch (Anonymous 2026, figure 1).
 
     LC is drawn on a scale that is logarithmic towards 1: 0.9, 0.99, 0.999 are evenly spaced.
 
@@ -77,7 +80,7 @@ def _towards_one(axes: Axes, gap: np.ndarray) -> None:
 
 @checked(audit=None)
 def decision(audit: Result, at: Hashable, image: np.ndarray | None = None) -> Figure:
-    """Draw one audited example's input and the influences on it, sorted (PLGK figure 2).
+    """Draw one audited example's input and the influences on it, sorted (Anonymous 2026, figure 2).
 
     Parameters
     ----------
@@ -133,7 +136,7 @@ def influential_images(
     *,
     by: str | None = None,
 ) -> Figure:
-    """Show the most helpful and the most harmful training images (PLGK figures 3 and 4).
+    """Show the most helpful and the most harmful training images (Anonymous 2026, figures 3 and 4).
 
     Parameters
     ----------
@@ -252,7 +255,9 @@ def concentration(audit: Result) -> Figure:
 
 @checked(audit=None)
 def layer_epoch(audit: Result) -> Figure:
-    """Draw net and gross influence of each layer and epoch (PLGK section 6.3, figure 10).
+    """Draw net and gross influence of each layer and epoch.
+
+    See Anonymous 2026, section 6.3, figure 10.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The figures of the loss-kernel and Bayesian-probe papers, from labelled arrays."""
+"""The figures of Adam et al. 2025a and 2025b, from labelled arrays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def neighbor_map(
     mark: str | None = None,
     hues: Mapping[Any, float] | None = None,
 ) -> Figure:
-    """Draw a map of samples, coloured by a label (loss-kernel figure 1; figure 7A).
+    """Draw a map of samples, coloured by a label (Adam et al. 2025a, figure 1; figure 7A).
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def neighbor_map(
 
 @checked()
 def kernel_matrix(kernel: Result, *, by: str) -> Figure:
-    """Draw a square kernel with its samples sorted by a label (loss-kernel figure 1B).
+    """Draw a square kernel with its samples sorted by a label (Adam et al. 2025a, figure 1B).
 
     At most 2,000 samples are shown, evenly taken from the sorted order; only the tiles that
     hold them are computed. The diagonal is left blank, since it would set the scale.
@@ -146,7 +146,7 @@ def top_correlated(
     mark: str | None = None,
     shown: int = 8,
 ) -> Figure:
-    """Draw the most correlated inputs of a few references (loss-kernel figure 4).
+    """Draw the most correlated inputs of a few references (Adam et al. 2025a, figure 4).
 
     Parameters
     ----------
@@ -210,7 +210,7 @@ def top_correlated(
 
 @checked()
 def gain_against_loss(tree: Losses, *, mark: str | None = None) -> Figure:
-    """Draw each sample's loss gain against its loss at w* (Bayesian-probes figure 1).
+    """Draw each sample's loss gain against its loss at w* (Adam et al. 2025b, figure 1).
 
     Both axes are logarithmic where positive and linear around zero.
 

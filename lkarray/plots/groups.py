@@ -1,4 +1,4 @@
-"""Figures that compare groups of inputs: clean, perturbed, cured (PLGK section 6.3)."""
+"""Figures that compare groups of inputs: clean, perturbed, cured (Anonymous 2026, section 6.3)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def groups_along(
     rows: int = 1,
     spread: bool = True,
 ) -> Figure:
-    """Draw each group's mean along a dim, and one standard deviation (PLGK figures 10, 12 to 19).
+    """Draw each group's mean along a dim, and one standard deviation.
+
+    See Anonymous 2026, figures 10, 12 to 19.
 
     Parameters
     ----------
@@ -98,7 +100,9 @@ def regime(
     labels: np.ndarray,
     ylabels: Sequence[str],
 ) -> Figure:
-    """Draw kernel-regime metrics against what groups do, on one time axis (PLGK figure 14).
+    """Draw kernel-regime metrics against what groups do, on one time axis.
+
+    See Anonymous 2026, figure 14.
 
     Parameters
     ----------
@@ -188,7 +192,9 @@ def mode_scatter(
 def influence_against(
     first: np.ndarray, others: Mapping[str, np.ndarray], correlations: Mapping[str, np.ndarray]
 ) -> Figure:
-    """Draw influences on perturbed inputs against those on the clean one (PLGK figure 9).
+    """Draw influences on perturbed inputs against those on the clean one.
+
+    See Anonymous 2026, figure 9.
 
     Parameters
     ----------
@@ -270,7 +276,7 @@ def influence_along_path(gross: Result, totals: Mapping[str, Result]) -> Figure:
 
 @checked()
 def image_rows(rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str]) -> Figure:
-    """Show images in rows: an input, and what became of it (PLGK figures 8 and 20).
+    """Show images in rows: an input, and what became of it (Anonymous 2026, figures 8 and 20).
 
     Parameters
     ----------

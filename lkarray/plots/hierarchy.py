@@ -20,7 +20,7 @@ _LEAST = 30  # pairs behind a point that is drawn
 
 @checked()
 def lift_by_depth(lift: xr.DataTree | xr.Dataset, *, least: int = _LEAST) -> Figure:
-    """Draw one curve of lift for each query depth (loss-kernel figure 5).
+    """Draw one curve of lift for each query depth (Adam et al. 2025a, figure 5).
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def lift_curves(
 
 @checked()
 def hierarchy_matrices(by_distance: xr.DataTree | xr.Dataset) -> Figure:
-    """Draw the mean kernel between labels beside their distances (loss-kernel figure 1B).
+    """Draw the mean kernel between labels beside their distances (Adam et al. 2025a, figure 1B).
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def hierarchy_matrices(by_distance: xr.DataTree | xr.Dataset) -> Figure:
 
 @checked()
 def correlation_against_distance(curves: Mapping[str, xr.DataTree | xr.Dataset]) -> Figure:
-    """Draw the mean kernel against distance in the hierarchy (loss-kernel figure 6C).
+    """Draw the mean kernel against distance in the hierarchy (Adam et al. 2025a, figure 6C).
 
     Parameters
     ----------
@@ -182,7 +182,7 @@ def correlation_against_distance(curves: Mapping[str, xr.DataTree | xr.Dataset])
 def transitions(
     lifts: Mapping[str, xr.DataTree | xr.Dataset], colours: Sequence[Any] | None = None
 ) -> Figure:
-    """Draw which attributes the neighbours have, as stacked bars (loss-kernel figure 9).
+    """Draw which attributes the neighbours have, as stacked bars (Adam et al. 2025a, figure 9).
 
     Parameters
     ----------

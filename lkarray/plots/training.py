@@ -31,7 +31,9 @@ def temporal_structure(
     labels: np.ndarray | None = None,
     k: int = 5,
 ) -> Figure:
-    """Draw the temporal kernel as cosines, and its leading modes over time (PLGK figure 23).
+    """Draw the temporal kernel as cosines, and its leading modes over time.
+
+    See Anonymous 2026, figure 23.
 
     Parameters
     ----------
@@ -90,7 +92,7 @@ def temporal_structure(
 def over_training(
     curves: Mapping[str, Result], *, ylabel: str, title: str, labels: np.ndarray | None = None
 ) -> Figure:
-    """Draw quantities of each time against time (PLGK figures 14 and 24)."""
+    """Draw quantities of each time against time (Anonymous 2026, figures 14 and 24)."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, given) in enumerate(curves.items()):
@@ -114,7 +116,9 @@ def _times(x: xr.DataArray, labels: Any) -> np.ndarray:
 def similarity_to_target(
     points: Result, similarity: Result, target: int, *, by: str = "label"
 ) -> Figure:
-    """Draw a map coloured by similarity to one sample: whole, and its own class (PLGK figure 6).
+    """Draw a map coloured by similarity to one sample: whole, and its own class.
+
+    See Anonymous 2026, figure 6.
 
     Parameters
     ----------
@@ -157,7 +161,9 @@ def similarity_against_distance(
     *,
     by: str = "label",
 ) -> Figure:
-    """Draw similarity against distance on the map: to one sample, and of all pairs (PLGK 6.2).
+    """Draw similarity against distance on the map: to one sample, and of all pairs.
+
+    See Anonymous 2026, 6.2.
 
     Parameters
     ----------
@@ -217,7 +223,7 @@ def _about(
 
 @checked()
 def axis_extremes(points: Result, images: np.ndarray, *, rows: int = 5) -> Figure:
-    """Show the images at both ends of each axis of a map (PLGK figure 7).
+    """Show the images at both ends of each axis of a map (Anonymous 2026, figure 7).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The local posterior around a trained model (loss-kernel section 2.2)."""
+"""The local posterior around a trained model (Adam et al. 2025a, section 2.2)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LocalPosterior:
 
     .. math:: p(w) \propto \exp\big(-n\beta\, L_n(w) - \tfrac{\gamma}{2} \|w - w^*\|^2\big)
 
-    with :math:`L_n` the mean per-example loss over the training set (loss-kernel section 2.2;
-    Bayesian-probes eq. 1).
+    with :math:`L_n` the mean per-example loss over the training set (Adam et al. 2025a, section
+    2.2; Adam et al. 2025b, eq. 1).
 
     Parameters
     ----------
@@ -62,6 +62,24 @@ class LocalPosterior:
         moves, or the module holds something that cannot be copied.
     NonFiniteError
         A weight is NaN or infinite.
+
+    References
+    ----------
+    - Adam et al. 2025a, section 2.2: "The Loss Kernel", arXiv:2509.26537.
+    - Adam et al. 2025b, eq. 1: "Studying Data Complexity ... with Bayesian Probes".
+    - docs/methods/laplace.md.
+
+    Examples
+    --------
+    >>> import torch, lkarray as lk
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    >>> inputs = torch.randn(8, 2)
+    >>> data = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    >>> posterior = lk.LocalPosterior(model, data, nbeta=10.0, gamma=100.0)
+    >>> posterior.nbeta, posterior.gamma
+    (10.0, 100.0)
     """
 
     def __init__(

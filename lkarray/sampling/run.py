@@ -149,6 +149,22 @@ def sample(
     -----
     Step counts are limited to 2**24 a chain, and chains to 256, within which no two steps
     share their noise. The dataset's items must not change between readings.
+
+    Examples
+    --------
+    >>> import torch, lkarray as lk
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    >>> inputs = torch.randn(8, 2)
+    >>> data = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    >>> from zarr.storage import MemoryStore
+    >>> posterior = lk.LocalPosterior(model, data, nbeta=10.0, gamma=100.0)
+    >>> options = {"chains": 2, "draws": 4, "burn_in": 1, "batch_size": 4, "progress": False}
+    >>> store = MemoryStore()
+    >>> tree = lk.sample(posterior, data, sampler=lk.SGLD(step_size=1e-3), store=store, **options)
+    >>> dict(tree["losses"]["loss"].sizes)
+    {'chain': 2, 'draw': 4, 'sample': 8}
     """
     checks.check_types(posterior, sampler)
     checks.check_options(autocast, chains_per_device, observables, compiled=compile)

@@ -125,7 +125,7 @@ class Sampler(ABC):
 
 @dataclass(frozen=True)
 class SGLD(Sampler):
-    """Stochastic gradient Langevin dynamics (Welling and Teh 2011; loss-kernel eq. 10).
+    """Stochastic gradient Langevin dynamics.
 
     ``w <- w - (eps / 2) (nbeta * g + gamma (w - w*)) + sqrt(eps) * xi``, with g the gradient
     of the mean minibatch loss and xi standard normal.
@@ -143,6 +143,18 @@ class SGLD(Sampler):
     ------
     ValueError
         The step size is not a positive number.
+
+    References
+    ----------
+    - Welling and Teh 2011: "Bayesian learning via stochastic gradient Langevin dynamics", ICML.
+    - Adam et al. 2025a, eq. 10: "The Loss Kernel", arXiv:2509.26537.
+    - docs/methods/laplace.md.
+
+    Examples
+    --------
+    >>> import lkarray as lk
+    >>> lk.SGLD(step_size=1e-4, schedule=lk.schedules.PolynomialDecay(100.0)).size(100)
+    6.830201283771978e-05
     """
 
     def step(self, given: StepInput) -> None:
@@ -156,7 +168,7 @@ class SGLD(Sampler):
 
 @dataclass(frozen=True)
 class RMSpropSGLD(Sampler):
-    r"""SGLD preconditioned as RMSprop (pSGLD: Li et al. 2016, algorithm 1).
+    r"""SGLD preconditioned as RMSprop.
 
     ``V <- a V + (1 - a) g^2``, ``G = 1 / (sqrt(V / (1 - a^t)) + damping)``, and
     ``w <- w - (eps / 2) (G (nbeta * g + gamma (w - w*)) - Gamma) + sqrt(eps G) * xi``.
@@ -185,6 +197,19 @@ class RMSpropSGLD(Sampler):
     ------
     ValueError
         A setting is out of its range.
+
+    References
+    ----------
+    - Li et al. 2016, algorithm 1: "Preconditioned stochastic gradient Langevin dynamics for deep
+      neural networks", arXiv:1512.07666.
+    - Bekas et al. 2007: "An estimator for the diagonal of a matrix",
+      doi:10.1016/j.apnum.2007.01.003.
+
+    Examples
+    --------
+    >>> import lkarray as lk
+    >>> lk.RMSpropSGLD(step_size=1e-4).carries
+    ('second_moment',)
     """
 
     decay: float = 0.99
@@ -238,7 +263,7 @@ class RMSpropSGLD(Sampler):
 
 @dataclass(frozen=True)
 class SGHMC(Sampler):
-    """Stochastic gradient Hamiltonian Monte Carlo (Chen, Fox and Guestrin 2014, eq. 15).
+    """Stochastic gradient Hamiltonian Monte Carlo.
 
     ``v <- (1 - a) v - (eps / 2) (nbeta * g + gamma (w - w*)) + sqrt(a eps) * xi`` and
     ``w <- w + v``; a friction of 1 is SGLD with the same eps. For a quadratic of curvature h
@@ -258,6 +283,18 @@ class SGHMC(Sampler):
     ------
     ValueError
         A setting is out of its range.
+
+    References
+    ----------
+    - Chen, Fox and Guestrin 2014, eq. 15: "Stochastic gradient Hamiltonian Monte Carlo",
+      arXiv:1402.4102.
+    - docs/methods/laplace.md.
+
+    Examples
+    --------
+    >>> import lkarray as lk
+    >>> lk.SGHMC(step_size=1e-4, friction=0.5).carries
+    ('momentum',)
     """
 
     friction: float = 0.1

@@ -14,7 +14,7 @@ Schedule = Callable[[int], float]
 
 @dataclass(frozen=True)
 class PolynomialDecay:
-    """``(1 + step / scale) ** -power``, as in Welling and Teh (2011, eq. 5).
+    """``(1 + step / scale) ** -power``, as in Welling and Teh (2011, section 2).
 
     Parameters
     ----------
@@ -22,6 +22,11 @@ class PolynomialDecay:
         Steps after which the decay sets in.
     power
         In (0.5, 1], the chain converges as steps go to infinity.
+
+    References
+    ----------
+    - Welling and Teh 2011, section 2: "Bayesian learning via stochastic gradient Langevin
+      dynamics", ICML.
     """
 
     scale: float
@@ -59,6 +64,11 @@ class Cyclical:
         Steps of a cycle.
     least
         Smallest factor; it keeps the steps positive.
+
+    References
+    ----------
+    - Zhang et al. 2020, eq. 1: "Cyclical stochastic gradient MCMC for Bayesian deep learning",
+      arXiv:1902.03932.
     """
 
     period: int

@@ -65,8 +65,8 @@ def gradient_features(
 ) -> xr.Dataset:
     r"""Store the gradients of examples along a run, and return them lazily.
 
-    The gradient-feature tensor of PLGK A.6, without the learning rate: that stands beside it,
-    and is an option of the contractions.
+    The gradient-feature tensor of Anonymous 2026, A.6, without the learning rate: that stands
+    beside it, and is an option of the contractions.
 
     Parameters
     ----------
@@ -125,6 +125,32 @@ def gradient_features(
     One forward and backward pass of each example at each time (one for each output, with
     ``of="output"``), and ``2 P`` operations for an element of the projection. Memory: eight shards
     of up to 64 MiB. Shards that are stored are not computed again.
+
+    References
+    ----------
+    - Anonymous 2026, A.6.1, eq. 38; eq. 29: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import torch, lkarray as lk
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    >>> inputs = torch.randn(8, 2)
+    >>> data = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    >>> from zarr.storage import MemoryStore
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> store = MemoryStore()
+    >>> with lk.record(model, optimizer, data, store=store, progress=False) as trace:
+    ...     for batch in [[0, 1, 2, 3], [4, 5, 6, 7]]:
+    ...         with trace.step(batch):
+    ...             optimizer.zero_grad()
+    ...             output = model(data.tensors[0][batch])
+    ...             torch.nn.functional.cross_entropy(output, data.tensors[1][batch]).backward()
+    ...             optimizer.step()
+    >>> G = lk.gradient_features(trace, range(4), times=[0, 1], store=store)
+    >>> dict(G["gradient"].sizes)
+    {'time': 2, 'example': 4, 'param': 17}
     """
     if not callable(of) and of not in ("loss", "output"):
         raise ValueError(f"of must be 'loss', 'output' or a function, not {of!r}")
@@ -168,9 +194,9 @@ def gradient_factors(
 
     The gradient of a linear layer's weight by one example's loss is the outer product of
     what comes back and what went in. Inner products of such gradients are products of inner
-    products (PLGK A.2.8), so that `lkarray.lgk`, `lkarray.plgk` and `lkarray.ips` give the same
-    numbers from much less: of LeNet-5, 3,604 numbers for each example instead of 61,706. Tensors
-    for which factors are not smaller (convolutions, biases, layers at many positions) are
+    products (Anonymous 2026, A.2.8), so that `lkarray.lgk`, `lkarray.plgk` and `lkarray.ips` give
+    the same numbers from much less: of LeNet-5, 3,604 numbers for each example instead of 61,706.
+    Tensors for which factors are not smaller (convolutions, biases, layers at many positions) are
     stored whole. `gradient_plan` prints which are which.
 
     Parameters
@@ -188,6 +214,12 @@ def gradient_factors(
     ------
     ValueError, SchemaError, FingerprintError, MemoryBudgetError
         As for `gradient_features`.
+
+    References
+    ----------
+    - Anonymous 2026, A.2.8: "Path-Integrated Loss-Gradient Kernels".
+    - Wang et al. 2024: "Data Shapley in one training run", arXiv:2406.11011.
+    - docs/methods/kernels.md.
     """
     source = as_trace(trace)
     with bars.showing(progress), bars.busy("preparing gradients"):

@@ -118,7 +118,7 @@ def mode_sensitivity(
     *,
     whole: bool = False,
 ) -> xr.Dataset:
-    r"""Return how much the inputs move the mode coefficients (PLGK section 6.3, figure 16).
+    r"""Return how much the inputs move the mode coefficients.
 
     .. math:: |\nabla_x c_{kn}|, \qquad c_{kn} = v_k \cdot \nabla_\theta \ell(x_n)
 
@@ -132,7 +132,7 @@ def mode_sensitivity(
         Whose parameters to take, 0 to ``trace.steps``.
     whole
         Return the gradients by the inputs too, ``slope(example, mode, input)``, inputs flattened:
-        their span is the active subspace (PLGK section 6.3.1). ``4 N K D`` bytes.
+        their span is the active subspace (Anonymous 2026, section 6.3.1). ``4 N K D`` bytes.
 
     Returns
     -------
@@ -151,6 +151,10 @@ def mode_sensitivity(
     Notes
     -----
     One double backward pass of a batch for each mode.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.3, figure 16: "Path-Integrated Loss-Gradient Kernels".
     """
     source = as_trace(trace)
     modes = as_dataset(modes, "modes")

@@ -36,9 +36,9 @@ def mean_gradient(
 
     .. math:: \Lambda_k / M = v_k \cdot \frac{1}{M} \sum_m g_m
 
-    (PLGK section 6.3), and it has to be of all M examples: where training has nearly converged,
-    the drives of a subset are smaller than their own sampling error, and so are their signs.
-    ``modes.assign(drive=M * xr.dot(modes["direction"], mean, dim="param"))``
+    (Anonymous 2026, section 6.3), and it has to be of all M examples: where training has nearly
+    converged, the drives of a subset are smaller than their own sampling error, and so are their
+    signs. ``modes.assign(drive=M * xr.dot(modes["direction"], mean, dim="param"))``
 
     Parameters
     ----------
@@ -65,6 +65,10 @@ def mean_gradient(
     Notes
     -----
     One forward and backward pass of the examples at each time, and ``8 T P`` bytes.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.3: "Path-Integrated Loss-Gradient Kernels".
     """
     source = as_trace(trace)
     steps = as_steps(source, times)

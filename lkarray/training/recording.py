@@ -106,6 +106,27 @@ def record(
     that with a preconditioner), divided by ``every``. A killed run leaves a trace up to the last
     commit (each block, at least every 30 s); run the loop again, over `Recorder.remaining` or
     from its beginning, to go on.
+
+    Examples
+    --------
+    >>> import torch, lkarray as lk
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    >>> inputs = torch.randn(8, 2)
+    >>> data = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    >>> from zarr.storage import MemoryStore
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> store = MemoryStore()
+    >>> with lk.record(model, optimizer, data, store=store, progress=False) as trace:
+    ...     for batch in [[0, 1, 2, 3], [4, 5, 6, 7]]:
+    ...         with trace.step(batch):
+    ...             optimizer.zero_grad()
+    ...             output = model(data.tensors[0][batch])
+    ...             torch.nn.functional.cross_entropy(output, data.tensors[1][batch]).backward()
+    ...             optimizer.step()
+    >>> trace.steps
+    2
     """
     with bars.showing(progress):
         return Recorder(

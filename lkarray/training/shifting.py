@@ -1,4 +1,4 @@
-"""`shift_modes` moves inputs so that their mode coefficients move (PLGK algorithm 2)."""
+"""`shift_modes` moves inputs so that their mode coefficients move (Anonymous 2026, algorithm 2)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def shift_modes(
 
     How far inputs' coefficients moved is measured by `lkarray.mode_shifts`.
 
-    PLGK algorithm 2, the mode-aware cure. With
+    Anonymous 2026, algorithm 2, the mode-aware cure. With
     :math:`c_{kn}(x) = v_k \cdot \nabla_\theta \ell(f(x), y^*_n)` and the target
     :math:`c_{kn}(x_n) - \tau\, \mathrm{sign}(\Lambda_k)`, projected gradient descent on
 
@@ -100,6 +100,10 @@ def shift_modes(
     Notes
     -----
     Each step takes, for a batch, as many double backward passes as there are modes.
+
+    References
+    ----------
+    - Anonymous 2026, algorithm 2: "Path-Integrated Loss-Gradient Kernels".
     """
     _refuse_options(norm, labels, radius, steps, bounds)
     source = as_trace(trace)

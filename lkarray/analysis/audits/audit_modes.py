@@ -1,4 +1,7 @@
-"""The audit of full-batch descent, mode by mode of a path kernel (PLGK appendix A.13)."""
+"""The audit of full-batch descent, mode by mode of a path kernel.
+
+See Anonymous 2026, appendix A.13.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,8 @@ def audit_modes(
 
     .. math:: -c \sum_k \lambda_k s_k Q_{nk}, \quad s_k = \sum_m Q_{mk}
 
-    (PLGK appendix A.13). It is the forward Euler form for full-batch gradient descent that takes
-    one step at each recorded time; what a recorded run really did is `lkarray.audit`'s.
+    (Anonymous 2026, appendix A.13). It is the forward Euler form for full-batch gradient descent
+    that takes one step at each recorded time; what a recorded run really did is `lkarray.audit`'s.
 
     Parameters
     ----------
@@ -70,6 +73,19 @@ def audit_modes(
     40 bytes an entry), and eigenvalues are as good as its entries. Larger ones by `lkarray.svd`,
     at its cost, since the singular values of a path kernel, which is positive semi-definite, are
     its eigenvalues; what is below 1e-8 of the largest is lost there.
+
+    References
+    ----------
+    - Anonymous 2026, A.13 and eq. 12: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> decomposed = lk.audit_modes(lk.plgk(G), 2, scale=0.1).compute()
+    >>> decomposed["eigenvalue"].values.round(4).tolist()
+    [29.3293, 1.6707]
     """
     kernel = as_array(kernel, "kernel")
     rows, columns = _square(kernel)
@@ -98,8 +114,8 @@ def extend_audit(modes: Result, cross: Result, *, training: str | None = None) -
 
     .. math:: \Delta_n \approx -c \sum_k s_k\, (Q_k \cdot P'_{\cdot n})
 
-    (PLGK appendix A.13), of examples that need not be of the training set. With all modes it is
-    ``-c`` times the sum of :math:`P'_{mn}` over training examples.
+    (Anonymous 2026, appendix A.13), of examples that need not be of the training set. With all
+    modes it is ``-c`` times the sum of :math:`P'_{mn}` over training examples.
 
     Parameters
     ----------
@@ -124,6 +140,22 @@ def extend_audit(modes: Result, cross: Result, *, training: str | None = None) -
         ``cross`` is an influence operator, or weighs times otherwise than the modes' kernel.
     SchemaError, TypeError
         ``modes`` or ``cross`` are not such, or no dim of ``cross`` fits the modes.
+
+    References
+    ----------
+    - Anonymous 2026, A.13: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> path = lk.plgk(G)
+    >>> decomposed = lk.audit_modes(path, 2, scale=0.1).compute()
+    >>> lk.extend_audit(decomposed, path)["change"].values.round(4).tolist()
+    [-3.2, -0.5]
+    >>> (-0.1 * path.sum("example")).values.round(4).tolist()
+    [-3.2, -0.5]
     """
     modes, cross = opened(modes, "modes"), as_array(cross, "cross")
     if (

@@ -25,7 +25,8 @@ def completeness(audit: Result) -> xr.Dataset:
         MRE = \mathrm{mean}_n |\hat\Delta_n - \Delta_n|, \quad
         LC = \mathrm{corr}_n(\hat\Delta_n, \Delta_n)
 
-    (PLGK definitions 12 and 13, figure 1), of what the audit adds up to and the true change.
+    (Anonymous 2026, definitions 12 and 13, figure 1), of what the audit adds up to and the true
+    change.
 
     Parameters
     ----------
@@ -46,6 +47,11 @@ def completeness(audit: Result) -> xr.Dataset:
     ------
     SchemaError, TypeError
         ``audit`` does not hold the two, or they lack ``epoch``.
+
+    References
+    ----------
+    - Anonymous 2026, defs. 12 and 13, eqs. 22 and 23; figure 1: "Path-Integrated Loss-Gradient
+      Kernels".
     """
     audit = audit_opened(audit)
     rebuilt, true = (audit_variable(audit, name) for name in ("reconstruction", "epoch_change"))

@@ -50,6 +50,13 @@ def concentration(audit: Result) -> xr.DataArray:
     -----
     Each audited example's influences are sorted. Memory: all training examples times the audited
     ones of a chunk, a chunk after another; where that is too much, select audited examples first.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> influence = xr.DataArray([[-3.0, 1.0], [1.0, 0.5], [0.0, -0.5]], dims=("example", "audit"))
+    >>> lk.concentration(influence).values.round(4).tolist()
+    [[0.75, 0.5], [1.0, 0.75], [1.0, 1.0]]
     """
     x, source = as_influence(audit)
     n = x.sizes[source]

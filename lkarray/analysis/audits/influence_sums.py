@@ -13,7 +13,7 @@ from lkarray.results import Result
 
 @checked(audit=None)
 def net_influence(audit: Result, *, cumulative: bool = False) -> xr.DataArray:
-    r"""Return what all training examples together did: :math:`S_n = \sum_m P_{mn}` (PLGK 6.3).
+    r"""Return what all training examples together did: :math:`S_n = \sum_m P_{mn}`.
 
     Parameters
     ----------
@@ -38,6 +38,17 @@ def net_influence(audit: Result, *, cumulative: bool = False) -> xr.DataArray:
     --------
     gross_influence : how much of it cancelled.
     lkarray.influence_over_time : both from gradients, of full-batch gradient descent.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.3: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> influence = xr.DataArray([[-3.0, 1.0], [1.0, 0.5], [0.0, -0.5]], dims=("example", "audit"))
+    >>> lk.net_influence(influence).values.tolist()
+    [-2.0, 1.0]
     """
     x, source = as_influence(audit)
     out = float64(x).sum(source, skipna=False)
@@ -50,15 +61,16 @@ def net_influence(audit: Result, *, cumulative: bool = False) -> xr.DataArray:
 def gross_influence(audit: Result, *, cumulative: bool = False) -> xr.DataArray:
     r"""Return how much training examples did, of either sign: :math:`G_n = \sum_m |P_{mn}|`.
 
-    Where influences cancel, it grows while `net_influence` levels off (PLGK section 6.3).
+    Where influences cancel, it grows while `net_influence` levels off (Anonymous 2026, section
+    6.3).
 
     Parameters
     ----------
     audit
         What `lkarray.audit` returned, its node in a store, or its ``influence``.
     cumulative
-        ``True``: magnitudes of what each example did by the end of each epoch, as PLGK figure 13
-        has it. ``False``: of what it did within the epoch, as in figure 10.
+        ``True``: magnitudes of what each example did by the end of each epoch, as Anonymous 2026,
+        figure 13 has it. ``False``: of what it did within the epoch, as in figure 10.
 
     Returns
     -------
@@ -71,6 +83,17 @@ def gross_influence(audit: Result, *, cumulative: bool = False) -> xr.DataArray:
     ------
     SchemaError, TypeError
         As for `net_influence`.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.3, figures 10 and 13: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> influence = xr.DataArray([[-3.0, 1.0], [1.0, 0.5], [0.0, -0.5]], dims=("example", "audit"))
+    >>> lk.gross_influence(influence).values.tolist()
+    [4.0, 2.0]
     """
     x, source = as_influence(audit)
     wide = float64(x)

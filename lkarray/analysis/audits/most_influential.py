@@ -34,7 +34,7 @@ def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = 
     """Return the training examples that helped and harmed each audited example most.
 
     Helpful examples drove the audited quantity down (its loss, unless the audit's target says
-    otherwise) and harmful ones up (PLGK section 6.1, figures 3 and 4).
+    otherwise) and harmful ones up (Anonymous 2026, section 6.1, figures 3 and 4).
 
     Parameters
     ----------
@@ -72,6 +72,18 @@ def most_influential(audit: Result, k: int = 25, *, by: Hashable | Any | None = 
     -----
     One pass over the influence, chunk by chunk, each of which leaves its own k best: 32 bytes for
     each rank, class and audited example, so take few ranks of many classes.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.1, figures 3 and 4: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> influence = xr.DataArray([[-3.0, 1.0], [1.0, 0.5], [0.0, -0.5]], dims=("example", "audit"))
+    >>> table = lk.most_influential(influence, k=1)
+    >>> table["helpful"].values.tolist(), table["harmful"].values.tolist()
+    ([[0, 2]], [[1, 0]])
     """
     x, source = as_influence(audit)
     classes, codes = np.zeros(1), np.zeros(x.sizes[source], np.int64)

@@ -1,4 +1,7 @@
-"""Scores of how hard an input is, from its similarities to training examples (PLGK 6.2)."""
+"""Scores of how hard an input is, from its similarities to training examples.
+
+See Anonymous 2026, 6.2.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ _LEVEL = 0.95  # of intervals
 def ips_scores(
     similarity: Result, train_labels: Hashable | Any, predicted: Hashable | Any
 ) -> xr.Dataset:
-    """Return the norm and the class margin of examples' similarities (PLGK section 6.2), lazily.
+    """Return the norm and the class margin of examples' similarities, lazily.
 
     Parameters
     ----------
@@ -57,6 +60,10 @@ def ips_scores(
     SchemaError
         It is no matrix, labels do not fit it, there are fewer than two classes, or no training
         example is of a predicted class.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.2: "Path-Integrated Loss-Gradient Kernels".
     """
     similarity = as_array(similarity, "similarity")
     require_kernel(similarity, "ips_scores")
@@ -97,7 +104,7 @@ def hidden_similarity(
 ) -> xr.DataArray:
     """Return the mean cosine to the nearest training examples of the predicted class, lazily.
 
-    The hidden-state baseline of PLGK section 6.2.
+    The hidden-state baseline of Anonymous 2026, section 6.2.
 
     Parameters
     ----------
@@ -128,6 +135,10 @@ def hidden_similarity(
     Notes
     -----
     A `lkarray.gram` for each class: only pairs of a test example and its predicted class.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.2: "Path-Integrated Loss-Gradient Kernels".
     """
     test_activations = as_array(test_activations, "test_activations")
     train_activations = as_array(train_activations, "train_activations")
@@ -168,7 +179,7 @@ def difficulty_table(
     replicates: int = 0,
     seed: int = 0,
 ) -> xr.Dataset:
-    """Return how well scores find misclassified inputs and rank losses (PLGK table 1).
+    """Return how well scores find misclassified inputs and rank losses.
 
     Parameters
     ----------
@@ -202,6 +213,11 @@ def difficulty_table(
     chapter 13). A resampling whose examples are all right or all wrong is drawn again. It is of
     the examples alone: the training run, and the training examples behind a score, stay as they
     are.
+
+    References
+    ----------
+    - Anonymous 2026, table 1: "Path-Integrated Loss-Gradient Kernels".
+    - Efron and Tibshirani 1993: "An Introduction to the Bootstrap", Chapman and Hall.
     """
     table = opened(scores, "scores")
     table = table if isinstance(table, xr.Dataset) else mapping("scores", table)

@@ -1,4 +1,4 @@
-"""Plain kernels from stored factors: the ghost dot product (PLGK A.2.8).
+"""Plain kernels from stored factors: the ghost dot product (Anonymous 2026, A.2.8).
 
 For a gradient that is an outer product ``b a'``, the inner product of two examples' gradients is
 ``(a . a') (b . b')``: two thin Grams of the engine, multiplied element by element.

@@ -34,7 +34,7 @@ def lgk(
     precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    r"""Return the loss-gradient kernel at each time (PLGK def. 6, eq. 10), lazily.
+    r"""Return the loss-gradient kernel at each time, lazily.
 
     .. math:: LGK_{mn}(t) = \sum_p g_m(t, p) g_n(t, p)
 
@@ -54,6 +54,19 @@ def lgk(
     xarray.DataArray
         ``lgk(time, example, example_2)``, or without ``time`` where one was selected; nats
         squared per squared unit of the parameters. See `lkarray.gram` for cost and errors.
+
+    References
+    ----------
+    - Anonymous 2026, def. 6, eq. 10: "Path-Integrated Loss-Gradient Kernels".
+    - docs/methods/kernels.md.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> lk.lgk(G).values.tolist()
+    [[[25.0, 3.0], [3.0, 1.0]], [[4.0, 0.0], [0.0, 1.0]]]
     """
     return _kernel("lgk", G, y, each=(TIME,), precision=precision, memory=memory)
 
@@ -67,7 +80,7 @@ def plgk(
     precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    r"""Return the path-integrated loss-gradient kernel P' (PLGK def. 7, eq. 11), lazily.
+    r"""Return the path-integrated loss-gradient kernel P', lazily.
 
     .. math:: P'_{mn} = \sum_t w(t) \sum_p g_m(t, p) g_n(t, p)
 
@@ -94,6 +107,22 @@ def plgk(
     SchemaError
         A weight is asked for, and ``G`` has no ``learning_rate(time)``, or it is missing (NaN)
         or negative at some time.
+
+    References
+    ----------
+    - Anonymous 2026, def. 7, eqs. 11, 12, 29 and 38: "Path-Integrated Loss-Gradient Kernels".
+    - docs/methods/kernels.md.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> G = G.assign_coords(learning_rate=("time", [1.0, 0.5]))
+    >>> lk.plgk(G).values.tolist()
+    [[29.0, 3.0], [3.0, 2.0]]
+    >>> lk.plgk(G, weight="lr").values.tolist()
+    [[27.0, 3.0], [3.0, 1.5]]
     """
     return _kernel("plgk", G, y, weight=weight, precision=precision, memory=memory)
 
@@ -107,7 +136,7 @@ def ips(
     precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    """Return the intrinsic perceptual similarity (PLGK def. 8, eq. 15), lazily.
+    """Return the intrinsic perceptual similarity, lazily.
 
     The cosine of two examples' path features: the `plgk`, normalised.
 
@@ -122,6 +151,18 @@ def ips(
         ``ips(example, example_2)`` between -1 and 1, with a diagonal of exactly 1 without ``y``.
         An example whose gradient is zero at all times has 0 with all, itself included. Labels
         enter through the loss: it is a supervised diagnostic (remark 4.3).
+
+    References
+    ----------
+    - Anonymous 2026, def. 8, eq. 15; remark 4.3: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> lk.ips(G).values.round(4).tolist()
+    [[1.0, 0.3939], [0.3939, 1.0]]
     """
     return _kernel(
         "ips", G, y, weight=weight, normalize="cosine", precision=precision, memory=memory
@@ -130,7 +171,7 @@ def ips(
 
 @checked()
 def chord_distance(k: Losses) -> xr.DataArray:
-    r"""Return :math:`\sqrt{2 - 2 k}`, the chord between path features (PLGK eq. 16), lazily.
+    r"""Return :math:`\sqrt{2 - 2 k}`, the chord between path features, lazily.
 
     Parameters
     ----------
@@ -148,6 +189,18 @@ def chord_distance(k: Losses) -> xr.DataArray:
     ------
     ValueError
         ``k`` is no cosine kernel, or an influence operator.
+
+    References
+    ----------
+    - Anonymous 2026, corollary 4.1.1, eq. 16: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> lk.chord_distance(lk.ips(G)).values.round(4).tolist()
+    [[0.0, 1.101], [1.101, 0.0]]
     """
     cosine = _cosine(k, "chord_distance")
     return _distance((2 - 2 * cosine) ** 0.5, "chord_distance", cosine, units="1")
@@ -155,7 +208,7 @@ def chord_distance(k: Losses) -> xr.DataArray:
 
 @checked()
 def angle_distance(k: Losses) -> xr.DataArray:
-    r"""Return :math:`\arccos k`, the angle between path features (PLGK eq. 16), lazily.
+    r"""Return :math:`\arccos k`, the angle between path features, lazily.
 
     Parameters
     ----------
@@ -172,6 +225,18 @@ def angle_distance(k: Losses) -> xr.DataArray:
     ------
     ValueError
         ``k`` is no cosine kernel, or an influence operator.
+
+    References
+    ----------
+    - Anonymous 2026, corollary 4.1.1, eq. 16: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> lk.angle_distance(lk.ips(G)).values.round(4).tolist()
+    [[0.0, 1.1659], [1.1659, 0.0]]
     """
     cosine = _cosine(k, "angle_distance")
     angle = xr.apply_ufunc(np.arccos, cosine, dask="allowed")
@@ -186,7 +251,7 @@ def temporal_kernel(
     precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    r"""Return the temporal kernel (PLGK eq. 40), lazily.
+    r"""Return the temporal kernel, lazily.
 
     .. math:: K[t, t'] = w(t) w(t') \sum_{m, p} g_m(t, p) g_m(t', p)
 
@@ -207,6 +272,19 @@ def temporal_kernel(
     ------
     SchemaError
         As for `plgk`.
+
+    References
+    ----------
+    - Anonymous 2026, eq. 40: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> G = G.assign_coords(learning_rate=("time", [1.0, 0.5]))
+    >>> lk.temporal_kernel(G).values.tolist()
+    [[26.0, 4.5], [4.5, 1.25]]
     """
     x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
     root = root_weight(x, weight)

@@ -1,4 +1,7 @@
-"""Do influences cancel? Their net and gross sums over training examples (PLGK section 6.3)."""
+"""Do influences cancel? Their net and gross sums over training examples.
+
+See Anonymous 2026, section 6.3.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,9 @@ def influence_over_time(
         P_{mn}(t) = -\frac{1}{M} \sum_{s \le t} \eta_s\, g_m(s) \cdot g_n(s), \quad
         S_n(t) = \sum_m P_{mn}(t), \quad G_n(t) = \sum_m |P_{mn}(t)|
 
-    S levels off while G grows where influences cancel (PLGK section 6.3). This is the forward
-    Euler form for full-batch gradient descent that takes one step at each recorded time; what a
-    recorded run really did, whatever its batches and optimizer, is the audit's.
+    S levels off while G grows where influences cancel (Anonymous 2026, section 6.3). This is the
+    forward Euler form for full-batch gradient descent that takes one step at each recorded time;
+    what a recorded run really did, whatever its batches and optimizer, is the audit's.
 
     Parameters
     ----------
@@ -60,6 +63,22 @@ def influence_over_time(
     Notes
     -----
     ``2 T M N P`` operations; a tile of M x N and its running sum at a time, never T of them.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.3 and eq. 12: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> G = G.assign_coords(learning_rate=("time", [1.0, 0.5]))
+    >>> both = lk.influence_over_time(G, G).compute()
+    >>> both["net"].values.tolist()
+    [[-14.0, -2.0], [-15.0, -2.25]]
+    >>> both["gross"].values.tolist()
+    [[14.0, 2.0], [15.0, 2.25]]
     """
     one_of("weight", weight, (None, "lr"))
     x = as_gradients(train_G, name="train_G", need=(TIME, EXAMPLE, PARAM))

@@ -1,4 +1,7 @@
-"""`mode_shifts` measures: which modes did a perturbation of inputs move? (PLGK section 6.3)."""
+"""`mode_shifts` measures: which modes did a perturbation of inputs move?.
+
+See Anonymous 2026, section 6.3.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def mode_shifts(
     It is given inputs' coefficients and moves none; `lkarray.shift_modes` moves inputs.
 
     The change of what a step of full-batch gradient descent does to a loss is
-    :math:`\sum_k \Lambda_k \Delta c_{kn}` but for :math:`-\eta/M` (PLGK section 6.3.1).
+    :math:`\sum_k \Lambda_k \Delta c_{kn}` but for :math:`-\eta/M` (Anonymous 2026, section 6.3.1).
 
     Parameters
     ----------
@@ -59,6 +62,10 @@ def mode_shifts(
         Dims, sizes or labels do not fit, or there are fewer than three modes.
     NonFiniteError
         A number is infinite.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.3.1: "Path-Integrated Loss-Gradient Kernels".
     """
     modes = as_dataset(modes, "modes")
     of = of_modes(modes, "drive")

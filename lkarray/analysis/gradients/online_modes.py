@@ -84,7 +84,10 @@ class OjaModes:
         return np.array([np.square(matrix, dtype=np.float64).sum() for matrix in matrices])
 
     def energy(self, batch: np.ndarray) -> float:
-        """Return the share of a batch's norm that its projection holds (PLGK A.8); NaN of none."""
+        """Return the share of a batch's norm that its projection holds; NaN of none.
+
+        See Anonymous 2026, A.8.
+        """
         return _share(self.squares(batch))
 
 
@@ -92,7 +95,7 @@ class OjaModes:
 def online_modes(
     G: Losses, k: int, *, learning_rate: float = 0.1, batch_size: int = 128, seed: int = 0
 ) -> xr.Dataset:
-    r"""Return modes that follow the gradients through training (PLGK A.8), lazily.
+    r"""Return modes that follow the gradients through training, lazily.
 
     Parameters
     ----------
@@ -130,6 +133,13 @@ def online_modes(
     Times follow each other in a chain of tasks; ``6 T M P k`` operations, the data read once, a
     batch and two sets of directions (P k each) at a time; the result holds T of them.
     `mode_coefficients` projects on them; `lkarray.modes` and `parameter_modes` are exact.
+
+    References
+    ----------
+    - Anonymous 2026, A.8: "Path-Integrated Loss-Gradient Kernels".
+    - Oja 1989: "Neural networks, principal components, and subspaces", International Journal of
+      Neural Systems 1.
+    - Yang, Hsieh and Wang 2018: "History PCA: a new algorithm for streaming PCA", arXiv:1802.05447.
     """
     x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
     if x.ndim != 3:

@@ -1,4 +1,7 @@
-"""Overlaps with a reference time: is training in the kernel regime yet? (PLGK section 6.3)."""
+"""Overlaps with a reference time: is training in the kernel regime yet?.
+
+See Anonymous 2026, section 6.3.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, sec
 def feature_overlap(G: Losses, *, reference: int = -1) -> xr.DataArray:
     r"""Return the mean cosine of examples' gradients with those at a reference time, lazily.
 
-    Metric (i) of PLGK section 6.3, 1 once the directions of the loss gradients are those of
-    the reference:
+    Metric (i) of Anonymous 2026, section 6.3, 1 once the directions of the loss gradients are those
+    of the reference:
 
     .. math:: \rho(t) = \mathrm{mean}_n\, \cos(g_n(t), g_n(t_{ref}))
 
@@ -37,6 +40,18 @@ def feature_overlap(G: Losses, *, reference: int = -1) -> xr.DataArray:
     xarray.DataArray
         ``feature_overlap(time)``, float64. An example without gradient at either time counts as
         0, as in `ips`. One pass over the data, chunk by chunk.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.3, metric (i): "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> lk.feature_overlap(G).values.round(4).tolist()
+    [0.9, 1.0]
     """
     x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
     return _overlap(x, reference, "G").rename("feature_overlap")
@@ -46,7 +61,7 @@ def feature_overlap(G: Losses, *, reference: int = -1) -> xr.DataArray:
 def activation_overlap(activations: Result, *, reference: int = -1) -> xr.DataArray:
     """Return the mean cosine of examples' activations with those at a reference time, lazily.
 
-    Metric (iii) of PLGK section 6.3: `feature_overlap` of hidden-layer activations.
+    Metric (iii) of Anonymous 2026, section 6.3: `feature_overlap` of hidden-layer activations.
 
     Parameters
     ----------
@@ -59,6 +74,18 @@ def activation_overlap(activations: Result, *, reference: int = -1) -> xr.DataAr
     -------
     xarray.DataArray
         ``activation_overlap(time)``, float64.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.3, metric (iii): "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> lk.activation_overlap(G.rename(param="unit")).values.round(4).tolist()
+    [0.9, 1.0]
     """
     activations = as_array(activations, "activations")
     return _overlap(activations, reference, "activations").rename("activation_overlap")
@@ -82,8 +109,9 @@ def subspace_overlap(
 ) -> xr.DataArray:
     """Return how far the leading directions span those of a reference time, lazily.
 
-    Metric (ii) of PLGK section 6.3: the mean cosine of the principal angles between the spaces
-    of the ``k`` leading right singular vectors of the gradients at each time and the reference.
+    Metric (ii) of Anonymous 2026, section 6.3: the mean cosine of the principal angles between the
+    spaces of the ``k`` leading right singular vectors of the gradients at each time and the
+    reference.
 
     Parameters
     ----------
@@ -106,6 +134,18 @@ def subspace_overlap(
     ------
     ValueError
         ``k`` exceeds the smaller of examples and parameters.
+
+    References
+    ----------
+    - Anonymous 2026, section 6.3, metric (ii): "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> lk.subspace_overlap(G, k=1).values.round(4).tolist()
+    [0.7882, 1.0]
     """
     x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
     position = _position(x, reference)

@@ -24,7 +24,7 @@ def lntk(
     precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    r"""Return the loss-weighted NTK at each time (PLGK def. 4, eq. 5), lazily.
+    r"""Return the loss-weighted NTK at each time, lazily.
 
     .. math:: LNTK_{mnd}(t) = \epsilon_m(t) \phi_m(t) \cdot \phi_{nd}(t)
 
@@ -44,6 +44,21 @@ def lntk(
     xarray.DataArray
         ``lntk(time, example, example_2, output)``, or without ``time`` where one was selected:
         rows are the examples of ``loss_G``, columns those of ``output_G`` and their outputs.
+
+    References
+    ----------
+    - Anonymous 2026, def. 4, eq. 5: "Path-Integrated Loss-Gradient Kernels".
+    - Jacot et al. 2018: "Neural tangent kernel: convergence and generalization in neural networks",
+      arXiv:1806.07572.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> outputs = G.expand_dims("output", axis=2)
+    >>> lk.lntk(G, outputs).dims
+    ('time', 'example', 'example_2', 'output')
     """
     return _operator("lntk", loss_G, output_G, each=(TIME,), precision=precision, memory=memory)
 
@@ -57,7 +72,7 @@ def pntk(
     precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    """Return the path-integrated NTK P, the sum of the `lntk` (PLGK def. 5, eq. 7), lazily.
+    """Return the path-integrated NTK P, the sum of the `lntk`, lazily.
 
     Parameters
     ----------
@@ -72,6 +87,21 @@ def pntk(
         ``pntk(example, example_2, output)``, an influence operator. With the weight ``"lr"``, the
         change of an output over training is about ``-1/M`` times its sum over the M training
         examples (eq. 8), for full-batch gradient descent recorded at every step.
+
+    References
+    ----------
+    - Anonymous 2026, def. 5, eqs. 7 and 8: "Path-Integrated Loss-Gradient Kernels".
+    - Jacot et al. 2018: "Neural tangent kernel: convergence and generalization in neural networks",
+      arXiv:1806.07572.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> outputs = G.expand_dims("output", axis=2)
+    >>> lk.pntk(G, outputs).isel(output=0).values.tolist()
+    [[29.0, 3.0], [3.0, 2.0]]
     """
     return _operator("pntk", loss_G, output_G, weight=weight, precision=precision, memory=memory)
 

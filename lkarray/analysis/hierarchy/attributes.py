@@ -35,7 +35,7 @@ def attribute_lift(
 ) -> xr.Dataset:
     """Return how much more often neighbours share an attribute than pairs at large.
 
-    As loss-kernel figures 6D and 9 do for colour groups.
+    See Adam et al. 2025a, figures 6D and 9 do for colour groups.
 
     Parameters
     ----------
@@ -74,6 +74,20 @@ def attribute_lift(
     -----
     One pass over the table. Queries are left out, not candidates, so errors do not include
     which inputs were there to search.
+
+    References
+    ----------
+    - Adam et al. 2025a, figures 6D and 9, appendix D.6: "The Loss Kernel", arXiv:2509.26537.
+    - docs/methods/base_rates.md.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr, lkarray as lk
+    >>> near = (("sample", "rank"), [[1], [0], [3], [2]])
+    >>> table = xr.Dataset({"neighbor": near}, coords={"sample": np.arange(4)})
+    >>> lift = lk.attribute_lift(table, np.array(["red", "red", "blue", "blue"]))
+    >>> lift["lift"].values.round(4).tolist()
+    [3.0, 3.0]
     """
     near: xr.Dataset = as_table(neighbors)
     rows = table_rows(near)
@@ -151,7 +165,7 @@ def _pooled(counts: np.ndarray, chance: np.ndarray) -> np.ndarray:
 
 @checked(k=COUNT)
 def color_groups(images: Any, k: int = 8) -> xr.DataArray:
-    """Return the group of each image by its mean colour (loss-kernel D.6).
+    """Return the group of each image by its mean colour.
 
     Parameters
     ----------
@@ -175,6 +189,20 @@ def color_groups(images: Any, k: int = 8) -> xr.DataArray:
     ------
     ValueError
         Images have no three channels, or fewer than ``k`` mean colours differ.
+
+    References
+    ----------
+    - Adam et al. 2025a, appendix D.6: "The Loss Kernel", arXiv:2509.26537.
+    - Gonzalez 1985: "Clustering to minimize the maximum intercluster distance",
+      doi:10.1016/0304-3975(85)90224-5.
+
+    Examples
+    --------
+    >>> import numpy as np, lkarray as lk
+    >>> images = np.zeros((4, 2, 2, 3), np.uint8)
+    >>> images[:2, ..., 0] = 255
+    >>> lk.color_groups(images, k=2).values.tolist()
+    [0, 0, 1, 1]
     """
     index = images.index if isinstance(images, pd.Series) else None
     if isinstance(images, xr.DataArray):

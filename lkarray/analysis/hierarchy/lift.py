@@ -66,7 +66,7 @@ class Sums:
         return ratio(self.shared, self.pairs[..., None]), ratio(above, below[..., None])
 
     def lift(self, base: str) -> np.ndarray:
-        """Return Lift(d, d') of loss-kernel D.2, ``(b, q, d)``; NaN where chance is 0."""
+        """Return Lift(d, d') of Adam et al. 2025a, D.2, ``(b, q, d)``; NaN where chance is 0."""
         return ratio(*self.rates(base))
 
     def pooled(self, base: str) -> np.ndarray:
@@ -96,7 +96,7 @@ def taxonomic_lift(
 ) -> xr.Dataset:
     """Return how much more often neighbours share an ancestor than pairs at large.
 
-    Lift(d, d') of loss-kernel D.2: among queries whose label is at depth d, the share of
+    Lift(d, d') of Adam et al. 2025a, D.2: among queries whose label is at depth d, the share of
     neighbours that have a common ancestor with the query at depth d', over the share of all
     pairs that do. Pairs of one label count in neither, pairs weigh equally, and a label is its
     own ancestor.
@@ -158,6 +158,31 @@ def taxonomic_lift(
 
     Costs one pass over the table, and for L labels and D depths ``2 L**2 D replicates``
     multiplications; memory for a block of pairs of labels, or L^2 counts if few.
+
+    References
+    ----------
+    - Adam et al. 2025a, appendix D.2: "The Loss Kernel", arXiv:2509.26537.
+    - Owen 2007: "The pigeonhole bootstrap", doi:10.1214/07-AOAS122.
+    - Efron 1982: "The Jackknife, the Bootstrap and Other Resampling Plans",
+      doi:10.1137/1.9781611970319.
+    - docs/methods/base_rates.md.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr, lkarray as lk
+    >>> animals = lk.Taxonomy.from_parents(
+    ...     {"dog": "mammal", "cat": "mammal", "trout": "fish", "eel": "fish"}
+    ...     | {"mammal": "animal", "fish": "animal"}
+    ... )
+    >>> labels = np.repeat(["dog", "cat", "trout", "eel"], 2)
+    >>> near = [[2], [3], [0], [1], [6], [7], [4], [5]]
+    >>> table = xr.Dataset(
+    ...     {"neighbor": (("sample", "rank"), near)},
+    ...     coords={"sample": np.arange(8), "label": ("sample", labels)},
+    ... )
+    >>> lift = lk.taxonomic_lift(table, animals)["lift"].sel(query_depth=2)
+    >>> lift.values.round(4).tolist()
+    [1.0, 3.0, nan]
     """
     one_of("base", base, BASES)
     one_of("depth", depth, graph.DEPTHS)

@@ -22,8 +22,8 @@ class Taxonomy:
     """Labels, and what they are kinds of: a directed acyclic graph, immutable.
 
     A node may have several parents, and there may be several roots. A node is its own
-    ancestor, and a root has depth 0 (design section 6). Made by the constructors below, or from
-    a mapping of each node to its parents.
+    ancestor, and a root has depth 0 (docs/methods/base_rates.md). Made by the constructors below,
+    or from a mapping of each node to its parents.
 
     Parameters
     ----------
@@ -44,6 +44,11 @@ class Taxonomy:
     ValueError
         There is a cycle (it is named), a label that no node bears, or a label without a path
         to a root.
+
+    References
+    ----------
+    - Miller 1995: "WordNet: a lexical database for English", doi:10.1145/219717.219748.
+    - docs/methods/base_rates.md.
 
     Examples
     --------
@@ -303,7 +308,10 @@ class Taxonomy:
         return tuple(sorted(self.labels, key=lambda label: place[self._index[label]]))
 
     def hues(self) -> dict[Hashable, float]:
-        """Return a hue for each label, 0 to 0.9, by its place in `order` (loss-kernel figure 1)."""
+        """Return a hue for each label, 0 to 0.9, by its place in `order`.
+
+        See Adam et al. 2025a, figure 1.
+        """
         order = self.order()
         return {label: 0.9 * at / max(1, len(order) - 1) for at, label in enumerate(order)}
 

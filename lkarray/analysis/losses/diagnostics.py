@@ -142,6 +142,15 @@ def diagnostics(
     `RMSpropSGLD` it is ``damping`` times that of `SGLD`, as the preconditioner is one over the
     damping where there is no gradient; for `SGHMC` with friction a it is one over the real part
     of ``(a - sqrt(a^2 - 2 eps gamma)) / 2``, the slower root of its damped oscillation.
+
+    References
+    ----------
+    - Vehtari et al. 2021, eqs. 4 and 14, section 4: "Rank-normalization, folding, and localization:
+      an improved R-hat for assessing convergence of MCMC", doi:10.1214/20-BA1221.
+    - Gelman and Rubin 1992, section 2.2: "Inference from iterative simulation using multiple
+      sequences", doi:10.1214/ss/1177011136.
+    - Geweke 1992: "Evaluating the accuracy of sampling-based approaches to the calculation of
+      posterior moments", Bayesian Statistics 4.
     """
     given = _given(tree)
     x = given.losses

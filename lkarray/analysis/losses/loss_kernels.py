@@ -24,7 +24,7 @@ def covariance(
     precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    """Return the loss kernel K, the covariance of per-sample losses (loss-kernel eq. 2).
+    """Return the loss kernel K, the covariance of per-sample losses.
 
     Parameters
     ----------
@@ -46,6 +46,19 @@ def covariance(
     xarray.DataArray
         ``covariance(sample, sample_2)`` in nats squared, lazy; see `gram` for cost, memory
         and errors.
+
+    References
+    ----------
+    - Adam et al. 2025a, eq. 2 and appendix B: "The Loss Kernel", arXiv:2509.26537.
+    - docs/methods/kernels.md.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> lk.covariance(losses).values.tolist()
+    [[1.0, 2.0, -1.0], [2.0, 4.0, -2.0], [-1.0, -2.0, 1.0]]
     """
     out = _kernel(
         "covariance",
@@ -81,7 +94,7 @@ def correlation(
     precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    """Return the loss correlation kernel R (loss-kernel section 2.3).
+    """Return the loss correlation kernel R.
 
     ``R = K(x, x') / sqrt(K(x, x) K(x', x'))``, and 0 where a sample's loss does not vary.
     Its Monte-Carlo error is about one over the root of the *effective* number of draws.
@@ -95,6 +108,19 @@ def correlation(
     -------
     xarray.DataArray
         ``correlation(sample, sample_2)`` between -1 and 1, lazy; see `gram`.
+
+    References
+    ----------
+    - Adam et al. 2025a, section 2.3 and appendix B: "The Loss Kernel", arXiv:2509.26537.
+    - docs/methods/kernels.md.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> lk.correlation(losses).values.round(6).tolist()
+    [[1.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]]
     """
     return _kernel(
         "correlation",
@@ -115,11 +141,11 @@ def influence(
     precision: str = "float32",
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    """Return the Bayesian influence of training samples on queries (loss-kernel eq. 6).
+    """Return the Bayesian influence of training samples on queries.
 
     ``-Cov(train loss, query loss)``, pooled. The derivative of a query's posterior mean loss
     with respect to a training sample's weight in the mean loss's sum is this times the
-    attribute ``derivative_scale = nbeta / n`` (design section 6), where nbeta is known.
+    attribute ``derivative_scale = nbeta / n`` (docs/methods/laplace.md), where nbeta is known.
 
     Parameters
     ----------
@@ -139,6 +165,23 @@ def influence(
     xarray.DataArray
         ``influence(sample, query)`` in nats squared (or nats times the observable's unit), lazy;
         ``influence(sample)`` for an observable of dims (chain, draw). See `gram`.
+
+    References
+    ----------
+    - Adam et al. 2025a, eq. 6: "The Loss Kernel", arXiv:2509.26537.
+    - Kreer et al. 2025: "Bayesian influence functions for Hessian-free data attribution",
+      arXiv:2509.26544.
+    - Baker et al. 2025: "Structural Inference: Studying Small Language Models with
+      Susceptibilities", arXiv:2504.18274.
+    - docs/methods/laplace.md, "Scales".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> lk.influence(losses, losses.isel(sample=[0])).values.tolist()
+    [[-1.0], [-2.0], [1.0]]
     """
     asked = schema.as_observable(query, name="query")
     scalar = set(asked.dims) == set(POSTERIOR)

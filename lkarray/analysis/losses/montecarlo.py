@@ -25,7 +25,8 @@ def mcse(
 ) -> xr.Dataset:
     """Return Monte-Carlo standard errors of gains and kernel entries, lazily.
 
-    Draws are correlated, so ``(1 - R**2) / sqrt(S)`` is far too small (design section 6).
+    Draws are correlated, so ``(1 - R**2) / sqrt(S)`` is far too small
+    (docs/methods/uncertainty.md).
 
     Parameters
     ----------
@@ -58,6 +59,25 @@ def mcse(
     -----
     Entries cost as many operations as the kernel, and memory for one tile a block; gains cost
     about 0.2 ms a sample. The error of an error from C blocks is about ``1 / sqrt(2 (C - 1))``.
+
+    References
+    ----------
+    - Vehtari et al. 2021: "Rank-normalization, folding, and localization: an improved R-hat for
+      assessing convergence of MCMC", doi:10.1214/20-BA1221.
+    - Efron 1982: "The Jackknife, the Bootstrap and Other Resampling Plans",
+      doi:10.1137/1.9781611970319.
+    - docs/methods/uncertainty.md.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr, lkarray as lk
+    >>> noise = np.random.default_rng(0).normal(size=(4, 100, 6))
+    >>> losses = xr.DataArray(noise, dims=("chain", "draw", "sample"))
+    >>> errors = lk.mcse(losses)
+    >>> errors["correlation"].sizes["sample_2"], errors.attrs["blocks"]
+    (6, 4)
+    >>> bool((errors["covariance"] > 0).all())
+    True
     """
     x = as_losses(losses)
     other = None if y is None else as_losses(y, name="y")

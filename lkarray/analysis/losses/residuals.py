@@ -26,7 +26,7 @@ def residualize(losses: Losses, groups: Hashable | Any = "label") -> xr.DataArra
     *other* samples of its group is taken away (series standardised first, so that no sample
     outweighs another in the mean). Kernels of what remains cannot owe their structure to
     perturbations that move the whole group alike, such as those of an output layer's row for
-    its label (loss-kernel appendix B).
+    its label (Adam et al. 2025a, appendix B).
 
     Parameters
     ----------
@@ -52,6 +52,19 @@ def residualize(losses: Losses, groups: Hashable | Any = "label") -> xr.DataArra
     The groups' means are computed at once, in two passes over the losses, ``2 n S`` operations,
     and kept: ``S x g`` numbers (float32) for g groups. Within a group the remainders correlate
     negatively by construction: use ``exclude=`` for neighbours.
+
+    References
+    ----------
+    - Adam et al. 2025a, appendix B: "The Loss Kernel", arXiv:2509.26537.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> shared = [0.0, 1.0, 2.0]
+    >>> values = [[[s, s + 1.0, s - (s == 1.0)] for s in shared]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> lk.residualize(losses, ["cat", "cat", "cat"]).values.round(3).tolist()
+    [[[-0.211, -0.211, 0.333], [0.289, 0.289, -0.667], [-0.077, -0.077, 0.333]]]
     """
     x = as_losses(losses)
     rows = free_dim(x, "losses", POSTERIOR, ())

@@ -32,7 +32,7 @@ ERROR = "standard_error"
 
 @checked()
 def loss_gain(tree: Losses) -> xr.DataArray:
-    """Return the posterior loss gain of each sample (Bayesian-probes eq. 4).
+    """Return the posterior loss gain of each sample.
 
     ``E_w[loss(x; w)] - loss(x; w*)``: how much a sample's loss rises, on average, when the
     weights are perturbed.
@@ -56,6 +56,22 @@ def loss_gain(tree: Losses) -> xr.DataArray:
     ------
     SchemaError
         ``center_loss`` is missing.
+
+    References
+    ----------
+    - Adam et al. 2025b, eq. 4: "Studying Data Complexity ... with Bayesian Probes".
+    - Efron 1982: "The Jackknife, the Bootstrap and Other Resampling Plans",
+      doi:10.1137/1.9781611970319.
+    - docs/methods/uncertainty.md.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> both = xr.Dataset({"loss": losses, "center_loss": ("sample", [0.5, 3.0, 3.0])})
+    >>> lk.loss_gain(both).values.tolist()
+    [0.5, 0.0, 0.0]
     """
     node = _dataset(tree)
     if schema.CENTER_LOSS.name not in node:
@@ -74,7 +90,7 @@ def loss_gain(tree: Losses) -> xr.DataArray:
 
 @checked()
 def loss_variance(tree: Losses) -> xr.DataArray:
-    """Return each sample's loss variance, the diagonal of K (loss-kernel section 2.3).
+    """Return each sample's loss variance, the diagonal of K.
 
     Parameters
     ----------
@@ -92,6 +108,18 @@ def loss_variance(tree: Losses) -> xr.DataArray:
     ------
     ValueError
         There are fewer than two draws.
+
+    References
+    ----------
+    - Adam et al. 2025a, section 2.3: "The Loss Kernel", arXiv:2509.26537.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> lk.loss_variance(losses).values.tolist()
+    [1.0, 4.0, 1.0]
     """
     losses = as_losses(tree, name="tree", extra=_ANY)
     _enough(losses)
@@ -101,9 +129,9 @@ def loss_variance(tree: Losses) -> xr.DataArray:
 
 @checked()
 def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
-    """Return the singular fluctuation, ``(nbeta / 2) mean_i K_ii`` (design section 6).
+    """Return the singular fluctuation, ``(nbeta / 2) mean_i K_ii``.
 
-    Meant for losses observed on the training set (loss-kernel A.1.3). Losses of tokens are
+    Meant for losses observed on the training set (Adam et al. 2025a, A.1.3). Losses of tokens are
     averaged over each sequence's tokens first, padding left out, and then over sequences.
 
     Parameters
@@ -118,6 +146,20 @@ def singular_fluctuation(tree: Losses, *, nbeta: float | None = None) -> xr.Data
     xarray.DataArray
         Dimensionless, 0-d (or by ``checkpoint`` and ``component``), lazy, with the coordinate
         ``standard_error`` from leaving chains out one at a time (see `loss_gain`).
+
+    References
+    ----------
+    - Adam et al. 2025a, appendix A.1.3: "The Loss Kernel", arXiv:2509.26537.
+    - Adam et al. 2025b, eqs. 13 and 14: "Studying Data Complexity ... with Bayesian Probes".
+    - docs/methods/laplace.md, "Scales".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> float(lk.singular_fluctuation(losses, nbeta=10.0))
+    10.0
     """
     losses = as_losses(tree, name="tree", extra=_ANY)
     scale = _nbeta(tree, nbeta) / 2
@@ -141,7 +183,7 @@ def llc(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
     """Return the local learning coefficient, ``nbeta * mean_i loss_gain_i``.
 
     Meant for losses observed on the training set. The papers' printed formulas are n times
-    too large for an nbeta that multiplies the mean loss (design section 6).
+    too large for an nbeta that multiplies the mean loss (docs/methods/laplace.md).
 
     Losses of tokens are averaged as the posterior's steps average them: over each sequence's
     tokens, padding left out, and then over sequences. So ``"next_token"`` and
@@ -160,6 +202,22 @@ def llc(tree: Losses, *, nbeta: float | None = None) -> xr.DataArray:
         Dimensionless, 0-d (or by ``checkpoint`` and ``component``), lazy, with the coordinate
         ``standard_error`` from leaving chains out one at a time (see `loss_gain`). Burn-in is
         never stored, so only draws count.
+
+    References
+    ----------
+    - Lau et al. 2023: "The local learning coefficient: a singularity-aware complexity measure",
+      arXiv:2308.12108.
+    - Adam et al. 2025b, appendix B.1: "Studying Data Complexity ... with Bayesian Probes".
+    - docs/methods/laplace.md, "Scales".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> both = xr.Dataset({"loss": losses, "center_loss": ("sample", [0.5, 2.5, 2.5])})
+    >>> float(lk.llc(both, nbeta=10.0))
+    5.0
     """
     gain = loss_gain(tree)
     scale = _nbeta(tree, nbeta)
