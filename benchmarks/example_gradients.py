@@ -79,8 +79,8 @@ def measure(batch: int, repeats: int) -> list[tuple[str, float, float, float, fl
             if bar == 1
             else (partial(products, ours, x, y), partial(dense_products, theirs, x, y))
         )
-        found, expected = (work() for work in works)
-        error = float((found - expected).abs().max() / expected.abs().max())
+        ours, expected = (work() for work in works)
+        error = float((ours - expected).abs().max() / expected.abs().max())
         rows.append((name, *pair(*works, repeats), bar, error))
         print(ours.plan)
     return rows

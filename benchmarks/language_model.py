@@ -173,14 +173,14 @@ def ours(chains: int, draws: int, **options) -> dict:
         )
 
     try:
-        found = steady(run, chains, draws)
+        timing = steady(run, chains, draws)
         r = lk.correlation(trees[-1]["losses/loss"].mean("token")).compute()
         path = measure.FOLDER / f"r-{'-'.join(map(str, options.values())) or 'float32'}.npy"
         import numpy as np
 
         np.save(path, r.values)
-        found["value"]["kernel"] = str(path)
-        return found
+        timing["value"]["kernel"] = str(path)
+        return timing
     finally:
         shutil.rmtree(folder)
 
@@ -210,11 +210,11 @@ def main() -> None:
     )
     count = options["chains"] * options["draws"]
     base = results["devinterp" if peer else "plain loop"]["seconds"]
-    for way, found in results.items():
-        rate = count / found["seconds"]
-        warm = found["value"]["warm-up"]
+    for way, timing in results.items():
+        rate = count / timing["seconds"]
+        warm = timing["value"]["warm-up"]
         print(
-            f"{way:38s} {rate:6.2f} draws/s  {base / found['seconds']:5.2f} x "
+            f"{way:38s} {rate:6.2f} draws/s  {base / timing['seconds']:5.2f} x "
             f"{'devinterp' if peer else 'plain loop'}   warm-up {warm:5.1f} s"
         )
     exact = np.load(results["lkarray"]["value"]["kernel"])

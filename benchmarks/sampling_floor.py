@@ -119,10 +119,10 @@ def main() -> None:
         for thin in (1, 10):
             draws = 2 if asked.small else (60 if thin == 1 else 20)
             pairs = [ratio(name, draws, thin) for _ in range(1 if asked.small else asked.repeats)]
-            found = statistics.median(ours / plain for plain, ours in pairs)
-            said = "met" if found <= 1.1 else "NOT met"
+            ratio = statistics.median(ours / plain for plain, ours in pairs)
+            said = "met" if ratio <= 1.1 else "NOT met"
             print(
-                f"{name:22s} a draw each {thin:2d} steps: {found:5.2f} of the plain loop "
+                f"{name:22s} a draw each {thin:2d} steps: {ratio:5.2f} of the plain loop "
                 f"(bar 1.10: {said})"
             )
 

@@ -264,12 +264,7 @@ class Batches:
     ) -> Iterator[tuple[np.ndarray, Inputs, Target]]:
         """Iterate over items in order, ``size`` at a time, each batch with its indices.
 
-        Parameters
-        ----------
-        size
-            Items of a batch, fewer in the last one.
-        indices
-            Which items; ``None`` takes all.
+        ``indices`` says of which items; ``None`` takes all.
         """
         chosen = np.arange(self.n) if indices is None else indices
         for start in range(0, len(chosen), size):

@@ -6,9 +6,10 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -113,37 +114,47 @@ def suggest(
     workers = check_workers(num_workers)
     options: dict[str, Any] = {"chains": chains, "draws": draws, "burn_in": burn_in, "thin": thin}
     options |= {"batch_size": batch_size, "seed": seed}
-    shape = tuple(map(len, axes.values()))
-    names = ("loss_gain", "diverged", "acceptance", "ess")
-    grid = {name: np.full(shape, np.nan) for name in names}
-    cells = list(product(*(range(n) for n in shape)))
     # The first run of a process pays for imports and first calls, which are no cell's own.
     warm = options | {"chains": 1, "draws": 4, "burn_in": 0, "thin": 1}
-    seconds: list[float] = []
     with _no_warnings(), forgetting():
         with progress_bars.showing(progress):
             posterior, few = _read(posterior, observed, rows, device, workers)
             with progress_bars.busy("first pilot"):
                 _pilot(posterior, few, replace(sampler, step_size=1e-12), warm, device)
-        with progress_bars.bar("pilots", total=len(cells), unit="cell", show=progress) as bar:
-            for cell in cells:
-                nbeta, gamma, size = (
-                    values[i] for values, i in zip(axes.values(), cell, strict=True)
-                )
-                pilot = posterior.tempered(nbeta=nbeta, gamma=gamma)
-                own = replace(sampler, step_size=size)
-                began = time.perf_counter()
-                for name, value in _pilot(pilot, few, own, options, device).items():
-                    grid[name][cell] = value
-                seconds.append(time.perf_counter() - began)
-                bar.update()
+        pilot = partial(_pilot, observed=few, options=options, device=device)
+        grid = _grid(posterior, sampler, axes, pilot, show=progress)
+    grid = grid.assign_attrs(options)
+    grid["loss_gain"].attrs["units"] = "nat"
+    return grid.assign_attrs(_verdict(grid))
+
+
+def _grid(
+    posterior: LocalPosterior,
+    sampler: Sampler,
+    axes: Mapping[str, list[float]],
+    pilot: Callable[..., dict[str, float]],
+    *,
+    show: bool,
+) -> xr.Dataset:
+    """Return what pilots say of each cell of a grid, dims as ``axes``."""
+    shape = tuple(map(len, axes.values()))
+    names = ("loss_gain", "diverged", "acceptance", "ess")
+    grid = {name: np.full(shape, np.nan) for name in names}
+    cells = list(product(*(range(n) for n in shape)))
+    seconds: list[float] = []
+    with progress_bars.bar("pilots", total=len(cells), unit="cell", show=show) as bar:
+        for cell in cells:
+            nbeta, gamma, size = (values[i] for values, i in zip(axes.values(), cell, strict=True))
+            tempered = posterior.tempered(nbeta=nbeta, gamma=gamma)
+            began = time.perf_counter()
+            measured = pilot(posterior=tempered, sampler=replace(sampler, step_size=size))
+            seconds.append(time.perf_counter() - began)
+            for name, value in measured.items():
+                grid[name][cell] = value
+            bar.update()
     # No setting changes what a step costs, so the seconds of all cells are one measurement.
     grid["ess_per_second"] = grid["ess"] / np.median(seconds)
-    out = xr.Dataset(
-        {name: (tuple(axes), values) for name, values in grid.items()}, coords=axes
-    ).assign_attrs(options)
-    out["loss_gain"].attrs["units"] = "nat"
-    return out.assign_attrs(_verdict(out))
+    return xr.Dataset({name: (tuple(axes), values) for name, values in grid.items()}, coords=axes)
 
 
 @contextmanager

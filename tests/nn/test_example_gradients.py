@@ -130,20 +130,22 @@ def engine(model, loss, inputs, target):
 def test_gradients__are_those_of_each_example_alone(name, loss):
     model, inputs, target = build(name)
     expected = one_by_one(model, loss, inputs, target)
-    found = engine(model, loss, inputs, target)
-    torch.testing.assert_close(found.gradients(inputs, target), expected, rtol=1e-10, atol=1e-12)
-    assert found.gradients(inputs, target).any(0).sum() > 0.5 * expected.shape[1]
-    functional = {site.name for site in found.plan.sites if site.way == "torch.func"}
+    per_example = engine(model, loss, inputs, target)
+    torch.testing.assert_close(
+        per_example.gradients(inputs, target), expected, rtol=1e-10, atol=1e-12
+    )
+    assert per_example.gradients(inputs, target).any(0).sum() > 0.5 * expected.shape[1]
+    functional = {site.name for site in per_example.plan.sites if site.way == "torch.func"}
     assert bool(functional) == (name in {"conv3d", "rnn", "turned"}), functional
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_products__equal_those_of_the_gradients(name, loss):
     model, inputs, target = build(name)
-    found = engine(model, loss, inputs, target)
-    whole = found.gradients(inputs, target)
-    some = found.features(inputs[:4], target[:4])
-    products = some.products(found.features(inputs, target))
+    per_example = engine(model, loss, inputs, target)
+    whole = per_example.gradients(inputs, target)
+    some = per_example.features(inputs[:4], target[:4])
+    products = some.products(per_example.features(inputs, target))
     torch.testing.assert_close(products, whole[:4] @ whole.T, rtol=1e-10, atol=1e-10)
 
 
@@ -153,9 +155,9 @@ def test_gradients__a_transformer_with_tied_weights(loss):
     ids, target = torch.randint(0, 11, (6, 5)), torch.arange(6)
     ids[0, -1] = 0
     expected = one_by_one(model, loss, ids, target)
-    found = engine(model, loss, ids, target)
-    torch.testing.assert_close(found.gradients(ids, target), expected, rtol=1e-10, atol=1e-12)
-    ways = {site.name: site.way for site in found.plan.sites}
+    per_example = engine(model, loss, ids, target)
+    torch.testing.assert_close(per_example.gradients(ids, target), expected, rtol=1e-10, atol=1e-12)
+    ways = {site.name: site.way for site in per_example.plan.sites}
     assert ways["embed.weight"] == ways["norm.weight"] == ways["first.weight"] == "hooks"
     assert ways["place"] == ways["attention.in_proj_weight"] == "torch.func"
 
@@ -172,15 +174,15 @@ def test_gradients__a_subset_of_parameters(loss):
 
 def test_gradients__follow_the_weights(loss):
     model, inputs, target = build("mlp")
-    found = engine(model, loss, inputs, target)
-    before = found.gradients(inputs, target)
-    found.flat.theta.mul_(0.5)
+    per_example = engine(model, loss, inputs, target)
+    before = per_example.gradients(inputs, target)
+    per_example.flat.theta.mul_(0.5)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(0.5)
     expected = one_by_one(model, loss, inputs, target)
     assert not torch.allclose(before, expected)
-    torch.testing.assert_close(found.gradients(inputs, target), expected)
+    torch.testing.assert_close(per_example.gradients(inputs, target), expected)
 
 
 def test_plan__chooses_by_cost_and_prints(loss):
@@ -195,13 +197,13 @@ def test_plan__chooses_by_cost_and_prints(loss):
 
 def test_features__of_tensors_that_are_to_be_materialised(loss):
     model, inputs, target = build("mlp")
-    found = engine(model, loss, inputs, target)
-    expected = found.gradients(inputs, target)
-    factored = {site.name for site in found.plan.sites if site.form == "factored"}
+    per_example = engine(model, loss, inputs, target)
+    expected = per_example.gradients(inputs, target)
+    factored = {site.name for site in per_example.plan.sites if site.form == "factored"}
     assert factored
-    before = found.features(inputs, target).products(found.features(inputs, target))
-    found.materialise(factored)
-    after = found.features(inputs, target)
+    before = per_example.features(inputs, target).products(per_example.features(inputs, target))
+    per_example.materialise(factored)
+    after = per_example.features(inputs, target)
     assert not after.factors
     torch.testing.assert_close(after.dense, expected)
     torch.testing.assert_close(before, expected @ expected.T)
@@ -223,9 +225,9 @@ def test_plan__layers_off_the_way_have_zeros_and_need_no_functional_pass(loss):
 
     model = Early().double()
     inputs, target = torch.randn(6, 5, dtype=torch.float64), torch.arange(6) % 4
-    found = engine(model, loss, inputs, target)
-    assert {site.way for site in found.plan.sites} == {"hooks"}
-    gradients = found.gradients(inputs, target)
+    per_example = engine(model, loss, inputs, target)
+    assert {site.way for site in per_example.plan.sites} == {"hooks"}
+    gradients = per_example.gradients(inputs, target)
     torch.testing.assert_close(gradients, one_by_one(model, loss, inputs, target))
     assert not gradients[:, -15:].any()
 

@@ -201,9 +201,9 @@ def test_gradients__of_layers_that_see_other_rows_than_in_the_probe(name, positi
     engine = ExampleGradients(FlatModel(model), loss, (x[:2], y[:2]))
     for rows in (torch.arange(8).flip(0), torch.tensor([6, 7])):
         expected = alone(model, x[rows], y[rows])
-        found = engine.gradients(x[rows], y[rows])
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-        assert not found.requires_grad
+        gradients = engine.gradients(x[rows], y[rows])
+        torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-12)
+        assert not gradients.requires_grad
         try:
             features = engine.features(x[rows], y[rows])
         except NotFactoredError as error:

@@ -222,7 +222,7 @@ def everything():
     return [tree["losses/loss"], parts["losses/loss"], features["gradient"], audit["influence"],
             snapshot.theta(0) if hasattr(snapshot, "theta") else 0, kernel]
 
-found = everything()
+tensors = everything()
 """
 
 
@@ -256,7 +256,7 @@ def test_complete_results__open_on_a_read_only_disk(tmp_path):
         assert refused(lambda: sampled(draws=9))
         assert refused(lambda: recorded(4))
         assert refused(lambda: sampled("new"))
-        assert all(np.isfinite(np.asarray(one)).all() for one in found)
+        assert all(np.isfinite(np.asarray(one)).all() for one in tensors)
         """)
         opened = call(POWERLESS + RESULTS + checks)
         assert opened.returncode == 0, opened.stderr
