@@ -99,6 +99,7 @@ class FlatModel:
         self.theta = first.detach().new_empty((width, sum(self.sizes)))
         self.grad = torch.zeros_like(self.theta)
         self.mask = _join_masks(list(masks.values()), self._moving)
+        # The parameters lie one behind the other, each of them whole, in the module's order.
         for row in self.theta:
             torch.cat([p.detach().flatten() for p in self._moving], out=row)
         self._stretches: list[slice] = []
@@ -221,7 +222,7 @@ class FlatModel:
             args, kwargs = ((), x) if isinstance(x, dict) else ((x,), {})
             return loss(functional_call(self.module, parameters, args, kwargs), y)
 
-        own = None if shared else 0
+        own = None if shared else 0  # vmap over the chains: of theirs, or of all alike
         losses: Tensor = vmap(of_chain, in_dims=(0, own, own))(self._leaves, inputs, target)
         return losses
 

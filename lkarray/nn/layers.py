@@ -114,11 +114,13 @@ class Layers:
         usual = graph.clear and _outline(calls, graph, n) == self._expected(inputs, target)
         asked = self._names - untrusted
         calls = [call for call in calls if asked & set(self.modules[call.module])]
+        # The numbers' slopes by each layer's output, all by one backward pass.
         edges, ones = [call.edge for call in calls], torch.ones_like(numbers)
         slopes = _slopes(numbers, edges, ones, keep=not usual)
         for call, b in zip(calls, slopes, strict=True):
             call.b = b
         if not usual:
+            # A row of an output that belongs to one example comes back times that one's weight.
             weights = _weights(numbers)
             again = _slopes(numbers, edges, weights, keep=False)
             for call, other in zip(calls, again, strict=True):
@@ -199,6 +201,7 @@ def _shapes(values: Any) -> object:
 
 def _weights(numbers: Tensor) -> Tensor:
     """Return weights of the examples, any two of which differ by a factor that shows."""
+    # Multiples of the golden ratio spread evenly, whatever their number; 10 ** (-3 to 3).
     turns = torch.arange(len(numbers), dtype=torch.float64) * 0.6180339887498949 % 1
     return (10 ** (6 * turns - 3)).to(numbers)
 

@@ -94,6 +94,7 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
     is what ``torch.nn.functional.cross_entropy`` gives of it alone: NaN if no position counts.
     In float32, or float64 if the logits are.
     """
+    # (batch, ...), 0 where a position is left out
     losses = F.cross_entropy(_wide(logits(output)), target, reduction="none", ignore_index=IGNORED)
     counted = _labelled(target)
     if counted is None:
@@ -153,7 +154,7 @@ def _token_losses(output: Any, target: Tensor | Mapping[str, Tensor]) -> tuple[T
             "a next-token loss needs logits (batch, position, vocabulary) and as many token ids "
             "(batch, position)"
         )
-    wanted = ids[:, 1:]
+    wanted = ids[:, 1:]  # (batch, position - 1): each token is predicted from those before it
     # The last position predicts nothing. Scoring it too spares a copy of all logits.
     shifted = torch.cat([wanted, torch.full_like(ids[:, :1], IGNORED)], dim=1)
     flat = F.cross_entropy(

@@ -76,6 +76,8 @@ def moving_indices(
                     moving[name] = None
                 elif (before := moving.setdefault(name, [])) is not None:
                     before.append(part["index"])
+        # In the model's order, whatever the patterns': the vector must not depend on how they
+        # were written.
         moving = {name: moving[name] for name in parameters if name in moving}
         if not moving:
             raise ValueError(f"trainable names no parameter; choose from {sorted(parameters)}")

@@ -27,6 +27,7 @@ def with_weights(model: nn.Module, weights: Any) -> nn.Module:
         ``weights`` is neither.
     """
     state, name = _read(weights)
+    # A copy, since load_state_dict writes into the module that it is given.
     other = copy_module(model)
     try:
         other.load_state_dict(state)

@@ -137,6 +137,7 @@ def _check_independence(
         inputs, target = data.take(rows)
         return flat.losses(posterior.loss, inputs, target, shared=True)[0].double()
 
+    # Rounding differs with the size and the order of a batch; what mixes examples shows far more.
     with torch.no_grad():
         together = losses(everyone)
         again = losses(everyone)
@@ -164,6 +165,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def refuse_other_center(stored: np.ndarray, now: np.ndarray, where: str) -> None:
     """Raise unless the losses at w* are those stored: whatever a hash cannot see shows there."""
+    # Not to the last bit: another kind of processor may go on with a run.
     differ = ~np.isclose(stored, now, rtol=1e-4, atol=1e-6, equal_nan=True)
     if differ.any() and (stored[differ] == 0).all() and np.isnan(now[differ]).all():
         raise FingerprintError(

@@ -53,6 +53,7 @@ class Fingerprint:
     did not store is ``None``.
     """
 
+    # The order is that of the stored JSON, which must stay as it is.
     lkarray: str
     torch: str
     weights: str

@@ -25,6 +25,7 @@ class Job:
     """What is sampled, observed and recorded; can be sent to another process."""
 
     posterior: LocalPosterior
+    # By group of the store: "losses", and "losses_<name>" of further sets; coords as well.
     observed: Mapping[str, MapDataset]
     coords: Mapping[str, Mapping[str, np.ndarray]]
     sampler: Sampler

@@ -78,6 +78,7 @@ def _width(job: Job, asked: int | str, layout: Layout) -> int | str:
 def _read(job: Job, device: torch.device) -> dict[str, Batches]:
     """Return the training set, as ``""``, and the observed sets by group; each is read once."""
 
+    # Pilots read once and sample often: what was read already is handed on as it is.
     def read(dataset: MapDataset, name: str) -> Batches:
         if isinstance(dataset, Batches) and dataset.device == device:
             return dataset
@@ -110,6 +111,7 @@ class _TargetMaker:
                 _check(posterior, flat, data)
         self._tried = True
         rows = {"": self._layout.train_rows, **self._layout.eval_rows}
+        # A stored number is kept: last bits depend on how many items go through at once.
         chosen = {
             group: rows.get(group) or stacking.evaluation_rows(flat, batches)
             for group, batches in data.items()

@@ -156,6 +156,7 @@ def _mend(root: zarr.Group, given: _Given) -> tuple[dict[str, str], list[Problem
     """Mend what can be; return why the rest could not, by path, and the faults seen meanwhile."""
     problems = stores.verify(root.store)
     if stores.stored_fingerprint(root) is not None:
+        # What says where things are and what counts comes first: chunks are compared by it.
         mend_metadata(root, problems)
         mend_index(root, problems)
         mend_records(root, problems)
@@ -212,6 +213,7 @@ def _replay(
     )
     reasons: dict[str, str] = {}
     with numerics(fingerprint.threads):
+        # Losses at w* first: what is stored of them is then what the replay must agree with.
         reasons |= _mend_centers(root, target, centers)
         if not reasons:
             check_center(root, target)

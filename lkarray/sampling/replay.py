@@ -35,6 +35,7 @@ from lkarray.store.reading import PARTS, join_parts
 if TYPE_CHECKING:
     from distributed import Client
 
+#: Statistics that tell chains apart, and cost nothing more than the steps.
 _COMPARED = (schema.MINIBATCH_LOSS, schema.GRADIENT_NORM, schema.DISTANCE)
 #: Largest relative difference of the statistics of a draw from those of its replay.
 _TOLERANCE = 1e-3
@@ -224,6 +225,7 @@ def _observe_parts(tree: xr.DataTree, asked: _Asked) -> xr.DataTree:
         part = _select(tree, dim, label)
         part.attrs = dict(attrs)
         posterior = asked.posterior
+        # A remembered posterior moves the right parameters already; a given one moves its own.
         if posterior is not None and dim == schema.COMPONENT:
             posterior = posterior.moving(attrs[ENTRIES][schema.LOSSES]["trainable"])
         where = None if place is None else stores.part_store(place, dim, label)
@@ -245,11 +247,12 @@ def _compare(stored: xr.Dataset, replayed: xr.Dataset) -> float:
     worst = 0.0
     for spec in _COMPARED:
         then, now = stored[spec.name].values, replayed[spec.name].values
+        # (chain, draw); the floor keeps a distance of 0 from making any rounding infinite.
         scale = np.maximum(np.abs(then), 1e-12 * np.abs(then).max(initial=1e-30))
         off = np.abs(now - then) / scale
         off[np.isnan(then) != np.isnan(now)] = np.inf  # a chunk that is lost reads as NaN
         worst = max(worst, float(np.nanmax(off, initial=0.0)))
-    if not worst <= _TOLERANCE:
+    if not worst <= _TOLERANCE:  # so that NaN is refused too
         raise FingerprintError(
             f"the replayed chains are not the stored ones: their statistics differ by up to "
             f"{worst:.2g} of their size, so losses would belong to other weights. Replay on the "

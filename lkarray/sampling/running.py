@@ -50,6 +50,7 @@ def run_job(
         before = _existing(place, options.resume)
         if before is not None:
             layout = Fingerprint.of(before).layout
+        # On workers there is no target here: the data are read, and the model copied, there alone.
         target: Target | None = None
         if client is None:
             prepared, target = prepare(
@@ -120,6 +121,7 @@ def _fill(
     stores.require_sound(root, unfinished)
     stores.grow(root, chains=chains, draws=draws)
     groups = _grouped(unfinished, prepared.fingerprint.chains_per_device)
+    # Workers check it themselves, each on its own device.
     if target is not None and not fresh:
         with numerics(prepared.fingerprint.threads):
             check_center(root, target)
@@ -176,7 +178,7 @@ def _create(store: Any, job: Job, prepared: Prepared, chains: int) -> zarr.Group
         raise StoreError(
             f"{stores.describe(store)} was removed while its data were read; run again"
         )
-    if exists(store):
+    if exists(store):  # what was begun there, and has no fingerprint, does not count
         stores.drop_unfinished(stores.open_root(store, mode="r+"))
     fingerprint = prepared.fingerprint
     stored = fingerprint.stored()

@@ -60,7 +60,7 @@ def prepare_on(client: Client, job: Job, **request: Any) -> Prepared:
     """Prepare a job where it will run: threads, device and layout are a worker's own."""
     from lkarray.cluster.versions import refuse_mismatch
 
-    payload = _dumps(job)
+    payload = _dumps(job)  # once: a job holds the model
     with workers_awaited("prepared to sample", _SAFE, client=client):
         refuse_mismatch(client, needs=("torch",))
         prepared: Prepared = submit(client, _prepare, payload, request).result()
@@ -193,6 +193,7 @@ def _prepared(job: Job, key: str, fingerprint: Fingerprint) -> Iterator[Target]:
             remedy="use workers of one kind, with the same versions",
         )
     yield target
+    # Given back only where nothing failed: a target in doubt is made anew.
     with _lock:
         if key not in _idle:
             _idle.clear()
