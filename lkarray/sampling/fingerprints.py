@@ -85,7 +85,7 @@ class Fingerprint:
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Fingerprint:
         """Return the fingerprint that a store holds."""
-        values = {entry.name: stored.get(entry.name) for entry in fields(cls)}
+        values: dict[str, Any] = {entry.name: stored.get(entry.name) for entry in fields(cls)}
         observables = values["observables"] or {}
         values["observables"] = {n: RecordedObservable(**o) for n, o in observables.items()}
         return cls(**values)
