@@ -63,21 +63,21 @@ def work(
     folder = Path(tempfile.mkdtemp(dir=measure.FOLDER))
 
     def loop(step: Any) -> None:
-        for part in batches:
-            with step(part):
+        for examples in batches:
+            with step(examples):
                 optimizer.zero_grad()
-                F.cross_entropy(model(images[part]), labels[part]).backward()
+                F.cross_entropy(model(images[examples]), labels[examples]).backward()
                 optimizer.step()
 
     def run() -> Any:
         if not record:
             from contextlib import nullcontext
 
-            return loop(lambda part: nullcontext())
+            return loop(lambda examples: nullcontext())
         with lk.record(model, optimizer, data, store=folder / "t.zarr") as trace:
             loop(trace.step)
-        found = lk.audit(trace, seen, stride=stride, store=folder / "t.zarr", memory="2 GiB")
-        return {key: found.attrs[key] for key in ("mre", "lc", "closure")}
+        audit = lk.audit(trace, seen, stride=stride, store=folder / "t.zarr", memory="2 GiB")
+        return {key: audit.attrs[key] for key in ("mre", "lc", "closure")}
 
     try:
         for timing in (False, True):
@@ -109,9 +109,9 @@ def main() -> None:
     size = {"steps": 1000, "batch": 256, "train": 51_200, "audited": 256}
     if asked.small:
         size = {"steps": 4, "batch": 32, "train": 100, "audited": 16}
-    found = measure.compare(list(WAYS), size, asked.repeats)
-    measure.table(found, "plain training", BARS)
-    print({key: f"{value:.3g}" for key, value in found["recorded and audited"]["value"].items()})
+    ways = measure.compare(list(WAYS), size, asked.repeats)
+    measure.table(ways, "plain training", BARS)
+    print({key: f"{value:.3g}" for key, value in ways["recorded and audited"]["value"].items()})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def make(n: int, k: int) -> Path:
     import xarray as xr
 
     path = FOLDER / f"neighbors-{n}-{k}.zarr"
-    part = path.with_suffix(".partial")
+    partial = path.with_suffix(".partial")
     if not path.exists():
         rng = np.random.default_rng(0)
         near = rng.integers(0, n, (n, k))
@@ -33,8 +33,8 @@ def make(n: int, k: int) -> Path:
                 "sample": np.arange(n),
                 "label": ("sample", rng.integers(0, 1000, n)),
             },
-        ).chunk(sample=2**16).to_zarr(part, mode="w", consolidated=False, zarr_format=3)
-        part.replace(path)
+        ).chunk(sample=2**16).to_zarr(partial, mode="w", consolidated=False, zarr_format=3)
+        partial.replace(path)
     return path
 
 
@@ -78,10 +78,11 @@ if __name__ == "__main__":
     asked = arguments(__doc__)
     if not main(WAYS, asked):
         n = 20_000 if asked.small else 1_000_000
-        found = compare(list(WAYS), {"path": str(make(n, 30))}, 1 if asked.small else asked.repeats)
-        assert np.allclose(found["table"]["value"], found["lazy"]["value"])
+        repeats = 1 if asked.small else asked.repeats
+        ways = compare(list(WAYS), {"path": str(make(n, 30))}, repeats)
+        assert np.allclose(ways["table"]["value"], ways["lazy"]["value"])
         print(f"lift of {n:,} inputs, 30 neighbours, 1,000 classes, 200 resamplings")
-        table(found, "counts", {})
-        worst = max(("table", "lazy"), key=lambda way: found[way]["seconds"])
-        met = found[worst]["seconds"] <= SECONDS and found[worst]["mib"] <= MIB
+        table(ways, "counts", {})
+        worst = max(("table", "lazy"), key=lambda way: ways[way]["seconds"])
+        met = ways[worst]["seconds"] <= SECONDS and ways[worst]["mib"] <= MIB
         print(f"bar {SECONDS} s and {MIB} MiB: {'met' if met else 'NOT met'}")

@@ -1,4 +1,8 @@
-"""Attribution by other rules than the audit's, from the same recorded run. Loads torch."""
+"""Attribution by other rules than the audit's, from the same recorded run. Loads torch.
+
+`tracin` sums products of gradients, `trak` inverts the kernel of a classifier's margins, and
+`influence_functions` inverts the Hessian. What they share is in `scores`.
+"""
 
 from lkarray.attribution.influence_functions import influence_functions
 from lkarray.attribution.tracin import gradient_similarity, tracin, tracin_in_run

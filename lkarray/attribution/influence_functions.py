@@ -1,4 +1,4 @@
-"""`influence_functions`: attribution by the Hessian of the training loss."""
+"""Attribution by the inverse Hessian of the loss: influence functions (arXiv:1703.04730)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lkarray import progress as bars
 from lkarray.arguments import checked
 from lkarray.attribution.scores import Params, as_params, as_state, audit_labels, labelled
-from lkarray.auditing.problem import Problem, Request
+from lkarray.auditing.problem import Problem, problem_of
+from lkarray.auditing.request import Request
 from lkarray.engine.plan import memory_budget
 from lkarray.errors import MemoryBudgetError
 from lkarray.nn.batches import Inputs, MapDataset, Target, fresh
@@ -25,8 +26,8 @@ from lkarray.training.choosing import as_trace
 from lkarray.training.recorder import Recorder
 from lkarray.training.trace import Trace
 
-#: Examples at once, and rows of the Hessian, each a backward pass of these.
-_ROWS, _BACKWARD = 256, 64
+#: Examples at once, and rows of the Hessian at once, each a backward pass of these.
+_EXAMPLES, _BACKWARD = 256, 64
 #: Matrices of the Hessian's size that are held: itself, one addend, its factor, a workspace.
 _MATRICES = 4
 
@@ -119,15 +120,18 @@ def influence_functions(
     if not (np.isfinite(damping) and damping >= 0):
         raise ValueError(f"damping must be a number, not negative, not {damping!r}")
     chosen = as_params(source, params)
-    request = Request(audit_set, target, params=chosen, examples=examples, unlike=unlike)
-    problem = Problem(source, request)
+    request = Request(
+        audit_set=audit_set, target=target, params=chosen, examples=examples, unlike=unlike
+    )
+    problem = problem_of(source, request)
     labels = audit_labels(coords, problem.index)
     _refuse_large(problem, max_params, memory_budget(memory))
     problem.set(torch.from_numpy(source.parameters(step)))
     hessian = mean_hessian(problem, progress)
-    sides = _gradients(problem)
-    solved, residual = _solve(hessian, sides[1].flatten(0, 1), float(damping))
-    values = -(sides[0] @ solved.T).view(len(sides[0]), *sides[1].shape[:2]) / source.train.n
+    training, audited = _gradients(problem)
+    solved, residual = _solve(hessian, audited.flatten(0, 1), float(damping))
+    # (example, audit and output) apart again
+    values = -(training @ solved.T).view(len(training), *audited.shape[:2]) / source.train.n
     scores = values.cpu().numpy()
     return labelled(
         "influence_functions",
@@ -154,8 +158,8 @@ def mean_hessian(problem: Problem, progress: bool = False) -> Tensor:
     shapes = [leaf.shape for leaf in flat.leaves]
 
     def total(theta: Tensor, inputs: Inputs, target: Target) -> Tensor:
-        parts = zip(flat.names, theta.split(list(flat.sizes)), shapes, strict=True)
-        values = {name: part.view(shape) for name, part, shape in parts}
+        tensors = zip(flat.names, theta.split(list(flat.sizes)), shapes, strict=True)
+        values = {name: tensor.view(shape) for name, tensor, shape in tensors}
         args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
         return trace.loss(functional_call(flat.module, values, args, kwargs), target).sum()
 
@@ -163,12 +167,12 @@ def mean_hessian(problem: Problem, progress: bool = False) -> Tensor:
 
     transformed = True
 
-    def rows_of(theta: Tensor, inputs: Inputs, target: Target) -> Tensor:
+    def hessian_of(theta: Tensor, inputs: Inputs, target: Target) -> Tensor:
         nonlocal transformed
         if transformed:
             try:
-                found: Tensor = at_once(theta, *fresh(inputs, target))
-                return found.detach()
+                hessian: Tensor = at_once(theta, *fresh(inputs, target))
+                return hessian.detach()
             except Exception:  # torch.func has many ways to refuse a model
                 transformed = False
         return _row_by_row(total, theta, *fresh(inputs, target))
@@ -179,9 +183,10 @@ def mean_hessian(problem: Problem, progress: bool = False) -> Tensor:
         sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no second derivative
         bars.bar("hessian", total=trace.train.n, unit="example", show=progress) as bar,
     ):
-        for rows, inputs, target in trace.train.numbered(_ROWS):
-            out += rows_of(theta, inputs, target)
-            bar.update(len(rows))
+        for batch, inputs, target in trace.train.numbered(_EXAMPLES):
+            out += hessian_of(theta, inputs, target)
+            bar.update(len(batch))
+    # Rounding leaves the two triangles a little different.
     return (out + out.T).div_(2 * trace.train.n)
 
 
@@ -197,8 +202,8 @@ def _row_by_row(
         if not slope.requires_grad:
             return torch.zeros_like(theta).expand(len(theta), -1)
         rows = [
-            torch.autograd.grad(one, theta, retain_graph=True, materialize_grads=True)[0]
-            for one in slope
+            torch.autograd.grad(component, theta, retain_graph=True, materialize_grads=True)[0]
+            for component in slope
         ]
     return torch.stack(rows)
 
@@ -229,11 +234,11 @@ def _gradients(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return gradients in float64: ``(example, param)``, and ``(audit, output, param)``."""
     training = [
         problem.training.gradients(inputs, target).double()
-        for _, inputs, target in problem.trace.train.numbered(_ROWS, problem.examples)
+        for _, inputs, target in problem.trace.train.numbered(_EXAMPLES, problem.examples)
     ]
     audited = [
         torch.stack([e.gradients(inputs, target) for e in problem.engines], 1).double()
-        for _, inputs, target in problem.data.numbered(_ROWS)
+        for _, inputs, target in problem.data.numbered(_EXAMPLES)
     ]
     return torch.cat(training), torch.cat(audited)
 

@@ -1,4 +1,4 @@
-"""What the baselines of attribution share: choices of a run, and labelled results."""
+"""What attribution by every rule shares: choices of a run, and labelled scores."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def audit_labels(
     coords: Mapping[str, Any] | None, index: np.ndarray
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Return the coordinates of the ``audit`` dim, checked."""
-    found = given_coords(coords, len(index), dim=AUDIT, index=index)
+    labels = given_coords(coords, len(index), dim=AUDIT, index=index)
     for taken in (EXAMPLE, OUTPUT):
-        if taken in found:
+        if taken in labels:
             raise SchemaError(f"coords: {taken!r} is a dim of the result; choose another name")
-    return {name: (AUDIT, values) for name, values in found.items()}
+    return {name: (AUDIT, values) for name, values in labels.items()}
 
 
 def refuse_large(shape: tuple[int, ...], item: int, budget: int) -> None:

@@ -1,4 +1,4 @@
-"""Attribution by inner products of gradients, from a recorded run: TracIn, and similarity."""
+"""Attribution by inner products of loss gradients: TracIn (arXiv:2002.08484), and similarity."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ from lkarray.attribution.scores import (
     refuse_large,
 )
 from lkarray.auditing.audit import run_audit
-from lkarray.auditing.budget import rows_of_a_panel
+from lkarray.auditing.blocks import join_features
+from lkarray.auditing.budget import panel_size
 from lkarray.auditing.panel import BATCH
-from lkarray.auditing.problem import Problem, Request, join
+from lkarray.auditing.problem import Problem, problem_of
+from lkarray.auditing.realised import PlainDescent
+from lkarray.auditing.request import Request
 from lkarray.engine.plan import memory_budget
 from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 from lkarray.nn.batches import MapDataset
@@ -125,7 +128,7 @@ def tracin(
             f"checkpoints: no step follows state {source.steps}, so that it has no learning rate; "
             f"choose states from 0 to {source.steps - 1}"
         )
-    problem = Problem(source, _request(source, audit_set, target, params, examples, unlike))
+    problem = problem_of(source, _request(source, audit_set, target, params, examples, unlike))
     labels = audit_labels(coords, problem.index)
     weights = [-_rates(problem, step) for step in steps.tolist()]
     products = _Products(problem, memory_budget(memory))
@@ -209,8 +212,8 @@ def tracin_in_run(
         client=None,
         progress=progress,
     )
-    found = ds["influence"].rename(_NAME).drop_attrs(deep=False)
-    return found.assign_attrs(
+    influence = ds["influence"].rename(_NAME).drop_attrs(deep=False)
+    return influence.assign_attrs(
         kernel=INFLUENCE_OPERATOR,
         method="TracIn in the run",
         target=ds.attrs["target"],
@@ -271,7 +274,7 @@ def gradient_similarity(
     """
     source = as_trace(trace)
     step = as_state(source, at)
-    problem = Problem(source, _request(source, audit_set, "loss", params, examples, unlike))
+    problem = problem_of(source, _request(source, audit_set, "loss", params, examples, unlike))
     labels = audit_labels(coords, problem.index)
     products = _Products(problem, memory_budget(memory), cosine=cosine)
     values = products.total([step], [np.ones(len(problem.tensors))], progress)
@@ -291,13 +294,13 @@ def _request(
     trace: Trace, audit_set: Any, target: Any, params: Params, examples: Any, unlike: bool
 ) -> Request:
     return Request(
-        audit_set,
-        target,
+        audit_set=audit_set,
+        target=target,
         params=as_params(trace, params),
         rule="euler",
         examples=examples,
         unlike=unlike,
-        plain=True,
+        updates=PlainDescent,
     )
 
 
@@ -320,7 +323,7 @@ class _Products:
         self._shape = (len(problem.examples), problem.data.n, problem.outputs)
         self._dtype = torch.empty(0, dtype=problem.flat.theta.dtype).numpy().dtype
         refuse_large(self._shape, self._dtype.itemsize, budget)
-        self._panels = list(_slices(problem.data.n, rows_of_a_panel(problem, budget)))
+        self._panels = list(_slices(problem.data.n, panel_size(problem, budget)))
 
     def total(self, steps: list[int], weights: list[np.ndarray], progress: bool) -> np.ndarray:
         """Return ``(example, audit[, output])``; ``weights`` are of each state, by tensor."""
@@ -347,48 +350,49 @@ class _Products:
     def _add(self, out: np.ndarray, panel: slice, weights: np.ndarray) -> None:
         problem = self._problem
         audited = [self._audited(o, panel) for o in range(problem.outputs)]
-        norms = [_norms(found) for found in audited]
-        scaled = [_weighted(problem, found, weights) for found in audited]
-        for rows in _slices(len(problem.examples), BATCH):
-            batch = problem.trace.train.take(problem.examples[rows])
-            training = problem.training.features(*batch)
-            for output, found in enumerate(scaled):
-                products = training.products(found)
+        norms = [_norms(features) for features in audited]
+        # Weights go to the audited side: it is the smaller one, and made once for all batches.
+        scaled = [_weighted(problem, features, weights) for features in audited]
+        for batch in _slices(len(problem.examples), BATCH):
+            examples = problem.trace.train.take(problem.examples[batch])
+            training = problem.training.features(*examples)
+            for output, features in enumerate(scaled):
+                products = training.products(features)  # (example, audit)
                 if self._cosine:
                     scale = _norms(training)[:, None] * norms[output]
                     products = torch.where(scale > 0, products / scale, 0).clamp(-1, 1)
-                out[rows, panel, output] += products.cpu().numpy()
+                out[batch, panel, output] += products.cpu().numpy()
 
     def _audited(self, output: int, panel: slice) -> Features:
         engine, data = self._problem.engines[output], self._problem.data
-        parts = [
-            engine.features(*data.take(np.arange(panel.start, panel.stop)[rows]))
-            for rows in _slices(panel.stop - panel.start, BATCH)
+        audits = np.arange(panel.start, panel.stop)
+        batches = [
+            engine.features(*data.take(audits[batch])) for batch in _slices(len(audits), BATCH)
         ]
-        return join(parts)
+        return join_features(batches)
 
 
-def _weighted(problem: Problem, found: Features, weights: np.ndarray) -> Features:
-    """Return gradients with each tensor's part times a weight."""
+def _weighted(problem: Problem, features: Features, weights: np.ndarray) -> Features:
+    """Return gradients, of each tensor times its weight."""
     of = dict(zip((site.name for site in problem.training.plan.sites), weights, strict=True))
     columns = [
-        found.dense.new_full((site.stop - site.start,), float(of[site.name]))
+        features.dense.new_full((site.stop - site.start,), float(of[site.name]))
         for site in problem.training.plan.sites
         if site.form == "materialised"
     ]
-    dense = found.dense * torch.cat(columns) if columns else found.dense
-    factors = {name: replace(f, b=f.b * float(of[name])) for name, f in found.factors.items()}
+    dense = features.dense * torch.cat(columns) if columns else features.dense
+    factors = {name: replace(f, b=f.b * float(of[name])) for name, f in features.factors.items()}
     return Features(dense, factors)
 
 
-def _norms(found: Features) -> Tensor:
+def _norms(features: Features) -> Tensor:
     """Return the norm of each gradient, ``(example,)``."""
-    total = found.dense.square().sum(1)
-    for f in found.factors.values():  # of rank one
+    total = features.dense.square().sum(1)
+    for f in features.factors.values():  # of rank one
         total += f.a.square().sum((1, 2, 3)) * f.b.square().sum((1, 2, 3))
     return total.sqrt()
 
 
-def _slices(n: int, rows: int) -> Iterator[slice]:
-    for start in range(0, n, rows):
-        yield slice(start, min(start + rows, n))
+def _slices(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))

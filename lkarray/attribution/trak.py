@@ -1,4 +1,4 @@
-"""`trak`: attribution by the kernel of a trained classifier's margins, projected."""
+"""Attribution by the projected kernel of a classifier's margins: TRAK (arXiv:2303.14186)."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from lkarray.training.trace import Trace
 MARGIN, LOSS = "margin", "loss"
 
 #: Shares of the budget for gradients in flight, and for projected ones that are kept.
-_FLIGHT, _KEPT = 1 / 4, 1 / 2
-#: Numbers of a gradient's length that are held for each example in flight.
+_FLIGHT, KEPT = 1 / 4, 1 / 2
+#: Numbers of a gradient's length that are held for each example in flight, and examples at most.
 _COPIES = 3
-_ROWS = 2048
+ROWS = 2048
 
 
 @checked()
@@ -147,7 +147,7 @@ def trak(
     chosen = as_params(source, params)
     # The training set itself need not be copied.
     given = source.train_set if examples is None else index
-    sides = [Maker(source, one, margin, chosen, projections[0]) for one in (given, audit_set)]
+    sides = [Maker(source, data, margin, chosen, projections[0]) for data in (given, audit_set)]
     if not unlike:
         refuse_unlike(source.train, sides[1].data)
     labels = audit_labels(coords, sides[1].index)
@@ -217,8 +217,8 @@ class _Kernel:
         refuse_large((m, n), self._item, budget // 2)
         self._columns, self._budget = training.columns, budget
         self._refuse_singular(m)
-        self._rows = self._fit(n)
-        self._keep = m * self._columns * self._item <= budget * _KEPT
+        self._in_flight = self._fit(n)
+        self._keep = m * self._columns * self._item <= budget * KEPT
         dtype = torch.empty(0, dtype=training.flat.theta.dtype).numpy().dtype
         self.scores = np.zeros((m, n), dtype)
         self.slopes = np.zeros(m, dtype), np.zeros(n, dtype)
@@ -242,7 +242,7 @@ class _Kernel:
                 f"more than {self._budget / 2**20:.0f} MiB; set memory= to {needed / 2**20:.0f} "
                 "MiB or more, or a smaller size="
             )
-        return min(int(_FLIGHT * self._budget // each), _ROWS)
+        return min(int(_FLIGHT * self._budget // each), ROWS)
 
     @torch.no_grad()
     def add(self, theta: np.ndarray, projection: Projection | None, bar: Any) -> None:
@@ -253,30 +253,33 @@ class _Kernel:
         training, audited = self._sides
         kept = []
         gram: Any = 0.0
-        for _, phi in self._features(training, self.slopes[0], bar):
+        for _, phi in self._features(training, self.slopes[0], bar):  # (example, column)
             gram = gram + phi.T.double() @ phi.double()
             if self._keep:
                 kept.append(phi)
-        other = torch.cat([phi for _, phi in self._features(audited, self.slopes[1], bar)])
+        other = torch.cat(
+            [phi for _, phi in self._features(audited, self.slopes[1], bar)]
+        )  # (audit, column)
         solved = self._solve(gram, other)
-        blocks = zip(self._blocks(training), kept, strict=True) if kept else None
-        for rows, phi in blocks or self._features(training):
-            self.scores[rows] += (phi.double() @ solved).cpu().numpy()
+        again = zip(self._batches(training), kept, strict=True) if kept else None
+        for batch, phi in again or self._features(training):
+            self.scores[batch] += (phi.double() @ solved).cpu().numpy()
 
-    def _blocks(self, side: Maker) -> Iterator[slice]:
-        for start in range(0, side.data.n, self._rows):
-            yield slice(start, min(start + self._rows, side.data.n))
+    def _batches(self, side: Maker) -> Iterator[slice]:
+        for start in range(0, side.data.n, self._in_flight):
+            yield slice(start, min(start + self._in_flight, side.data.n))
 
     def _features(
         self, side: Maker, slopes: np.ndarray | None = None, bar: Any = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yield projected gradients of some examples; add their ``1 - p`` to ``slopes``."""
-        for rows in self._blocks(side):
+        for batch in self._batches(side):
             if slopes is not None:
-                inputs, target = side.data.take(np.arange(rows.start, rows.stop))
-                slopes[rows] += torch.sigmoid(-margin(side.flat(inputs), target)).cpu().numpy()
-                bar.update(rows.stop - rows.start)
-            yield rows, side.shard(rows)
+                inputs, target = side.data.take(np.arange(batch.start, batch.stop))
+                # 1 - p is the logistic function of minus the log odds
+                slopes[batch] += torch.sigmoid(-margin(side.flat(inputs), target)).cpu().numpy()
+                bar.update(batch.stop - batch.start)
+            yield batch, side.shard(batch)
 
     def _solve(self, gram: Tensor, other: Tensor) -> Tensor:
         """Return the audited features by the inverse, ``(column, audit)`` float64."""

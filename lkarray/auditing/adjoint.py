@@ -15,10 +15,11 @@ updates::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,19 +30,6 @@ from lkarray.auditing.realised import Scale, Update
 _CACHED = {"cpu": 8 << 20, "cuda": 256 << 20}
 #: Scale at which a state takes it up, long before its numbers overflow.
 _SMALLEST = 2.0**-30
-
-
-@dataclass
-class Credit:
-    """Where influence is added up: of one window of time.
-
-    Attributes
-    ----------
-    influence
-        ``(layer, example or group, row)``.
-    """
-
-    influence: Tensor
 
 
 @dataclass
@@ -80,8 +68,19 @@ class Adjoint:
             self.state[i].mul_(self.scales[i])
             self.scales[i] = 1.0
 
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Return what is carried, as arrays whose names begin with ``name``."""
+        states = {f"{name}-{i}": q.cpu().numpy() for i, q in enumerate(self.state)}
+        return {name: np.asarray(self.scales), **states}
 
-@dataclass
+    def restore(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take back what `arrays` gave."""
+        self.scales = arrays[name].tolist()
+        for i, q in enumerate(self.state):
+            q.copy_(torch.from_numpy(arrays[f"{name}-{i}"]))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One recorded step, as the pass needs it.
 
@@ -130,8 +129,8 @@ class Scratch:
 
     def views(self, rows: int, size: int) -> tuple[Tensor, Tensor]:
         """Return both buffers, as ``(row, element)``."""
-        one, two = (buffer[: rows * size].view(rows, size) for buffer in self._buffers)
-        return one, two
+        first, second = (buffer[: rows * size].view(rows, size) for buffer in self._buffers)
+        return first, second
 
     def room(self, *shape: int) -> Tensor:
         """Return room for what is between two of a block's operations."""
@@ -159,50 +158,87 @@ def pull_back(adjoint: Adjoint, step: Step, scratch: Scratch) -> tuple[Tensor, T
         ``(row,)`` float64: what weight decay adds, and ``gbar . dtheta`` of this step (zeros
         outside the window).
     """
-    like = step.theta
-    residual = like.new_zeros(adjoint.rows, dtype=torch.float64)
+    products = _Products(step, adjoint.rows)
+    residual = step.theta.new_zeros(adjoint.rows, dtype=torch.float64)
     moved = torch.zeros_like(residual)
-    layers: dict[int, Tensor] = {}
-
-    def add(layer: int, rows: slice, found: Tensor, scale: float) -> None:
-        if layer not in layers:
-            layers[layer] = like.new_zeros((adjoint.rows, step.count))
-        layers[layer][rows].add_(found, alpha=scale)
-
     for i, block in enumerate(adjoint.blocks):
-        update, training = step.updates[i], step.training[i]
-        theta, change = block.take(step.theta), block.take(step.moved)
+        update = step.updates[i]
         means = None if step.means is None else step.means[i]
         if means is not None:
-            moved += block.dot(means, change)
+            moved += block.dot(means, block.take(step.moved))
             if _present(update.decoupled):
-                residual -= block.dot(means, theta * update.decoupled)
-        if isinstance(block, Outer) and means is not None and _plain(adjoint, update):
-            direct = _direct(block, update, means, theta, residual)
-            if step.count:
-                found = block.plain_products(means, training)
-                add(block.layer, slice(None), found, -direct * update.clip / step.size)
-            continue
-        adjoint.decay(i, step.later_mu[i])
-        for rows in scratch.chunks(i, adjoint.rows):
-            mean, work = scratch.views(rows.stop - rows.start, block.size)
-            if means is not None:
-                block.mean(means, rows, mean)
-            q, scale = _carry(adjoint, i, rows, update, mean, means is None, work)
-            k, factor = _times(q, update.s, work)
-            factor *= scale
-            if means is not None and _present(update.n):
-                k, factor = _add_scaled(k, factor, mean, update.n, work)
-            if _present(update.coupled):
-                residual[rows] -= factor * (k @ (theta * update.coupled))
-            if not step.count:
-                continue
-            k, clip = _times(k, update.clip, work)
-            found = block.products(k, training, scratch.room)
-            add(block.layer, rows, found, -factor * clip / step.size)
-    for layer, products in layers.items():
-        step.add(layer, products)
+                residual -= block.dot(means, block.take(step.theta) * update.decoupled)
+        if isinstance(block, Outer) and means is not None and _unscaled(adjoint, update):
+            _multiply_factors(i, block, means, step, products, residual)
+        else:
+            _multiply_out(i, means, adjoint, step, scratch, products, residual)
+    for layer, of_layer in products.by_layer.items():
+        step.add(layer, of_layer)
     return residual, moved
+
+
+class _Products:
+    """Inner products of ``k`` with the training gradients of a step, summed over a layer's blocks.
+
+    Attributes
+    ----------
+    by_layer
+        ``(row, example of the batch)`` of each layer that has any.
+    """
+
+    def __init__(self, step: Step, rows: int) -> None:
+        self._step, self._shape = step, (rows, step.count)
+        self.by_layer: dict[int, Tensor] = {}
+
+    def add(self, layer: int, rows: slice, products: Tensor, factor: float) -> None:
+        """Add products of some rows; the sign and the batch's size are put in here."""
+        if layer not in self.by_layer:
+            self.by_layer[layer] = self._step.theta.new_zeros(self._shape)
+        self.by_layer[layer][rows].add_(products, alpha=-factor / self._step.size)
+
+
+def _multiply_factors(
+    i: int, block: Outer, means: Any, step: Step, products: _Products, residual: Tensor
+) -> None:
+    """Take a block whose ``k`` is a number times the mean gradient: nothing is multiplied out."""
+    update = step.updates[i]
+    direct: Any = update.s * update.q + update.n
+    if _present(update.coupled):
+        residual -= block.dot(means, block.take(step.theta) * (direct * update.coupled))
+    if step.count:
+        of_all = block.factor_products(means, step.training[i])
+        products.add(block.layer, slice(None), of_all, direct * update.clip)
+
+
+def _multiply_out(
+    i: int,
+    means: Any,
+    adjoint: Adjoint,
+    step: Step,
+    scratch: Scratch,
+    products: _Products,
+    residual: Tensor,
+) -> None:
+    """Take a block by some rows of ``q`` and ``k`` at a time, which stay in the cache."""
+    block, update = adjoint.blocks[i], step.updates[i]
+    theta = block.take(step.theta)
+    adjoint.decay(i, step.later_mu[i])  # before this step's gradient is added
+    for rows in scratch.chunks(i, adjoint.rows):
+        mean, work = scratch.views(rows.stop - rows.start, block.size)  # (row, element)
+        if means is not None:
+            block.mean(means, rows, mean)
+        q, scale = _carry(adjoint, i, rows, update, mean, means is None, work)
+        k, factor = _times(q, update.s, work)
+        factor *= scale
+        if means is not None and _present(update.n):
+            k, factor = _add_scaled(k, factor, mean, update.n, work)
+        if _present(update.coupled):
+            # Before clipping: decay is added to the gradient that was clipped already.
+            residual[rows] -= factor * (k @ (theta * update.coupled))
+        if step.count:
+            k, clip = _times(k, update.clip, work)
+            of_rows = block.products(k, step.training[i], scratch.room)
+            products.add(block.layer, rows, of_rows, factor * clip)
 
 
 def inherited(adjoint: Adjoint, mu: Sequence[Scale], buffers: Sequence[Tensor | None]) -> Tensor:
@@ -226,11 +262,11 @@ def _carry(
     return q, scale
 
 
-def _times(x: Tensor, scale: Scale, work: Tensor) -> tuple[Tensor, float]:
-    """Return ``x`` and a number, whose product is ``x`` times the scale; copies where it must."""
+def _times(values: Tensor, scale: Scale, work: Tensor) -> tuple[Tensor, float]:
+    """Return values and a number, whose product is the values times the scale."""
     if isinstance(scale, Tensor):
-        return torch.mul(x, scale, out=work), 1.0
-    return x, scale
+        return torch.mul(values, scale, out=work), 1.0
+    return values, scale
 
 
 def _add_scaled(
@@ -249,19 +285,8 @@ def _present(scale: Scale) -> bool:
     return isinstance(scale, Tensor) or scale != 0
 
 
-def _plain(adjoint: Adjoint, update: Update) -> bool:
+def _unscaled(adjoint: Adjoint, update: Update) -> bool:
     """Say whether ``k`` is the mean gradient times a number."""
     return not adjoint.state and not any(
         isinstance(scale, Tensor) for scale in (update.s, update.q, update.n, update.clip)
     )
-
-
-def _direct(block: Outer, update: Update, means: Any, theta: Tensor, residual: Tensor) -> Any:
-    """Return what ``k`` is of the mean gradient in a plain step, whose residual is added.
-
-    No gradient is multiplied out.
-    """
-    direct: Any = update.s * update.q + update.n
-    if _present(update.coupled):
-        residual -= block.dot(means, theta * (direct * update.coupled))
-    return direct

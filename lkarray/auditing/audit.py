@@ -14,15 +14,15 @@ from zarr.storage import MemoryStore
 from lkarray import progress as bars
 from lkarray import store as store_
 from lkarray.arguments import checked
-from lkarray.auditing.budget import states_bytes
 from lkarray.auditing.describing import fingerprint, layout_of, metrics
-from lkarray.auditing.panel import Panel, Writer
-from lkarray.auditing.problem import SEEN, Problem, Request
+from lkarray.auditing.problem import problem_of
+from lkarray.auditing.request import SEEN, Request
+from lkarray.auditing.running import run_panel
 from lkarray.engine.plan import memory_budget
 from lkarray.nn.batches import MapDataset
-from lkarray.nn.gradients import NotFactoredError
 from lkarray.nn.modes import with_gradients
 from lkarray.store import audits
+from lkarray.store.audit_panels import PanelWriter, panels_left
 from lkarray.training.choosing import as_trace
 from lkarray.training.recorder import Recorder
 from lkarray.training.trace import Trace
@@ -86,7 +86,7 @@ def audit(
     groups
         What influence is added up by, any of: ``"example"``: a label of each training example, or
         a dict of names and indices (dim ``group``); ``"param"``: ``"module"``, ``"tensor"``, or a
-        dict of names and patterns (dim ``layer``); ``"time"``: ``"epoch"`` (dim ``epoch``), marks
+        dict of names and patterns (dim ``layer``); ``"time"``: ``"epoch"`` (dim ``epoch``), steps
         between windows, or a dict of names and ``(first step, one beyond the last)`` (dim
         ``window``).
     overlap
@@ -99,7 +99,7 @@ def audit(
         ``"trapezoid"``, error of third order in a step; ``"euler"``, of second order, as TracIn;
         ``"midpoint"``; ``"simpson"``.
     supersample
-        Equal parts of each step that the rule is applied to (Anonymous 2026, A.2.7).
+        Equal stretches of each step that the rule is applied to (Anonymous 2026, A.2.7).
     stride
         Steps between evaluations of the audited examples; training gradients are of every step.
     examples
@@ -199,19 +199,19 @@ def audit(
     """
     source = as_trace(trace)
     request = Request(
-        audit_set,
-        target,
-        module,
-        params,
-        rule,
-        supersample,
-        stride,
-        steps,
-        examples,
-        groups,
-        overlap,
-        credit,
-        unlike,
+        audit_set=audit_set,
+        target=target,
+        module=module,
+        params=params,
+        rule=rule,
+        supersample=supersample,
+        stride=stride,
+        steps=steps,
+        examples=examples,
+        groups=groups,
+        overlap=overlap,
+        credit=credit,
+        unlike=unlike,
     )
     return run_audit(
         source,
@@ -240,52 +240,33 @@ def run_audit(
 ) -> xr.Dataset:
     """Run what was asked for; see `audit`."""
     with bars.showing(progress), bars.busy("preparing the audit"):
-        problem = Problem(trace, request)
+        problem = problem_of(trace, request)
     budget = memory_budget(memory)
     target = MemoryStore() if store is None else store_.as_store(store)
     group = audits.audit_group(name)
     layout = layout_of(problem, group, budget, coords, example_coords)
-    known = audits.whole_audit(target, group, fingerprint(problem))
+    made_with = fingerprint(problem)
+    known = audits.whole_audit(target, group, made_with)
     if known is not None:  # on a read-only disk too
         return audits.open_audit(known, group)
     with store_.writer_lock(target):
-        stored = audits.stored_rows(target, group)
+        stored = audits.stored_panel_size(target, group)
         if stored is not None:  # panels are those it was begun with, whatever the budget is now
-            layout = layout_of(problem, group, budget, coords, example_coords, rows=stored)
-        mark = fingerprint(problem)
-        root = audits.begin_audit(target, layout, mark)
-        todo = audits.panels_left(root, group)
+            layout = layout_of(problem, group, budget, coords, example_coords, per_panel=stored)
+        root = audits.begin_audit(target, layout, made_with)
+        todo = panels_left(root, group)
         total = (problem.stop - problem.start) * len(todo)
         with bars.bar("audit", total=total, unit="step", show=progress) as bar:
             if client is None:
                 for panel in todo:
-                    writer = audits.PanelWriter(root, layout, panel)
+                    writer = PanelWriter(root, layout, panel)
                     run_panel(problem, writer, budget, bar.update, partial(bars.skip, bar))
             else:
-                from lkarray.auditing import workers
+                from lkarray.auditing.workers import run_on
 
-                workers.run_on(client, root, problem, layout, mark, todo, budget, bar)
+                run_on(client, root, problem, layout, made_with, todo, budget, bar)
         audits.drop_states(root, group)
         audits.describe_audit(root, group, metrics(problem, audits.open_audit(root, group)))
         store_.finish(root)
-    found = audits.open_audit(root, group)
-    return found.compute() if store is None else found
-
-
-def run_panel(
-    problem: Problem,
-    writer: Writer,
-    budget: int,
-    tick: Callable[[int], None],
-    skip: Callable[[int], None],
-) -> None:
-    """Run one panel, from where it was cut off; ``skip`` is told the steps taken before."""
-    panel = Panel(problem, writer, states_bytes(budget))
-    done = len(problem.stretches) - panel.left
-    skip(min(done * problem.request.stride, problem.stop - problem.start))
-    while True:
-        try:
-            return panel.run(tick)
-        except NotFactoredError as error:  # a batch that uses a layer otherwise than the first
-            problem.materialise(error.names)
-            panel = Panel(problem, writer, states_bytes(budget), afresh=True)
+    stored_audit = audits.open_audit(root, group)
+    return stored_audit.compute() if store is None else stored_audit

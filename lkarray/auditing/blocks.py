@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ Nodes = Sequence[tuple[float, Features]]
 Room = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Block(ABC):
     """Some tensors, side by side.
 
@@ -52,9 +52,9 @@ class Block(ABC):
         return sum(self.sizes)
 
     def take(self, values: Tensor) -> Tensor:
-        """Return the block's part of a vector of all parameters."""
-        parts = [values[place] for place in self.places]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """Return the block's elements of a vector of all parameters."""
+        stretches = [values[place] for place in self.places]
+        return stretches[0] if len(stretches) == 1 else torch.cat(stretches)
 
     @abstractmethod
     def prepare(self, nodes: Nodes) -> Any:
@@ -81,7 +81,7 @@ class Block(ABC):
         """Return the mean of the training examples' gradients, ``(element,)``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dense(Block):
     """Tensors whose gradients are materialised; ``columns`` are theirs in `Features.dense`."""
 
@@ -115,7 +115,7 @@ class Dense(Block):
         return training.mean(0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outer(Block):
     """The weight of a linear layer that each example goes through once.
 
@@ -133,13 +133,13 @@ class Outer(Block):
 
     @override
     def mean(self, prepared: tuple[Tensor, Tensor], rows: slice, out: Tensor) -> None:
-        b, a = (part[rows] for part in prepared)
+        b, a = (factor[rows] for factor in prepared)
         torch.bmm(b.transpose(1, 2), a, out=out.view(len(b), b.shape[2], a.shape[2]))
 
     @override
     def dot(self, prepared: tuple[Tensor, Tensor], vector: Tensor) -> Tensor:
         b, a = prepared
-        matrix = vector.view(b.shape[2], a.shape[2])
+        matrix = vector.view(b.shape[2], a.shape[2])  # (out, in), as the layer's weight
         return torch.matmul(a, matrix.T).mul_(b).sum((1, 2))
 
     @override
@@ -154,19 +154,19 @@ class Outer(Block):
         a, b = training
         inputs, outputs, n = len(a), len(b), a.shape[1]
         if inputs >= outputs:
-            part = room(len(k), outputs, n)
-            torch.mm(k.view(-1, inputs), a, out=part.view(-1, n))
-            return part.mul_(b).sum(1)
+            contracted = room(len(k), outputs, n)  # (row, out, example)
+            torch.mm(k.view(-1, inputs), a, out=contracted.view(-1, n))
+            return contracted.mul_(b).sum(1)
         turned = k.view(len(k), outputs, inputs).transpose(1, 2)
-        part = torch.matmul(turned, b, out=room(len(k), inputs, n))
-        return part.mul_(a).sum(1)
+        contracted = torch.matmul(turned, b, out=room(len(k), inputs, n))  # (row, in, example)
+        return contracted.mul_(a).sum(1)
 
     @override
     def batch_mean(self, training: tuple[Tensor, Tensor]) -> Tensor:
         a, b = training
         return (b @ a.T).view(-1).div_(a.shape[1])
 
-    def plain_products(
+    def factor_products(
         self, prepared: tuple[Tensor, Tensor], training: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Return the inner products of the mean gradients themselves, ``(row, example)``.
@@ -201,42 +201,70 @@ def blocks_of(
         The group of parameters that each belongs to.
     """
     out: list[Block] = []
-    dense: dict[int, list[tuple[int, slice, int]]] = {}
+    dense: dict[int, list[_Dense]] = {}
     column = 0
     for site, tensor, start, layer in zip(engine.plan.sites, tensors, starts, layers, strict=True):
         size = site.stop - site.start
         place = slice(int(start), int(start) + size)
         if site.form == "factored":
-            out.append(Outer((tensor,), (size,), (place,), layer, site.name))
+            out.append(
+                Outer(
+                    tensors=(tensor,), sizes=(size,), places=(place,), layer=layer, name=site.name
+                )
+            )
             continue
-        dense.setdefault(layer, []).append((tensor, place, column))
+        dense.setdefault(layer, []).append(_Dense(tensor, place, column))
         column += size
-    for layer, parts in dense.items():
-        out += [_dense(layer, run) for run in _runs(parts)]
+    for layer, tensors_of in dense.items():
+        out += [_side_by_side(layer, run) for run in _runs(tensors_of)]
     return out
 
 
-def _runs(parts: list[tuple[int, slice, int]]) -> list[list[tuple[int, slice, int]]]:
-    """Return parts in runs whose columns lie side by side."""
-    runs: list[list[tuple[int, slice, int]]] = []
+class _Dense(NamedTuple):
+    """A tensor whose gradients are materialised: its place, and its first column."""
+
+    tensor: int
+    place: slice
+    column: int
+
+    @property
+    def size(self) -> int:
+        return int(self.place.stop - self.place.start)
+
+
+def _runs(tensors: Sequence[_Dense]) -> list[list[_Dense]]:
+    """Return tensors in runs whose columns lie side by side."""
+    runs: list[list[_Dense]] = []
     end = -1
-    for part in parts:
-        _, place, column = part
-        if column == end:
-            runs[-1].append(part)
+    for dense in tensors:
+        if dense.column == end:
+            runs[-1].append(dense)
         else:
-            runs.append([part])
-        end = column + place.stop - place.start
+            runs.append([dense])
+        end = dense.column + dense.size
     return runs
 
 
-def _dense(layer: int, parts: list[tuple[int, slice, int]]) -> Dense:
-    sizes = tuple(place.stop - place.start for _, place, _ in parts)
-    first = parts[0][2]
+def _side_by_side(layer: int, run: Sequence[_Dense]) -> Dense:
+    sizes = tuple(dense.size for dense in run)
+    first = run[0].column
     return Dense(
-        tuple(tensor for tensor, _, _ in parts),
-        sizes,
-        tuple(place for _, place, _ in parts),
-        layer,
-        slice(first, first + sum(sizes)),
+        tensors=tuple(dense.tensor for dense in run),
+        sizes=sizes,
+        places=tuple(dense.place for dense in run),
+        layer=layer,
+        columns=slice(first, first + sum(sizes)),
     )
+
+
+def join_features(batches: Sequence[Features]) -> Features:
+    """Return the features of several batches as those of one."""
+    if len(batches) == 1:
+        return batches[0]
+    factors = {}
+    for name, f in batches[0].factors.items():
+        a = torch.cat([batch.factors[name].a for batch in batches])
+        b = torch.cat([batch.factors[name].b for batch in batches])
+        factors[name] = type(f)(f.kind, a, b)
+    numbers = [batch.numbers for batch in batches if batch.numbers is not None]
+    return Features(torch.cat([batch.dense for batch in batches]), factors, torch.cat(numbers))

@@ -10,7 +10,7 @@ from torch import nn
 
 from lkarray.auditing.blocks import Dense
 from lkarray.auditing.panel import BATCH
-from lkarray.auditing.problem import ACTED, Problem
+from lkarray.auditing.problem import Problem
 from lkarray.errors import MemoryBudgetError
 
 #: Share of the budget for states of the run, and bytes for threads, Zarr and the allocator.
@@ -22,7 +22,7 @@ def states_bytes(budget: int) -> int:
     return int(budget * _STATES)
 
 
-def rows_of_a_panel(problem: Problem, budget: int) -> int:
+def panel_size(problem: Problem, budget: int) -> int:
     """Return the audited examples of a panel that fit a budget, and divide the set evenly.
 
     Raises
@@ -30,14 +30,15 @@ def rows_of_a_panel(problem: Problem, budget: int) -> int:
     MemoryBudgetError
         Not one fits.
     """
-    fixed = states_bytes(budget) + _SPARE + _passing(problem)
-    each = row_bytes(problem)
+    passing = passing_bytes(problem)
+    fixed = states_bytes(budget) + _SPARE + passing
+    each = audit_bytes(problem)
     fit = (budget - fixed) // each
     if fit < 1:
         needed = (fixed - states_bytes(budget) + each) / (1 - _STATES)
         raise MemoryBudgetError(
             f"an audited example takes {each / 2**20:.1f} MiB (what is carried through the run, "
-            f"and its influences), and a batch {_passing(problem) / 2**20:.0f} MiB; set memory= to "
+            f"and its influences), and a batch {passing / 2**20:.0f} MiB; set memory= to "
             f"{needed / 2**20:.0f} MiB or more, or audit groups of examples, or some params="
         )
     n = problem.data.n
@@ -45,42 +46,42 @@ def rows_of_a_panel(problem: Problem, budget: int) -> int:
     return int(-(-n // panels))
 
 
-def row_bytes(problem: Problem) -> int:
+def audit_bytes(problem: Problem) -> int:
     """Return the bytes that one audited example takes."""
     item = problem.flat.theta.element_size()
     gradients = 2 * _gradient_numbers(problem)
     return item * problem.outputs * (_carried(problem) + gradients + 2 * _credited(problem))
 
 
-def state_bytes(problem: Problem, rows: int) -> int:
-    """Return the bytes that a panel's pass leaves to go on from."""
+def state_bytes(problem: Problem, audits: int) -> int:
+    """Return the bytes that a pass of some audited examples leaves to go on from."""
     item = problem.flat.theta.element_size()
-    return item * problem.outputs * rows * (_carried(problem) + _credited(problem))
+    return item * problem.outputs * audits * (_carried(problem) + _credited(problem))
 
 
 def _carried(problem: Problem) -> int:
     """Numbers carried from step to step."""
-    if problem.realised.stateless:
+    if problem.updates.stateless:
         return 0
-    live = 2 if problem.request.credit == ACTED else 1
-    return live * sum(block.size for block in problem.blocks)
+    live = 2 if problem.by_acted else 1  # by what acted, a window goes on when the next begins
+    return live * sum(block.size for block in problem.blocks())
 
 
 def _credited(problem: Problem) -> int:
     """Numbers of the influence of the windows that are open at once."""
-    live = 2 if problem.request.credit == ACTED else 1
-    marks = [edge for window in problem.windows for edge in window]
-    open_at = [sum(a <= mark < b for a, b in problem.windows) for mark in marks]
-    return problem.layers * problem.length * max(live, *open_at)
+    live = 2 if problem.by_acted else 1  # by what acted, a window goes on when the next begins
+    edges = [edge for window in problem.windows for edge in window]
+    open_at = [sum(a <= edge < b for a, b in problem.windows) for edge in edges]
+    return problem.layers * problem.places.length * max(live, *open_at)
 
 
 def _gradient_numbers(problem: Problem) -> int:
     """Numbers of one example's gradient as it is kept: factors where there are some."""
-    dense = sum(block.size for block in problem.blocks if isinstance(block, Dense))
+    dense = sum(block.size for block in problem.blocks() if isinstance(block, Dense))
     return dense + sum(site.cost for site in problem.training.plan.sites if site.form == "factored")
 
 
-def _passing(problem: Problem) -> int:
+def passing_bytes(problem: Problem) -> int:
     """Bytes of a batch on its way through the model, and of its gradients."""
     batch = int((problem.trace.batches >= 0).sum(1).max())
     most = max(batch, min(BATCH, problem.data.n))

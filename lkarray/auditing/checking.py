@@ -20,7 +20,7 @@ def refuse_unlike(train: Batches, audited: Batches) -> None:
     hundred examples of each.
     """
     sets = [_some(batches) for batches in (train, audited)]
-    (known, labels), (given, found) = sets
+    (known, labels), (given, given_labels) = sets
     for key, (a, b) in _pairs(known, given).items():
         what = f"input {key!r}" if key else "inputs"
         if a.dtype != b.dtype or (a.ndim == b.ndim and a.shape[1:] != b.shape[1:] and _fixed(a)):
@@ -30,7 +30,7 @@ def refuse_unlike(train: Batches, audited: Batches) -> None:
             )
         if a.is_floating_point():
             _refuse_scale(a.double(), b.double(), what)
-    _refuse_labels(labels, found)
+    _refuse_labels(labels, given_labels)
 
 
 def _refuse_scale(a: Tensor, b: Tensor, what: str) -> None:

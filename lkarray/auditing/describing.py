@@ -1,4 +1,4 @@
-"""What an audit is stored as: its layout, labels, attributes, and how well its parts add up."""
+"""What an audit is stored as: its layout, labels, attributes, and how well it adds up."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.auditing.budget import rows_of_a_panel, state_bytes
-from lkarray.auditing.problem import ACTED, Problem
+from lkarray.auditing.budget import panel_size, state_bytes
+from lkarray.auditing.problem import Problem
+from lkarray.auditing.realised import PlainDescent
 from lkarray.errors import SchemaError
 from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 from lkarray.labels import given_coords
 from lkarray.schema import AUDIT, EPOCH, EXAMPLE, GROUP, LAYER, OUTPUT, PARAM, TIME
-from lkarray.store import audits
+from lkarray.store.audit_layout import AuditLayout
 
 _UNITS = {"loss": "nat"}
 
 
-def errors(found: np.ndarray, true: np.ndarray) -> tuple[float, float]:
+def errors(estimate: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     """Return the mean reconstruction error and the correlation.
 
     See Anonymous 2026, definitions 12, 13.
     """
-    a, b = found.ravel(), true.ravel()
+    a, b = estimate.ravel(), true.ravel()
     varied = len(a) > 1 and a.std() > 0 and b.std() > 0
     lc = float(np.corrcoef(a, b)[0, 1]) if varied else float("nan")
     return float(np.abs(a - b).mean()), lc
@@ -37,12 +38,12 @@ def layout_of(
     budget: int,
     coords: Any,
     example_coords: Any,
-    rows: int | None = None,
-) -> audits.AuditLayout:
-    """Return what the result is stored as, in panels that fit the budget, or of some rows."""
+    per_panel: int | None = None,
+) -> AuditLayout:
+    """Return what the result is stored as, in panels that fit the budget, or of a given size."""
     by = problem.groups
     first = GROUP if EXAMPLE in by else EXAMPLE
-    sizes = {first: problem.length, AUDIT: problem.data.n}
+    sizes = {first: problem.places.length, AUDIT: problem.data.n}
     if problem.audited.outputs is not None:
         sizes[OUTPUT] = problem.audited.outputs
     if PARAM in by:
@@ -50,21 +51,20 @@ def layout_of(
     windows = by[TIME].dim if TIME in by else None
     if windows is not None:
         sizes[windows] = len(problem.windows)
-    rows = rows or rows_of_a_panel(problem, budget)
-    split = problem.request.credit == ACTED and windows is not None
+    per_panel = per_panel or panel_size(problem, budget)
     attrs = _attrs(problem)
-    return audits.AuditLayout(
-        group,
-        rows,
-        sizes,
-        windows,
-        split,
-        np.asarray([e for e, _, _ in problem.epochs]),
-        problem.trace.fingerprint.dtype,
-        _labels(problem, sizes, coords, example_coords),
-        attrs,
-        attrs["units"],
-        state_bytes(problem, rows),
+    return AuditLayout(
+        group=group,
+        per_panel=per_panel,
+        sizes=sizes,
+        windows=windows,
+        split=problem.by_acted and windows is not None,
+        epochs=np.asarray([e for e, _, _ in problem.epochs]),
+        dtype=problem.trace.fingerprint.dtype,
+        coords=_labels(problem, sizes, coords, example_coords),
+        attrs=attrs,
+        units=attrs["units"],
+        state=state_bytes(problem, per_panel),
     )
 
 
@@ -86,9 +86,9 @@ def _labels(
                 )
             out[key] = (dim, values)
     out[first] = (first, _text(index))
-    for key, found in by.items():
-        if key != EXAMPLE and found.dim != EPOCH:
-            out[found.dim] = (found.dim, _text(found.labels))
+    for key, groups in by.items():
+        if key != EXAMPLE and groups.dim != EPOCH:
+            out[groups.dim] = (groups.dim, _text(groups.labels))
     return out
 
 
@@ -113,10 +113,10 @@ def _attrs(problem: Problem) -> dict[str, Any]:
     }
 
 
-def metrics(problem: Problem, found: xr.Dataset) -> dict[str, float]:
-    """Return Anonymous 2026, definitions 12 and 13, and how exactly the parts add up."""
-    sums = {name: found[name].values for name in ("total", "change", "path", "length")}
-    residual = found["residual"].values
+def metrics(problem: Problem, audit: xr.Dataset) -> dict[str, float]:
+    """Return Anonymous 2026, definitions 12 and 13, and how exactly influences and residual add up."""
+    sums = {name: audit[name].values for name in ("total", "change", "path", "length")}
+    residual = audit["residual"].values
     if residual.ndim > sums["total"].ndim:
         residual = residual.sum(-1)
     whole = sums["total"] + residual
@@ -139,8 +139,8 @@ def fingerprint(problem: Problem) -> dict[str, Any]:
         return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
     groups = {
-        key: [found.labels.tolist(), [m.tolist() for m in found.members]]
-        for key, found in problem.groups.items()
+        key: [by.labels.tolist(), [members.tolist() for members in by.members]]
+        for key, by in problem.groups.items()
     }
     return {
         "trace": digest(sorted(trace.fingerprint.stored().items())),
@@ -152,5 +152,5 @@ def fingerprint(problem: Problem) -> dict[str, Any]:
         "examples": digest(problem.examples.tolist()),
         "groups": digest(sorted(groups.items())),
         "credit": request.credit,
-        "plain": request.plain,
+        "plain": request.updates is PlainDescent,
     }

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lkarray.labels import aligned, coded
 from lkarray.schema import EPOCH, EXAMPLE, GROUP, LAYER, PARAM, TIME, WINDOW
 from lkarray.training.choosing import select
+from lkarray.training.trace import Trace
 from lkarray.values import array, integer, several
-
-if TYPE_CHECKING:
-    from lkarray.training.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def groupings(
         A key or value is none that `lkarray.audit` knows, a group is empty or out of range, or
         groups overlap and ``overlap`` was not asked for.
     """
-    found: dict[str, Groups] = {}
+    out: dict[str, Groups] = {}
     makers = {EXAMPLE: _examples, PARAM: _params, TIME: _times}
     for key, value in (groups or {}).items():
         if key not in makers:
@@ -85,14 +83,14 @@ def groupings(
                 f"groups: {key!r} is not one of {sorted(makers)}; for example groups={{'example': "
                 "labels, 'param': 'module', 'time': 'epoch'}"
             )
-        found[key] = makers[key](value, trace, steps)
-        shared = found[key].overlapping
+        out[key] = makers[key](value, trace, steps)
+        shared = out[key].overlapping
         if shared and not overlap:
             raise ValueError(
                 f"groups[{key!r}]: {shared[0]!r} and {shared[1]!r} overlap, so that their "
                 "influences count some twice and do not add up; pass overlap=True if that is meant"
             )
-    return found
+    return out
 
 
 def _examples(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
@@ -124,9 +122,9 @@ def _examples(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
     return Groups(GROUP, names, tuple(np.flatnonzero(inverse == i) for i in range(len(names))))
 
 
-def _marks(value: Any) -> list[int]:
+def _edges(value: Any) -> list[int]:
     """Return steps that stand in ``groups['time']``, checked."""
-    return [integer("groups['time']", mark) for mark in several("groups['time']", value)]
+    return [integer("groups['time']", step) for step in several("groups['time']", value)]
 
 
 def _params(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
@@ -150,18 +148,20 @@ def _times(value: Any, trace: Trace, steps: tuple[int, int]) -> Groups:
     start, stop = steps
     if isinstance(value, str):
         if value != EPOCH:
-            raise ValueError(f"groups['time'] must be 'epoch', windows or marks, not {value!r}")
-        found = epochs(trace, steps)
-        return Groups(EPOCH, np.asarray([e for e, _, _ in found]), _windows(found))
+            raise ValueError(
+                f"groups['time'] must be 'epoch', windows or the steps between them, not {value!r}"
+            )
+        numbered = epochs(trace, steps)
+        windows = tuple(np.asarray((a, b)) for _, a, b in numbered)
+        return Groups(EPOCH, np.asarray([e for e, _, _ in numbered]), windows)
     if isinstance(value, Mapping):
-        pairs = [_marks(pair) for pair in value.values()]
+        pairs = [_edges(pair) for pair in value.values()]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("groups['time'] must be pairs (first step, one beyond the last)")
         ends = [(pair[0], pair[1]) for pair in pairs]
         labels = _labels(list(value))
     else:
-        marks = sorted({start, *_marks(value), stop})
-        ends = list(pairwise(marks))
+        ends = list(pairwise(sorted({start, *_edges(value), stop})))
         labels = np.asarray([a for a, _ in ends])
     bad = [pair for pair in ends if not start <= pair[0] < pair[1] <= stop]
     if bad or not ends:
@@ -181,10 +181,6 @@ def epochs(trace: Trace, steps: tuple[int, int]) -> list[tuple[int, int, int]]:
         for e, (a, b) in enumerate(pairwise(edges))
         if a < stop and b > start and a < b
     ]
-
-
-def _windows(found: list[tuple[int, int, int]]) -> tuple[np.ndarray, ...]:
-    return tuple(np.asarray((a, b)) for _, a, b in found)
 
 
 def _labels(names: list[Any]) -> np.ndarray:

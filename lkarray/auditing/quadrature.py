@@ -15,7 +15,7 @@ RULES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stencil:
     """A rule of integration along a straight stretch of the path.
 
@@ -32,9 +32,9 @@ class Stencil:
 
 
 def stencil(rule: str, supersample: int = 1) -> Stencil:
-    """Return a rule, repeated on ``supersample`` equal parts of the stretch.
+    """Return a rule, repeated on ``supersample`` equal pieces of the stretch.
 
-    ``trapezoid`` on two parts is the stencil 1/4, 1/2, 1/4 of Anonymous 2026, A.2.7.
+    ``trapezoid`` on two of them is the stencil 1/4, 1/2, 1/4 of Anonymous 2026, A.2.7.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {sorted(RULES)}, not {rule!r}")
@@ -42,11 +42,12 @@ def stencil(rule: str, supersample: int = 1) -> Stencil:
         raise ValueError(f"supersample must be a positive integer, not {supersample!r}")
     nodes, weights = RULES[rule]
     total: dict[float, float] = {}
-    for part in range(supersample):
+    for stretch in range(supersample):
         for node, weight in zip(nodes, weights, strict=True):
-            at = float(np.round((part + node) / supersample, 12))
-            total[at] = total.get(at, 0.0) + weight / supersample
-    return Stencil(tuple(sorted(total)), tuple(total[at] for at in sorted(total)))
+            # Rounded: the end of one stretch and the beginning of the next are one node.
+            place = float(np.round((stretch + node) / supersample, 12))
+            total[place] = total.get(place, 0.0) + weight / supersample
+    return Stencil(nodes=tuple(sorted(total)), weights=tuple(total[node] for node in sorted(total)))
 
 
 def stretches(start: int, stop: int, stride: int) -> list[tuple[int, int]]:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from lkarray import progress as bars
 from lkarray.arguments import checked
-from lkarray.auditing.audit import run_panel
 from lkarray.auditing.describing import errors, layout_of
 from lkarray.auditing.panel import BATCH
-from lkarray.auditing.problem import Problem, Request
+from lkarray.auditing.per_step import PathOnly
+from lkarray.auditing.problem import problem_of
+from lkarray.auditing.request import Request
+from lkarray.auditing.running import run_panel
 from lkarray.engine.plan import memory_budget
 from lkarray.nn.batches import MapDataset
 from lkarray.nn.modes import with_gradients
@@ -64,30 +66,37 @@ def reconstruction(
     - docs/methods/adjoint.md, "Rules of quadrature".
     """
     request = Request(
-        audit_set, target, module, None, rule, supersample, stride, steps, unlike=unlike, bare=True
+        audit_set=audit_set,
+        target=target,
+        module=module,
+        rule=rule,
+        supersample=supersample,
+        stride=stride,
+        steps=steps,
+        unlike=unlike,
     )
-    problem = Problem(as_trace(trace), request)
+    problem = problem_of(as_trace(trace), request)
     budget = memory_budget(memory)
-    layout = layout_of(problem, "", budget, None, None, rows=min(problem.data.n, BATCH))
-    parts = []
+    layout = layout_of(problem, "", budget, None, None, per_panel=min(problem.data.n, BATCH))
+    panels = []
     with bars.bar(
         "reconstruction",
         total=(problem.stop - problem.start) * len(layout.panels),
         unit="step",
         show=progress,
     ) as bar:
-        for rows in layout.panels:
-            kept = _Kept(rows)
-            run_panel(problem, kept, budget, bar.update, bar.update)
-            parts.append(kept.sums)
+        for audits in layout.panels:
+            kept = _Kept(audits)
+            run_panel(problem, kept, budget, bar.update, bar.update, per_step=PathOnly)
+            panels.append(kept.sums)
     specs = {
         name: spec for name, spec in layout.specs().items() if name not in ("residual", "total")
     }
-    found = {
-        name: (spec.dims, np.concatenate([p[name] for p in parts], spec.dims.index(AUDIT)))
+    variables = {
+        name: (spec.dims, np.concatenate([sums[name] for sums in panels], spec.dims.index(AUDIT)))
         for name, spec in specs.items()
     }
-    ds = xr.Dataset(found, {AUDIT: problem.index, EPOCH: layout.epochs}, layout.attrs)
+    ds = xr.Dataset(variables, {AUDIT: problem.index, EPOCH: layout.epochs}, layout.attrs)
     for name, spec in specs.items():
         ds[name].attrs = spec.attrs()
     mre, lc = errors(ds["path"].values, ds["change"].values)
@@ -100,8 +109,8 @@ def reconstruction(
 class _Kept:
     """Stands for a panel's writer, and keeps the sums: never due, and without influences."""
 
-    def __init__(self, rows: slice) -> None:
-        self.rows = rows
+    def __init__(self, audits: slice) -> None:
+        self.audits = audits
         self.sums: Mapping[str, np.ndarray] = {}
 
     def resume(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import zarr
@@ -13,12 +12,10 @@ from lkarray.errors import MemoryBudgetError
 from lkarray.store import trace_layout, trajectory
 from lkarray.store.nodes import stored_at
 from lkarray.training.replay import Replay
-
-if TYPE_CHECKING:
-    from lkarray.training.trace import Trace
+from lkarray.training.trace import Trace
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class _Segment:
     """Consecutive steps: parameters before each, and what updates divided by and were clipped by.
 
@@ -94,22 +91,22 @@ class States:
         if every == 1:
             start, end = number * length, (number + 1) * length
         else:
-            kept, part = divmod(number, -(-every // length))
-            start = kept * every + part * length
+            kept, within = divmod(number, -(-every // length))
+            start = kept * every + within * length
             end = min(start + length, (kept + 1) * every)
         return start, min(end, self._trace.steps)
 
     def _read(self, start: int, stop: int) -> _Segment:
         root = self._trace.root
 
-        def rows(name: str) -> np.ndarray:
+        def steps_of(name: str) -> np.ndarray:
             return trajectory.step_rows(root, name, start, stop)
 
         return _Segment(
-            start,
-            rows(trace_layout.PARAMETERS.name),
-            rows(trace_layout.DENOMINATOR.name) if self._divided else None,
-            rows(trace_layout.DIAGONAL.name) if self._clipped else None,
+            start=start,
+            theta=steps_of(trace_layout.PARAMETERS.name),
+            denominator=steps_of(trace_layout.DENOMINATOR.name) if self._divided else None,
+            diagonal=steps_of(trace_layout.DIAGONAL.name) if self._clipped else None,
         )
 
     def _replay(self, start: int, stop: int) -> _Segment:
@@ -119,11 +116,11 @@ class States:
             theta.append(replay.until(step))
             if self._divided:
                 replay.until(step + 1)
-                found = replay.denominator()
-                assert found is not None
-                denominators.append(found)
+                denominator = replay.denominator()
+                assert denominator is not None
+                denominators.append(denominator)
         divided = np.stack(denominators) if self._divided else None
-        return _Segment(start, np.stack(theta), divided, None)
+        return _Segment(start=start, theta=np.stack(theta), denominator=divided, diagonal=None)
 
 
 def segment_length(trace: Trace, *, divided: bool, memory: int) -> int:

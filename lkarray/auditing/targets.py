@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,7 @@ from lkarray.nn.flat import FlatModel
 from lkarray.nn.graphs import graph_of
 from lkarray.nn.losses import identity, logits
 from lkarray.nn.reference import Scalars
-
-if TYPE_CHECKING:
-    from lkarray.training.trace import Trace
+from lkarray.training.trace import Trace
 
 LOSS, PREDICTION, LOGIT = "loss", "prediction", "logit"
 
@@ -81,17 +79,17 @@ class Audited:
                 f"label), the number of an output, or a function, not {target!r}"
             )
         with torch.no_grad():
-            found = logits(flat(fresh(*probe)[0]))
-        if found.ndim != 2:
+            outputs = logits(flat(fresh(*probe)[0]))
+        if outputs.ndim != 2:
             raise ValueError(
                 f"target={target!r} needs outputs (batch, output), and the model gives "
-                f"{tuple(found.shape)}; pass a function of (output, target) that gives (batch,)"
+                f"{tuple(outputs.shape)}; pass a function of (output, target) that gives (batch,)"
             )
         if target == PREDICTION:
-            self.outputs = found.shape[1]
+            self.outputs = outputs.shape[1]
             return [partial(_output, c) for c in range(self.outputs)]
-        if not 0 <= target < found.shape[1]:
-            raise ValueError(f"target={target}: the model has outputs 0 to {found.shape[1] - 1}")
+        if not 0 <= target < outputs.shape[1]:
+            raise ValueError(f"target={target}: the model has outputs 0 to {outputs.shape[1] - 1}")
         return [partial(_output, target)]
 
 
@@ -99,22 +97,22 @@ class _Activation:
     """A function of what a module inside the model gave in the last forward pass."""
 
     def __init__(self, module: nn.Module, function: Callable[[Any, Any], Tensor]) -> None:
-        self._function, self._found = function, []  # type: ignore[var-annotated]
+        self._function = function
+        self._kept: list[Any] = []  # one at most
         module.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._found[:] = [output]
+        self._kept[:] = [output]
 
     def __call__(self, output: Any, target: Any) -> Tensor:
-        return self._function(self._found.pop(), target)
+        return self._function(self._kept.pop(), target)
 
 
 def _submodule(flat: FlatModel, name: str) -> nn.Module:
-    modules = dict(flat.module.named_modules())
+    modules: dict[str, nn.Module] = dict(flat.module.named_modules())
     if name not in modules or not name:
         raise ValueError(f"module={name!r} is none of the model's: {[n for n in modules if n]}")
-    found: nn.Module = modules[name]
-    return found
+    return modules[name]
 
 
 def _output(index: int, output: Any, target: Any) -> Tensor:
@@ -122,10 +120,10 @@ def _output(index: int, output: Any, target: Any) -> Tensor:
 
 
 def _own_logit(output: Any, target: Any) -> Tensor:
-    found = logits(output)
-    if found.ndim != 2 or target.ndim != 1 or target.is_floating_point():
+    by_class = logits(output)
+    if by_class.ndim != 2 or target.ndim != 1 or target.is_floating_point():
         raise ValueError("target='logit' needs outputs (batch, class) and one label an example")
-    return found.gather(1, target[:, None].long()).squeeze(1)
+    return by_class.gather(1, target[:, None].long()).squeeze(1)
 
 
 def _check(number: Scalars, flat: FlatModel, probe: tuple[Inputs, Target], name: str) -> None:
@@ -133,15 +131,15 @@ def _check(number: Scalars, flat: FlatModel, probe: tuple[Inputs, Target], name:
     batch = batch_size(probe)
     with torch.enable_grad():
         inputs, wanted = fresh(*probe)
-        found = number(flat(inputs), wanted)
-    if not isinstance(found, Tensor):
-        raise TypeError(f"target {name!r} returned {type(found).__name__}, not a tensor")
-    if found.ndim != 1 or len(found) != batch:
+        numbers = number(flat(inputs), wanted)
+    if not isinstance(numbers, Tensor):
+        raise TypeError(f"target {name!r} returned {type(numbers).__name__}, not a tensor")
+    if numbers.ndim != 1 or len(numbers) != batch:
         raise ValueError(
-            f"target {name!r} returned shape {tuple(found.shape)} for a batch of {batch}; it must "
-            f"give one number per example, ({batch},): take no mean or sum over the batch"
+            f"target {name!r} returned shape {tuple(numbers.shape)} for a batch of {batch}; it "
+            f"must give one number per example, ({batch},): take no mean or sum over the batch"
         )
-    if not found.requires_grad or not _depends(found, flat):
+    if not numbers.requires_grad or not _depends(numbers, flat):
         raise ValueError(
             f"target {name!r} does not depend on the parameters that are audited, so training "
             "cannot have moved it; look for a detach(), a no_grad() or an argmax in it, or for "

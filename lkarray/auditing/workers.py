@@ -13,9 +13,13 @@ import zarr
 from torch import nn
 
 from lkarray import store as stores
-from lkarray.auditing.problem import Problem, Request
+from lkarray.auditing.problem import Problem, problem_of
+from lkarray.auditing.request import Request
+from lkarray.auditing.running import run_panel
 from lkarray.sampling.workers import another_store, cancel, check_place, needed, patiently, submit
 from lkarray.store import audits
+from lkarray.store.audit_layout import AuditLayout
+from lkarray.store.audit_panels import PanelWriter
 from lkarray.store.location import address
 from lkarray.training.trace import Trace, open_trace
 from lkarray.waiting import workers_awaited
@@ -31,7 +35,7 @@ _turn = threading.Lock()
 _SAFE = "The panels finished are safe"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Job:
     """What a worker needs to make the problem again."""
 
@@ -41,7 +45,7 @@ class _Job:
     loss: Any
     request: Request
     store: Any
-    layout: audits.AuditLayout
+    layout: AuditLayout
     fingerprint: dict[str, Any]
     budget: int
 
@@ -50,7 +54,7 @@ def run_on(
     client: Client,
     root: zarr.Group,
     problem: Problem,
-    layout: audits.AuditLayout,
+    layout: AuditLayout,
     fingerprint: dict[str, Any],
     panels: list[int],
     budget: int,
@@ -73,15 +77,15 @@ def run_on(
     for store in (root.store, trace.root.store):
         check_place(store)
     job = _Job(
-        address(trace.root.store),
-        trace.flat.module,
-        trace.train_set,
-        trace.loss.function,
-        problem.request,
-        address(root.store),
-        layout,
-        fingerprint,
-        budget,
+        trace=address(trace.root.store),
+        model=trace.flat.module,
+        train_set=trace.train_set,
+        loss=trace.loss.function,
+        request=problem.request,
+        store=address(root.store),
+        layout=layout,
+        fingerprint=fingerprint,
+        budget=budget,
     )
     payload = cloudpickle.dumps(job)
     key = hashlib.sha256(payload).hexdigest()
@@ -116,14 +120,12 @@ def _run(payload: bytes, key: str, panel: int) -> None:
 
 
 def _panel(job: _Job, root: zarr.Group, key: str, panel: int) -> None:
-    from lkarray.auditing.audit import run_panel
-
     name = f"{job.layout.group}-{panel}"
     with _turn, stores.region_lock(root.store, name):
         if key not in _ready:
             _ready.clear()
-            _ready[key] = Problem(_trace(job), job.request)
-        writer = audits.PanelWriter(root, job.layout, panel)
+            _ready[key] = problem_of(_trace(job), job.request)
+        writer = PanelWriter(root, job.layout, panel)
         run_panel(_ready[key], writer, job.budget, _untold, _untold)
 
 

@@ -47,7 +47,7 @@ RESULTS = (INFLUENCE.name, *(spec.name for spec in SUMS))
 FIELDS = ("left", "slot", "panel", STATE, *RESULTS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AuditLayout:
     """An audit to be stored.
 
@@ -55,7 +55,7 @@ class AuditLayout:
     ----------
     group
         Of the store.
-    rows
+    per_panel
         Audited examples in a panel.
     sizes
         Of every dim of ``influence``, in order.
@@ -76,7 +76,7 @@ class AuditLayout:
     """
 
     group: str
-    rows: int
+    per_panel: int
     sizes: Mapping[str, int]
     windows: str | None
     split: bool
@@ -88,34 +88,29 @@ class AuditLayout:
     state: int
 
     @property
-    def audited(self) -> int:
-        """Number of audited examples."""
-        return self.sizes[AUDIT]
-
-    @property
     def panels(self) -> list[slice]:
         """Audited examples of each panel."""
-        n = self.audited
-        return [slice(a, min(a + self.rows, n)) for a in range(0, n, self.rows)]
+        n = self.sizes[AUDIT]
+        return [slice(a, min(a + self.per_panel, n)) for a in range(0, n, self.per_panel)]
 
     @property
     def chunks(self) -> tuple[int, ...]:
         """Chunks of the influence: a panel wide, near 8 MiB."""
         item = np.dtype(self.dtype).itemsize
         first, *rest = self.sizes
-        wide = {AUDIT: self.rows, OUTPUT: self.sizes.get(OUTPUT, 1)}
+        wide = {AUDIT: self.per_panel, OUTPUT: self.sizes.get(OUTPUT, 1)}
         tail = tuple(min(self.sizes[dim], wide.get(dim, 1)) for dim in rest)
         return min(self.sizes[first], max(_CHUNK_BYTES // (item * prod(tail)), 1)), *tail
 
     def specs(self) -> dict[str, VariableSpec]:
         """Return the specs of the sums, with the dims that they have here."""
-        found = {}
+        out = {}
         for spec in SUMS:
             dims = spec.dims + ((OUTPUT,) if OUTPUT in self.sizes else ())
             if spec is RESIDUAL and self.split and self.windows is not None:
                 dims = (*dims, self.windows)
-            found[spec.name] = replace(spec, dims=dims, units=self.units)
-        return found
+            out[spec.name] = replace(spec, dims=dims, units=self.units)
+        return out
 
     def shape(self, dims: tuple[str, ...]) -> tuple[int, ...]:
         """Return the sizes of some dims."""

@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 
 from lkarray.errors import DamagedError
-from lkarray.store import audits, gradients, trace_layout, trajectory
+from lkarray.store import audit_layout, audit_panels, gradients, trace_layout, trajectory
 from lkarray.store.chunks import chunk_key, chunk_keys, read, stored_digests
 from lkarray.store.committed import array_names
 from lkarray.store.location import is_sealed
@@ -37,7 +37,7 @@ def gradient_problems(root: zarr.Group, group: str) -> Iterator[Problem]:
 def audit_problems(root: zarr.Group, group: str) -> Iterator[Problem]:
     """Yield the faults of an audit."""
     yield from _steady(
-        group, lambda: _audit(root, group), lambda: audits.read_records(root, group).tolist()
+        group, lambda: _audit(root, group), lambda: audit_panels.read_records(root, group).tolist()
     )
 
 
@@ -169,22 +169,24 @@ def _audit(root: zarr.Group, group: str) -> Iterator[Problem]:
     yield from faults
     if _unreadable(faults):
         return
-    record = stored_at(root, f"{group}/{audits.RECORD.name}")
-    if audits.has_checksums(record):
+    record = stored_at(root, f"{group}/{audit_layout.RECORD.name}")
+    if audit_panels.has_checksums(record):
         faults = list(chunk_problems(record, ())) or _of_others(record)
         yield from faults
         if faults:
             return
     else:
         for label in array_names(group_at(root, group)):
-            if label not in (*audits.RESULTS, audits.RECORD.name):
+            if label not in (*audit_layout.RESULTS, audit_layout.RECORD.name):
                 yield from chunk_problems(stored_at(root, f"{group}/{label}"), ())
-    for array, panel, checksum in audits.committed_panels(root, group):
-        faults = [f for at in audits.panel_leading(array, panel) for f in chunk_problems(array, at)]
+    for array, panel, checksum in audit_panels.committed_panels(root, group):
+        faults = [
+            f for at in audit_panels.panel_leading(array, panel) for f in chunk_problems(array, at)
+        ]
         yield from faults
         if checksum is None or faults:
             continue
-        if chain(audits.numbers(array, audits.panel_keys(array, panel))) != checksum:
+        if chain(audit_panels.numbers(array, audit_panels.panel_keys(array, panel))) != checksum:
             detail = f"chunks of panel {panel} are not those that were committed"
             yield Problem("mismatch", array.path, detail)
     yield from _passes(root, group)
@@ -192,7 +194,7 @@ def _audit(root: zarr.Group, group: str) -> Iterator[Problem]:
 
 def _of_others(record: zarr.Array) -> list[Problem]:
     """Return the records of an audit that are of other panels than they should be."""
-    panels = read(record, (slice(None), audits.FIELDS.index("panel"))).tolist()
+    panels = read(record, (slice(None), audit_layout.FIELDS.index("panel"))).tolist()
     return [
         Problem("mismatch", chunk_key(record, (at, 0)), f"is the record of panel {panel}")
         for at, panel in enumerate(panels)
@@ -202,13 +204,13 @@ def _of_others(record: zarr.Array) -> list[Problem]:
 
 def _passes(root: zarr.Group, group: str) -> Iterator[Problem]:
     """Check the states that panels which were cut off go on from."""
-    for panel, row in enumerate(audits.read_records(root, group).tolist()):
+    for panel, row in enumerate(audit_panels.read_records(root, group).tolist()):
         if row[0] <= 0:
             continue
-        path = f"{group}/{audits.STATE}/{panel}/{row[1]}"
+        path = f"{group}/{audit_layout.STATE}/{panel}/{row[1]}"
         try:
-            state = audits.read_pass(root, path)
-            if len(row) > 2 and audits.pass_digest(row[0], panel, state) != row[3]:
+            state = audit_panels.read_pass(root, path)
+            if len(row) > 2 and audit_panels.pass_digest(row[0], panel, state) != row[3]:
                 yield Problem("mismatch", path, "is not the state that was left")
         except DamagedError as error:
             yield Problem("corrupt", path, str(error))

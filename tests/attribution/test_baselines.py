@@ -69,19 +69,19 @@ def rates(trace, step):
     return np.repeat(by_tensor, trace.stops - trace.starts)
 
 
-def close(found, expected, tolerance=1e-10):
+def close(scores, expected, tolerance=1e-10):
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
+    np.testing.assert_allclose(scores, expected, rtol=tolerance, atol=tolerance * scale)
 
 
 # --- TracIn -------------------------------------------------------------------------------------
 
 
-def brute_tracin(trace, steps, part=slice(None)):
+def brute_tracin(trace, steps, columns=slice(None)):
     total = 0
     for step in steps:
         g, a = both_gradients(trace, step)
-        total = total - (g * rates(trace, step))[:, part] @ a[:, part].T
+        total = total - (g * rates(trace, step))[:, columns] @ a[:, columns].T
     return total
 
 
@@ -94,79 +94,79 @@ def brute_tracin(trace, steps, part=slice(None)):
     ],
 )
 def test_tracin__is_its_definition(trace, checkpoints, steps):
-    found = tracin(trace, audited(), checkpoints=checkpoints)
-    assert found.dims == ("example", "audit")
-    assert found.shape == (50, 7)
-    assert found.name == "tracin"
-    close(found, brute_tracin(trace, steps))
-    assert found.attrs["kernel"] == "influence operator"
-    assert found.attrs["units"] == "nat"
-    assert found.attrs["checkpoints"] == list(steps)
+    scores = tracin(trace, audited(), checkpoints=checkpoints)
+    assert scores.dims == ("example", "audit")
+    assert scores.shape == (50, 7)
+    assert scores.name == "tracin"
+    close(scores, brute_tracin(trace, steps))
+    assert scores.attrs["kernel"] == "influence operator"
+    assert scores.attrs["units"] == "nat"
+    assert scores.attrs["checkpoints"] == list(steps)
 
 
 @pytest.mark.parametrize("params", ["last", "2", ["2.weight", "2.bias"]])
 def test_tracin__of_the_last_layer(trace, params):
-    found = tracin(trace, audited(), params=params)
-    close(found, brute_tracin(trace, [0, 4, 8], LAST))
-    assert found.attrs["params"] == ["2.weight", "2.bias"]
+    scores = tracin(trace, audited(), params=params)
+    close(scores, brute_tracin(trace, [0, 4, 8], LAST))
+    assert scores.attrs["params"] == ["2.weight", "2.bias"]
 
 
 def test_tracin__of_convolutions_some_examples_and_panels(image_trace, monkeypatch):
     test = images(9, seed=8)
     g, a = both_gradients(image_trace, 2, data=test)
-    found = tracin(
+    scores = tracin(
         image_trace,
         test,
         checkpoints=[2],
         examples=[30, 3, 17],
         coords={"label": list("abcabcabc")},
     )
-    close(found, -0.1 * g[[3, 17, 30]] @ a.T)
-    np.testing.assert_array_equal(found["example"], [3, 17, 30])
-    assert found["label"].dims == ("audit",)
+    close(scores, -0.1 * g[[3, 17, 30]] @ a.T)
+    np.testing.assert_array_equal(scores["example"], [3, 17, 30])
+    assert scores["label"].dims == ("audit",)
     monkeypatch.setattr(sys.modules["lkarray.attribution.tracin"], "BATCH", 7)
     monkeypatch.setattr(
-        sys.modules["lkarray.attribution.tracin"], "rows_of_a_panel", lambda problem, budget: 4
+        sys.modules["lkarray.attribution.tracin"], "panel_size", lambda problem, budget: 4
     )
     close(tracin(image_trace, test, checkpoints=[2]), -0.1 * g @ a.T)
 
 
 def test_tracin__of_predictions_has_a_dim_more(trace):
-    found = tracin(trace, audited(), target="prediction", checkpoints=[5])
-    assert found.dims == ("example", "audit", "output")
+    scores = tracin(trace, audited(), target="prediction", checkpoints=[5])
+    assert scores.dims == ("example", "audit", "output")
     g, _ = both_gradients(trace, 5)
     for c in range(3):
         _, a = both_gradients(trace, 5, lambda output, target, c=c: output[:, c])
-        close(found.isel(output=c), -(g * rates(trace, 5)) @ a.T)
-    assert found.attrs["units"] == "1"
+        close(scores.isel(output=c), -(g * rates(trace, 5)) @ a.T)
+    assert scores.attrs["units"] == "1"
 
 
-def brute_in_run(trace, part=slice(None)):
+def brute_in_run(trace, columns=slice(None)):
     total = np.zeros((50, 7))
     for step in range(trace.steps):
         g, a = both_gradients(trace, step)
-        products = (g * rates(trace, step))[:, part] @ a[:, part].T
+        products = (g * rates(trace, step))[:, columns] @ a[:, columns].T
         batch = trace.batch(step)
         np.add.at(total, batch, -products[batch] / len(batch))
     return total
 
 
-@pytest.mark.parametrize(("params", "part"), [(None, slice(None)), ("last", LAST)])
-def test_tracin_in_run__is_its_definition(trace, params, part):
-    found = tracin_in_run(trace, audited(), params=params, coords={"label": np.arange(7) % 3})
-    assert found.dims == ("example", "audit")
-    assert found.name == "tracin"
-    close(found, brute_in_run(trace, part))
-    assert found.attrs["kernel"] == "influence operator"
-    assert found.attrs["units"] == "nat"
-    assert found["label"].dims == ("audit",)
+@pytest.mark.parametrize(("params", "columns"), [(None, slice(None)), ("last", LAST)])
+def test_tracin_in_run__is_its_definition(trace, params, columns):
+    scores = tracin_in_run(trace, audited(), params=params, coords={"label": np.arange(7) % 3})
+    assert scores.dims == ("example", "audit")
+    assert scores.name == "tracin"
+    close(scores, brute_in_run(trace, columns))
+    assert scores.attrs["kernel"] == "influence operator"
+    assert scores.attrs["units"] == "nat"
+    assert scores["label"].dims == ("audit",)
 
 
 def test_tracin_in_run__counts_an_example_as_often_as_it_is_in_a_batch():
     trace = recorded(sgd, batches=[np.asarray([3, 3, 8]), np.asarray([8, 1])])
-    found = tracin_in_run(trace, audited(), examples=[8, 3])
-    close(found, brute_in_run(trace)[[3, 8]])
-    np.testing.assert_array_equal(found["example"], [3, 8])
+    scores = tracin_in_run(trace, audited(), examples=[8, 3])
+    close(scores, brute_in_run(trace)[[3, 8]])
+    np.testing.assert_array_equal(scores["example"], [3, 8])
 
 
 def test_tracin_in_run__of_plain_descent_is_its_audit_by_eulers_rule():
@@ -220,16 +220,16 @@ def test_gradient_similarity__is_its_definition(image_trace, at, state, cosine):
     expected = g @ a.T
     if cosine:
         expected /= np.outer(np.linalg.norm(g, axis=1), np.linalg.norm(a, axis=1))
-    found = gradient_similarity(image_trace, test, at=at, cosine=cosine)
-    close(found, expected)
-    assert found.attrs["at"] == state
-    assert found.attrs["units"] == ("1" if cosine else "nat^2")
+    scores = gradient_similarity(image_trace, test, at=at, cosine=cosine)
+    close(scores, expected)
+    assert scores.attrs["at"] == state
+    assert scores.attrs["units"] == ("1" if cosine else "nat^2")
 
 
 def test_gradient_similarity__of_an_example_with_itself(trace):
-    found = gradient_similarity(trace, [4, 9], cosine=True)
-    np.testing.assert_allclose(np.diag(found.sel(example=[4, 9])), 1)
-    np.testing.assert_array_equal(found["audit"], [4, 9])
+    scores = gradient_similarity(trace, [4, 9], cosine=True)
+    np.testing.assert_allclose(np.diag(scores.sel(example=[4, 9])), 1)
+    np.testing.assert_array_equal(scores["audit"], [4, 9])
 
 
 def test_gradient_similarity__refuses_a_state_that_there_is_none_of(trace):
@@ -270,11 +270,11 @@ def brute_trak(trace, states, projections, regularization=0.0, rows=slice(None))
 
 def test_trak__is_its_definition(trace):
     expected, own = brute_trak(trace, [12], [np.eye(53)], 1e-2)
-    found = trak(trace, audited(), size=None, regularization=1e-2)
-    close(found, expected, 1e-8)
-    assert found.dims == ("example", "audit")
-    assert found.attrs["kernel"] == "influence operator"
-    assert found.attrs["checkpoints"] == [12]
+    scores = trak(trace, audited(), size=None, regularization=1e-2)
+    close(scores, expected, 1e-8)
+    assert scores.dims == ("example", "audit")
+    assert scores.attrs["kernel"] == "influence operator"
+    assert scores.attrs["checkpoints"] == [12]
     as_loss = trak(trace, audited(), size=None, regularization=1e-2, target="loss")
     close(as_loss, -own * expected, 1e-8)
     assert as_loss.attrs["units"] == "nat"
@@ -285,21 +285,21 @@ def test_trak__projects_each_checkpoint_anew_and_averages(trace, memory, monkeyp
     projections = [Projection(8, 5 + i).rows(0, 53).astype(float) for i in range(3)]
     some = [2, *range(10, 49)]
     expected, _ = brute_trak(trace, [3, 7, 12], projections, rows=some)
-    monkeypatch.setattr(sys.modules["lkarray.attribution.trak"], "_ROWS", 9)
+    monkeypatch.setattr(sys.modules["lkarray.attribution.trak"], "ROWS", 9)
     if memory is not None:
-        monkeypatch.setattr(sys.modules["lkarray.attribution.trak"], "_KEPT", 0.0)
-    found = trak(
+        monkeypatch.setattr(sys.modules["lkarray.attribution.trak"], "KEPT", 0.0)
+    scores = trak(
         trace, audited(), checkpoints=[3, 7, 12], size=8, seed=5, examples=some[::-1], memory=memory
     )
-    close(found, expected, 1e-7)
-    np.testing.assert_array_equal(found["example"], some)
+    close(scores, expected, 1e-7)
+    np.testing.assert_array_equal(scores["example"], some)
 
 
 def test_trak__helps_where_the_same_class_does(trace):
     """Others of an example's own class support it: positive, and negative of losses."""
-    found = trak(trace, audited(), size=None, regularization=1.0)
+    scores = trak(trace, audited(), size=None, regularization=1.0)
     same = trace.train_set.tensors[1].numpy()[:, None] == audited().tensors[1].numpy()
-    assert found.values[same].mean() > 0 > found.values[~same].mean()
+    assert scores.values[same].mean() > 0 > scores.values[~same].mean()
     lowers = trak(trace, audited(), size=None, regularization=1.0, target="loss")
     assert lowers.values[same].mean() < 0
 
@@ -341,9 +341,9 @@ def brute_hessian(trace, state):
     names = dict(trace.flat.module.named_parameters())
 
     def mean(theta):
-        parts = [p.view(s) for p, s in zip(theta.split([s.numel() for s in shapes]), shapes)]  # noqa: B905
+        tensors = [p.view(s) for p, s in zip(theta.split([s.numel() for s in shapes]), shapes)]  # noqa: B905
         output = torch.func.functional_call(
-            trace.flat.module, dict(zip(names, parts, strict=True)), (inputs,)
+            trace.flat.module, dict(zip(names, tensors, strict=True)), (inputs,)
         )
         return cross_entropy(output, labels).mean()
 
@@ -351,15 +351,15 @@ def brute_hessian(trace, state):
     return torch.autograd.functional.hessian(mean, theta).numpy()
 
 
-@pytest.mark.parametrize(("params", "part"), [(None, slice(None)), ("last", LAST)])
-def test_influence_functions__are_their_definition(trace, params, part):
-    g, a = (one[:, part] for one in both_gradients(trace, 12))
-    h = brute_hessian(trace, 12)[part, part] + 1.5 * np.eye(len(range(53)[part]))
-    found = influence_functions(trace, audited(), damping=1.5, params=params)
-    close(found, -g @ np.linalg.solve(h, a.T) / 50)
-    assert found.dims == ("example", "audit")
-    assert found.attrs["units"] == "nat"
-    assert found.attrs["residual"] < 1e-12
+@pytest.mark.parametrize(("params", "columns"), [(None, slice(None)), ("last", LAST)])
+def test_influence_functions__are_their_definition(trace, params, columns):
+    g, a = (side[:, columns] for side in both_gradients(trace, 12))
+    h = brute_hessian(trace, 12)[columns, columns] + 1.5 * np.eye(len(range(53)[columns]))
+    scores = influence_functions(trace, audited(), damping=1.5, params=params)
+    close(scores, -g @ np.linalg.solve(h, a.T) / 50)
+    assert scores.dims == ("example", "audit")
+    assert scores.attrs["units"] == "nat"
+    assert scores.attrs["residual"] < 1e-12
 
 
 def test_influence_functions__say_what_leaving_an_example_out_does():
@@ -394,22 +394,22 @@ def test_influence_functions__say_what_leaving_an_example_out_does():
     everything = np.arange(60)
     whole = fit(model, everything)
     trace = recorded(lambda p: optim.SGD(p, 1e-12), model=model, data=data, batches=[everything])
-    found = influence_functions(trace, range(9), damping=decay, examples=range(20))
+    scores = influence_functions(trace, range(9), damping=decay, examples=range(20))
     again = [fit(nn.Linear(3, 2).double(), np.delete(everything, m)) for m in range(20)]
     did = whole - np.stack(again)  # of having the example
-    assert np.corrcoef(found.values.ravel(), did.ravel())[0, 1] > 0.99
-    assert 0.9 < (found.values * did).sum() / (did * did).sum() < 1.1
-    assert (found.values[np.arange(9), np.arange(9)] < 0).all()
+    assert np.corrcoef(scores.values.ravel(), did.ravel())[0, 1] > 0.99
+    assert 0.9 < (scores.values * did).sum() / (did * did).sum() < 1.1
+    assert (scores.values[np.arange(9), np.arange(9)] < 0).all()
 
 
 def test_influence_functions__of_some_examples_targets_and_attention(image_trace):
-    found = influence_functions(
+    scores = influence_functions(
         image_trace, [4, 7], target="prediction", damping=1.0, examples=[9, 1], params="last"
     )
-    assert found.dims == ("example", "audit", "output")
-    np.testing.assert_array_equal(found["example"], [1, 9])
+    assert scores.dims == ("example", "audit", "output")
+    np.testing.assert_array_equal(scores["example"], [1, 9])
     alone = influence_functions(image_trace, [4, 7], target=2, damping=1.0, params="last")
-    close(found.isel(output=2), alone.sel(example=[1, 9]))
+    close(scores.isel(output=2), alone.sel(example=[1, 9]))
 
 
 def test_influence_functions__refuse_what_is_no_minimum_or_too_large(trace):

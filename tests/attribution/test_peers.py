@@ -64,11 +64,11 @@ def image_trace():
     return recorded(constant, model=convolutional(), data=images(), batches=batches)
 
 
-def close(found, expected, tolerance=DOUBLE):
+def close(scores, expected, tolerance=DOUBLE):
     expected = np.asarray(expected)
-    assert found.shape == expected.shape
+    assert scores.shape == expected.shape
     scale = np.abs(expected).max()
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=tolerance * scale)
 
 
 def at(trace, step, model):
@@ -96,8 +96,8 @@ def test_tracin__is_minus_captums(trace, steps, params, layers):
     peer = TracInCP(
         network(), trace.train_set, steps, loader(trace, rate), layers, LOSS, batch_size=16
     )
-    found = lk.tracin(trace, audited(), checkpoints=steps, params=params)
-    close(found, -peer.influence(audited().tensors).T)
+    scores = lk.tracin(trace, audited(), checkpoints=steps, params=params)
+    close(scores, -peer.influence(audited().tensors).T)
 
 
 def test_tracin__of_the_last_layer_is_minus_captums_by_factors(trace):
@@ -112,8 +112,8 @@ def test_tracin__of_the_last_layer_is_minus_captums_by_factors(trace):
         nn.CrossEntropyLoss(reduction="sum"),
         batch_size=16,
     )
-    found = lk.tracin(trace, audited(), checkpoints="epoch", params=["2.weight"])
-    close(found, -peer.influence(audited().tensors).T)
+    scores = lk.tracin(trace, audited(), checkpoints="epoch", params=["2.weight"])
+    close(scores, -peer.influence(audited().tensors).T)
 
 
 def test_tracin__of_convolutions_and_some_examples_is_minus_captums(image_trace):
@@ -126,8 +126,8 @@ def test_tracin__of_convolutions_and_some_examples_is_minus_captums(image_trace)
         loss_fn=LOSS,
         batch_size=2,
     )
-    found = lk.tracin(image_trace, test, checkpoints=[1, 4], examples=some)
-    close(found, -peer.influence(test.tensors).T)
+    scores = lk.tracin(image_trace, test, checkpoints=[1, 4], examples=some)
+    close(scores, -peer.influence(test.tensors).T)
 
 
 class OfClass(nn.Module):
@@ -149,8 +149,8 @@ def test_tracin__of_an_output_is_minus_captums(trace):
         batch_size=16,
         test_loss_fn=OfClass(),
     )
-    found = lk.tracin(trace, audited(), checkpoints=[2, 9], target=1)
-    close(found, -peer.influence(audited().tensors).T)
+    scores = lk.tracin(trace, audited(), checkpoints=[2, 9], target=1)
+    close(scores, -peer.influence(audited().tensors).T)
 
 
 @pytest.mark.parametrize(("params", "layers"), [(None, None), ("last", ["2"])])
@@ -230,30 +230,30 @@ def log_odds(output, target):
 
 
 @pytest.mark.parametrize(
-    ("params", "names", "part"),
+    ("params", "names", "columns"),
     [
         (None, None, slice(None)),
         ("last", ["2.weight", "2.bias"], LAST),
     ],
 )
-def test_trak__is_trakers_but_for_its_scale(trace, tmp_path, params, names, part):
+def test_trak__is_trakers_but_for_its_scale(trace, tmp_path, params, names, columns):
     """Theirs is ours over the number of parameters, P, and over the inverse's mean size.
 
     It divides gradients by sqrt(P), which makes its regularization a P-th, and the inverse by the
     mean of its entries' absolute values.
     """
     theirs = trakers(trace, [12], tmp_path, grad_wrt=names, lambda_reg=0.01)
-    g = gradients(trace, trace.parameters(12), trace.train_set, log_odds)[:, part]
+    g = gradients(trace, trace.parameters(12), trace.train_set, log_odds)[:, columns]
     count = g.shape[1]
-    found = lk.trak(trace, audited(), size=None, regularization=0.01 * count, params=params)
+    scores = lk.trak(trace, audited(), size=None, regularization=0.01 * count, params=params)
     inverse = np.linalg.inv(g.T @ g + 0.01 * count * np.eye(count))
-    close(found / (count * np.abs(inverse).mean()), theirs, SINGLE)
+    close(scores / (count * np.abs(inverse).mean()), theirs, SINGLE)
 
 
 def test_trak__of_several_checkpoints_is_trakers(trace, tmp_path):
     theirs = trakers(trace, [3, 7, 12], tmp_path, lambda_reg=0.01, score_computer=Rescaled)
-    found = lk.trak(trace, audited(), checkpoints=[3, 7, 12], size=None, regularization=0.01 * 53)
-    close(found, theirs, SINGLE)
+    scores = lk.trak(trace, audited(), checkpoints=[3, 7, 12], size=None, regularization=0.01 * 53)
+    close(scores, theirs, SINGLE)
 
 
 def test_trak__projected_and_not_regularized_is_trakers(trace, tmp_path):
@@ -264,21 +264,21 @@ def test_trak__projected_and_not_regularized_is_trakers(trace, tmp_path):
         score_computer=OneBlock,
         projector=OurProjector(53, 8, 5, "rademacher", "cpu"),
     )
-    found = lk.trak(trace, audited(), checkpoints=[3, 7, 12], size=8, seed=5)
-    close(found, theirs, SINGLE)
+    scores = lk.trak(trace, audited(), checkpoints=[3, 7, 12], size=8, seed=5)
+    close(scores, theirs, SINGLE)
 
 
 # --- influence functions: curvlinops and captum -------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("params", "part", "damping"),
+    ("params", "columns", "damping"),
     [
         (None, slice(None), 0.5),
         ("last", LAST, 0.01),
     ],
 )
-def test_influence_functions__are_by_curvlinops_hessian(trace, params, part, damping):
+def test_influence_functions__are_by_curvlinops_hessian(trace, params, columns, damping):
     model = at(trace, 12, network())
     chosen = list((model[2] if params else model).parameters())
     batches = [trace.train_set[rows] for rows in torch.arange(50).split(16)]
@@ -286,10 +286,10 @@ def test_influence_functions__are_by_curvlinops_hessian(trace, params, part, dam
     hessian = peer @ torch.eye(peer.shape[1], dtype=DTYPE)
     damped = hessian.numpy() + damping * np.eye(len(hessian))
     theta = trace.parameters(12)
-    g = gradients(trace, theta, trace.train_set, trace.loss)[:, part]
-    a = gradients(trace, theta, audited(), trace.loss)[:, part]
-    found = lk.influence_functions(trace, audited(), damping=damping, params=params)
-    close(found, -g @ np.linalg.solve(damped, a.T) / 50)
+    g = gradients(trace, theta, trace.train_set, trace.loss)[:, columns]
+    a = gradients(trace, theta, audited(), trace.loss)[:, columns]
+    scores = lk.influence_functions(trace, audited(), damping=damping, params=params)
+    close(scores, -g @ np.linalg.solve(damped, a.T) / 50)
 
 
 @pytest.mark.parametrize(
@@ -312,8 +312,8 @@ def test_influence_functions__are_minus_captums(trace, params, layers, damping):
         projection_dim=53,
         hessian_reg=50 * damping,
     )
-    found = lk.influence_functions(trace, audited(), at=5, damping=damping, params=params)
-    close(found, -peer.influence(audited().tensors).T)
+    scores = lk.influence_functions(trace, audited(), at=5, damping=damping, params=params)
+    close(scores, -peer.influence(audited().tensors).T)
 
 
 def test_influence_functions__of_convolutions_and_some_examples_are_minus_captums(image_trace):
@@ -329,5 +329,5 @@ def test_influence_functions__of_convolutions_and_some_examples_are_minus_captum
         projection_dim=1000,
         hessian_reg=20 * 1.0,
     )
-    found = lk.influence_functions(image_trace, test, damping=1.0, examples=some)
-    close(found, -peer.influence(test.tensors).T)
+    scores = lk.influence_functions(image_trace, test, damping=1.0, examples=some)
+    close(scores, -peer.influence(test.tensors).T)

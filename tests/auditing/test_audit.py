@@ -44,20 +44,20 @@ SCHEDULES = {
 }
 
 
-def closes(trace, found, tolerance=1e-10, **options):
+def closes(trace, audit, tolerance=1e-10, **options):
     """Influences and residual add up to the integral, which plain autograd finds too."""
     expected = brute_force(trace, audited(), **options)
     scale = np.abs(expected.path).sum(0)
-    whole = found["total"] + found["residual"]
+    whole = audit["total"] + audit["residual"]
     assert (np.abs(whole - expected.path.sum(0)) <= tolerance * scale).all()
-    assert (np.abs(found["path"] - expected.path.sum(0)) <= tolerance * scale).all()
+    assert (np.abs(audit["path"] - expected.path.sum(0)) <= tolerance * scale).all()
     np.testing.assert_allclose(
-        found["influence"], expected.influence.sum((0, 1, 4)), rtol=1e-9, atol=1e-10 * scale.max()
+        audit["influence"], expected.influence.sum((0, 1, 4)), rtol=1e-9, atol=1e-10 * scale.max()
     )
     np.testing.assert_allclose(
-        found["residual"], expected.residual.sum(0), rtol=1e-9, atol=1e-10 * scale.max()
+        audit["residual"], expected.residual.sum(0), rtol=1e-9, atol=1e-10 * scale.max()
     )
-    assert found.attrs["closure"] < tolerance
+    assert audit.attrs["closure"] < tolerance
 
 
 @pytest.mark.parametrize("clip", CLIPS)
@@ -67,11 +67,11 @@ def test_audit__is_what_forward_accumulation_gives(name, clip):
     trace = recorded(
         lambda p: OPTIMIZERS[name](p, weight_decay=decay), clip=CLIPS[clip], groups=True
     )
-    found = lk.audit(trace, audited())
-    closes(trace, found)
-    assert found["influence"].dims == ("example", "audit")
-    assert found.attrs["complete"]
-    assert (found["residual"] != 0).all()
+    audit = lk.audit(trace, audited())
+    closes(trace, audit)
+    assert audit["influence"].dims == ("example", "audit")
+    assert audit.attrs["complete"]
+    assert (audit["residual"] != 0).all()
 
 
 @settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
@@ -118,9 +118,9 @@ def test_audit__closes_on_random_runs(
 
 def test_audit__euler_is_the_first_order_rule():
     trace = recorded(OPTIMIZERS["nadam"])
-    found = lk.audit(trace, audited(), rule="euler")
-    closes(trace, found, rule="euler")
-    assert found.attrs["mre"] > 3 * lk.audit(trace, audited()).attrs["mre"]
+    audit = lk.audit(trace, audited(), rule="euler")
+    closes(trace, audit, rule="euler")
+    assert audit.attrs["mre"] > 3 * lk.audit(trace, audited()).attrs["mre"]
 
 
 def test_audit__error_is_of_third_order_in_a_step():
@@ -143,8 +143,8 @@ def path_by_hand(trace, data, nodes, weights, stride=1):
         b = min(a + stride, trace.steps)
         start, stop = trace.parameters(a), trace.parameters(b)
         gbar = sum(
-            w * gradients(trace, start + x * (stop - start), data, trace.loss)
-            for x, w in zip(nodes, weights, strict=True)
+            w * gradients(trace, start + node * (stop - start), data, trace.loss)
+            for node, w in zip(nodes, weights, strict=True)
         )
         total += gbar @ (stop - start)
     return total
@@ -162,13 +162,13 @@ def path_by_hand(trace, data, nodes, weights, stride=1):
 )
 def test_audit__rules_and_strides(options, nodes, weights):
     trace = recorded(OPTIMIZERS["adam"])
-    found = lk.audit(trace, audited(), **options)
+    audit = lk.audit(trace, audited(), **options)
     expected = path_by_hand(trace, audited(), nodes, weights, options.get("stride", 1))
-    np.testing.assert_allclose(found["total"] + found["residual"], expected, rtol=1e-9)
-    bare = lk.reconstruction(trace, audited(), **options)
-    np.testing.assert_allclose(bare["path"], expected, rtol=1e-9)
-    np.testing.assert_allclose(bare["reconstruction"], found["reconstruction"], rtol=1e-9)
-    assert bare.attrs["lc"] == pytest.approx(found.attrs["lc"], abs=1e-9)
+    np.testing.assert_allclose(audit["total"] + audit["residual"], expected, rtol=1e-9)
+    path_only = lk.reconstruction(trace, audited(), **options)
+    np.testing.assert_allclose(path_only["path"], expected, rtol=1e-9)
+    np.testing.assert_allclose(path_only["reconstruction"], audit["reconstruction"], rtol=1e-9)
+    assert path_only.attrs["lc"] == pytest.approx(audit.attrs["lc"], abs=1e-9)
 
 
 def test_audit__simpson_and_supersampling_are_more_accurate():
@@ -183,26 +183,26 @@ def test_audit__simpson_and_supersampling_are_more_accurate():
 
 def test_audit__predictions_of_every_output():
     trace = recorded(OPTIMIZERS["adamw"])
-    found = lk.audit(trace, audited(), target="prediction")
-    assert found["influence"].dims == ("example", "audit", "output")
+    audit = lk.audit(trace, audited(), target="prediction")
+    assert audit["influence"].dims == ("example", "audit", "output")
     for k in range(3):
         number = lambda output, target, k=k: output[:, k]  # noqa: E731
         expected = brute_force(trace, audited(), number=number)
         np.testing.assert_allclose(
-            found["influence"][..., k], expected.influence.sum((0, 1, 4)), rtol=1e-8, atol=1e-12
+            audit["influence"][..., k], expected.influence.sum((0, 1, 4)), rtol=1e-8, atol=1e-12
         )
-        np.testing.assert_allclose(found["residual"][:, k], expected.residual.sum(0), rtol=1e-8)
-        one = lk.audit(trace, audited(), target=k)
-        np.testing.assert_allclose(one["influence"], found["influence"][..., k], rtol=1e-12)
+        np.testing.assert_allclose(audit["residual"][:, k], expected.residual.sum(0), rtol=1e-8)
+        alone = lk.audit(trace, audited(), target=k)
+        np.testing.assert_allclose(alone["influence"], audit["influence"][..., k], rtol=1e-12)
     own = lk.audit(trace, audited(), target="logit")
     label = audited().tensors[1].numpy()
-    np.testing.assert_allclose(own["change"], found["change"].values[np.arange(7), label])
-    assert found.attrs["closure"] < 1e-10
+    np.testing.assert_allclose(own["change"], audit["change"].values[np.arange(7), label])
+    assert audit.attrs["closure"] < 1e-10
 
 
 def test_audit__of_an_activation_inside():
     trace = recorded(OPTIMIZERS["adam"])
-    found = lk.audit(
+    audit = lk.audit(
         trace, audited(), target=lambda hidden, target: hidden.square().sum(1), module="1"
     )
     number = lambda output, target: hidden[0].square().sum(1)  # noqa: E731
@@ -212,7 +212,7 @@ def test_audit__of_an_activation_inside():
     )
     expected = brute_force(trace, audited(), number=number)
     np.testing.assert_allclose(
-        found["influence"], expected.influence.sum((0, 1, 4)), rtol=1e-8, atol=1e-13
+        audit["influence"], expected.influence.sum((0, 1, 4)), rtol=1e-8, atol=1e-13
     )
     last = lk.audit(
         trace,
@@ -231,43 +231,43 @@ def test_audit__groups_of_everything_at_once():
     trace = recorded(OPTIMIZERS["nesterov"], steps=10)
     full = brute_force(trace, audited()).influence
     labels = examples().tensors[1].numpy()
-    found = lk.audit(
+    audit = lk.audit(
         trace,
         audited(),
         groups={"example": labels, "param": {"in": "0.*", "out": "2.*"}, "time": "epoch"},
     )
-    assert found["influence"].dims == ("group", "audit", "layer", "epoch")
-    assert found["layer"].values.tolist() == ["in", "out"]
+    assert audit["influence"].dims == ("group", "audit", "layer", "epoch")
+    assert audit["layer"].values.tolist() == ["in", "out"]
     seen = full.sum(1)
     for e, (a, b) in enumerate(((0, 4), (4, 8), (8, 10))):
         for c in range(3):
             for layer, tensors in enumerate(([0, 1], [2, 3])):
                 expected = seen[a:b][:, labels == c][..., tensors].sum((0, 1, 3))
-                got = found["influence"].sel(group=c)[:, layer, e]
+                got = audit["influence"].sel(group=c)[:, layer, e]
                 np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-13)
-    assert found.attrs["closure"] < 1e-10
+    assert audit.attrs["closure"] < 1e-10
 
 
 def test_audit__credit_acted_completes_each_window():
     trace = recorded(lambda p: OPTIMIZERS["momentum"](p, weight_decay=0.01), steps=12, warm=2)
     brute = brute_force(trace, audited())
-    found = lk.audit(trace, audited(), groups={"time": [0, 3, 7, 12]}, credit="acted")
-    assert found["residual"].dims == ("audit", "window")
+    audit = lk.audit(trace, audited(), groups={"time": [0, 3, 7, 12]}, credit="acted")
+    assert audit["residual"].dims == ("audit", "window")
     for w, (a, b) in enumerate(((0, 3), (3, 7), (7, 12))):
-        got = found["influence"][..., w]
+        got = audit["influence"][..., w]
         np.testing.assert_allclose(
             got, brute.influence[:, a:b].sum((0, 1, 4)), rtol=1e-8, atol=1e-13
         )
-        whole = got.sum("example") + found["residual"][:, w]
+        whole = got.sum("example") + audit["residual"][:, w]
         np.testing.assert_allclose(whole, brute.path[a:b].sum(0), rtol=1e-9)
-    assert found.attrs["closure"] < 1e-10
+    assert audit.attrs["closure"] < 1e-10
 
 
 def test_audit__credit_acted_forgets_what_momentum_has_forgotten():
     trace = recorded(lambda p: optim.SGD(p, 0.05, momentum=0.01), steps=24)
     brute = brute_force(trace, audited())
-    found = lk.audit(trace, audited(), groups={"time": range(0, 24, 8)}, credit="acted")
-    got = found["influence"][..., 2]
+    audit = lk.audit(trace, audited(), groups={"time": range(0, 24, 8)}, credit="acted")
+    got = audit["influence"][..., 2]
     np.testing.assert_allclose(got, brute.influence[:, 16:].sum((0, 1, 4)), rtol=1e-8, atol=1e-15)
 
 
@@ -280,10 +280,10 @@ def test_audit__overlapping_groups_only_when_asked():
     }
     with pytest.raises(ValueError, match="'even' and 'low' overlap, .*overlap=True"):
         lk.audit(trace, audited(), groups=groups)
-    found = lk.audit(trace, audited(), groups=groups, overlap=True)
-    assert not found.attrs["complete"]
-    assert np.isnan(found.attrs["mre"])
-    both = found["influence"].sel(layer="all")
+    audit = lk.audit(trace, audited(), groups=groups, overlap=True)
+    assert not audit.attrs["complete"]
+    assert np.isnan(audit.attrs["mre"])
+    both = audit["influence"].sel(layer="all")
     np.testing.assert_allclose(both.sel(group="even"), whole[::2].sum("example"), rtol=1e-9)
     np.testing.assert_allclose(both.sel(group="low"), whole[:10].sum("example"), rtol=1e-9)
     windows = {"early": (0, 8), "late": (4, 12)}
@@ -298,14 +298,14 @@ def test_audit__overlapping_groups_only_when_asked():
 @pytest.mark.parametrize("name", ["momentum", "nesterov", "adam", "nadam"])
 def test_audit__of_some_steps_is_complete_with_the_momentum_before(name):
     trace = recorded(lambda p: OPTIMIZERS[name](p, weight_decay=0.01))
-    found = lk.audit(trace, audited(), steps=(4, 9))
+    audit = lk.audit(trace, audited(), steps=(4, 9))
     brute = brute_force(trace, audited())
     np.testing.assert_allclose(
-        found["influence"], brute.influence[4:, 4:9].sum((0, 1, 4)), rtol=1e-7, atol=1e-12
+        audit["influence"], brute.influence[4:, 4:9].sum((0, 1, 4)), rtol=1e-7, atol=1e-12
     )
-    whole = found["total"] + found["residual"]
+    whole = audit["total"] + audit["residual"]
     np.testing.assert_allclose(whole, brute.path[4:9].sum(0), rtol=1e-8)
-    assert found["epoch"].values.tolist() == [1, 2]
+    assert audit["epoch"].values.tolist() == [1, 2]
 
 
 def test_audit__of_some_examples_and_parameters():
@@ -316,28 +316,28 @@ def test_audit__of_some_examples_and_parameters():
     np.testing.assert_allclose(
         some["influence"], whole.sum("layer").sel(example=[2, 17, 30]), rtol=1e-9
     )
-    part = lk.audit(trace, audited(), params="2.*")
-    np.testing.assert_allclose(part["influence"], whole.sel(layer="2"), rtol=1e-9, atol=1e-14)
-    for found, reason in ((some, "training examples"), (part, "parameters")):
-        assert not found.attrs["complete"]
-        assert f"some {reason} are left out" in found.attrs["incomplete"]
-        assert np.isnan(found.attrs["lc"])
+    last = lk.audit(trace, audited(), params="2.*")
+    np.testing.assert_allclose(last["influence"], whole.sel(layer="2"), rtol=1e-9, atol=1e-14)
+    for audit, reason in ((some, "training examples"), (last, "parameters")):
+        assert not audit.attrs["complete"]
+        assert f"some {reason} are left out" in audit.attrs["incomplete"]
+        assert np.isnan(audit.attrs["lc"])
 
 
 def test_audit__reconstruction_over_epochs():
     trace = recorded(OPTIMIZERS["adam"], steps=12)
-    found = lk.audit(trace, audited())
+    audit = lk.audit(trace, audited())
     brute = brute_force(trace, audited())
     for e, stop in enumerate((4, 8, 12)):
-        np.testing.assert_allclose(found["reconstruction"][e], brute.path[:stop].sum(0), rtol=1e-9)
+        np.testing.assert_allclose(audit["reconstruction"][e], brute.path[:stop].sum(0), rtol=1e-9)
         trace.set(stop)
         inputs, labels = audited().tensors
         with torch.no_grad():
             after = cross_entropy(trace.flat(inputs), labels)
             trace.set(0)
             before = cross_entropy(trace.flat(inputs), labels)
-        np.testing.assert_allclose(found["epoch_change"][e], (after - before).numpy(), rtol=1e-9)
-    np.testing.assert_allclose(found["epoch_change"][-1], found["change"])
+        np.testing.assert_allclose(audit["epoch_change"][e], (after - before).numpy(), rtol=1e-9)
+    np.testing.assert_allclose(audit["epoch_change"][-1], audit["change"])
 
 
 # --- other layers -------------------------------------------------------------------------------
@@ -369,10 +369,10 @@ def test_audit__of_layers_without_factors():
         batches=batches_of(5, 40, 8),
     )
     seen = torch.utils.data.TensorDataset(tokens[:5] % 7, tokens[:5, 1] % 3)
-    found = lk.audit(trace, seen)
+    audit = lk.audit(trace, seen)
     expected = brute_force(trace, seen)
     np.testing.assert_allclose(
-        found["influence"], expected.influence.sum((0, 1, 4)), rtol=1e-8, atol=1e-12
+        audit["influence"], expected.influence.sum((0, 1, 4)), rtol=1e-8, atol=1e-12
     )
 
 
@@ -392,19 +392,19 @@ def test_audit__of_convolutions_in_float32():
     )
     trace = recorded(OPTIMIZERS["adam"], model=model, data=data, batches=batches_of(40, 64, 16))
     seen = torch.utils.data.TensorDataset(images[:9] * 0.9, data.tensors[1][:9])
-    found = lk.audit(trace, seen)
-    assert found.attrs["closure"] < 1e-5
-    assert found.attrs["lc"] > 0.999
+    audit = lk.audit(trace, seen)
+    assert audit.attrs["closure"] < 1e-5
+    assert audit.attrs["lc"] > 0.999
     expected = lk.audit(trace, seen, groups={"param": "tensor"})
     np.testing.assert_allclose(
-        expected["influence"].sum("layer"), found["influence"], rtol=2e-3, atol=1e-5
+        expected["influence"].sum("layer"), audit["influence"], rtol=2e-3, atol=1e-5
     )
 
 
 def test_audit__does_not_depend_on_stores_that_keep_few_states():
     options = {"make": OPTIMIZERS["rmsprop momentum"], "clip": CLIPS["value"]}
-    one, some = (recorded(**options, every=every, store=MemoryStore()) for every in (1, 5))
-    a, b = (lk.audit(trace, audited())["influence"] for trace in (one, some))
+    every_state, some = (recorded(**options, every=k, store=MemoryStore()) for k in (1, 5))
+    a, b = (lk.audit(trace, audited())["influence"] for trace in (every_state, some))
     np.testing.assert_allclose(a, b, rtol=1e-9)
     c = lk.audit(some, audited(), memory="80 MiB")["influence"]
     np.testing.assert_array_equal(b, c)

@@ -26,9 +26,9 @@ run = trace.trace()
 # First what any use of torch and Zarr takes.
 lk.audit(run, [0, 1], store=sys.argv[1], name="first", memory="160 MiB")
 before = peak()
-found = lk.audit(run, seen, store=sys.argv[1], memory="160 MiB")
+audit = lk.audit(run, seen, store=sys.argv[1], memory="160 MiB")
 carried = 600 * sum(p.numel() for p in model.parameters()) * 4 / 2**20
-print(carried, peak() - before, found.attrs["lc"])
+print(carried, peak() - before, audit.attrs["lc"])
 """
 
 
@@ -36,7 +36,7 @@ def test_audit__peak_stays_within_the_budget(tmp_path):
     command = [sys.executable, "-c", AUDIT, str(tmp_path / "t")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    carried, peak, correlation = (float(part) for part in done.stdout.split())
+    carried, peak, correlation = (float(number) for number in done.stdout.split())
     assert carried > 350, "what is carried through the run is more than twice the budget"
     assert peak < 160
     assert correlation > 0.99

@@ -15,7 +15,9 @@ from torch.utils.data import TensorDataset
 import lkarray as lk
 from lkarray import errors
 from lkarray.auditing import budget
-from lkarray.store import audits
+from lkarray.auditing.problem import problem_of
+from lkarray.auditing.request import Request
+from lkarray.store import audit_panels
 from tests.helpers.audited_runs import audited, cross_entropy, recorded
 from tests.helpers.recorded_runs import DTYPE, examples, network
 
@@ -24,14 +26,14 @@ adam = lambda p: optim.Adam(p, 1e-2)  # noqa: E731
 
 @pytest.fixture
 def three_panels(monkeypatch):
-    monkeypatch.setattr("lkarray.auditing.describing.rows_of_a_panel", lambda problem, budget: 3)
+    monkeypatch.setattr("lkarray.auditing.describing.panel_size", lambda problem, budget: 3)
 
 
 @pytest.fixture
 def commits(monkeypatch):
     """Commit after every stretch."""
-    monkeypatch.setattr(audits, "_COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(audits, "_COMMIT_SHARE", 0.0)
+    monkeypatch.setattr(audit_panels, "_COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(audit_panels, "_COMMIT_SHARE", 0.0)
 
 
 def test_audit__is_stored_lazy_and_sound(tmp_path, three_panels):
@@ -41,12 +43,12 @@ def test_audit__is_stored_lazy_and_sound(tmp_path, three_panels):
         "example_coords": {"train_label": examples().tensors[1].numpy()},
     }
     whole = lk.audit(trace, audited(), **labels)
-    found = lk.audit(trace, audited(), **labels, store=tmp_path / "t")
-    assert found["influence"].chunks == ((50,), (3, 3, 1))
-    xr.testing.assert_identical(found.compute().drop_attrs(), whole.drop_attrs())
+    audit = lk.audit(trace, audited(), **labels, store=tmp_path / "t")
+    assert audit["influence"].chunks == ((50,), (3, 3, 1))
+    xr.testing.assert_identical(audit.compute().drop_attrs(), whole.drop_attrs())
     assert lk.verify(tmp_path / "t") == []
     opened = lk.open(tmp_path / "t")["audit"].to_dataset()
-    xr.testing.assert_identical(opened.compute(), found.compute())
+    xr.testing.assert_identical(opened.compute(), audit.compute())
     assert opened.attrs["kernel"] == "influence operator"
     assert opened["influence"].attrs["units"] == "nat"
     assert not (tmp_path / "t/audit/state").exists()
@@ -58,7 +60,7 @@ def test_audit__is_stored_lazy_and_sound(tmp_path, three_panels):
 
 def test_discard_trace__leaves_what_was_computed(tmp_path, monkeypatch):
     path = tmp_path / "t"
-    found = lk.audit(recorded(adam, store=path), audited(), store=path).compute()
+    audit = lk.audit(recorded(adam, store=path), audited(), store=path).compute()
     with pytest.raises(errors.StoreError, match="no store"):
         lk.discard_trace(tmp_path / "other")
     with monkeypatch.context() as broken:  # killed before anything is deleted
@@ -66,7 +68,7 @@ def test_discard_trace__leaves_what_was_computed(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             lk.discard_trace(path)
     for _ in range(2):
-        xr.testing.assert_identical(lk.open(path)["audit"].to_dataset().compute(), found)
+        xr.testing.assert_identical(lk.open(path)["audit"].to_dataset().compute(), audit)
         assert lk.verify(path) == []
         lk.discard_trace(path)
         assert not (path / "trajectory").exists()
@@ -117,30 +119,30 @@ def test_audit__cut_off_anywhere_goes_on_with_the_same_bits(
     for attempts in range(60):  # noqa: B007
         steps = iter(range(int(rng.integers(1, 7))))
 
-        def stop(self, *args, steps=steps, plain=audits.PanelWriter.due):
+        def stop(self, *args, steps=steps, plain=audit_panels.PanelWriter.due):
             if next(steps, None) is None:
                 raise KeyboardInterrupt
             return plain(self)
 
         with monkeypatch.context() as patch:
-            patch.setattr(audits.PanelWriter, "due", stop)
+            patch.setattr(audit_panels.PanelWriter, "due", stop)
             try:
-                found = lk.audit(trace, audited(), **options, store=tmp_path / "t")
+                audit = lk.audit(trace, audited(), **options, store=tmp_path / "t")
                 break
             except KeyboardInterrupt:
                 assert lk.verify(tmp_path / "t") == []
     assert attempts >= 3
-    xr.testing.assert_identical(found.compute().drop_attrs(), whole.drop_attrs())
+    xr.testing.assert_identical(audit.compute().drop_attrs(), whole.drop_attrs())
 
 
 KILLED = """
     import sys, time
     from tests.helpers.audited_runs import audited, recorded, cross_entropy
     from tests.helpers.recorded_runs import examples, network
-    from lkarray.store import audits
+    from lkarray.store import audit_panels
     from lkarray.auditing import panel
     import lkarray as lk
-    audits._COMMIT_SECONDS = audits._COMMIT_SHARE = 0.0
+    audit_panels._COMMIT_SECONDS = audit_panels._COMMIT_SHARE = 0.0
     plain = panel.Panel._step
     def slow(self, *args):
         time.sleep(0.01)
@@ -172,9 +174,9 @@ def test_audit__killed_processes_leave_what_goes_on(tmp_path):
         assert 0 < left_of(tmp_path) < left
         left = left_of(tmp_path)
     subprocess.run(command, env=env, check=True)
-    found = lk.open(tmp_path / "a")["audit"].to_dataset().compute()
-    np.testing.assert_array_equal(found["influence"], whole["influence"])
-    np.testing.assert_array_equal(found["path"], whole["path"])
+    audit = lk.open(tmp_path / "a")["audit"].to_dataset().compute()
+    np.testing.assert_array_equal(audit["influence"], whole["influence"])
+    np.testing.assert_array_equal(audit["path"], whole["path"])
 
 
 def left_of(folder):
@@ -196,23 +198,22 @@ def test_audit__on_workers(tmp_path, three_panels):
     with Client(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
     ) as client:
-        found = lk.audit(trace, audited(), store=tmp_path / "t", client=client)
-        np.testing.assert_allclose(found["influence"], whole["influence"], rtol=1e-9, atol=1e-14)
-        assert found.attrs["closure"] < 1e-10
+        audit = lk.audit(trace, audited(), store=tmp_path / "t", client=client)
+        np.testing.assert_allclose(audit["influence"], whole["influence"], rtol=1e-9, atol=1e-14)
+        assert audit.attrs["closure"] < 1e-10
         with pytest.raises(errors.StoreError, match="in memory cannot be reached by Dask workers"):
             lk.audit(trace, audited(), client=client)
 
 
 def test_audit__panels_follow_the_budget():
     trace = recorded(adam)
-    from lkarray.auditing.problem import Problem, Request
 
-    problem = Problem(trace, Request(audited(40)))
-    each = budget.row_bytes(problem)
+    problem = problem_of(trace, Request(audit_set=audited(40)))
+    each = budget.audit_bytes(problem)
     assert each >= 8 * (53 + 2 * 50)  # momentum, and influence twice
-    fixed = (64 << 20) + budget._passing(problem)
+    fixed = (64 << 20) + budget.passing_bytes(problem)
     whole = int((fixed + 20.5 * each) / (1 - 1 / 8))
-    assert budget.rows_of_a_panel(problem, whole) == 20
+    assert budget.panel_size(problem, whole) == 20
     with pytest.raises(errors.MemoryBudgetError, match="set memory= to .* MiB or more"):
         lk.audit(trace, audited(), memory="10 MiB")
 
@@ -281,8 +282,8 @@ def test_audit__refuses_a_set_prepared_otherwise(change, message):
 def test_audit__of_what_lies_outside_the_training_set_when_asked():
     trace = recorded(adam)
     inputs, labels = audited().tensors
-    found = lk.audit(trace, TensorDataset(9 * inputs, labels), unlike=True)
-    assert found.attrs["closure"] < 1e-10
+    audit = lk.audit(trace, TensorDataset(9 * inputs, labels), unlike=True)
+    assert audit.attrs["closure"] < 1e-10
 
 
 def test_audit__names_the_first_step_that_does_not_reproduce(tmp_path):
@@ -315,17 +316,16 @@ def test_audit__refuses_a_disk_that_is_too_small(tmp_path, monkeypatch):
 
 def test_audit__takes_indices_of_the_training_set_and_a_recorder():
     trace = recorded(adam)
-    found = lk.audit(trace, [4, 40])
-    assert found["audit"].values.tolist() == [4, 40]
+    audit = lk.audit(trace, [4, 40])
+    assert audit["audit"].values.tolist() == [4, 40]
     inputs, labels = examples().tensors
     same = lk.audit(trace, TensorDataset(inputs[[4, 40]], labels[[4, 40]]))
-    np.testing.assert_array_equal(found["influence"], same["influence"])
+    np.testing.assert_array_equal(audit["influence"], same["influence"])
 
 
 def test_audit__needs_no_state_without_momentum():
     trace = recorded(lambda p: optim.SGD(p, 0.1))
-    from lkarray.auditing.problem import Problem, Request
-
     momentum = recorded(lambda p: optim.SGD(p, 0.1, momentum=0.5))
-    without, carried = (budget.row_bytes(Problem(t, Request(audited()))) for t in (trace, momentum))
+    request = Request(audit_set=audited())
+    without, carried = (budget.audit_bytes(problem_of(t, request)) for t in (trace, momentum))
     assert carried - without == 53 * torch.empty(0, dtype=DTYPE).element_size()

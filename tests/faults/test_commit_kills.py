@@ -13,6 +13,8 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray.store import audits, gradients, trace_layout, trajectory
+from lkarray.store.audit_layout import AuditLayout
+from lkarray.store.audit_panels import PanelWriter, panels_left
 from lkarray.store.location import create_root, exists
 from lkarray.store.writing_trace import StepValues, TraceWriter
 
@@ -221,21 +223,21 @@ def test_gradients__killed_after_any_write_go_on_with_the_same_bits(outputs, las
 # --- audits ---------------------------------------------------------------------------------------
 
 
-def audit_layout(windows: bool) -> audits.AuditLayout:
+def audit_layout(windows: bool) -> AuditLayout:
     sizes = {"example": 6, "audit": 5} | ({"window": 2} if windows else {})
     coords = {"who": ("example", np.asarray(list("abcdef")).astype(np.dtypes.StringDType()))}
-    return audits.AuditLayout(
-        "audit",
-        2,
-        sizes,
-        "window" if windows else None,
-        False,
-        np.arange(3),
-        "float64",
-        coords,
-        {"kernel": "influence"},
-        "nat",
-        100,
+    return AuditLayout(
+        group="audit",
+        per_panel=2,
+        sizes=sizes,
+        windows="window" if windows else None,
+        split=False,
+        epochs=np.arange(3),
+        dtype="float64",
+        coords=coords,
+        attrs={"kernel": "influence"},
+        units="nat",
+        state=100,
     )
 
 
@@ -243,13 +245,11 @@ def judge(store: Any, windows: bool | None) -> None:
     """Audit three panels, of two windows if there are any: the later one is written first."""
     of = audit_layout(windows)
     root = audits.begin_audit(store, of, {"of": "loss"})
-    for panel in audits.panels_left(root, "audit"):
-        writer = audits.PanelWriter(root, of, panel)
-        resumed = writer.resume()
-        left, carried = (
-            resumed if resumed is not None else (3, {"sum": np.zeros(()), "q": np.ones(4)})
-        )
-        n = writer.rows.stop - writer.rows.start
+    for panel in panels_left(root, "audit"):
+        writer = PanelWriter(root, of, panel)
+        fresh = 3, {"sum": np.zeros(()), "q": np.ones(4)}
+        left, carried = writer.resume() or fresh
+        n = writer.audits.stop - writer.audits.start
         while left:
             rng = np.random.default_rng([panel, left])
             carried = {"sum": carried["sum"] + rng.normal(), "q": carried["q"] * rng.normal(size=4)}

@@ -28,7 +28,7 @@ OPTIMIZERS = {
 def computed(monkeypatch, store, optimizer: str, every: int) -> None:
     """Record a run of two blocks, and make gradients, factors and an audit of two panels."""
     monkeypatch.setattr(trace_layout, "_BLOCK_STEPS", 5)
-    monkeypatch.setattr("lkarray.auditing.describing.rows_of_a_panel", lambda problem, budget: 2)
+    monkeypatch.setattr("lkarray.auditing.describing.panel_size", lambda problem, budget: 2)
     trace = recorded(OPTIMIZERS[optimizer], store=store, every=every, steps=8)
     lk.gradient_features(trace, range(9), times=[0, 7], store=store)
     lk.gradient_factors(trace, range(9), times=[0, 7], store=store)

@@ -91,7 +91,7 @@ class Brute:
         group = np.asarray(trace.fingerprint.group_of)[tensors]
         divides = RULES[kind_named(trace.fingerprint.optimizer)].divides
         states = [theta for _, theta in trace.states(range(steps + 1))]
-        at = [gradients(trace, theta, data, number) for theta in states]
+        slopes = [gradients(trace, theta, data, number) for theta in states]
         buffers = np.zeros((steps, n, size))  # by the step that the example was seen in
         other = trace.inherited()
         other = np.zeros(size) if other is None else other.copy()
@@ -111,7 +111,7 @@ class Brute:
             safe = np.where(mean == 0, 1, mean)
             clip = np.where(mean == 0, 1, np.clip(mean, -bound, bound) / safe)
             clip = clip * trace.clip[t][tensors]
-            gbar = at[t] if rule == "euler" else (at[t] + at[t + 1]) / 2
+            gbar = slopes[t] if rule == "euler" else (slopes[t] + slopes[t + 1]) / 2
             direct = np.zeros((n, size))
             np.add.at(direct, batch, clip * raw / len(batch))
             buffers *= mu

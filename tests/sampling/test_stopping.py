@@ -330,7 +330,7 @@ def test_gradients__an_interrupt_keeps_the_shards_that_were_written(tmp_path, mo
 
 def test_audit__a_signal_keeps_the_steps_taken(tmp_path, monkeypatch):
     from lkarray.auditing.panel import Panel
-    from lkarray.store.audits import PanelWriter
+    from lkarray.store.audit_panels import PanelWriter
 
     data, net = classification(), small_network()
     sgd = torch.optim.SGD(net.parameters(), 0.1)

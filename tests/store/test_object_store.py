@@ -367,7 +367,7 @@ def test_workers__two_processes_write_disjoint_chains_and_panels_as_one_does(
 
     from tests.helpers.audited_runs import audited, recorded
 
-    monkeypatch.setattr("lkarray.auditing.describing.rows_of_a_panel", lambda problem, budget: 3)
+    monkeypatch.setattr("lkarray.auditing.describing.panel_size", lambda problem, budget: 3)
     trace = recorded(lambda p: optim.Adam(p, 1e-2), store=f"{bucket}/trace")
     alone = lk.audit(trace, audited(), store=f"{bucket}/alone")
     options = {"chains": 4, "draws": 12, "chains_per_device": 1}
