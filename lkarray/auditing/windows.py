@@ -125,7 +125,7 @@ class Windows:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what a pass can go on from."""
-        out = {}
+        out: dict[str, np.ndarray] = {}
         for key, adjoint in self._adjoints.items():
             out |= adjoint.arrays(f"adjoint{key}")
         for window, influence in self._influence.items():

@@ -16,7 +16,15 @@ from lkarray.attribution.influence_functions import influence_functions
 from lkarray.attribution.tracin import gradient_similarity, tracin, tracin_in_run
 from lkarray.attribution.trak import trak
 from lkarray.training.projection import Projection
-from tests.helpers.audited_runs import audited, cross_entropy, gradients, recorded
+from tests.helpers.audited_runs import (
+    audited,
+    both_gradients,
+    brute_hessian,
+    cross_entropy,
+    log_odds,
+    rates,
+    recorded,
+)
 from tests.helpers.recorded_runs import DTYPE
 
 LAST = slice(35, 53)  # of the network's parameters, the last layer
@@ -50,23 +58,6 @@ def trace():
 @pytest.fixture(scope="module")
 def image_trace():
     return recorded(sgd, model=convolutional(), data=images(), batches=np.array_split(range(40), 5))
-
-
-def both_gradients(trace, state, number=None, data=None):
-    """Gradients of training and of audited examples at a state."""
-    theta = trace.parameters(state)
-    data = audited() if data is None else data
-    return (
-        gradients(trace, theta, trace.train_set, number or trace.loss),
-        gradients(trace, theta, data, number or trace.loss),
-    )
-
-
-def rates(trace, step):
-    """Learning rate of each parameter."""
-    by_group = trace.coefficients[step, :, 0]
-    by_tensor = by_group[trace.fingerprint.group_of]
-    return np.repeat(by_tensor, trace.stops - trace.starts)
 
 
 def close(scores, expected, tolerance=1e-10):
@@ -244,11 +235,6 @@ def test_gradient_similarity__refuses_a_state_that_there_is_none_of(trace):
 # --- TRAK ---------------------------------------------------------------------------------------
 
 
-def log_odds(output, target):
-    p = torch.softmax(output, 1).gather(1, target[:, None]).squeeze(1)
-    return torch.log(p / (1 - p))
-
-
 def one_minus_p(trace, state, data):
     trace.set(state)
     with torch.no_grad():
@@ -333,22 +319,6 @@ def test_trak__refuses_a_model_that_is_no_classifier():
 
 
 # --- influence functions ------------------------------------------------------------------------
-
-
-def brute_hessian(trace, state):
-    inputs, labels = trace.train_set.tensors
-    shapes = [p.shape for p in trace.flat.leaves]
-    names = dict(trace.flat.module.named_parameters())
-
-    def mean(theta):
-        tensors = [p.view(s) for p, s in zip(theta.split([s.numel() for s in shapes]), shapes)]  # noqa: B905
-        output = torch.func.functional_call(
-            trace.flat.module, dict(zip(names, tensors, strict=True)), (inputs,)
-        )
-        return cross_entropy(output, labels).mean()
-
-    theta = torch.from_numpy(trace.parameters(state))
-    return torch.autograd.functional.hessian(mean, theta).numpy()
 
 
 @pytest.mark.parametrize(("params", "columns"), [(None, slice(None)), ("last", LAST)])

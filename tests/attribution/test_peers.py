@@ -21,7 +21,7 @@ from trak.score_computers import BasicScoreComputer, BasicSingleBlockScoreComput
 
 import lkarray as lk
 from lkarray.training.projection import Projection
-from tests.helpers.audited_runs import audited, gradients, recorded
+from tests.helpers.audited_runs import audited, gradients, log_odds, recorded
 from tests.helpers.recorded_runs import DTYPE, network
 
 DOUBLE = 1e-10  # of the largest score: captum and curvlinops follow the model's float64
@@ -222,11 +222,6 @@ class OurProjector(NoOpProjector):
         flat = torch.cat([g.flatten(1) for g in grads.values()], 1)
         matrix = Projection(self.proj_dim, self.seed + model_id).rows(0, self.grad_dim)
         return flat @ torch.from_numpy(matrix).to(flat)
-
-
-def log_odds(output, target):
-    p = torch.softmax(output, 1).gather(1, target[:, None]).squeeze(1)
-    return torch.log(p / (1 - p))
 
 
 @pytest.mark.parametrize(

@@ -6,31 +6,19 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn, optim
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from zarr.storage import MemoryStore
 
 import lkarray as lk
-from tests.helpers.audited_runs import audited, batches_of, brute_force, cross_entropy, recorded
+from tests.helpers.audited_runs import (
+    CLIPS,
+    OPTIMIZERS,
+    audited,
+    batches_of,
+    brute_force,
+    cross_entropy,
+    recorded,
+)
 from tests.helpers.recorded_runs import DTYPE, examples
-
-OPTIMIZERS = {
-    "sgd": lambda p, **o: optim.SGD(p, 0.1, **o),
-    "momentum": lambda p, **o: optim.SGD(p, 0.05, momentum=0.9, dampening=0.3, **o),
-    "nesterov": lambda p, **o: optim.SGD(p, 0.05, momentum=0.9, nesterov=True, **o),
-    "adam": lambda p, **o: optim.Adam(p, 1e-2, **o),
-    "amsgrad": lambda p, **o: optim.Adam(p, 1e-2, amsgrad=True, **o),
-    "adamw": lambda p, **o: optim.AdamW(p, 1e-2, **o),
-    "nadam": lambda p, **o: optim.NAdam(p, 1e-2, **o),
-    "nadam decoupled": lambda p, **o: optim.NAdam(p, 1e-2, decoupled_weight_decay=True, **o),
-    "rmsprop": lambda p, **o: optim.RMSprop(p, 1e-3, centered=True, **o),
-    "rmsprop momentum": lambda p, **o: optim.RMSprop(p, 1e-3, momentum=0.9, **o),
-    "adagrad": lambda p, **o: optim.Adagrad(p, 5e-2, lr_decay=0.1, **o),
-}
-CLIPS = {
-    "none": None,
-    "norm": lambda parameters: clip_grad_norm_(parameters, 0.15),
-    "value": lambda parameters: clip_grad_value_(parameters, 0.02),
-}
 
 
 def momentum_schedule(optimizer):

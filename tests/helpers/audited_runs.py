@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import TensorDataset
 from zarr.storage import MemoryStore
 
@@ -16,6 +17,26 @@ from lkarray.training.optimizers import RULES, kind_named
 from tests.helpers.recorded_runs import DTYPE, batches_of, cross_entropy, examples, network
 
 __all__ = ["DTYPE", "audited", "batches_of", "brute_force", "cross_entropy", "recorded"]
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": lambda p, **o: optim.SGD(p, 0.1, **o),
+    "momentum": lambda p, **o: optim.SGD(p, 0.05, momentum=0.9, dampening=0.3, **o),
+    "nesterov": lambda p, **o: optim.SGD(p, 0.05, momentum=0.9, nesterov=True, **o),
+    "adam": lambda p, **o: optim.Adam(p, 1e-2, **o),
+    "amsgrad": lambda p, **o: optim.Adam(p, 1e-2, amsgrad=True, **o),
+    "adamw": lambda p, **o: optim.AdamW(p, 1e-2, **o),
+    "nadam": lambda p, **o: optim.NAdam(p, 1e-2, **o),
+    "nadam decoupled": lambda p, **o: optim.NAdam(p, 1e-2, decoupled_weight_decay=True, **o),
+    "rmsprop": lambda p, **o: optim.RMSprop(p, 1e-3, centered=True, **o),
+    "rmsprop momentum": lambda p, **o: optim.RMSprop(p, 1e-3, momentum=0.9, **o),
+    "adagrad": lambda p, **o: optim.Adagrad(p, 5e-2, lr_decay=0.1, **o),
+}
+
+CLIPS: dict[str, Any] = {
+    "none": None,
+    "norm": lambda parameters: clip_grad_norm_(parameters, 0.15),
+    "value": lambda parameters: clip_grad_value_(parameters, 0.02),
+}
 
 
 def audited(n: int = 7, shape: tuple[int, ...] = (6,)) -> TensorDataset:
@@ -155,3 +176,45 @@ def brute_force(
 def per_example(output: Any, target: Any) -> torch.Tensor:
     """Cross-entropies in the model's precision."""
     return F.cross_entropy(output, target, reduction="none")
+
+
+def both_gradients(
+    trace: Any, state: int, number: Any = None, data: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of training and of audited examples at a state."""
+    theta = trace.parameters(state)
+    data = audited() if data is None else data
+    return (
+        gradients(trace, theta, trace.train_set, number or trace.loss),
+        gradients(trace, theta, data, number or trace.loss),
+    )
+
+
+def rates(trace: Any, step: int) -> np.ndarray:
+    """Learning rate of each parameter."""
+    by_group = trace.coefficients[step, :, 0]
+    by_tensor = by_group[trace.fingerprint.group_of]
+    return np.repeat(by_tensor, trace.stops - trace.starts)
+
+
+def log_odds(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Margins of each example's own class."""
+    p = torch.softmax(output, 1).gather(1, target[:, None]).squeeze(1)
+    return torch.log(p / (1 - p))
+
+
+def brute_hessian(trace: Any, state: int) -> np.ndarray:
+    """Hessian of the mean training loss at a state, by plain autograd."""
+    inputs, labels = trace.train_set.tensors
+    shapes = [p.shape for p in trace.flat.leaves]
+    names = dict(trace.flat.module.named_parameters())
+
+    def mean(theta: torch.Tensor) -> torch.Tensor:
+        tensors = [p.view(s) for p, s in zip(theta.split([s.numel() for s in shapes]), shapes)]  # noqa: B905
+        output = torch.func.functional_call(
+            trace.flat.module, dict(zip(names, tensors, strict=True)), (inputs,)
+        )
+        return cross_entropy(output, labels).mean()
+
+    theta = torch.from_numpy(trace.parameters(state))
+    return torch.autograd.functional.hessian(mean, theta).numpy()
