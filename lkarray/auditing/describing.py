@@ -114,7 +114,7 @@ def _attrs(problem: Problem) -> dict[str, Any]:
 
 
 def metrics(problem: Problem, audit: xr.Dataset) -> dict[str, float]:
-    """Return Anonymous 2026, definitions 12 and 13, and how exactly influences and residual add up."""
+    """Return definitions 12 and 13 of Anonymous 2026, and how exactly influences add up."""
     sums = {name: audit[name].values for name in ("total", "change", "path", "length")}
     residual = audit["residual"].values
     if residual.ndim > sums["total"].ndim:
