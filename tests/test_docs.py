@@ -170,10 +170,10 @@ def test_growth__figure_and_table_are_drawn_again_without_measuring(growth, tmp_
     assert "old" not in page.read_text()
 
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_docs__relative_links_resolve(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     missing = []
@@ -194,6 +194,6 @@ def anchors(page):
     return {*re.findall(r'<a id="([^"]+)"', text), *plain}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_docs__name_no_path_of_a_machine(page):
     assert not re.search(r"(?<![\w.])/(?:home|work|root|tmp)/", page.read_text())
