@@ -13,7 +13,7 @@ from typing import Any
 from dask.system import CPU_COUNT
 from dask.utils import format_bytes
 
-from lkarray.engine.blas import products_at_once
+from lkarray.engine.blas import products_at_once, side_by_side
 from lkarray.engine.operand import Operand, Piece, volume
 from lkarray.engine.reading import AHEAD
 from lkarray.errors import MemoryBudgetError
@@ -217,7 +217,7 @@ def make_plan(
     panels = sum(operand.n for operand in operands) * sizes.length * sizes.item
     # Whatever is not cache may reach the budget: Zarr's buffers, BLAS, the allocator.
     most = min(budget, peak + min(cache, panels) + BUFFER_BYTES + budget // 10)
-    many = tiles >= 4 * products_at_once()
+    many = side_by_side(tiles)
     return Plan(rows, cols, pieces, budget, cache, max(most, peak), shares, many)
 
 
