@@ -16,7 +16,8 @@ from lkarray.workflow.config import Config
 from lkarray.workflow.report import Figure, Report, write_report
 from lkarray.workflow.running import Run
 
-C = TypeVar("C", bound=Config)
+#: A study of some settings is one of more general settings too.
+C_co = TypeVar("C_co", bound=Config, covariant=True)
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
@@ -26,7 +27,7 @@ def save_arrays(path: Path, **arrays: Any) -> None:
 
 
 @dataclass
-class Study(Generic[C]):
+class Study(Generic[C_co]):
     """A run of a study in a folder; what its stages are called with.
 
     Entering it takes the folder's lock and reads its record, as `Run` does. Every file that it
@@ -48,7 +49,7 @@ class Study(Generic[C]):
     """
 
     name: str
-    config: C
+    config: C_co
     folder: Path
     show: bool = True
     _run: Run = field(init=False, repr=False)
