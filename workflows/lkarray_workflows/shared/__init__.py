@@ -1,0 +1,1 @@
+"""What several studies need: data, sampling, recorded runs, attacks, retraining."""

@@ -1,0 +1,1 @@
+"""One module a study: a `Config`, `run()` of stages, and a report."""
