@@ -62,7 +62,7 @@ def test_guide__its_blocks_run_in_order(tmp_path, monkeypatch, one_thread, capsy
         exec(compile(block, f"guide.md, block {number}", "exec"), names)
     assert names["losses"]["loss"].sizes == {"chain": 4, "draw": 250, "sample": 597}
     assert set(names["near"]["neighbor"].dims) == {"sample", "rank"}
-    assert names["found"].attrs["lc"] > 0.999
+    assert names["audit"].attrs["lc"] > 0.999
     assert float(names["saved"].sel(sample=3, sample_2=17)) == pytest.approx(
         float(names["R"].sel(sample=3, sample_2=17)), abs=1e-6
     )
@@ -158,12 +158,12 @@ def test_growth__figure_and_table_are_drawn_again_without_measuring(growth, tmp_
         str(n): {way: {"seconds": n**2 / 1e7, "mib": 200.0} for way in growth.WAYS}
         for n in (5_000, 10_000, 20_000)
     }
-    found = {"draws": 7_500, "memory": "256 MiB", "rows": rows}
-    growth.draw(found, tmp_path / "growth.png")
+    measured = {"draws": 7_500, "memory": "256 MiB", "rows": rows}
+    growth.draw(measured, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 10_000
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- growth -->\nold\n<!-- /growth -->\nb\n")
-    growth.fill(page, growth=growth.growth_text(found, "growth.png"))
+    growth.fill(page, growth=growth.growth_text(measured, "growth.png"))
     assert "n^2.00, last step n^2.00" in page.read_text()
     assert page.read_text().startswith("a\n<!-- growth -->\n![")
     assert page.read_text().endswith("<!-- /growth -->\nb\n")

@@ -88,7 +88,7 @@ def test_readme__the_lines_about_training_run(tmp_path, monkeypatch):
     assert names["K"].shape == (3, 3)
     assert names["modes"]["drive"].values.shape == (5,)
     exec(block("lk.audit"), names)
-    assert names["found"].attrs["lc"] > 0.99
+    assert names["audit"].attrs["lc"] > 0.99
     assert set(names["by_class"]["influence"].dims) == {"group", "audit", "layer", "epoch"}
 
 

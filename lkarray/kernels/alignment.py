@@ -61,18 +61,6 @@ def frobenius(
     -----
     One pass over the data, ``2 n S_a S_b`` operations and ``S_a x S_b`` numbers where n exceeds
     the draws, otherwise n x n numbers.
-
-    References
-    ----------
-    - docs/methods/kernels.md, "Of losses".
-
-    Examples
-    --------
-    >>> import xarray as xr, lkarray as lk
-    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
-    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
-    >>> float(lk.frobenius(losses)) == float((lk.covariance(losses) ** 2).sum())
-    True
     """
     tensors = [as_losses(a, name="a"), as_losses(a if b is None else b, name="b")]
     if b is None:
@@ -170,7 +158,7 @@ def cka_curve(
     *,
     memory: int | str | None = None,
 ) -> xr.DataArray:
-    """Return how the covariance kernel converges: its CKA with the final one (figure 6A), lazily.
+    """Return how the covariance kernel converges: its CKA with the final one, lazily.
 
     Parameters
     ----------
@@ -186,25 +174,12 @@ def cka_curve(
     xarray.DataArray
         ``cka(draws)``, float64: the kernel of the first ``draws`` draws of every chain against
         that of all, both pooled; NaN where one does not vary over the samples. Multiply the
-        coordinate by the chains for figure 6's axis.
+        coordinate by the chains for the axis of Adam et al. 2025a, figure 6A.
 
     Notes
     -----
     One pass for the means over samples and one for the ``S x S`` Gram of the draws, from which
     every point follows; memory is that of a few such arrays in float64.
-
-    References
-    ----------
-    - Adam et al. 2025a, appendix D.3 and figure 6A: "The Loss Kernel", arXiv:2509.26537.
-
-    Examples
-    --------
-    >>> import numpy as np, xarray as xr, lkarray as lk
-    >>> noise = np.random.default_rng(0).normal(size=(4, 100, 6))
-    >>> losses = xr.DataArray(noise, dims=("chain", "draw", "sample"))
-    >>> curve = lk.cka_curve(losses, draws=[10, 50, 100])
-    >>> curve["draws"].values.tolist(), round(float(curve[-1]), 6)
-    ([10, 50, 100], 1.0)
     """
     x = as_losses(losses).transpose(*POSTERIOR, ...)
     rows = free_dim(x, "losses", POSTERIOR, ())

@@ -45,11 +45,6 @@ class Taxonomy:
         There is a cycle (it is named), a label that no node bears, or a label without a path
         to a root.
 
-    References
-    ----------
-    - Miller 1995: "WordNet: a lexical database for English", doi:10.1145/219717.219748.
-    - docs/methods/base_rates.md.
-
     Examples
     --------
     >>> animals = Taxonomy({"dog": ["mammal"], "cat": ["mammal"], "trout": ["fish"],
