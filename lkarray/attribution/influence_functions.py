@@ -114,6 +114,27 @@ def influence_functions(
     - Koh and Liang 2017, eq. 2: "Understanding black-box predictions via influence functions",
       arXiv:1703.04730.
     - docs/methods/laplace.md.
+
+    Examples
+    --------
+    >>> import torch, lkarray as lk
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    >>> inputs = torch.randn(8, 2)
+    >>> data = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    >>> from zarr.storage import MemoryStore
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> store = MemoryStore()
+    >>> with lk.record(model, optimizer, data, store=store, progress=False) as trace:
+    ...     for batch in [[0, 1, 2, 3], [4, 5, 6, 7]]:
+    ...         with trace.step(batch):
+    ...             optimizer.zero_grad()
+    ...             output = model(data.tensors[0][batch])
+    ...             torch.nn.functional.cross_entropy(output, data.tensors[1][batch]).backward()
+    ...             optimizer.step()
+    >>> lk.influence_functions(trace, [0, 1], damping=1.0).sizes["example"]
+    8
     """
     source = as_trace(trace)
     step = as_state(source, at)

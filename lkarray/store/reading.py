@@ -78,6 +78,22 @@ def open_store(path: StoreLike) -> xr.DataTree:
         A newer lkarray wrote it.
     DivergedError
         Every chain diverged.
+
+    Examples
+    --------
+    >>> import torch, lkarray as lk
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    >>> inputs = torch.randn(8, 2)
+    >>> data = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    >>> from zarr.storage import MemoryStore
+    >>> posterior = lk.LocalPosterior(model, data, nbeta=10.0, gamma=100.0)
+    >>> options = {"chains": 2, "draws": 4, "burn_in": 1, "batch_size": 4, "progress": False}
+    >>> store = MemoryStore()
+    >>> tree = lk.sample(posterior, data, sampler=lk.SGLD(step_size=1e-3), store=store, **options)
+    >>> dict(lk.open(store)["losses"]["loss"].sizes)
+    {'chain': 2, 'draw': 4, 'sample': 8}
     """
     return open_rectangle(path)
 

@@ -69,6 +69,22 @@ def verify(path: StoreLike) -> list[Problem]:
     ------
     StoreError, StoreVersionError
         There is no store that could be verified.
+
+    Examples
+    --------
+    >>> import torch, lkarray as lk
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    >>> inputs = torch.randn(8, 2)
+    >>> data = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    >>> from zarr.storage import MemoryStore
+    >>> posterior = lk.LocalPosterior(model, data, nbeta=10.0, gamma=100.0)
+    >>> options = {"chains": 2, "draws": 4, "burn_in": 1, "batch_size": 4, "progress": False}
+    >>> store = MemoryStore()
+    >>> tree = lk.sample(posterior, data, sampler=lk.SGLD(step_size=1e-3), store=store, **options)
+    >>> lk.verify(store)
+    []
     """
     problems, notes = check(path)
     for note in notes:

@@ -60,6 +60,28 @@ def open_trace(
         first batch is not the one recorded.
     DamagedError
         Something that was committed is missing or cannot be read, now or when it is asked for.
+
+    Examples
+    --------
+    >>> import torch, lkarray as lk
+    >>> from torch.utils.data import TensorDataset
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+    >>> inputs = torch.randn(8, 2)
+    >>> data = TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    >>> from zarr.storage import MemoryStore
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> store = MemoryStore()
+    >>> with lk.record(model, optimizer, data, store=store, progress=False) as trace:
+    ...     for batch in [[0, 1, 2, 3], [4, 5, 6, 7]]:
+    ...         with trace.step(batch):
+    ...             optimizer.zero_grad()
+    ...             output = model(data.tensors[0][batch])
+    ...             torch.nn.functional.cross_entropy(output, data.tensors[1][batch]).backward()
+    ...             optimizer.step()
+    >>> again = lk.open_trace(store, model, data)
+    >>> again.steps
+    2
     """
     return Trace(path, model, train_set, loss)
 

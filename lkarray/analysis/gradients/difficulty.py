@@ -64,6 +64,15 @@ def ips_scores(
     References
     ----------
     - Anonymous 2026, section 6.2: "Path-Integrated Loss-Gradient Kernels".
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr, lkarray as lk
+    >>> values = [[0.9, 0.1, 0.2], [0.1, 0.7, 0.5]]
+    >>> similarity = xr.DataArray(values, dims=("example", "example_2"))
+    >>> scores = lk.ips_scores(similarity, np.array([0, 1, 1]), predicted=np.array([0, 0]))
+    >>> scores["margin"].values.round(4).tolist()
+    [0.75, -0.5]
     """
     similarity = as_array(similarity, "similarity")
     require_kernel(similarity, "ips_scores")

@@ -140,6 +140,15 @@ def online_modes(
     - Oja 1989: "Neural networks, principal components, and subspaces", International Journal of
       Neural Systems 1.
     - Yang, Hsieh and Wang 2018: "History PCA: a new algorithm for streaming PCA", arXiv:1802.05447.
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[3.0, 4.0], [1.0, 0.0]], [[0.0, 2.0], [1.0, 0.0]]]
+    >>> G = xr.DataArray(values, dims=("time", "example", "param"))
+    >>> followed = lk.online_modes(G, 1).compute()
+    >>> followed["energy_captured"].values.round(4).tolist()
+    [nan, 0.7568]
     """
     x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
     if x.ndim != 3:
