@@ -28,6 +28,6 @@ def require_kernel(k: xr.DataArray | xr.Dataset, what: str) -> None:
     if k.attrs.get("kernel") == INFLUENCE_OPERATOR or AUDIT in k.dims:
         raise ValueError(
             f"{what} needs a kernel, and {k.name!r} is an influence operator: weighted on one side "
-            "only, it is neither symmetric nor positive semi-definite (PLGK definition 2), so it "
-            "measures no similarity; use lk.plgk or lk.ips of the loss gradients"
+            "only, it is neither symmetric nor positive semi-definite (Anonymous 2026, definition "
+            "2), so it measures no similarity; use lk.plgk or lk.ips of the loss gradients"
         )

@@ -1,6 +1,6 @@
 """Sampled kernels against closed forms, judged by their own Monte-Carlo error.
 
-The rule (design section 7): 16 or more chains, near-independent draws, at most 2% of entries
+The rule: 16 or more chains, near-independent draws, at most 2% of entries
 beyond 4 standard errors from deleting one chain at a time, median |z| below 1.5, and relative
 Frobenius error below 8%.
 """
@@ -192,7 +192,7 @@ class Powers(nn.Module):
     ("powers", "gamma"), [((2,), 10.0), ((2,), 0.0), ((2, 2), 0.0), ((4,), 0.0), ((4, 2), 0.0)]
 )
 def test_powers__local_learning_coefficient(powers, gamma):
-    """1/p of each, a square's under localisation and a finite step (design section 7)."""
+    """1/p of each, a square's under localisation and a finite step (docs/methods/laplace.md)."""
     nbeta, eps = 30.0, 0.002
     data = TensorDataset(torch.ones(1, 1), torch.zeros(1))
     posterior = lk.LocalPosterior(Powers(powers), data, lambda out, y: out, nbeta, gamma)

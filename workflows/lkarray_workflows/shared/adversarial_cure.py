@@ -1,6 +1,6 @@
 """The correction of perturbed images by shifts of mode coefficients, and its controls.
 
-A stage of `adversarial` (PLGK algorithm 2, A.9, table 2).
+A stage of `adversarial` (Anonymous 2026, algorithm 2, A.9, table 2).
 """
 
 from __future__ import annotations

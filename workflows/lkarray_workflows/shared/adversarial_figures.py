@@ -1,4 +1,4 @@
-"""The figures of `adversarial`: figures 8 to 20 and 27 of PLGK."""
+"""The figures of `adversarial`: figures 8 to 20 and 27 of Anonymous 2026."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Modes of a network's gradients: what attacks move, over training, and the correction by them.
 
-Stages of `adversarial` (PLGK 6.3 from "Mode decomposition" on, A.8, A.9, A.14).
+Stages of `adversarial` (Anonymous 2026, 6.3 from "Mode decomposition" on, A.8, A.9, A.14).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report of `adversarial`: table 2 of PLGK, and the claims."""
+"""The report of `adversarial`: table 2 of Anonymous 2026, and the claims."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the study of training on attacked images says: table 3 of PLGK, claims, figures."""
+"""What the study of training on attacked images says: table 3 of Anonymous 2026, and figures."""
 
 from __future__ import annotations
 

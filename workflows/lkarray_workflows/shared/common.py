@@ -227,7 +227,7 @@ def draw_losses(
 def without_chain(losses: xr.DataArray, value: Callable[[xr.DataArray], Any]) -> tuple[Any, Any]:
     """Return a number or array of the draws, and its standard error.
 
-    The jackknife over chains (Efron 1982; design section 6, Uncertainty).
+    The jackknife over chains (Efron 1982; docs/methods/uncertainty.md).
     """
     chains = losses.sizes["chain"]
     whole = np.asarray(value(losses), float)

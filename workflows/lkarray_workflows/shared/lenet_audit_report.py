@@ -61,7 +61,7 @@ def figures_of(study: workflow.Study[Any], run: Trained) -> list[workflow.Figure
         workflow.Figure(
             "completeness",
             "Reconstruction over training",
-            "Mean error, and correlation with the true changes (PLGK figure 1).",
+            "Mean error, and correlation with the true changes (Anonymous 2026, figure 1).",
             plots.completeness(audit),
         ),
         workflow.Figure(

@@ -106,7 +106,10 @@ class Gaps:
 
 
 def judge(gaps: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Say of each of the paper's claims whether it holds, and what was measured (PLGK A.4)."""
+    """Say of each of the paper's claims whether it holds, and what was measured.
+
+    See Anonymous 2026, A.4.
+    """
     of = {
         arm: np.array([entry["accuracy"]["by_seed"] for entry in shares.values()])
         for arm, shares in gaps.items()
@@ -254,8 +257,8 @@ def rows_of(
 def figures_of(outcomes: Outcomes, whole: Sequence[dict[str, Any]]) -> list[workflow.Figure]:
     """Return the figures of the report."""
     captions = {
-        "least_important": "Images that should matter least (PLGK figure 21). The most harmful "
-        "are in the other figure, as in the paper.",
+        "least_important": "Images that should matter least (Anonymous 2026, figure 21). The most "
+        "harmful are in the other figure, as in the paper.",
         "most_important": "Images that should matter most (figure 22).",
     }
     about = (

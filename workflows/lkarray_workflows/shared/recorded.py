@@ -24,7 +24,7 @@ from lkarray.training import Trace
 
 
 class Training(workflow.Config):
-    """Settings of a recorded run; the defaults are those of PLGK A.3."""
+    """Settings of a recorded run; the defaults are those of Anonymous 2026, A.3."""
 
     seed: int = Field(1, ge=0)
     dataset: Dataset = "fashion"

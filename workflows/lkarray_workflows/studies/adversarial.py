@@ -1,4 +1,6 @@
-"""Do adversarial inputs fool a network by influences that cancel? (PLGK 6.3, A.8 to A.10, A.14).
+"""Do adversarial inputs fool a network by influences that cancel?.
+
+See Anonymous 2026, 6.3, A.8 to A.10, A.14.
 
 A network learns, recorded. Images that it gets right are attacked until it does not; beside them
 stand as much random noise, and natural errors of equal loss. Their losses and predictions are

@@ -1,4 +1,6 @@
-"""Does training on attacked images spread what a network learns over more modes? (PLGK 6.3.1).
+"""Does training on attacked images spread what a network learns over more modes?.
+
+See Anonymous 2026, 6.3.1.
 
 Two networks learn the same images for as many steps: one as they are, the other as attacked at
 each step (PGD-AT, Madry et al. 2017). Of both: how many modes hold the energy of the training

@@ -2,7 +2,7 @@
 
 A convolutional network learns Fashion-MNIST and is kept at some steps. The loss kernel of test
 images is computed at each; maps share one setting of UMAP, so that what changes is the kernel
-(loss-kernel appendix D.5, figure 8, there with GoogLeNet on ImageNet).
+(Adam et al. 2025a, appendix D.5, figure 8, there with GoogLeNet on ImageNet).
 """
 
 from __future__ import annotations

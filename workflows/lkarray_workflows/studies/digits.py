@@ -3,8 +3,8 @@
 A small network memorises scikit-learn's 1,797 handwritten digits, a tenth of its training
 labels deliberately flipped. The local posterior around it is sampled, and the loss
 correlation kernel, its neighbours and its map computed; then the study asks how well a
-sample's loss variance and loss gain find the flipped labels (Bayesian-probes section 4 and
-loss-kernel D.4, on other data).
+sample's loss variance and loss gain find the flipped labels (Adam et al. 2025b, section 4 and
+Adam et al. 2025a, D.4, on other data).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A network learns Fashion-MNIST; the loss correlation kernel of its test images is averaged
 within pairs of classes, and compared with the distance of the classes in WordNet
-(loss-kernel figures 1B and 6C), beside an untrained network and the images themselves.
+(Adam et al. 2025a, figures 1B and 6C), beside an untrained network and the images themselves.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A convolutional network learns Fashion-MNIST; its local posterior is sampled at several localization
 strengths. Kernels are compared with each other by CKA, with themselves over the number of draws,
 and with the garments' places in WordNet and their brightness, which stands for the paper's colour
-(loss-kernel appendix D.3, figure 6).
+(Adam et al. 2025a, appendix D.3, figure 6).
 """
 
 from __future__ import annotations

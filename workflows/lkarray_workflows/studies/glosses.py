@@ -3,7 +3,7 @@
 Inputs are WordNet's noun definitions, as hashed TF-IDF words; classes are about 900 hypernyms.
 A network with a narrow layer learns to name the class from the definition, and the loss
 correlation kernel of held-out definitions is compared with the hierarchy by taxonomic lift
-(loss-kernel D.2), beside three controls: untrained networks of the same shape, the
+(Adam et al. 2025a, D.2), beside three controls: untrained networks of the same shape, the
 correlation of the inputs themselves, and random neighbours. What counts is what training adds.
 """
 

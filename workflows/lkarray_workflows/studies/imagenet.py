@@ -1,4 +1,6 @@
-"""The loss kernel of GoogLeNet (InceptionV1) over images of ImageNet (loss-kernel section 4).
+"""The loss kernel of GoogLeNet (InceptionV1) over images of ImageNet.
+
+See Adam et al. 2025a, section 4.
 
 The images lie in a folder with ``train`` and ``val``, each of one folder a class, named by its
 wnid, as torchvision's ``ImageNet`` unpacks them. Weights are a state dict of torchvision's

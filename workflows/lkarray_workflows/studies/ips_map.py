@@ -1,9 +1,9 @@
-"""Which inputs a network treats alike over its whole training (PLGK 6.2, A.16.2).
+"""Which inputs a network treats alike over its whole training (Anonymous 2026, 6.2, A.16.2).
 
-LeNet-5 learns Fashion-MNIST (or MNIST, or SVHN) as in PLGK A.3. Intrinsic perceptual similarity
-(IPS) of test images, summed over epochs: its map (figure 5), similarity to one image on the map and
-against distance (figure 6), what the axes show within a class (figure 7), and IPS as a score of
-difficulty beside others (table 1).
+LeNet-5 learns Fashion-MNIST (or MNIST, or SVHN) as in Anonymous 2026, A.3. Intrinsic perceptual
+similarity (IPS) of test images, summed over epochs: its map (figure 5), similarity to one image on
+the map and against distance (figure 6), what the axes show within a class (figure 7), and IPS as a
+score of difficulty beside others (table 1).
 """
 
 from __future__ import annotations
@@ -255,7 +255,10 @@ def figures_of(study: Study, run: Trained, target: int) -> list[workflow.Figure]
     target_name = f"The target is the first image that is right: {names[codes[target]]}"
     figures = [
         workflow.Figure(
-            "map", "IPS map", "By class; misclassified images are ringed (PLGK figure 5).", drawn
+            "map",
+            "IPS map",
+            "By class; misclassified images are ringed (Anonymous 2026, figure 5).",
+            drawn,
         ),
         workflow.Figure(
             "target",

@@ -1,11 +1,13 @@
-"""LeNet-5's decisions, decomposed: which training images made each of them (PLGK 6.1, A.3, A.5).
+"""LeNet-5's decisions, decomposed: which training images made each of them.
 
-LeNet-5 learns Fashion-MNIST (or MNIST, or SVHN) as in PLGK A.3 (200 batches of 256, 50 epochs,
-Adam 1.5e-5), recorded at every step, and the losses of one batch of test images are audited. The
-report has the reconstruction over training (figure 1), one wrong decision with the images that
-helped and harmed it (figures 2 to 4), how concentrated influence is, influence by layer and epoch
-(figure 10), and tables of rules of integration and of other attributions (A.11, A.12), and of costs
-(A.5).
+See Anonymous 2026, 6.1, A.3, A.5.
+
+LeNet-5 learns Fashion-MNIST (or MNIST, or SVHN) as in Anonymous 2026, A.3 (200 batches of 256, 50
+epochs, Adam 1.5e-5), recorded at every step, and the losses of one batch of test images are
+audited. The report has the reconstruction over training (figure 1), one wrong decision with the
+images that helped and harmed it (figures 2 to 4), how concentrated influence is, influence by layer
+and epoch (figure 10), and tables of rules of integration and of other attributions (A.11, A.12),
+and of costs (A.5).
 """
 
 from __future__ import annotations

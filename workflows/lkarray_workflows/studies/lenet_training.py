@@ -1,9 +1,9 @@
 """One recorded training run, for the studies that ask of it: LeNet-5, or a small CNN.
 
-LeNet-5 learns Fashion-MNIST (or MNIST, or SVHN) as in PLGK A.3 (200 batches of 256, 50 epochs,
-Adam 1.5e-5), recorded at every step. Studies take it by ``--trained``, so that it is trained once.
-The report has how gradients change over training: the temporal kernel and the participation ratio
-(A.7), and the three kernel-regime metrics (figure 14).
+LeNet-5 learns Fashion-MNIST (or MNIST, or SVHN) as in Anonymous 2026, A.3 (200 batches of 256, 50
+epochs, Adam 1.5e-5), recorded at every step. Studies take it by ``--trained``, so that it is
+trained once. The report has how gradients change over training: the temporal kernel and the
+participation ratio (A.7), and the three kernel-regime metrics (figure 14).
 """
 
 from __future__ import annotations

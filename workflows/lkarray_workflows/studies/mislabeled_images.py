@@ -3,7 +3,7 @@
 A convolutional network learns Fashion-MNIST or MNIST with a share of the labels changed, until it
 knows those too. The weights that fit a wrong label are a narrow set, so its loss should vary most
 when the weights move: per-sample variance finds the changed labels, and the loss kernel gathers
-them (loss-kernel appendix D.4, figure 7, there with GoogLeNet and 1,000 ImageNet images).
+them (Adam et al. 2025a, appendix D.4, figure 7, there with GoogLeNet and 1,000 ImageNet images).
 """
 
 from __future__ import annotations

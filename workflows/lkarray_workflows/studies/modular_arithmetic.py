@@ -2,7 +2,7 @@
 
 A two-layer transformer (Power et al. 2022, with a vocabulary for each task) learns addition and
 division modulo 97. The loss kernel of 10,000 inputs should fall apart into the two tasks, and a
-small cluster of the trivial divisions 0 / b (loss-kernel section 3, figure 3, appendix C).
+small cluster of the trivial divisions 0 / b (Adam et al. 2025a, section 3, figure 3, appendix C).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Pruning: train again on less and less, by what audits and IPS say of the images (PLGK A.4).
+"""Pruning: train again on less and less, by what audits and IPS say of the images.
+
+See Anonymous 2026, A.4.
 
 A network learns Fashion-MNIST (or MNIST, or SVHN), recorded; the losses of some test images are
 audited, and training images are clustered by IPS. Then it learns again, from other initial weights

@@ -1,4 +1,6 @@
-"""Does it hold for another network and other data? Audit, map and attacks again (PLGK A.15, A.16).
+"""Does it hold for another network and other data? Audit, map and attacks again.
+
+See Anonymous 2026, A.15, A.16.
 
 A small CNN of 2.5 times LeNet-5's parameters learns SVHN (or with ``--dataset fashion`` what needs
 no network), recorded once. Then `lenet_audit`, `ips_map` and `adversarial` are asked of that run,
