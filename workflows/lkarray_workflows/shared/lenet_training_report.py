@@ -62,7 +62,7 @@ def figures_of(study: workflow.Study[Any], metrics: dict[str, Any]) -> list[work
         workflow.Figure(
             "temporal",
             "Gradients over training",
-            "All gradients, epoch against epoch, and the temporal modes (Anonymous 2026, figure 23).",
+            "All gradients, epoch against epoch, and temporal modes (Anonymous 2026, figure 23).",
             plots.temporal_structure(kernel, modes, labels=epochs[:-1]),
         ),
         workflow.Figure(
