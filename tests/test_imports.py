@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import subprocess
 import sys
 import tomllib
@@ -159,6 +160,15 @@ def imports_of(module: str) -> set[str]:
             if package is not None:
                 direct.add(defining(package, node.attr))
     return direct
+
+
+def test_imports__make_no_circle():
+    """Late imports and those for types count: each module can be read after those it uses."""
+    graph = {
+        module: (imports_of(module) & set(modules())) - packages()
+        for module in set(modules()) - packages()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
