@@ -11,22 +11,14 @@ import xarray as xr
 
 from lkarray.arguments import COUNT, checked
 from lkarray.engine import Operand
-from lkarray.engine.numbers import matmul
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
-from lkarray.engine.tasks import Key
-from lkarray.errors import SchemaError
+from lkarray.kernels.alignment_sums import Pair, Products, gram_step, sum_step
 from lkarray.kernels.operands import (
-    CENTERS,
-    NORMALIZERS,
-    check_shared,
     degrees_of_freedom,
     free_dim,
 )
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
-from lkarray.values import one_of
-
-Pair = tuple[int, int]
 
 
 @checked()
@@ -66,7 +58,7 @@ def frobenius(
     if b is None:
         tensors.pop()
     pairs = [(0, len(tensors) - 1)]
-    products = _Products(tensors, center, normalize, memory).compute(pairs, None)
+    products = Products(tensors, center, normalize, memory).compute(pairs, None)
     return _scalar(products[0], "frobenius", center=center, normalize=normalize)
 
 
@@ -198,8 +190,8 @@ def cka_curve(
     needs = {"held": 12 * size**2, "alone": 24 * size**2}
     strips = make_strips(operand, memory=memory, rows=True, needs=needs)
     passes = Passes("cka-curve", strips, points)
-    sums = passes.total(strips, _sum_step)
-    gram = passes.total(strips, _gram_step, sums, operand.n, ((0, 0),), "centred")
+    sums = passes.total(strips, sum_step)
+    gram = passes.total(strips, gram_step, sums, operand.n, ((0, 0),), "centred")
     curve = passes.then(_curve, gram, points, chains, length)
     data = passes.array([curve], (len(points),), np.float64)
     return xr.DataArray(data, dims="draws", coords={"draws": points}, name="cka")
@@ -236,7 +228,7 @@ def _align(
 ) -> xr.DataArray:
     """Return the mean product of the later pairs over the norms that the first two give."""
     label = "draws" if kind is None else "samples" if kind == "unbiased" else "none"
-    products = _Products(tensors, center, normalize, memory).compute(pairs, kind or "centred")
+    products = Products(tensors, center, normalize, memory).compute(pairs, kind or "centred")
     # NaN of a constant kernel, as documented, by division by NaN: NumPy warns of one by zero.
     norms = products[0] * products[1]
     value = products[2:].mean() / da.sqrt(da.where(norms > 0, norms, np.nan))
@@ -253,147 +245,3 @@ def _halves(x: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
             f"debiased='draws' needs at least two chains; there are {x.sizes[CHAIN]}, take more"
         )
     return x.isel(chain=slice(0, None, 2)), x.isel(chain=slice(1, None, 2))
-
-
-class _Products:
-    """Inner products of kernels of tensors that share their samples."""
-
-    def __init__(
-        self,
-        tensors: Sequence[xr.DataArray],
-        center: str,
-        normalize: str,
-        memory: int | str | None,
-    ) -> None:
-        one_of("center", center, CENTERS)
-        one_of("normalize", normalize, NORMALIZERS)
-        self.memory = memory
-        first = tensors[0]
-        rows = free_dim(first, "a", POSTERIOR, ())
-        options: dict[str, Any] = {"over": POSTERIOR, "each": (), "center": center}
-        self.operands, self.scale = [], []
-        for x in tensors:
-            if free_dim(x, "b", POSTERIOR, ()) != rows:
-                raise SchemaError(f"a and b must share {rows!r}; b has dims {x.dims}")
-            check_shared(first, x, (rows,))
-            degrees = degrees_of_freedom(x, POSTERIOR, center)
-            self.operands.append(Operand(x, rows=rows, cosine=normalize == "cosine", **options))
-            self.scale.append(1 / degrees if normalize == "count" else 1.0)
-
-    def compute(self, pairs: Sequence[Pair], kind: str | None) -> da.Array:
-        """Return the products of pairs, lazily: plain, of centred kernels, or unbiased HSIC."""
-        n = self.operands[0].n
-        sizes = [int(np.prod(x.shape)) for x in self.operands]
-        wide = n >= max(sizes)  # then Grams of the draws are smaller than the kernels
-        scale = np.array([self.scale[i] * self.scale[j] for i, j in pairs])
-        distinct = tuple(dict.fromkeys(pairs))
-        passes = Passes("inner", self.operands, pairs, kind, self.memory)
-        if wide:
-            products = self._wide(passes, distinct, kind, sizes)
-        else:
-            products = self._narrow(passes, distinct, kind)
-        picked = passes.then(_pick, products, distinct, list(pairs), scale)
-        return passes.array([picked], (len(pairs),), np.float64)
-
-    def _wide(
-        self, passes: Passes, pairs: tuple[Pair, ...], kind: str | None, sizes: list[int]
-    ) -> Key:
-        """Add the products by ``S x S`` Grams of the draws: ``<K, L> = |X Y'|^2``."""
-        held = 12 * sum(sizes[i] * sizes[j] for i, j in pairs)
-        needs = {"held": held, "alone": 2 * held}
-        strips = make_strips(*self.operands, memory=self.memory, rows=True, needs=needs)
-        n = self.operands[0].n
-        sums = None if kind is None else passes.total(strips, _sum_step)
-        # Backwards even where nothing was read before: one order of the sums for every kind.
-        grams = passes.total(strips, _gram_step, sums, n, pairs, kind, back=True)
-        return passes.then(_from_grams, grams, n, len(pairs), kind)
-
-    def _narrow(self, passes: Passes, pairs: tuple[Pair, ...], kind: str | None) -> Key:
-        """Add the products by the kernels themselves, n x n, one after another."""
-        n, kernels = self.operands[0].n, []
-        for operand in self.operands:
-            kept = 8 * n * n * len(self.operands)
-            needs = {"held": 12 * n * n, "kept": kept, "alone": kept + 16 * n * n}
-            strips = make_strips(operand, memory=self.memory, rows=False, needs=needs)
-            kernels.append(passes.total(strips, _kernel_step, kind is not None))
-        return passes.then(_from_kernels, kernels, pairs, kind)
-
-
-def _sum_step(blocks: tuple[np.ndarray, ...], span: slice) -> tuple[np.ndarray, ...]:
-    return tuple(b.sum(1, dtype=np.float64) for b in blocks)
-
-
-def _gram_step(
-    blocks: tuple[np.ndarray, ...],
-    span: slice,
-    sums: tuple[np.ndarray, ...] | None,
-    n: int,
-    pairs: tuple[Pair, ...],
-    kind: str | None,
-) -> tuple[np.ndarray, ...]:
-    """Cross Grams of the draws, of centred blocks; and for HSIC the sums over diagonals."""
-    if sums is not None:
-        blocks = tuple(
-            # Centred over the samples before any product, else a common mode cancels digits.
-            b - (s / n).astype(b.dtype)[:, None]
-            for b, s in zip(blocks, sums, strict=True)
-        )
-    products = tuple(blocks[i] @ blocks[j].T for i, j in pairs)  # each (S_i, S_j)
-    if kind != "unbiased":
-        return products
-    diagonal = [np.einsum("ij,ij->j", b, b, dtype=np.float64) for b in blocks]
-    # (pair, 3): the product of the diagonals, and the sum of each
-    extra = [(diagonal[i] @ diagonal[j], diagonal[i].sum(), diagonal[j].sum()) for i, j in pairs]
-    return (*products, np.array(extra))
-
-
-def _kernel_step(blocks: tuple[np.ndarray, ...], span: slice, centred: bool) -> np.ndarray:
-    (b,) = blocks
-    if centred:
-        b = b - b.mean(0, dtype=np.float64).astype(b.dtype)
-    return matmul(b, b.T)
-
-
-def _from_grams(grams: tuple[np.ndarray, ...], n: int, count: int, kind: str | None) -> np.ndarray:
-    """Return the products from ``count`` Grams; for HSIC sums over diagonals come after them."""
-    squares = np.array([(c**2).sum() for c in grams[:count]])
-    if kind != "unbiased":
-        return squares
-    return _unbiased(squares, *grams[count].T, n=n)
-
-
-def _from_kernels(
-    kernels: list[np.ndarray], pairs: tuple[Pair, ...], kind: str | None
-) -> np.ndarray:
-    products = np.array([(kernels[i] * kernels[j]).sum() for i, j in pairs])
-    if kind != "unbiased":
-        return products
-    diagonal = [np.diagonal(k) for k in kernels]
-    extra = np.array(
-        [(diagonal[i] @ diagonal[j], diagonal[i].sum(), diagonal[j].sum()) for i, j in pairs]
-    )
-    return _unbiased(products, *extra.T, n=len(kernels[0]))
-
-
-def _unbiased(
-    products: np.ndarray, both: np.ndarray, first: np.ndarray, second: np.ndarray, *, n: int
-) -> np.ndarray:
-    """Return HSIC_1 (Song et al. 2012) from kernels whose rows sum to zero.
-
-    The estimate does not change when the features are centred over the samples; then a row of the
-    kernel without its diagonal sums to minus that diagonal.
-    """
-    # Kernels without their diagonals: their product's trace, and the sums of all entries, which
-    # are minus the diagonals' sums.
-    trace = products - both
-    sums = first * second / ((n - 1) * (n - 2))
-    out: np.ndarray = (trace + sums - 2 * both / (n - 2)) / (n * (n - 3))
-    return out
-
-
-def _pick(
-    products: np.ndarray, distinct: tuple[Pair, ...], pairs: list[Pair], scale: np.ndarray
-) -> np.ndarray:
-    order = [distinct.index(tuple(pair)) for pair in pairs]
-    picked: np.ndarray = products[order] * scale
-    return picked

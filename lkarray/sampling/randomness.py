@@ -71,8 +71,8 @@ class ChainRandomness:
 
     def indices(self, step: int) -> np.ndarray:
         """Return the minibatch of a step: shape ``(batch,)``, distinct."""
-        place = self._find(step)
-        return self._indices[place]
+        numbers: np.ndarray = self._indices[self._find(step)]
+        return numbers
 
     def rows(self, step: int) -> Tensor:
         """Return the minibatch of a step on the chain's device, uploaded 64 steps at a time."""
