@@ -28,11 +28,11 @@ def build(epochs: int, batches: int, examples: int, data: str, memory: str) -> N
     """Record the run and store its gradients, unless that was done; continue what was begun."""
     import torch
     from example_gradients import lenet
-    from lkarray_workflows.shared.images import read_images
     from torch.nn import functional as F
     from torch.utils.data import TensorDataset
 
     import lkarray as lk
+    from lkarray_workflows.shared.images import read_images
 
     if data:
         images, labels = read_images(Path(data), "train")

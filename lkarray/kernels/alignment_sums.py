@@ -93,6 +93,7 @@ class Products:
 
 
 def sum_step(blocks: tuple[np.ndarray, ...], span: slice) -> tuple[np.ndarray, ...]:
+    """Return the sums of each tensor's strip over samples: tuples of shape ``(contracted,)``."""
     return tuple(b.sum(1, dtype=np.float64) for b in blocks)
 
 

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
+
+import lkarray as lk
 from lkarray_workflows.shared import adversarial_modes
 from lkarray_workflows.shared.adversarial_cure import CURES
 from lkarray_workflows.shared.adversarial_report import claims, pooled
 from lkarray_workflows.shared.attacks import KINDS
 from lkarray_workflows.studies import adversarial, adversarial_training, svhn
-from scipy.io import savemat
-
-import lkarray as lk
 from tests.helpers.studies import check_report
 
 SMALL = [

@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from lkarray_workflows.shared import attacks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+
+from lkarray_workflows.shared import attacks
 
 
 @pytest.fixture

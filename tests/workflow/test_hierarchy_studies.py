@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from lkarray_workflows.studies import fashion, glosses
 
 import lkarray as lk
 from lkarray import errors
+from lkarray_workflows.studies import fashion, glosses
 from tests.helpers.studies import check_report
 
 SMALL = [

@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
+
+import lkarray as lk
+from lkarray import errors
 from lkarray_workflows.studies import (
     development,
     digits_probe,
@@ -17,10 +21,6 @@ from lkarray_workflows.studies import (
     mislabeled_images,
     modular_arithmetic,
 )
-from PIL import Image
-
-import lkarray as lk
-from lkarray import errors
 from tests.helpers.studies import check_report
 
 pytestmark = pytest.mark.slow

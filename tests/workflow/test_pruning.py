@@ -5,11 +5,11 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from lkarray_workflows.shared import pruning_report, retraining
-from lkarray_workflows.studies import audit_retraining, pruning
 
 import lkarray as lk
 from lkarray import workflow
+from lkarray_workflows.shared import pruning_report, retraining
+from lkarray_workflows.studies import audit_retraining, pruning
 from tests.helpers.studies import check_report
 
 N, CLASSES = 60, 4

@@ -7,6 +7,10 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
+from lkarray import errors, plots
+from lkarray.cli import main
+from lkarray.plots.training import mosaic
 from lkarray_workflows.shared import costs, images, recorded, retraining
 from lkarray_workflows.studies import (
     adversarial,
@@ -28,10 +32,6 @@ from lkarray_workflows.studies import (
     pruning,
     svhn,
 )
-
-from lkarray import errors, plots
-from lkarray.cli import main
-from lkarray.plots.training import mosaic
 
 
 def finished(folder, config, *, states=True):

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+
+import lkarray as lk
+from lkarray import workflow
 from lkarray_workflows.studies import (
     audit_flips,
     audit_retraining,
@@ -9,9 +12,6 @@ from lkarray_workflows.studies import (
     lenet_audit,
     lenet_training,
 )
-
-import lkarray as lk
-from lkarray import workflow
 from tests.helpers.studies import check_report
 
 SMALL = ["batches=8", "batch_size=64", "epochs=4", "learning_rate=6e-4"]

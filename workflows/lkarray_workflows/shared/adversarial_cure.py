@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import xarray as xr
-from lkarray_workflows.shared.attacks import ATTACKS, KINDS, Pairs, attack, lengths, noise_like
-from lkarray_workflows.shared.recorded import Trained, logits_of, losses_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import store, workflow
+from lkarray_workflows.shared.attacks import ATTACKS, KINDS, Pairs, attack, lengths, noise_like
+from lkarray_workflows.shared.recorded import Trained, logits_of, losses_of
 
 if TYPE_CHECKING:
     from lkarray_workflows.studies.adversarial import Config

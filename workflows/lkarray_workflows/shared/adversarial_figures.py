@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import xarray as xr
-from lkarray_workflows.shared.attacks import KINDS, Pairs
-from lkarray_workflows.shared.recorded import Trained
 
 import lkarray as lk
 from lkarray import plots, workflow
+from lkarray_workflows.shared.attacks import KINDS, Pairs
+from lkarray_workflows.shared.recorded import Trained
 
 if TYPE_CHECKING:
     from lkarray_workflows.studies.adversarial import Study

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
-from lkarray_workflows.shared.attacks import KINDS, Pairs
-from lkarray_workflows.shared.recorded import Trained, last_hidden, losses_of
 
 import lkarray as lk
 from lkarray import store, workflow
+from lkarray_workflows.shared.attacks import KINDS, Pairs
+from lkarray_workflows.shared.recorded import Trained, last_hidden, losses_of
 
 if TYPE_CHECKING:
     from lkarray_workflows.studies.adversarial import Config

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from lkarray_workflows.shared.adversarial_figures import figures
 from lkarray_workflows.shared.attacks import KINDS
 from lkarray_workflows.shared.images import CLASSES

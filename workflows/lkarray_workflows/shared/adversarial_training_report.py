@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from lkarray_workflows.shared.images import CLASSES
 from matplotlib.figure import Figure
 
 from lkarray import plots, workflow
+from lkarray_workflows.shared.images import CLASSES
 
 NETWORKS = ("standard", "attacked")
 SHARES = (0.9, 0.95, 0.99)

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lkarray_workflows.shared.recorded import logits_of, losses_of
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from lkarray import workflow
 from lkarray.errors import MissingPackageError, SettingsError
+from lkarray_workflows.shared.recorded import logits_of, losses_of
 
 #: Foolbox's class of each attack, the norm of its perturbation, and its steps of one gradient.
 ATTACKS = {

@@ -8,9 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lkarray_workflows.shared.recorded import Trained, fit, logits_of, plan
-
 import lkarray as lk
+from lkarray_workflows.shared.recorded import Trained, fit, logits_of, plan
 
 
 def cost_of(

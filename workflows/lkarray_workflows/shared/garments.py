@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from lkarray_workflows.shared.common import Sampling, convolutional, plain_numbers, without_chain
-from lkarray_workflows.shared.images import FOLDER, Dataset, data_set, take_images
 from pydantic import Field
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import workflow
+from lkarray_workflows.shared.common import Sampling, convolutional, plain_numbers, without_chain
+from lkarray_workflows.shared.images import FOLDER, Dataset, data_set, take_images
 
 #: WordNet's synset of each class.
 SYNSETS: dict[Hashable, str] = {

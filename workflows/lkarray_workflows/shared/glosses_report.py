@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from lkarray_workflows.shared.common import plain_numbers
 
 import lkarray as lk
 from lkarray import plots, workflow
+from lkarray_workflows.shared.common import plain_numbers
 
 #: Kernel that the report is about, and its store.
 HEADLINE = "trained"

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from lkarray_workflows.shared.images import CLASSES, NAMES
-from lkarray_workflows.shared.recorded import Trained
 
 import lkarray as lk
 from lkarray import plots, store, workflow
+from lkarray_workflows.shared.images import CLASSES, NAMES
+from lkarray_workflows.shared.recorded import Trained
 
 #: What the paper has for each (A.5, A.11, A.12; MNIST): mean reconstruction error, correlation.
 #: Its TracIn of all layers (0.090, 0.991) is its euler rule, and so beside ours: it follows Adam's

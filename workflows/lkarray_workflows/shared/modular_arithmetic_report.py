@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from lkarray_workflows.shared.common import area
 from matplotlib.figure import Figure
 
 import lkarray as lk
 from lkarray import plots, workflow
+from lkarray_workflows.shared.common import area
 
 TASKS = ("addition", "division")
 COLOURS = {"addition": "#3f90da", "division": "#ffa90e", "between": "#717581"}

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lkarray_workflows.shared.images import FOLDER, Dataset, data_set, require_files, take_images
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
@@ -21,6 +20,7 @@ import lkarray as lk
 from lkarray import progress, workflow
 from lkarray.errors import SettingsError
 from lkarray.training import Trace
+from lkarray_workflows.shared.images import FOLDER, Dataset, data_set, require_files, take_images
 
 
 class Training(workflow.Config):

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lkarray_workflows.shared.images import Source, take_images
-from lkarray_workflows.shared.recorded import fit
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -17,6 +15,8 @@ from torch.utils.data import TensorDataset
 import lkarray as lk
 from lkarray.errors import SettingsError
 from lkarray.training import Trace
+from lkarray_workflows.shared.images import Source, take_images
+from lkarray_workflows.shared.recorded import fit
 
 SETS = ("audited", "held_out")
 

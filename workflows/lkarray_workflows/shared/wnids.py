@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from lkarray_workflows.shared.common import plain_numbers
 
 import lkarray as lk
 from lkarray import plots, progress, store, workflow
+from lkarray_workflows.shared.common import plain_numbers
 
 #: Means and deviations of ImageNet's channels, as networks of torchvision expect.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -17,6 +17,11 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 import xarray as xr
+from pydantic import Field, model_validator
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import store, workflow
 from lkarray_workflows.shared.adversarial_cure import cure
 from lkarray_workflows.shared.adversarial_modes import SENSITIVE, by_modes, over_time
 from lkarray_workflows.shared.adversarial_report import report
@@ -30,11 +35,6 @@ from lkarray_workflows.shared.recorded import (
     require_enough,
     train,
 )
-from pydantic import Field, model_validator
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import store, workflow
 
 
 class Config(Training):

@@ -17,6 +17,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 import xarray as xr
+from pydantic import Field, model_validator
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import workflow
+from lkarray.training import Trace
 from lkarray_workflows.shared.adversarial_training_report import NETWORKS, SHARES, report
 from lkarray_workflows.shared.attacks import Pairs, attack, make_pairs, require_foolbox
 from lkarray_workflows.shared.recorded import (
@@ -30,13 +37,6 @@ from lkarray_workflows.shared.recorded import (
     require_enough,
     train,
 )
-from pydantic import Field, model_validator
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import workflow
-from lkarray.training import Trace
 
 
 class Config(Training):

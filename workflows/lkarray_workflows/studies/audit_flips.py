@@ -16,9 +16,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lkarray_workflows.shared.common import accuracy, area, draw_losses, keep_model, load_model
-from lkarray_workflows.shared.images import FOLDER, NAMES, data_set, require_files, take_images
-from lkarray_workflows.shared.recorded import build, fit, plan
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -27,6 +24,9 @@ from torch.nn import functional as F
 import lkarray as lk
 from lkarray import workflow
 from lkarray.training import Trace
+from lkarray_workflows.shared.common import accuracy, area, draw_losses, keep_model, load_model
+from lkarray_workflows.shared.images import FOLDER, NAMES, data_set, require_files, take_images
+from lkarray_workflows.shared.recorded import build, fit, plan
 
 SCORES = (
     "self-influence",

@@ -15,6 +15,12 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import nn
+
+import lkarray as lk
+from lkarray import workflow
 from lkarray_workflows.shared import retraining
 from lkarray_workflows.shared.images import FOLDER, data_set, require_files
 from lkarray_workflows.shared.recorded import build, fit, plan
@@ -26,12 +32,6 @@ from lkarray_workflows.shared.retraining import (
     without,
     without_of_each,
 )
-from matplotlib.figure import Figure
-from pydantic import Field
-from torch import nn
-
-import lkarray as lk
-from lkarray import workflow
 
 BALANCED = "least influential of each class"
 ARMS = ("nothing", "random", "most helpful", "least influential", BALANCED, "most harmful")

@@ -13,6 +13,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import progress, workflow
+from lkarray.analysis.hierarchy import sources
+from lkarray.errors import SettingsError
 from lkarray_workflows.shared.common import (
     Numbers,
     accuracy,
@@ -32,15 +41,6 @@ from lkarray_workflows.shared.garments import (
     wordnet_of,
 )
 from lkarray_workflows.shared.images import NAMES, data_set, require_files
-from matplotlib.figure import Figure
-from pydantic import Field
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import progress, workflow
-from lkarray.analysis.hierarchy import sources
-from lkarray.errors import SettingsError
 
 
 class Config(Garments):

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from lkarray_workflows.shared.common import draw_losses, fit, keep_model, load_model
 from pydantic import Field
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import plots, progress, store, workflow
+from lkarray_workflows.shared.common import draw_losses, fit, keep_model, load_model
 
 
 class Config(workflow.Config):

@@ -16,6 +16,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import plots, progress, workflow
 from lkarray_workflows.shared.common import (
     Sampling,
     accuracy,
@@ -28,13 +35,6 @@ from lkarray_workflows.shared.common import (
     with_error,
 )
 from lkarray_workflows.shared.images import FOLDER, NAMES, require_files, take_images
-from matplotlib.figure import Figure
-from pydantic import Field
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import plots, progress, workflow
 
 KINDS = ("clean", "relabelled")
 

@@ -13,9 +13,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from lkarray_workflows.shared.common import accuracy, draw_losses, fit, plain_numbers
-from lkarray_workflows.shared.garments import rank_correlation, wordnet_of
-from lkarray_workflows.shared.images import FOLDER, Dataset, Split, read_images, require_files
 from pydantic import Field
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -23,6 +20,9 @@ from torch.utils.data import TensorDataset
 import lkarray as lk
 from lkarray import plots, store, workflow
 from lkarray.analysis.hierarchy import sources
+from lkarray_workflows.shared.common import accuracy, draw_losses, fit, plain_numbers
+from lkarray_workflows.shared.garments import rank_correlation, wordnet_of
+from lkarray_workflows.shared.images import FOLDER, Dataset, Split, read_images, require_files
 
 KERNELS = ("trained", "untrained", "images")
 

@@ -13,6 +13,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import xarray as xr
+from matplotlib.figure import Figure
+from pydantic import Field
+
+import lkarray as lk
+from lkarray import plots, progress, store, workflow
+from lkarray.analysis.hierarchy import sources
 from lkarray_workflows.shared.common import (
     Numbers,
     accuracy,
@@ -34,12 +40,6 @@ from lkarray_workflows.shared.garments import (
     wordnet_of,
 )
 from lkarray_workflows.shared.images import data_set, require_files
-from matplotlib.figure import Figure
-from pydantic import Field
-
-import lkarray as lk
-from lkarray import plots, progress, store, workflow
-from lkarray.analysis.hierarchy import sources
 
 
 class Config(Garments):

@@ -16,6 +16,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from pydantic import Field
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import progress, store, workflow
+from lkarray.analysis.hierarchy import sources
 from lkarray_workflows.shared.common import draw_losses
 from lkarray_workflows.shared.glosses_report import (
     HEADLINE,
@@ -25,14 +33,6 @@ from lkarray_workflows.shared.glosses_report import (
     report,
     untrained_of,
 )
-from pydantic import Field
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import progress, store, workflow
-from lkarray.analysis.hierarchy import sources
 
 
 class Config(workflow.Config):

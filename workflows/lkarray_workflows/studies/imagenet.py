@@ -18,8 +18,6 @@ import numpy as np
 import torch
 import torchvision
 import xarray as xr
-from lkarray_workflows.shared import wnids
-from lkarray_workflows.shared.common import Sampling, draw_losses, halves_agree, plain_numbers
 from PIL import Image
 from pydantic import Field
 from torch import nn
@@ -27,6 +25,8 @@ from torch.utils.data import Dataset
 
 import lkarray as lk
 from lkarray import errors, progress, workflow
+from lkarray_workflows.shared import wnids
+from lkarray_workflows.shared.common import Sampling, draw_losses, halves_agree, plain_numbers
 
 SPLITS = ("train", "val")
 

@@ -17,8 +17,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from lkarray_workflows.shared import wnids
-from lkarray_workflows.shared.common import Sampling, curve_with_errors, draw_losses, halves_agree
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -26,6 +24,8 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import errors, plots, workflow
+from lkarray_workflows.shared import wnids
+from lkarray_workflows.shared.common import Sampling, curve_with_errors, draw_losses, halves_agree
 
 #: Kernels that are sampled: what each is, and which parameters move (``None``: all).
 KERNELS: dict[str, tuple[str, Any]] = {

@@ -15,6 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from pydantic import Field
+
+import lkarray as lk
+from lkarray import plots, store, workflow
 from lkarray_workflows.shared.common import plain_numbers
 from lkarray_workflows.shared.images import CLASSES, NAMES
 from lkarray_workflows.shared.recorded import (
@@ -28,10 +32,6 @@ from lkarray_workflows.shared.recorded import (
     losses_of,
     train,
 )
-from pydantic import Field
-
-import lkarray as lk
-from lkarray import plots, store, workflow
 
 #: Scores of table 1, and the paper's numbers, of MNIST.
 PAPER = {

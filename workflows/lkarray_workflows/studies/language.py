@@ -14,15 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from lkarray_workflows.shared.common import (
-    Block,
-    Sampling,
-    draw_losses,
-    halves_agree,
-    keep_model,
-    load_model,
-)
-from lkarray_workflows.shared.tokens import END, UNKNOWN, kind_of, split_text
 from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
@@ -32,6 +23,15 @@ from torch.utils.data import TensorDataset
 import lkarray as lk
 from lkarray import plots, progress, store, workflow
 from lkarray.analysis.hierarchy import sources
+from lkarray_workflows.shared.common import (
+    Block,
+    Sampling,
+    draw_losses,
+    halves_agree,
+    keep_model,
+    load_model,
+)
+from lkarray_workflows.shared.tokens import END, UNKNOWN, kind_of, split_text
 
 #: Shared by a token and its neighbours: a coordinate, and what to call it.
 SHARED = {

@@ -22,6 +22,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import xarray as xr
+from pydantic import Field, model_validator
+
+import lkarray as lk
+from lkarray import workflow
 from lkarray_workflows.shared.costs import cost_of
 from lkarray_workflows.shared.lenet_audit_report import report
 from lkarray_workflows.shared.recorded import (
@@ -35,10 +39,6 @@ from lkarray_workflows.shared.recorded import (
     require_enough,
     train,
 )
-from pydantic import Field, model_validator
-
-import lkarray as lk
-from lkarray import workflow
 
 #: Rules and strides of the table, beside the audit's own.
 RULES: dict[str, dict[str, Any]] = {

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from pydantic import Field
+
+import lkarray as lk
+from lkarray import store, workflow
+from lkarray.errors import SettingsError
 from lkarray_workflows.shared.images import CLASSES
 from lkarray_workflows.shared.lenet_training_report import OVERLAPS, figures_of, rows_of
 from lkarray_workflows.shared.recorded import (
@@ -23,11 +28,6 @@ from lkarray_workflows.shared.recorded import (
     logits_of,
     train,
 )
-from pydantic import Field
-
-import lkarray as lk
-from lkarray import store, workflow
-from lkarray.errors import SettingsError
 
 
 class Config(Training):

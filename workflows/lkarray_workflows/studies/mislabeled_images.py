@@ -14,6 +14,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import xarray as xr
+from matplotlib.figure import Figure
+from pydantic import Field
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import plots, progress, store, workflow
 from lkarray_workflows.shared.common import (
     Sampling,
     accuracy,
@@ -27,13 +34,6 @@ from lkarray_workflows.shared.common import (
     with_error,
 )
 from lkarray_workflows.shared.images import FOLDER, data_set, require_files, take_images
-from matplotlib.figure import Figure
-from pydantic import Field
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import plots, progress, store, workflow
 
 
 class Config(Sampling):

@@ -14,6 +14,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
+from pydantic import Field
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import lkarray as lk
+from lkarray import progress, store, workflow
+from lkarray.errors import SettingsError
 from lkarray_workflows.shared.common import (
     Block,
     Sampling,
@@ -33,13 +40,6 @@ from lkarray_workflows.shared.modular_arithmetic_report import (
     moments,
     report,
 )
-from pydantic import Field
-from torch import nn
-from torch.utils.data import TensorDataset
-
-import lkarray as lk
-from lkarray import progress, store, workflow
-from lkarray.errors import SettingsError
 
 #: Kinds of inputs: those of each task, and the trivial divisions.
 KINDS = (*TASKS, "0 / b")

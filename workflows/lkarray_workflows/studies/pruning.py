@@ -19,6 +19,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import Field, field_validator
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import squareform
+
+import lkarray as lk
+from lkarray import workflow
 from lkarray_workflows.shared import retraining
 from lkarray_workflows.shared.common import Numbers
 from lkarray_workflows.shared.images import CLASSES, data_set
@@ -41,12 +47,6 @@ from lkarray_workflows.shared.recorded import (
     train,
 )
 from lkarray_workflows.shared.retraining import SETS, order, without, without_of_each
-from pydantic import Field, field_validator
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import squareform
-
-import lkarray as lk
-from lkarray import workflow
 
 #: What is removed, each once; `FIGURES` shares some.
 ARMS = tuple(dict.fromkeys(arm for arms in FIGURES.values() for arm in arms))

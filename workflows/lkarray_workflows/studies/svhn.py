@@ -13,10 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lkarray_workflows.shared.attacks import require_foolbox
-from lkarray_workflows.shared.images import CLASSES, Dataset
-from lkarray_workflows.shared.recorded import SHARED, Training, check
-from lkarray_workflows.studies import adversarial, ips_map, lenet_audit, lenet_training
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from pydantic import Field
@@ -24,6 +20,10 @@ from pydantic import Field
 import lkarray as lk
 from lkarray import workflow
 from lkarray.errors import SettingsError
+from lkarray_workflows.shared.attacks import require_foolbox
+from lkarray_workflows.shared.images import CLASSES, Dataset
+from lkarray_workflows.shared.recorded import SHARED, Training, check
+from lkarray_workflows.studies import adversarial, ips_map, lenet_audit, lenet_training
 
 
 class Config(Training):
