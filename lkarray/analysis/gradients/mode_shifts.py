@@ -1,4 +1,4 @@
-"""`mode_shifts` measures: which modes did a perturbation of inputs move?
+"""`mode_shifts` measures which modes a perturbation of inputs moved.
 
 See Anonymous 2026, section 6.3.
 """

@@ -1,4 +1,4 @@
-"""Overlaps with a reference time: is training in the kernel regime yet?
+"""Overlaps with a reference time, which tell whether training is in the kernel regime yet.
 
 See Anonymous 2026, section 6.3.
 """

@@ -1,4 +1,4 @@
-"""Do adversarial inputs fool a network by influences that cancel?
+"""Whether adversarial inputs fool a network by influences that cancel.
 
 See Anonymous 2026, 6.3, A.8 to A.10, A.14.
 

@@ -1,4 +1,4 @@
-"""Does training on attacked images spread what a network learns over more modes?
+"""Whether training on attacked images spreads what a network learns over more modes.
 
 See Anonymous 2026, 6.3.1.
 
