@@ -53,6 +53,18 @@ def frobenius(
     -----
     One pass over the data, ``2 n S_a S_b`` operations and ``S_a x S_b`` numbers where n exceeds
     the draws, otherwise n x n numbers.
+
+    References
+    ----------
+    - docs/methods/kernels.md, "Of losses".
+
+    Examples
+    --------
+    >>> import xarray as xr, lkarray as lk
+    >>> values = [[[0.0, 1.0, 4.0], [1.0, 3.0, 3.0], [2.0, 5.0, 2.0]]]
+    >>> losses = xr.DataArray(values, dims=("chain", "draw", "sample"))
+    >>> float(lk.frobenius(losses)) == float((lk.covariance(losses) ** 2).sum())
+    True
     """
     tensors = [as_losses(a, name="a"), as_losses(a if b is None else b, name="b")]
     if b is None:
@@ -172,6 +184,19 @@ def cka_curve(
     -----
     One pass for the means over samples and one for the ``S x S`` Gram of the draws, from which
     every point follows; memory is that of a few such arrays in float64.
+
+    References
+    ----------
+    - Adam et al. 2025a, appendix D.3 and figure 6A: "The Loss Kernel", arXiv:2509.26537.
+
+    Examples
+    --------
+    >>> import numpy as np, xarray as xr, lkarray as lk
+    >>> noise = np.random.default_rng(0).normal(size=(4, 100, 6))
+    >>> losses = xr.DataArray(noise, dims=("chain", "draw", "sample"))
+    >>> curve = lk.cka_curve(losses, draws=[10, 50, 100])
+    >>> curve["draws"].values.tolist(), round(float(curve[-1]), 6)
+    ([10, 50, 100], 1.0)
     """
     x = as_losses(losses).transpose(*POSTERIOR, ...)
     rows = free_dim(x, "losses", POSTERIOR, ())
