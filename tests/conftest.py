@@ -29,7 +29,11 @@ from tests.helpers.recorded_runs import batches_of, cross_entropy, examples, net
 settings.register_profile("lkarray", deadline=None)
 settings.load_profile("lkarray")
 
-pytest_plugins = ["tests.helpers.services"]
+pytest_plugins = [
+    "tests.helpers.deployment",
+    "tests.helpers.object_store",
+    "tests.helpers.services",
+]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import xarray as xr
 from torch.utils.data import TensorDataset
@@ -148,3 +150,30 @@ def copied(path: Path, to: Path) -> Path:
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(path, to)
     return to
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """The files of a store but its locks, with their bytes."""
+    return {name: (path / name).read_bytes() for name in files(path)}
+
+
+def latest_state(path: Path, chain: int = 0) -> str:
+    slot = stores.read_record(stores.open_root(path), chain).slot
+    return f"state/parameters/c/{chain}/{slot}/0"
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change some metadata."""
+    metadata = json.loads(path.read_text())
+    change(metadata)
+    path.write_text(json.dumps(metadata))
+
+
+def whole_store(path: Path) -> tuple[Path, dict[str, object]]:
+    """Make a sound store; return its path, and what users read of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_blocks(patch)
+        sampled(path)
+    with_result(path)
+    assert lk.verify(path) == []
+    return path, seen(path)

@@ -57,3 +57,10 @@ def keys_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from keys_of(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Path:
+    folder = tmp_path / "tls"
+    said(TLS / "make_certificates.sh", folder, "localhost", "127.0.0.1", "::1", "*.example.org")
+    return folder
