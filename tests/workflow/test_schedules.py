@@ -1,41 +1,22 @@
-"""`lkarray run` as a scheduler calls it: real processes, on a study made for this, and digits."""
+"""`lkarray run` as a scheduler calls it: real processes, on a study made for this."""
 
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from lkarray import workflow
-from lkarray._version import __version__
 from lkarray.errors import SettingsError
 from lkarray.store import file_lock
 from lkarray.store.objects import without_credentials
 from lkarray.workflow.scheduling import input_hash, source_hash
+from tests.helpers.commands import FIELDS, run, start, stop, told, wait_for
 
 pytestmark = pytest.mark.services
-
-#: In their order, also of docs/scheduling.md.
-FIELDS = [
-    "workflow",
-    "status",
-    "exit_code",
-    "folder",
-    "lkarray",
-    "seconds",
-    "stages",
-    "reused",
-    "metrics",
-    "report",
-    "error",
-]
 
 STUDY = """
 import multiprocessing, os, subprocess, threading, time
@@ -120,51 +101,6 @@ def study(tmp_path):
     (info / "entry_points.txt").write_text("[lkarray.workflows]\nfake = fake_study\n")
     (package / "fake_study.py").write_text(STUDY)
     return package / "fake_study.py"
-
-
-def start(folder, *words, python=()):
-    """Start the command in a folder; where ``site`` is there, with the studies in it."""
-    site = {"PYTHONPATH": str(folder / "site")} if (folder / "site").exists() else {}
-    return subprocess.Popen(
-        [sys.executable, *python, "-m", "lkarray", "run", *map(str, words)],
-        cwd=folder,
-        env={**os.environ, **site},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def told(process):
-    """Return what a process with ``--json`` said: its one line, and standard error."""
-    out, err = process.communicate(timeout=120)
-    assert out.endswith("\n"), err
-    assert out.count("\n") == 1, out
-    fields = json.loads(out)
-    assert list(fields) == FIELDS
-    assert fields["exit_code"] == process.returncode
-    assert fields["lkarray"] == __version__
-    return SimpleNamespace(**fields, err=err)
-
-
-def run(folder, *words, python=()):
-    return told(start(folder, *words, "--json", python=python))
-
-
-def wait_for(process, text):
-    """Read standard error up to a line that has ``text``."""
-    for line in process.stderr:
-        if text in line:
-            return
-    raise AssertionError(f"ended without {text!r}")
-
-
-def stop(process, number=signal.SIGTERM):
-    """Send a signal; return what was said, and seconds until the end."""
-    began = time.monotonic()
-    process.send_signal(number)
-    said = told(process)
-    return said, time.monotonic() - began
 
 
 def test_json__of_a_run_that_is_done(study, tmp_path):
@@ -377,55 +313,6 @@ def test_source_hash__follows_imports_of_the_package_and_no_others(tmp_path, mon
 )
 def test_without_credentials__keeps_the_rest(text, shown):
     assert without_credentials(text) == shown
-
-
-@pytest.fixture(scope="module")
-def nightly(tmp_path_factory):
-    """A folder in which digits was stopped, killed and then finished, and what was said."""
-    folder = tmp_path_factory.mktemp("nightly")
-    words = "digits", "--preset", "quick", "--if-changed", "--json"
-    process = start(folder, *words)
-    wait_for(process, "digits: train")
-    stopped, seconds = stop(process)
-    process = start(folder, *words)
-    wait_for(process, "digits: sample")
-    time.sleep(1)
-    process.kill()
-    process.communicate()
-    return SimpleNamespace(
-        folder=folder, stopped=stopped, seconds=seconds, done=told(start(folder, *words))
-    )
-
-
-def test_digits__stopped_while_it_trains_ends_at_once(nightly):
-    assert (nightly.stopped.status, nightly.stopped.exit_code) == ("stopped", 143)
-    assert list(nightly.stopped.stages) == ["data"]
-    assert nightly.seconds < 6
-
-
-def test_digits__stopped_and_killed_it_comes_to_the_same_numbers(nightly, digits):
-    assert nightly.done.status == "done"
-    assert nightly.done.reused == ["data", "train"]
-    expected, resumed = (
-        json.loads(Path(path).read_text())
-        for path in (digits / "runs/digits/report/metrics.json", nightly.done.metrics)
-    )
-    del expected["seconds"], resumed["seconds"]
-    assert resumed == expected
-
-
-def test_digits__unchanged_it_runs_no_stage_and_does_not_load_torch(nightly):
-    files = {p: p.stat().st_mtime_ns for p in Path(nightly.done.folder).rglob("*")}
-    words = "digits", "--preset", "quick", "--if-changed"
-    said = run(nightly.folder, *words, python=("-X", "importtime"))
-    assert (said.status, said.folder) == ("unchanged", nightly.done.folder)
-    assert said.seconds < 2
-    assert said.stages == nightly.done.stages
-    imported = {line.rpartition("|")[2].strip() for line in said.err.splitlines()}
-    assert "lkarray.workflow" in imported
-    assert "torch" not in imported
-    assert " INFO " not in said.err
-    assert {p: p.stat().st_mtime_ns for p in Path(said.folder).rglob("*")} == files
 
 
 def test_docs__have_every_field_and_exit_code():
