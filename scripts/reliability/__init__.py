@@ -1,0 +1,1 @@
+"""What `make_reliability.py` attacks, how, and what came of it."""
