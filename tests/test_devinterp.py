@@ -20,11 +20,37 @@ from tests.helpers.losses import Forbidding
 
 CHAINS, DRAWS, TOKENS, BATCH, BURN_IN, THIN = 3, 6, 7, 4, 5, 2
 STEPS = BURN_IN + DRAWS * THIN
+SAMPLER = {
+    "lr": 1e-4,
+    "n_beta": 30.0,
+    "batch_size": BATCH,
+    "num_chains": CHAINS,
+    "num_draws": DRAWS,
+    "num_burnin_steps": BURN_IN,
+    "num_steps_bw_draws": THIN,
+    "init_seed": 100,
+    "gradient_accumulation_steps": 1,
+    "localization": 200.0,
+    "noise_level": 1.0,
+    "llc_weight_decay": 0.0,
+    "bounding_box_size": None,
+    "sampling_method": "sgmcmc_sgld",
+    "sampling_method_kwargs": {},
+    "init_noise": None,
+    "save_metrics": False,
+    "shuffle": True,
+    "epoch_mode": "cycle",
+    "num_init_loss_batches": 32,
+    "match_sampling_input_ids_across_chains": True,
+    "scheduler_type": "constant",
+    "scheduler_kwargs": None,
+    "cores": 1,
+    "online": False,
+}
 
 
-def write(path, names=("pile", "code"), *, samples=5, completed=True, failed=()):
-    rng = np.random.default_rng(0)
-    root = zarr.create_group(path, zarr_format=3)
+def layout(names, samples):
+    """The dims and the shape of each array."""
     micro = (CHAINS, STEPS, BATCH)
     arrays = {
         "init_loss": (("chain", "token_pos"), (CHAINS, TOKENS)),
@@ -45,8 +71,14 @@ def write(path, names=("pile", "code"), *, samples=5, completed=True, failed=())
         dims = ("chain", "draw", f"batch_{name}", "token_pos")
         arrays[f"loss_{name}"] = (dims, (CHAINS, DRAWS, samples, TOKENS))
         arrays[f"input_ids_{name}"] = ((f"batch_{name}", "token"), (samples, TOKENS + 1))
+    return arrays
+
+
+def write(path, names=("pile", "code"), *, samples=5, completed=True, failed=()):
+    rng = np.random.default_rng(0)
+    root = zarr.create_group(path, zarr_format=3)
     values = {}
-    for name, (dims, shape) in arrays.items():
+    for name, (dims, shape) in layout(names, samples).items():
         ids = "input_ids" in name
         array = root.create_array(
             name,
@@ -64,36 +96,9 @@ def write(path, names=("pile", "code"), *, samples=5, completed=True, failed=())
             drawn[list(failed), 2:] = np.nan
         array[:] = drawn
         values[name] = drawn
-    sampler = {
-        "lr": 1e-4,
-        "n_beta": 30.0,
-        "batch_size": BATCH,
-        "num_chains": CHAINS,
-        "num_draws": DRAWS,
-        "num_burnin_steps": BURN_IN,
-        "num_steps_bw_draws": THIN,
-        "init_seed": 100,
-        "gradient_accumulation_steps": 1,
-        "localization": 200.0,
-        "noise_level": 1.0,
-        "llc_weight_decay": 0.0,
-        "bounding_box_size": None,
-        "sampling_method": "sgmcmc_sgld",
-        "sampling_method_kwargs": {},
-        "init_noise": None,
-        "save_metrics": False,
-        "shuffle": True,
-        "epoch_mode": "cycle",
-        "num_init_loss_batches": 32,
-        "match_sampling_input_ids_across_chains": True,
-        "scheduler_type": "constant",
-        "scheduler_kwargs": None,
-        "cores": 1,
-        "online": False,
-    }
     observables = [{"type": "ObserveDifferentDataset", "obs_id": n} for n in names]
     config = {
-        "sampler": sampler,
+        "sampler": SAMPLER,
         "observables": observables,
         "tokenizer_context_length": TOKENS + 1,
     }

@@ -57,6 +57,10 @@ class World:
         )
         self.losses = self.tree["losses"].to_dataset().load()
         self.loss = self.losses["loss"]
+        self._record(folder)
+        self._analyse()
+
+    def _record(self, folder: Path) -> None:
         self.trace_path = folder / "trace.zarr"
         self.trace = recorded(lambda p: torch.optim.SGD(p, 0.1), store=self.trace_path, steps=8)
         labels = {"label": np.arange(12) % 3}
@@ -77,6 +81,8 @@ class World:
             groups={"param": "module", "time": "epoch"},
         )
         self.activations = lk.activations(self.trace, range(12), times, module="1").load()
+
+    def _analyse(self) -> None:
         self.modes = lk.modes(self.now, 4).compute()
         self.coefficients = lk.mode_coefficients(self.modes, self.now).compute()
         self.near = lk.neighbors(self.losses, 5).compute()
