@@ -96,7 +96,9 @@ print(peak[0] - base, projected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("memory", [120, 200, 400])
+@pytest.mark.parametrize(
+    "memory", [120, *(pytest.param(more, marks=pytest.mark.services) for more in (200, 400))]
+)
 @pytest.mark.parametrize("what", ["neighbors", "search", "reduction", "save", "svd", "cka"])
 def test_memory__measured_peak_stays_within_the_projection(tmp_path, what, memory):
     """48 MB of losses whose kernel would take 144 MB."""

@@ -57,7 +57,9 @@ def sampled(posterior, data, *, step_size, thin, draws, seed):
     return tree["losses"]["loss"].compute()
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.services) for seed in (2, 3))]
+)
 def test_linear_regression__kernel_has_its_closed_form(seed):
     rng = np.random.default_rng(seed)
     n, dim, nbeta, gamma = 20, 3, 40.0, 10.0
@@ -189,7 +191,12 @@ class Powers(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("powers", "gamma"), [((2,), 10.0), ((2,), 0.0), ((2, 2), 0.0), ((4,), 0.0), ((4, 2), 0.0)]
+    ("powers", "gamma"),
+    [
+        ((2,), 10.0),
+        ((4, 2), 0.0),
+        *(pytest.param(p, 0.0, marks=pytest.mark.services) for p in ((2,), (2, 2), (4,))),
+    ],
 )
 def test_powers__local_learning_coefficient(powers, gamma):
     """1/p of each, a square's under localisation and a finite step (docs/methods/laplace.md)."""

@@ -100,7 +100,9 @@ class Interrupted(nn.Module):
 
 
 @pytest.mark.parametrize("width", [1, 2])
-@pytest.mark.parametrize("at", [61, 62, 63, 64])
+@pytest.mark.parametrize(
+    "at", [62, *(pytest.param(at, marks=pytest.mark.services) for at in (61, 63, 64))]
+)
 def test_sample__an_interrupt_anywhere_in_a_step_loses_nothing(
     tmp_path, monkeypatch, caplog, at, width
 ):
