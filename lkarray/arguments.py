@@ -235,7 +235,7 @@ _LABELLED: dict[str, tuple[type, ...]] = {
 
 def _check_of(name: str, annotation: object) -> Check | None:
     """Return the check that an annotation asks for; none where it names other kinds."""
-    if name == "memory":
+    if name in ("memory", "device_memory"):
         return _memory
     words = str(annotation).replace("Params", "str | Iterable[str] | None").split(" | ")
     optional, words = "None" in words, [word for word in words if word != "None"]

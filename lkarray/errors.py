@@ -23,6 +23,10 @@ class MemoryBudgetError(LkarrayError, ValueError):
     """The computation cannot run within the memory budget that was set."""
 
 
+class DeviceError(LkarrayError, RuntimeError):
+    """A device that was asked for is not there, or cannot be used."""
+
+
 class StoreError(LkarrayError, OSError):
     """A store cannot be created, read or written."""
 

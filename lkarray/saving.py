@@ -169,7 +169,9 @@ class _Work:
             c = None  # something was computed from the tiles
         if c is not None and side != data.chunksize[-2]:
             # Begun under another budget: go on with its tiles.
-            plan = make_plan(c.x, c.y, memory=c.plan.budget, side=side, sink=WRITTEN_BYTES)
+            place = None if c.plan.placed is None else c.plan.placed.device
+            options: dict[str, Any] = {"memory": c.plan.budget, "sink": WRITTEN_BYTES}
+            plan = make_plan(c.x, c.y, side=side, device=place, **options)
             c = replace(c, plan=plan)
             data = gram_array(c)
         if data.chunksize != array.chunks:

@@ -176,8 +176,8 @@ def test_direction__of_imports(package):
     for module in modules():
         if not module.startswith(f"lkarray.{package}."):
             continue
-        if module.endswith(".lowprecision"):
-            continue  # loads torch within functions, only once low precision was asked for
+        if module.endswith((".lowprecision", ".devices", ".device_tiles")):
+            continue  # load torch within functions, once low precision or a device was asked for
         wrong = {m for m in imports_of(module) if m.startswith((*FORBIDDEN[package], *FRONT))}
         if package == "cluster":  # checks a cluster by what a user calls there
             wrong -= {"lkarray.saving"}

@@ -15,7 +15,7 @@ from dask.system import CPU_COUNT
 from distributed import LocalCluster, Security, SpecCluster
 from distributed.deploy.cluster import Cluster
 
-from lkarray.engine.plan import machine_memory
+from lkarray.engine.machine import machine_memory
 from lkarray.errors import MissingPackageError
 
 #: Where the dashboard of a cluster that `connect` opens listens: this machine alone.

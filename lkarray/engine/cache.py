@@ -106,7 +106,10 @@ def _trim() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-#: Panels, bounded by the plan; and the moments of panels that are read in pieces, which are
-#: small (16 bytes a row and centring group) and must outlive the pieces they standardise.
+#: Panels, bounded by the plan.
 CACHE = PanelCache()
+#: Panels on a device, bounded by its own budget.
+DEVICE_PANELS = PanelCache()
+#: The moments of panels that are read in pieces, which are small (16 bytes a row and centring
+#: group) and must outlive the pieces they standardise.
 MOMENTS = PanelCache()

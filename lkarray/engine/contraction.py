@@ -20,6 +20,8 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from lkarray.engine.blas import multiply, product_slot
+from lkarray.engine.device_tiles import Factors, Finish, sum_on_device
+from lkarray.engine.devices import made_on
 from lkarray.engine.lowprecision import choose, multiply_low
 from lkarray.engine.numbers import finish_cosine
 from lkarray.engine.operand import Operand
@@ -92,9 +94,29 @@ class Contraction:
         )
 
     def at_precision(self, precision: str, *, search: bool = False) -> Contraction:
-        """Return the contraction at ``"float32"``, or in low precision where ``"auto"`` pays."""
+        """Return the contraction at ``"float32"``, or in low precision where ``"auto"`` pays.
+
+        On a device, always ``"float32"``: what rounding more would cost there was not measured.
+        """
+        if self.plan.placed is not None:
+            return self
         chosen = choose(precision, self.operations, self.dtype, search=search)
         return replace(self, precision=chosen)
+
+    def factors(self, tile: Tile) -> Factors:
+        """Return what a tile is the product of, for a device."""
+        rows, cols = self.plan.rows[tile.i], self.plan.cols[tile.j]
+        return Factors(self.x, self.other, self.plan, tile.entry, rows, cols)
+
+    @property
+    def finish(self) -> Finish:
+        """What is done to the sum of a tile's products."""
+        return Finish(self.scale, self.dtype, self.x.cosine)
+
+    @property
+    def made_on(self) -> dict[str, str]:
+        """Attributes of a result that say which device made it, and how exactly; none of cores."""
+        return made_on(None if self.plan.placed is None else self.plan.placed.device, self.dtype)
 
     def tiles(self) -> Iterator[Tile]:
         """Yield the tiles to compute: of a symmetric Gram, those with ``i <= j``."""
@@ -118,6 +140,8 @@ def sum_pieces(c: Contraction, tile: Tile, start: int, stop: int) -> np.ndarray:
 
     A sum of several is float64, in the order of the pieces.
     """
+    if c.plan.placed is not None:
+        return sum_on_device(c.factors(tile), start, stop)
     total: np.ndarray | None = None
     for p in range(start, stop):
         product = _product(c, tile, p)

@@ -13,7 +13,7 @@ import dask.base
 import numpy as np
 import xarray as xr
 
-from lkarray.engine.cache import CACHE, MOMENTS
+from lkarray.engine.cache import CACHE, DEVICE_PANELS, MOMENTS, PanelCache
 from lkarray.engine.lowprecision import LowPanel
 from lkarray.engine.numbers import Moments, reciprocal, standardise
 from lkarray.engine.reading import read, read_by_chunks, refuse_futures
@@ -155,13 +155,25 @@ class Operand:
         """Free the panels in bfloat16 that this process keeps."""
         CACHE.forget(self.token, "bfloat16")
 
-    def _cached(
+    def on_device(
         self, key: tuple[Hashable, ...], load: Callable[[], Any], *, size: int, limit: int
+    ) -> Any:
+        """Return what ``load`` puts on a device, kept there up to ``limit`` bytes."""
+        return self._cached(key, load, size=size, limit=limit, cache=DEVICE_PANELS)
+
+    def _cached(
+        self,
+        key: tuple[Hashable, ...],
+        load: Callable[[], Any],
+        *,
+        size: int,
+        limit: int,
+        cache: PanelCache = CACHE,
     ) -> Any:
         if not hasattr(self, "_finalizer"):
             # Whoever drops the last reference to the operand frees its panels.
             self._finalizer = weakref.finalize(self, _drop, self.token)
-        return CACHE.get((self.token, *key), load, size=size, limit=limit)
+        return cache.get((self.token, *key), load, size=size, limit=limit)
 
     def piece_bytes(self, rows: slice, piece: Piece) -> int:
         """Return the bytes of a piece of a panel in memory."""
@@ -248,8 +260,8 @@ class Operand:
 
 
 def _drop(token: str) -> None:
-    CACHE.drop(token)
-    MOMENTS.drop(token)
+    for cache in (CACHE, MOMENTS, DEVICE_PANELS):
+        cache.drop(token)
 
 
 def _spread(moments: Moments, chains: tuple[int, int], groups: int) -> Moments:

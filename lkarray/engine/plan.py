@@ -7,13 +7,15 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, prod
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from dask.system import CPU_COUNT
 from dask.utils import format_bytes
 
 from lkarray.engine.blas import products_at_once, side_by_side
+from lkarray.engine.devices import Demand, Device, Placed, check_dtype
+from lkarray.engine.machine import machine_memory
 from lkarray.engine.operand import Operand, Piece, volume
 from lkarray.engine.reading import AHEAD
 from lkarray.errors import MemoryBudgetError
@@ -57,6 +59,8 @@ class Plan:
         workers.
     many
         Whether there are tiles enough for products of one BLAS thread each, side by side.
+    placed
+        How tiles are made on a device; None where numpy makes them on the cores.
     """
 
     rows: tuple[slice, ...]
@@ -67,6 +71,7 @@ class Plan:
     peak: int = 0
     shares: int = 1
     many: bool = False
+    placed: Placed | None = None
 
     def __str__(self) -> str:
         side = self.rows[0].stop - self.rows[0].start
@@ -114,15 +119,6 @@ def on_cluster() -> bool:
     return current_client() is not None
 
 
-def machine_memory() -> int:
-    """Return the bytes of memory of this machine, or of the container that it runs in."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        return total
-
-
 @dataclass(frozen=True)
 class _Shape:
     """The sizes that memory depends on, and what a process holds at most."""
@@ -139,6 +135,13 @@ class _Shape:
     sink: int  # bytes that a sink needs for each element of a tile
     held: int  # and besides
     tasks: int
+
+    @property
+    def least(self) -> int:
+        """Side of a tile, at least."""
+        return max(
+            min(self.n, _LEAST), ceil(self.n / _PANELS), min(self.n, ceil(self.width / _CUTS))
+        )
 
     def tile(self, side: int, *, pieces: bool) -> int:
         """Return the bytes of a task's tile, and of its accumulator."""
@@ -168,6 +171,8 @@ def make_plan(
     side: int | None = None,
     sink: int = 0,
     held: int = 0,
+    device: Device | None = None,
+    device_sink: int = 0,
 ) -> Plan:
     """Choose the tiles of ``x`` against ``y`` (or itself).
 
@@ -183,6 +188,10 @@ def make_plan(
         Bytes that whatever takes the tiles needs for each of a tile's elements.
     held
         Bytes that it holds besides.
+    device
+        Where tiles are made; None for numpy on the cores.
+    device_sink
+        Bytes that whatever takes the tiles needs there for each of a tile's elements.
 
     Raises
     ------
@@ -206,7 +215,12 @@ def make_plan(
         held=held,
         tasks=concurrent_tasks(),
     )
-    side, pieces = _fit(sizes, budget, side)
+    demand = None
+    if device is not None:
+        check_dtype(np.result_type(*(operand.dtype for operand in operands)), device)
+        demand = Demand(device, sizes.item, device_sink, sizes.length, sizes.tasks)
+    top = sizes.n if demand is None else demand.widest(side or sizes.least)
+    side, pieces = _fit(sizes, budget, side, top)
     rows = _panels(x.n, side)
     cols = rows if y is None else _panels(y.n, side)
     tiles = len(rows) * (len(rows) + 1) // 2 if y is None else len(rows) * len(cols)
@@ -218,7 +232,8 @@ def make_plan(
     # Whatever is not cache may reach the budget: Zarr's buffers, BLAS, the allocator.
     most = min(budget, peak + min(cache, panels) + BUFFER_BYTES + budget // 10)
     many = side_by_side(tiles)
-    return Plan(rows, cols, pieces, budget, cache, max(most, peak), shares, many)
+    placed = None if demand is None else demand.place(side, [volume(piece) for piece in pieces])
+    return Plan(rows, cols, pieces, budget, cache, max(most, peak), shares, many, placed)
 
 
 def _largest_chunk(operands: list[Operand]) -> int | None:
@@ -249,21 +264,24 @@ def cluster_threads() -> int:
     return sum(worker["nthreads"] for worker in _workers())
 
 
-def _fit(sizes: _Shape, budget: int, given: int | None) -> tuple[int, tuple[Piece, ...]]:
-    """Return the side of the tiles and the pieces of the contracted dims."""
+def _fit(sizes: _Shape, budget: int, given: int | None, top: int) -> tuple[int, tuple[Piece, ...]]:
+    """Return the side of the tiles, at most ``top``, and the pieces of the contracted dims."""
     n, whole = sizes.n, split(sizes.shape, sizes.length)
-    least = max(min(n, _LEAST), ceil(n / _PANELS), min(n, ceil(sizes.width / _CUTS)))
+    least = sizes.least
     if given is not None:
         if sizes.peak(given, sizes.length) <= budget:
             return given, whole
         least = given
     # A quarter of the budget stays for the cache, without which panels are read over and over.
     allowed = 3 * budget // 4
-    side = _largest(lambda s: sizes.peak(s, sizes.length), least, min(n, _SIDE), allowed)
-    if side >= min(n, _WHOLE) and given is None:
+    side = _largest(lambda s: sizes.peak(s, sizes.length), least, min(n, _SIDE, top), allowed)
+    if side >= min(n, _WHOLE, top) and given is None:
         return _cheapest(sizes, side, least, budget), whole
     most = _largest(
-        lambda s: sizes.tasks * sizes.tile(s, pieces=True), least, min(n, _SIDE // 2), allowed // 3
+        lambda s: sizes.tasks * sizes.tile(s, pieces=True),
+        least,
+        min(n, _SIDE // 2, top),
+        allowed // 3,
     )
     if given is None:
         most = max(most, least)

@@ -13,6 +13,7 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.engine.contraction import Contraction, ContractionLayer, Tile, compute_tile
+from lkarray.engine.device_tiles import Wanted, best_of_tile
 from lkarray.engine.numbers import top_k
 
 #: Bytes that the sink needs for each element of a tile: a partitioned copy and masks, once.
@@ -142,6 +143,8 @@ def gather(
 
 
 def _best_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Candidates, ...]:
+    if c.plan.placed is not None and (found := _best_on_device(c, ask, name, tile)) is not None:
+        return found
     values = compute_tile(c, tile)
     places = c.plan.rows[tile.i], c.plan.cols[tile.j]
     leave_out(values, c, ask, *places)
@@ -162,6 +165,33 @@ def _best_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Cand
             _raise(least[side], candidates, ask.k)
             best[side] = candidates
     return tuple(candidates for candidates in best if candidates is not None)
+
+
+def _best_on_device(
+    c: Contraction, ask: Ask, name: str, tile: Tile
+) -> tuple[Candidates, ...] | None:
+    """Take the best of a tile where it was made, so that only they come back.
+
+    None where the device's memory ends: the tile comes back then, in halves.
+    """
+    places = rows, cols = c.plan.rows[tile.i], c.plan.cols[tile.j]
+    i, j = np.arange(rows.start, rows.stop)[:, None], np.arange(cols.start, cols.stop)[None, :]
+    mask = None if ask.rule is None else np.broadcast_to(ask.rule(i, j), (i.size, j.size))
+    codes = None if ask.groups is None else (ask.groups[rows], ask.groups[cols])
+    wanted = Wanted(ask.k, ask.largest, codes, mask)
+    found = best_of_tile(c.factors(tile), c.finish, wanted)
+    if found is None:
+        return None
+    out = []
+    for side, (column, value) in enumerate(found):
+        least = THRESHOLDS.of(name, c)[places[side]]
+        keep = value >= np.maximum(least, np.finfo(value.dtype).min)[:, None]
+        if column.shape[1] == ask.k:
+            np.maximum(least, value[:, -1], out=least)
+        starts = np.concatenate(([0], np.cumsum(keep.sum(axis=1))))
+        columns = (column[keep] + places[1 - side].start).astype(np.int32)
+        out.append(Candidates(starts, columns, value[keep]))
+    return tuple(out)
 
 
 def leave_out(values: np.ndarray, c: Contraction, ask: Ask, rows: slice, cols: slice) -> None:

@@ -39,6 +39,8 @@ def gram(
     precision: str = "float32",
     scale: float = 1.0,
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     r"""Contract two labelled tensors over shared dims, lazily.
 
@@ -70,6 +72,14 @@ def gram(
         Factor of every entry.
     memory
         Byte budget of a process; ``LKARRAY_MEMORY`` or a quarter of the memory by default.
+    device
+        Where products are made: ``"cuda"`` or ``"cuda:1"``, or ``"cpu"`` for the same code by
+        torch on the processor. ``None`` takes ``LKARRAY_DEVICE`` where it is set, and NumPy on the
+        cores otherwise. Data are read and standardised on the cores in any case. Products are of
+        true float32 there, never TF32, and ``precision="auto"`` means float32; or of float64 for
+        float64 input. The device used is the attribute ``device``.
+    device_memory
+        Bytes of the device's memory to use; by default 0.8 of what is free.
 
     Returns
     -------
@@ -88,7 +98,9 @@ def gram(
     ValueError
         ``center`` or ``normalize`` is unknown, or there are too few elements to centre.
     MemoryBudgetError
-        The budget holds no tile.
+        The budget, or that of the device, holds no tile.
+    DeviceError
+        There is no torch, no CUDA, or no such device.
     NonFiniteError
         On computing: the data hold NaN or infinity.
 
@@ -121,6 +133,7 @@ def gram(
     if y is not None:
         check_shared(x, y, (*over, *each))
     degrees = degrees_of_freedom(x, over, center)
+    place = engine.as_device(device, device_memory)
     options: dict[str, Any] = {
         "over": over,
         "each": each,
@@ -129,7 +142,7 @@ def gram(
     }
     left = engine.Operand(x, rows=rows, **options)
     right = None if y is None else engine.Operand(y, rows=columns, **options)
-    plan = engine.make_plan(left, right, memory=memory, sink=engine.WRITTEN_BYTES)
+    plan = engine.make_plan(left, right, memory=memory, sink=engine.WRITTEN_BYTES, device=place)
     # Apart from the operands, so that kernels which differ by it alone share cached panels.
     factor = scale / degrees if normalize == "count" else scale
     contraction = engine.Contraction(left, right, plan, factor).at_precision(precision)
@@ -145,7 +158,8 @@ def gram(
             "normalize": normalize or "none",
             "contracted": prod(x.sizes[dim] for dim in over),
             "precision": contraction.precision,
-        },
+        }
+        | contraction.made_on,
     )
     # Plain .to_zarr writes one stored chunk a Dask chunk, checksummed and uncompressed: fast.
     out.encoding = {"compressors": (Crc32cCodec(),)}

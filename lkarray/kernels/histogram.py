@@ -26,6 +26,8 @@ def histogram(
     kernel: str = "correlation",
     center: str = "pooled",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.Dataset:
     """Count kernel entries in bins, by pairs of groups, lazily.
 
@@ -47,6 +49,8 @@ def histogram(
         ``"pooled"`` or ``"chain"``.
     memory
         Byte budget of a process.
+    device, device_memory
+        Where products are made, and the bytes to use there; see `lkarray.gram`.
 
     Returns
     -------
@@ -93,7 +97,9 @@ def histogram(
     name, values, codes = group_codes(x, operand.rows, labels)
     # Sixteen counts, which are added at once; two bins beyond the bounds.
     held = 16 * 8 * len(values) ** 2 * (bins + 2)
-    plan = engine.make_plan(operand, memory=memory, sink=HISTOGRAM_BYTES, held=held)
+    place = engine.as_device(device, device_memory)
+    options: dict[str, Any] = {"held": held, "device": place, "device_sink": engine.BEST_BYTES}
+    plan = engine.make_plan(operand, memory=memory, sink=HISTOGRAM_BYTES, **options)
     contraction = engine.Contraction(operand, None, plan, scale)
     asked = Bins(float(bounds[0]), float(bounds[1]), bins, codes, len(values))
     data = histogram_array(contraction, asked)
@@ -112,5 +118,5 @@ def histogram(
             "bin_left": ("bin", edges[:-1]),
             "bin_right": ("bin", edges[1:]),
         },
-        attrs={"kernel": kernel, "center": center, "over": list(POSTERIOR)},
+        attrs={"kernel": kernel, "center": center, "over": list(POSTERIOR)} | contraction.made_on,
     )

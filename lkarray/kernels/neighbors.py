@@ -33,6 +33,8 @@ def neighbors(
     center: str = "pooled",
     precision: str = "auto",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.Dataset:
     """Return each sample's ``k`` most (or least) correlated samples, lazily.
 
@@ -60,6 +62,9 @@ def neighbors(
         products: the same neighbours as ``"float32"``, up to ties within float32 rounding.
     memory
         Byte budget of a process.
+    device, device_memory
+        Where products are made, and the bytes to use there; see `gram`. The best of each tile are
+        taken there too, in the same order, and only they come back.
 
     Returns
     -------
@@ -114,7 +119,12 @@ def neighbors(
         x, exclude = with_labels(x, rows, exclude, what="exclude")
     operand = engine.Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=True)
     plan = engine.make_plan(
-        operand, memory=memory, sink=engine.TOP_K_BYTES, held=engine.top_k_held(n, k)
+        operand,
+        memory=memory,
+        sink=engine.TOP_K_BYTES,
+        held=engine.top_k_held(n, k),
+        device=engine.as_device(device, device_memory),
+        device_sink=engine.BEST_BYTES,
     )
     contraction = engine.Contraction(operand, None, plan)
     # Whole panels only: the certificate needs the rounding error of whole rows.
@@ -141,7 +151,8 @@ def neighbors(
             "over": list(POSTERIOR),
             "center": center,
             "precision": contraction.precision,
-        },
+        }
+        | contraction.made_on,
     )
 
 

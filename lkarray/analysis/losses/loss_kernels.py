@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import xarray as xr
 
 from lkarray import schema
@@ -23,6 +25,8 @@ def covariance(
     shrinkage: str | float | None = None,
     precision: str = "float32",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     """Return the loss kernel K, the covariance of per-sample losses.
 
@@ -40,6 +44,8 @@ def covariance(
         ``"float32"`` or ``"auto"``; see `gram`.
     memory
         Byte budget of a process.
+    device, device_memory
+        Where products are made, and the bytes to use there; see `gram`.
 
     Returns
     -------
@@ -68,6 +74,8 @@ def covariance(
         normalize="count",
         precision=precision,
         memory=memory,
+        device=device,
+        device_memory=device_memory,
     )
     if shrinkage is None:
         return out
@@ -93,6 +101,8 @@ def correlation(
     center: str = "pooled",
     precision: str = "float32",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     """Return the loss correlation kernel R.
 
@@ -101,7 +111,7 @@ def correlation(
 
     Parameters
     ----------
-    losses, y, center, precision, memory
+    losses, y, center, precision, memory, device, device_memory
         As for `covariance`.
 
     Returns
@@ -130,6 +140,8 @@ def correlation(
         normalize="cosine",
         precision=precision,
         memory=memory,
+        device=device,
+        device_memory=device_memory,
     )
 
 
@@ -140,6 +152,8 @@ def influence(
     *,
     precision: str = "float32",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     """Return the Bayesian influence of training samples on queries.
 
@@ -159,6 +173,8 @@ def influence(
         ``"float32"`` or ``"auto"``; see `gram`.
     memory
         Byte budget of a process.
+    device, device_memory
+        Where products are made, and the bytes to use there; see `gram`.
 
     Returns
     -------
@@ -202,6 +218,8 @@ def influence(
         precision=precision,
         scale=-1.0,
         memory=memory,
+        device=device,
+        device_memory=device_memory,
     )
     attrs = attributes(losses)
     if "nbeta" in attrs and "n_train" in attrs:
@@ -216,9 +234,7 @@ def _kernel(
     *,
     center: str,
     normalize: str,
-    memory: int | str | None,
-    precision: str = "float32",
-    scale: float = 1.0,
+    **options: Any,
 ) -> xr.DataArray:
     one_of("center", center, CENTERS)
     x = as_losses(losses, extra=STACKED)
@@ -229,9 +245,7 @@ def _kernel(
         each=[dim for dim in STACKED if dim in x.dims],
         center=center,
         normalize=normalize,
-        precision=precision,
-        scale=scale,
-        memory=memory,
+        **options,
     )
     out.attrs["units"] = "nat^2" if normalize == "count" else "1"
     return out.rename(name)
