@@ -71,7 +71,8 @@ class ChainRandomness:
 
     def indices(self, step: int) -> np.ndarray:
         """Return the minibatch of a step: shape ``(batch,)``, distinct."""
-        numbers: np.ndarray = self._indices[self._find(step)]
+        place = self._find(step)  # first: it replaces the block that is looked into
+        numbers: np.ndarray = self._indices[place]
         return numbers
 
     def rows(self, step: int) -> Tensor:
