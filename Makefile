@@ -15,7 +15,7 @@ help:
 	@echo "make test-slow  studies of minutes"
 	@echo "make lint       ruff, code style and format"
 	@echo "make types      mypy"
-	@echo "make check      lint, types and test: what CI runs"
+	@echo "make check      lint, types and test"
 	@echo "make format     let ruff mend what it can"
 	@echo "make bench      every benchmark, each printing a ratio"
 
