@@ -12,13 +12,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from dask.utils import format_bytes
 
 from lkarray.engine.blas import product_slot
-from lkarray.engine.devices import Placed, Returning, exact, unless_full, upload
+from lkarray.engine.devices import Placed, Returning, exact, out_of_memory, unless_full, upload
 from lkarray.engine.operand import Operand, volume
 from lkarray.engine.plan import Plan
-from lkarray.errors import MemoryBudgetError
 
 #: Bytes that the best of each row, and counts, need for each element of a tile.
 BEST_BYTES = 12
@@ -57,7 +55,6 @@ def sum_on_device(f: Factors, start: int, stop: int) -> np.ndarray:
     MemoryBudgetError
         Not even a half fits.
     """
-    device = f.placed.device
     coming = unless_full(lambda: Returning(_sum(f, start, stop)))
     if coming is not None:
         out: np.ndarray = coming.array()
@@ -67,11 +64,7 @@ def sum_on_device(f: Factors, start: int, stop: int) -> np.ndarray:
     for half in (slice(0, (size + 1) // 2), slice((size + 1) // 2, size)):
         found = unless_full(partial(_fetched, f, start, stop, half))
         if found is None:
-            raise MemoryBudgetError(
-                f"the device {device.name!r} ran out of memory within a tile of {size} rows, and "
-                f"within half of it, though {format_bytes(device.budget)} were allowed: others "
-                f"use it too; set device_memory= to less, {format_bytes(device.budget // 2)} say"
-            )
+            raise out_of_memory(f.placed.device, f"half a tile of {size} rows")
         halves.append(found)
     return np.concatenate(halves)
 

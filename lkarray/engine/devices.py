@@ -282,6 +282,22 @@ def exact(device: Device) -> Iterator[None]:
             torch.set_float32_matmul_precision(legacy)
 
 
+def gradientless() -> Any:
+    """Return the context in which tensors made in `exact` may be added to."""
+    import torch
+
+    return torch.inference_mode()
+
+
+def out_of_memory(device: Device, what: str) -> MemoryBudgetError:
+    """Return the error that a device was full in the middle, though the plan was within bounds."""
+    return MemoryBudgetError(
+        f"the device {device.name!r} ran out of memory within {what}, and again once what lkarray "
+        f"keeps there was freed, though {format_bytes(device.budget)} were allowed: others use it "
+        f"too; set device_memory= to less, {format_bytes(device.budget // 2)} say"
+    )
+
+
 def unless_full(work: Callable[[], Any]) -> Any:
     """Return what ``work`` gives; None, and nothing is left there, where the device's memory ends.
 

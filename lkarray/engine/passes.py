@@ -7,12 +7,16 @@ of the sum; `Tasks` then makes arrays of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from lkarray.engine.blas import product_slot
+from lkarray.engine.blocks import fetched, like, wide
+from lkarray.engine.devices import exact, gradientless, out_of_memory, unless_full, upload
 from lkarray.engine.numbers import matmul
+from lkarray.engine.operand import Operand
 from lkarray.engine.strips import Strips
 from lkarray.engine.tasks import Key, Tasks
 
@@ -72,9 +76,34 @@ def joined_lengths(strips: Strips) -> tuple[int, ...]:
 
 
 def _visit(strips: Strips, step: Step, k: int, args: list[Any]) -> Any:
+    if strips.device is not None:
+        for _ in range(2):  # again, once what was kept there is freed
+            done = unless_full(lambda: (_visit_on_device(strips, step, k, args),))
+            if done is not None:
+                return done[0]
+        raise out_of_memory(strips.device, "a strip")
     blocks = strips.blocks(k)  # read before the slot is taken: reading overlaps with products
     with product_slot(many=False):
         return step(blocks, strips.spans[k], *args)
+
+
+def _visit_on_device(strips: Strips, step: Step, k: int, args: list[Any]) -> Any:
+    """Do a step where its products are made; what it gives stays there."""
+    device = strips.device
+    assert device is not None
+    blocks = []
+    for x in strips.operands:
+
+        def load(x: Operand = x) -> Any:
+            return upload(strips.block(x, k), device)
+
+        size = x.dtype.itemsize * (strips.spans[k].stop - strips.spans[k].start)
+        size *= prod(x.shape) if strips.rows else x.n
+        cut = strips.cuts[k]
+        key = (device.name, "strip", strips.rows, (cut.start, cut.stop) if strips.rows else cut)
+        blocks.append(x.on_device(key, load, size=size, limit=strips.device_cache))
+    with product_slot(many=False), exact(device):
+        return step(tuple(blocks), strips.spans[k], *args)
 
 
 def _sum_strips(strips: Strips, step: Step, share: range, back: bool, args: list[Any]) -> Any:
@@ -83,13 +112,17 @@ def _sum_strips(strips: Strips, step: Step, share: range, back: bool, args: list
         addend = _visit(strips, step, k, args)
         if addend is None:  # the pass is not needed any more
             return None
-        total = _add(total, addend)
-    return total
+        if strips.device is None:
+            total = _add(total, addend)
+        else:
+            with gradientless():
+                total = _add(total, addend)
+    return fetched(total)
 
 
 def _join_strips(strips: Strips, step: Step, share: range, back: bool, args: list[Any]) -> Any:
     order = reversed(share) if back else share
-    blocks = {k: _visit(strips, step, k, args) for k in order}
+    blocks = {k: fetched(_visit(strips, step, k, args)) for k in order}
     return np.concatenate([blocks[k] for k in share])
 
 
@@ -98,7 +131,7 @@ def _add(total: Any, addend: Any) -> Any:
     if isinstance(addend, tuple):
         return tuple(_add(None if total is None else total[i], a) for i, a in enumerate(addend))
     if total is None:
-        return np.asarray(addend, np.float64)
+        return wide(addend) if hasattr(addend, "cpu") else np.asarray(addend, np.float64)
     total += addend
     return total
 
@@ -118,26 +151,26 @@ def _add_all(totals: list[Any]) -> Any:
 
 
 # --- steps ------------------------------------------------------------------------------------
-# `b` is a strip, (short, stretch of the long side).
+# `b` is a strip, (short, stretch of the long side): an array, or a tensor on a device.
 
 
-def gram_step(blocks: tuple[np.ndarray, ...], span: slice, exact: bool = False) -> np.ndarray:
-    """Return ``b b'``, the Gram of the short side, in float64 where ``exact``."""
-    b = blocks[0].astype(np.float64) if exact else blocks[0]
+def gram_step(blocks: tuple[np.ndarray, ...], span: slice, whole: bool = False) -> np.ndarray:
+    """Return ``b b'``, the Gram of the short side, in float64 where ``whole``."""
+    b = wide(blocks[0]) if whole else blocks[0]
     return matmul(b, b.T)
 
 
 def times_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
     """Return ``b M`` for a matrix along the long side."""
-    return matmul(blocks[0], matrix[span].astype(blocks[0].dtype, copy=False))
+    return matmul(blocks[0], like(blocks[0], matrix[span]))
 
 
 def project_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
     """Return ``b' M`` for a matrix along the short side."""
-    return matmul(blocks[0].T, matrix.astype(blocks[0].dtype, copy=False))
+    return matmul(blocks[0].T, like(blocks[0], matrix))
 
 
 def apply_step(blocks: tuple[np.ndarray, ...], span: slice, matrix: np.ndarray) -> np.ndarray:
     """Return ``b b' M`` for a matrix along the short side: both products in one reading."""
     b = blocks[0]
-    return matmul(b, b.T @ matrix.astype(b.dtype, copy=False))
+    return matmul(b, b.T @ like(b, matrix))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from dask.utils import format_bytes
 
+from lkarray.engine.devices import Device, check_dtype, refuse
 from lkarray.engine.operand import Operand, volume
 from lkarray.engine.plan import (
     cache_bytes,
@@ -49,6 +50,8 @@ class Strips:
         Bytes of strips that a process may keep.
     groups
         Tasks of a pass.
+    device, device_cache
+        Where products are made, None for the cores; and bytes of strips that stay there.
     """
 
     operands: tuple[Operand, ...]
@@ -56,10 +59,12 @@ class Strips:
     cuts: tuple[Any, ...]
     cache: int
     groups: int
+    device: Device | None = None
+    device_cache: int = 0
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         tokens = tuple(x.token for x in self.operands)
-        return (tokens, self.rows, self.cuts, self.cache, self.groups)
+        return (tokens, self.rows, self.cuts, self.cache, self.groups, self.device)
 
     @property
     def short(self) -> int:
@@ -83,13 +88,14 @@ class Strips:
 
     def blocks(self, k: int) -> tuple[np.ndarray, ...]:
         """Return strip ``k`` of each operand, ``(short, stretch)``."""
+        return tuple(self.block(x, k) for x in self.operands)
+
+    def block(self, x: Operand, k: int) -> np.ndarray:
+        """Return strip ``k`` of one operand, ``(short, stretch)``."""
         if self.rows:
-            return tuple(
-                x.panel((), self.cuts[k], (tuple((0, size) for size in x.shape),), 0, self.cache)
-                for x in self.operands
-            )
-        (x,) = self.operands
-        return (x.panel((), slice(0, x.n), self.cuts, k, self.cache).T,)
+            whole = (tuple((0, size) for size in x.shape),)
+            return x.panel((), self.cuts[k], whole, 0, self.cache)
+        return x.panel((), slice(0, x.n), self.cuts, k, self.cache).T
 
 
 def make_strips(
@@ -97,6 +103,7 @@ def make_strips(
     memory: int | str | None = None,
     rows: bool | None = None,
     needs: Mapping[str, int] | None = None,
+    device: Device | None = None,
 ) -> Strips:
     """Cut operands into strips that fit a byte budget.
 
@@ -112,6 +119,8 @@ def make_strips(
         Bytes besides the strips: ``widened`` for each element of a strip in use, ``held`` by each
         task (its sums), ``kept`` by the process while passes run, and ``alone``, at most,
         between and after them.
+    device
+        Where products are made; None for the cores.
 
     Raises
     ------
@@ -131,18 +140,33 @@ def make_strips(
         passing = tasks * (most + needs["held"]) + needs["kept"]
         return max(passing, needs["alone"]) + _moments(operands, rows)
 
+    def peak_on_device(tasks: int, cuts: tuple[Any, ...]) -> int:
+        # Each strip, and what is made of it; then the sums, and what is added to them.
+        areas = [_area(x, rows, cuts) for x in operands]
+        strip = sum(
+            area * (2 * x.dtype.itemsize + needs["widened"])
+            for area, x in zip(areas, operands, strict=True)
+        )
+        return int(tasks * (strip + needs["held"]))
+
+    if device is not None:
+        check_dtype(np.result_type(*(x.dtype for x in operands)), device)
     allowed = 3 * budget // 4  # the rest is the cache's, and the allocator's
     while True:
         for width in _widths(n if rows else length, widths):
             cuts = _cut(operands[0], rows, width)
             needed = peak(tasks, cuts)
-            if needed <= allowed:
+            above = 0 if device is None else peak_on_device(tasks, cuts)
+            if needed <= allowed and (device is None or above <= 3 * device.budget // 4):
                 groups = min(cluster_threads() or tasks, len(cuts))
                 cache = cache_bytes(budget, needed)
-                return Strips(operands, rows, cuts, cache, max(groups, 1))
+                kept = 0 if device is None else device.budget - above
+                return Strips(operands, rows, cuts, cache, max(groups, 1), device, kept)
         if tasks == 1 or cluster_threads():
             break
         tasks //= 2  # fewer sums at once
+    if device is not None and needed <= allowed:
+        refuse(device, above, f"strips of {operands[0].name!r} and the sums over them")
     raise MemoryBudgetError(
         f"{format_bytes(budget)} cannot hold strips of {operands[0].name!r} and the sums over "
         f"them; {ceil(needed * 4 / 3 / 2**10) + 1} KiB can: set memory= or LKARRAY_MEMORY"
@@ -173,15 +197,22 @@ def _strip_bytes(x: Operand, rows: bool, cuts: tuple[Any, ...], widened: int) ->
     """Return the bytes of a task for one operand's strips, and the chunks they are read from."""
     grain, width = x.grain()
     item, chunk, length = x.variable.dtype.itemsize, x.source_chunk(), prod(x.shape)
+    area = _area(x, rows, cuts)
     if rows:
         side = max(cut.stop - cut.start for cut in cuts)
-        area = side * length
         source = source_bytes(length, side, x.n, width, item, chunk)
     else:
         piece = max(map(volume, cuts))
-        area = piece * x.n
         source = source_bytes(min(piece * max(1, grain[0]), length), x.n, x.n, width, item, chunk)
     return int(area * (_HELD * x.dtype.itemsize + widened) + source)
+
+
+def _area(x: Operand, rows: bool, cuts: tuple[Any, ...]) -> int:
+    """Return the elements of the largest strip of an operand."""
+    if rows:
+        widest: int = max(cut.stop - cut.start for cut in cuts)
+        return widest * prod(x.shape)
+    return max(map(volume, cuts)) * x.n
 
 
 def _moments(operands: tuple[Operand, ...], rows: bool) -> int:

@@ -10,7 +10,8 @@ import numpy as np
 import xarray as xr
 
 from lkarray.arguments import COUNT, checked
-from lkarray.engine import Operand
+from lkarray.engine import Operand, as_device
+from lkarray.engine.devices import Device
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
 from lkarray.kernels.alignment_sums import Pair, Products, gram_step, sum_step
@@ -29,6 +30,8 @@ def frobenius(
     center: str = "pooled",
     normalize: str = "count",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     """Return the Frobenius product of two kernels, ``sum_ij K_ij L_ij``, lazily.
 
@@ -43,6 +46,8 @@ def frobenius(
         ``"count"`` for covariances, ``"cosine"`` for correlations.
     memory
         Byte budget of a process.
+    device, device_memory
+        Where products are made, and the bytes to use there; see `lkarray.gram`.
 
     Returns
     -------
@@ -70,8 +75,10 @@ def frobenius(
     if b is None:
         tensors.pop()
     pairs = [(0, len(tensors) - 1)]
-    products = Products(tensors, center, normalize, memory).compute(pairs, None)
-    return _scalar(products[0], "frobenius", center=center, normalize=normalize)
+    place = as_device(device, device_memory)
+    made = Products(tensors, center, normalize, memory, place)
+    value = made.compute(pairs, None)[0]
+    return _scalar(value, "frobenius", center=center, normalize=normalize, **made.made_on)
 
 
 @checked()
@@ -83,6 +90,8 @@ def cka(
     center: str = "pooled",
     normalize: str = "count",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     r"""Return the centred kernel alignment of two kernels, lazily.
 
@@ -102,6 +111,8 @@ def cka(
         As for `frobenius`.
     memory
         Byte budget of a process.
+    device, device_memory
+        Where products are made, and the bytes to use there; see `lkarray.gram`.
 
     Returns
     -------
@@ -141,18 +152,19 @@ def cka(
     if debiased not in (False, "samples", "draws"):
         raise ValueError(f"debiased must be False, 'samples' or 'draws', not {debiased!r}")
     x, y = as_losses(a, name="a"), as_losses(b, name="b")
+    place = as_device(device, device_memory)
     if debiased == "draws":
         halves = [*_halves(x), *_halves(y)]  # even and odd chains of x, then of y
         pairs = [(0, 1), (2, 3), (0, 3), (1, 2)]  # both norms, then both products
-        return _align(halves, pairs, None, center, normalize, memory)
+        return _align(halves, pairs, None, center, normalize, memory, place)
     if debiased == "samples":
         rows = free_dim(x, "a", POSTERIOR, ())
         if x.sizes[rows] < 4:
             raise ValueError(f"debiased='samples' needs four samples; there are {x.sizes[rows]}")
     kind = "unbiased" if debiased else "centred"
     if x is y or (x.chunks is not None and x.data is y.data):
-        return _align([x], [(0, 0)] * 3, kind, center, normalize, memory)
-    return _align([x, y], [(0, 0), (1, 1), (0, 1)], kind, center, normalize, memory)
+        return _align([x], [(0, 0)] * 3, kind, center, normalize, memory, place)
+    return _align([x, y], [(0, 0), (1, 1), (0, 1)], kind, center, normalize, memory, place)
 
 
 @checked(draws=COUNT)
@@ -250,14 +262,17 @@ def _align(
     center: str,
     normalize: str,
     memory: int | str | None,
+    place: Device | None,
 ) -> xr.DataArray:
     """Return the mean product of the later pairs over the norms that the first two give."""
     label = "draws" if kind is None else "samples" if kind == "unbiased" else "none"
-    products = Products(tensors, center, normalize, memory).compute(pairs, kind or "centred")
+    made = Products(tensors, center, normalize, memory, place)
+    products = made.compute(pairs, kind or "centred")
     # NaN of a constant kernel, as documented, by division by NaN: NumPy warns of one by zero.
     norms = products[0] * products[1]
     value = products[2:].mean() / da.sqrt(da.where(norms > 0, norms, np.nan))
-    return _scalar(value, "cka", debiased=label, center=center, normalize=normalize)
+    attrs = {"debiased": label, "center": center, "normalize": normalize}
+    return _scalar(value, "cka", **attrs, **made.made_on)
 
 
 def _scalar(value: da.Array, name: str, **attrs: str) -> xr.DataArray:

@@ -10,6 +10,8 @@ import numpy as np
 import xarray as xr
 
 from lkarray.engine import Operand
+from lkarray.engine.blocks import fetched, like, squares, sums
+from lkarray.engine.devices import Device, made_on
 from lkarray.engine.numbers import matmul
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
@@ -37,10 +39,11 @@ class Products:
         center: str,
         normalize: str,
         memory: int | str | None,
+        device: Device | None = None,
     ) -> None:
         one_of("center", center, CENTERS)
         one_of("normalize", normalize, NORMALIZERS)
-        self.memory = memory
+        self.memory, self.device = memory, device
         first = tensors[0]
         rows = free_dim(first, "a", POSTERIOR, ())
         options: dict[str, Any] = {"over": POSTERIOR, "each": (), "center": center}
@@ -53,6 +56,11 @@ class Products:
             self.operands.append(Operand(x, rows=rows, cosine=normalize == "cosine", **options))
             self.scale.append(1 / degrees if normalize == "count" else 1.0)
 
+    @property
+    def made_on(self) -> dict[str, str]:
+        """Attributes of results that say where products were made; none of the cores."""
+        return made_on(self.device, np.result_type(*(x.dtype for x in self.operands)))
+
     def compute(self, pairs: Sequence[Pair], kind: str | None) -> da.Array:
         """Return the products of pairs, lazily: plain, of centred kernels, or unbiased HSIC."""
         n = self.operands[0].n
@@ -60,7 +68,7 @@ class Products:
         wide = n >= max(sizes)  # then Grams of the draws are smaller than the kernels
         scale = np.array([self.scale[i] * self.scale[j] for i, j in pairs])
         distinct = tuple(dict.fromkeys(pairs))
-        passes = Passes("inner", self.operands, pairs, kind, self.memory)
+        passes = Passes("inner", self.operands, pairs, kind, self.memory, self.device)
         if wide:
             products = self._wide(passes, distinct, kind, sizes)
         else:
@@ -74,11 +82,12 @@ class Products:
         """Add the products by ``S x S`` Grams of the draws: ``<K, L> = |X Y'|^2``."""
         held = 12 * sum(sizes[i] * sizes[j] for i, j in pairs)
         needs = {"held": held, "alone": 2 * held}
-        strips = make_strips(*self.operands, memory=self.memory, rows=True, needs=needs)
+        options: dict[str, Any] = {"memory": self.memory, "needs": needs, "device": self.device}
+        strips = make_strips(*self.operands, rows=True, **options)
         n = self.operands[0].n
-        sums = None if kind is None else passes.total(strips, sum_step)
+        added = None if kind is None else passes.total(strips, sum_step)
         # Backwards even where nothing was read before: one order of the sums for every kind.
-        grams = passes.total(strips, gram_step, sums, n, pairs, kind, back=True)
+        grams = passes.total(strips, gram_step, added, n, pairs, kind, back=True)
         return passes.then(_from_grams, grams, n, len(pairs), kind)
 
     def _narrow(self, passes: Passes, pairs: tuple[Pair, ...], kind: str | None) -> Key:
@@ -87,35 +96,36 @@ class Products:
         for operand in self.operands:
             kept = 8 * n * n * len(self.operands)
             needs = {"held": 12 * n * n, "kept": kept, "alone": kept + 16 * n * n}
-            strips = make_strips(operand, memory=self.memory, rows=False, needs=needs)
+            options: dict[str, Any] = {"memory": self.memory, "needs": needs, "device": self.device}
+            strips = make_strips(operand, rows=False, **options)
             kernels.append(passes.total(strips, _kernel_step, kind is not None))
         return passes.then(_from_kernels, kernels, pairs, kind)
 
 
 def sum_step(blocks: tuple[np.ndarray, ...], span: slice) -> tuple[np.ndarray, ...]:
     """Return the sums of each tensor's strip over samples: tuples of shape ``(contracted,)``."""
-    return tuple(b.sum(1, dtype=np.float64) for b in blocks)
+    return tuple(sums(b, 1) for b in blocks)
 
 
 def gram_step(
     blocks: tuple[np.ndarray, ...],
     span: slice,
-    sums: tuple[np.ndarray, ...] | None,
+    added: tuple[np.ndarray, ...] | None,
     n: int,
     pairs: tuple[Pair, ...],
     kind: str | None,
 ) -> tuple[np.ndarray, ...]:
     """Cross Grams of the draws, of centred blocks; and for HSIC the sums over diagonals."""
-    if sums is not None:
+    if added is not None:
         blocks = tuple(
             # Centred over the samples before any product, else a common mode cancels digits.
-            b - (s / n).astype(b.dtype)[:, None]
-            for b, s in zip(blocks, sums, strict=True)
+            b - like(b, s / n)[:, None]
+            for b, s in zip(blocks, added, strict=True)
         )
     products = tuple(blocks[i] @ blocks[j].T for i, j in pairs)  # each (S_i, S_j)
     if kind != "unbiased":
         return products
-    diagonal = [np.einsum("ij,ij->j", b, b, dtype=np.float64) for b in blocks]
+    diagonal = [squares(b, 0) for b in blocks]
     # (pair, 3): the product of the diagonals, and the sum of each
     extra = [(diagonal[i] @ diagonal[j], diagonal[i].sum(), diagonal[j].sum()) for i, j in pairs]
     return (*products, np.array(extra))
@@ -124,7 +134,7 @@ def gram_step(
 def _kernel_step(blocks: tuple[np.ndarray, ...], span: slice, centred: bool) -> np.ndarray:
     (b,) = blocks
     if centred:
-        b = b - b.mean(0, dtype=np.float64).astype(b.dtype)
+        b = b - like(b, fetched(sums(b, 0)) / len(b))
     return matmul(b, b.T)
 
 

@@ -9,6 +9,9 @@ import numpy as np
 import xarray as xr
 
 from lkarray.arguments import checked
+from lkarray.engine import as_device
+from lkarray.engine.blocks import like, squares, wide
+from lkarray.engine.devices import made_on
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
 from lkarray.errors import SchemaError
@@ -87,6 +90,8 @@ def group_mean(
     self_pairs: bool = True,
     center: str = "pooled",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     """Return the mean kernel between groups of samples, lazily.
 
@@ -105,6 +110,8 @@ def group_mean(
         ``"pooled"`` or ``"chain"``.
     memory
         Byte budget of a process.
+    device, device_memory
+        Where products are made, and the bytes to use there; see `lkarray.gram`.
 
     Returns
     -------
@@ -136,7 +143,8 @@ def group_mean(
     counts = np.bincount(codes, minlength=len(values))
     size = int(np.prod(operand.shape))
     held = 8 * len(values) * (min(size, operand.n) + len(values))
-    strips = make_strips(operand, memory=memory, needs={"held": held, "alone": 2 * held})
+    place, needs = as_device(device, device_memory), {"held": held, "alone": 2 * held}
+    strips = make_strips(operand, memory=memory, needs=needs, device=place)
     passes = Passes("group-mean", strips, codes, scale, self_pairs)
     step = _group_rows if strips.rows else _group_draws
     sums = passes.total(strips, step, passes.hold(codes), counts)
@@ -146,7 +154,8 @@ def group_mean(
         dims=(name, second(name)),
         coords={name: values, second(name): values},
         name=kernel,
-        attrs={"over": list(POSTERIOR), "center": center, "self_pairs": int(self_pairs)},
+        attrs={"over": list(POSTERIOR), "center": center, "self_pairs": int(self_pairs)}
+        | made_on(place, operand.dtype),
     )
 
 
@@ -156,10 +165,9 @@ def _group_rows(
     """Means of the rows of each group, and the sums of their squared norms."""
     (b,) = blocks
     own = codes[span]
-    member = np.zeros((len(own), len(counts)), b.dtype)  # (strip, group)
+    member = np.zeros((len(own), len(counts)))  # (strip, group)
     member[np.arange(len(own)), own] = 1 / counts[own]
-    squares = np.einsum("ij,ij->j", b, b, dtype=np.float64)
-    return b @ member, np.bincount(own, squares, minlength=len(counts))
+    return b @ like(b, member), np.bincount(own, squares(b, 0), minlength=len(counts))
 
 
 def _group_draws(
@@ -167,11 +175,10 @@ def _group_draws(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Products of the group means over a piece of the draws, and the same sums."""
     (b,) = blocks
-    member = np.zeros((len(counts), len(codes)), b.dtype)
+    member = np.zeros((len(counts), len(codes)))
     member[codes, np.arange(len(codes))] = 1 / counts[codes]
-    mean = (member @ b).astype(np.float64)  # (group, stretch of the draws)
-    squares = np.einsum("ij,ij->i", b, b, dtype=np.float64)
-    return mean @ mean.T, np.bincount(codes, squares, minlength=len(counts))
+    mean = wide(like(b, member) @ b)  # (group, stretch of the draws)
+    return mean @ mean.T, np.bincount(codes, squares(b, 1), minlength=len(counts))
 
 
 def _group_finish(
@@ -181,12 +188,12 @@ def _group_finish(
     scale: float,
     self_pairs: bool,
 ) -> np.ndarray:
-    mean, squares = sums
+    mean, norms = sums
     out = mean.T @ mean if rows else mean.copy()
     if not self_pairs:
         # Within a group: the sum over all pairs, less each sample's squared norm.
         pairs = counts * (counts - 1.0)
-        own = np.diagonal(out) * counts**2 - squares
+        own = np.diagonal(out) * counts**2 - norms
         np.fill_diagonal(out, np.divide(own, pairs, out=np.full(len(own), np.nan), where=pairs > 0))
     finished: np.ndarray = out * scale
     return finished

@@ -12,7 +12,8 @@ import numpy as np
 import xarray as xr
 
 from lkarray.arguments import COUNT, POSITIVE, checked
-from lkarray.engine import Operand
+from lkarray.engine import Operand, as_device
+from lkarray.engine.devices import made_on
 from lkarray.engine.numbers import matmul
 from lkarray.engine.passes import Passes, gram_step, joined_lengths
 from lkarray.engine.plan import memory_budget
@@ -52,6 +53,8 @@ def svd(
     tolerance: float = 1e-3,
     max_passes: int = 4,
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.Dataset:
     r"""Return the ``k`` largest singular values and vectors of an unfolding, lazily.
 
@@ -75,6 +78,8 @@ def svd(
         Passes of the iteration at most.
     memory
         Byte budget of a process.
+    device, device_memory
+        Where products are made, and the bytes to use there; see `lkarray.gram`.
 
     Returns
     -------
@@ -142,14 +147,16 @@ def svd(
             "kept": vectors * (max_passes + 1),
             "alone": max(vectors * (2 * max_passes + 8), 16 * long * width),
         }
-    strips = make_strips(operand, memory=memory, rows=rows, needs=needs)
+    place = as_device(device, device_memory)
+    strips = make_strips(operand, memory=memory, rows=rows, needs=needs, device=place)
     passes = Passes("svd", strips, k, exact, tolerance, max_passes, scale)
     if exact:
         gram = passes.total(strips, gram_step, short <= _EXACT)
         state = passes.then(decompose, gram, width)
     else:
         state = iterate(passes, strips, k, width, tolerance, max_passes)
-    return _assemble(_project(passes, strips, state, k, scale), operand, x, free)
+    out = _assemble(_project(passes, strips, state, k, scale), operand, x, free)
+    return out.assign_attrs(made_on(place, operand.dtype))
 
 
 @checked()

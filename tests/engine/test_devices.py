@@ -222,6 +222,76 @@ def test_save__goes_on_under_another_budget(rng, tmp_path, device):
     xr.testing.assert_identical(again, stored)
 
 
+@each_device
+@pytest.mark.parametrize("shape", [(2, 10, 90), (3, 40, 25)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_passes__are_those_of_the_cores(rng, device, shape, dtype):
+    x = random_losses(rng, *shape, dtype=dtype).chunk(sample=20, draw=10)
+    y = random_losses(rng, *shape, dtype=dtype)
+    tight = {"rtol": 1e-9 if dtype == "float64" else 2e-4, "atol": 1e-5}
+    calls = (
+        lambda **on: lk.group_mean(x, "label", self_pairs=False, **on),
+        lambda **on: lk.frobenius(x, y, **on),
+        lambda **on: lk.cka(x, y, **on),
+        lambda **on: lk.cka(x, y, debiased="samples", **on),
+        lambda **on: lk.cka(x, y, debiased="draws", **on),
+        lambda **on: lk.svd(x, 3, over=("chain", "draw"), center="pooled", **on)["singular_value"],
+    )
+    for call in calls:
+        off = call()
+        for device_memory in (None, "1 MB"):
+            on = call(device=device, device_memory=device_memory)
+            np.testing.assert_allclose(on, off, **tight)
+
+
+@each_device
+def test_passes__iterate_on_a_device(rng, device, monkeypatch):
+    monkeypatch.setattr("lkarray.kernels.spectra._EXACT_OPERATIONS", 0)
+    x = random_losses(rng, 3, 40, 300)
+    on, off = (
+        lk.svd(x, 2, over=("chain", "draw"), max_passes=3, device=d).compute()
+        for d in (device, None)
+    )
+    np.testing.assert_allclose(on["singular_value"], off["singular_value"], rtol=1e-4)
+    np.testing.assert_allclose(on["u"], off["u"], atol=1e-3)
+    assert on.attrs == off.attrs | {"device": device, "precision": "float32"}
+
+
+@each_device
+def test_passes__say_where_they_were_made(rng, device):
+    x = random_losses(rng)
+    for call in (
+        lk.frobenius,
+        lambda a, **o: lk.cka(a, a, **o),
+        lambda a, **o: lk.group_mean(a, "label", **o),
+    ):
+        assert call(x, device=device).attrs["device"] == device
+        assert "device" not in call(x).attrs
+    with pytest.raises(errors.MemoryBudgetError, match=r"hold strips.*set device_memory=") as error:
+        lk.frobenius(x, device=device, device_memory="1 KB")
+    enough = int(str(error.value).split(" KiB can")[0].split()[-1]) * 1024
+    lk.frobenius(x, device=device, device_memory=enough).compute()
+
+
+@each_device
+def test_gradient_kernels__are_those_of_the_cores(rng, device):
+    values = rng.normal(size=(3, 7, 40)).astype("float32")
+    G = xr.DataArray(values, dims=("time", "example", "param"), name="gradient")
+    G = G.assign_coords(learning_rate=("time", [1.0, 0.5, 0.1])).chunk(time=1)
+    outputs = G.expand_dims("output", axis=2)
+    for call in (
+        lk.lgk,
+        lambda G, **on: lk.plgk(G, weight="lr", **on),
+        lk.ips,
+        lk.temporal_kernel,
+        lambda G, **on: lk.lntk(G, outputs, **on),
+        lambda G, **on: lk.pntk(G, outputs, **on),
+    ):
+        on, off = call(G, device=device), call(G)
+        np.testing.assert_allclose(on, off, rtol=1e-4, atol=1e-5)
+        assert on.attrs == off.attrs | {"device": device}
+
+
 # --- without a GPU ----------------------------------------------------------------------------
 
 
@@ -352,6 +422,27 @@ def test_full__within_sinks_brings_the_tile_back(rng, monkeypatch, largest):
     full_for(1, monkeypatch)
     got = lk.histogram(x, "label", bins=3, device="cpu").compute(scheduler="synchronous")
     np.testing.assert_array_equal(got["count"], counts["count"])
+
+
+def test_full__within_a_pass_is_tried_again(rng, monkeypatch):
+    from lkarray.kernels import alignment_sums
+
+    x, step, fails = random_losses(rng, 2, 5, 30), alignment_sums.gram_step, [1]
+
+    def maybe(*args):
+        fails[0] -= 1
+        if fails[0] >= 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*args)
+
+    expected = float(lk.frobenius(x))
+    monkeypatch.setattr(alignment_sums, "gram_step", maybe)
+    options = {"scheduler": "synchronous"}
+    got = lk.frobenius(x, device="cpu").compute(**options)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    fails[0] = 9
+    with pytest.raises(errors.MemoryBudgetError, match="ran out of memory within a strip"):
+        lk.frobenius(x, device="cpu").compute(**options)
 
 
 def test_other_errors__are_passed_on(rng, monkeypatch):

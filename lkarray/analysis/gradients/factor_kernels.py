@@ -20,6 +20,7 @@ from lkarray.kernels.gram import gram
 from lkarray.schema import EXAMPLE, FACTOR, PART, TENSOR, TIME, Losses, second
 
 _ELEMENT = FACTOR.dims[-1]
+_MADE = ("device", "precision")  # attributes that say where and how products were made
 
 
 def holds_factors(G: Any) -> bool:
@@ -47,10 +48,12 @@ def factor_kernel(
     x, other = _factors(G, "G"), None if y is None else _factors(y, "y")
     each = [TIME] if TIME in x[FACTOR.name].dims else []
     total: xr.DataArray | None = None
+    made: dict[str, Any] = {}
     for term in _terms(x, other):
         product: xr.DataArray | None = None
         for a, b in term:
             thin = gram(a, b, over=_ELEMENT, each=each, **options)
+            made = {k: v for k, v in thin.attrs.items() if "device" in thin.attrs and k in _MADE}
             product = thin if product is None else product * thin
         assert product is not None
         total = product if total is None else total + product
@@ -61,7 +64,8 @@ def factor_kernel(
         total = total.sum(TIME)
     if cosine:
         total = _normalised(total, x, x if other is None else other, root, symmetric=other is None)
-    return total.assign_attrs(over=[*(each if path else []), "param"], contracted="factors")
+    total = total.assign_attrs(over=[*(each if path else []), "param"], contracted="factors")
+    return total.assign_attrs(made)
 
 
 def _factors(G: Losses, name: str) -> xr.Dataset:

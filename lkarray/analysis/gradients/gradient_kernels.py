@@ -33,6 +33,8 @@ def lgk(
     *,
     precision: str = "float32",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     r"""Return the loss-gradient kernel at each time, lazily.
 
@@ -46,7 +48,7 @@ def lgk(
         time may have been selected: ``G.isel(time=-1)``.
     y
         Gradients of other examples at the same times; ``None`` means ``G``.
-    precision, memory
+    precision, memory, device, device_memory
         As for `lkarray.gram`.
 
     Returns
@@ -68,7 +70,8 @@ def lgk(
     >>> lk.lgk(G).values.tolist()
     [[[25.0, 3.0], [3.0, 1.0]], [[4.0, 0.0], [0.0, 1.0]]]
     """
-    return _kernel("lgk", G, y, each=(TIME,), precision=precision, memory=memory)
+    options: dict[str, Any] = {"device": device, "device_memory": device_memory}
+    return _kernel("lgk", G, y, each=(TIME,), precision=precision, memory=memory, **options)
 
 
 @checked()
@@ -79,6 +82,8 @@ def plgk(
     weight: str | None = None,
     precision: str = "float32",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     r"""Return the path-integrated loss-gradient kernel P', lazily.
 
@@ -89,7 +94,7 @@ def plgk(
 
     Parameters
     ----------
-    G, y, precision, memory
+    G, y, precision, memory, device, device_memory
         As for `lgk`.
     weight
         ``None``: w = 1, as defined. ``"lr"``: the learning rate of each time, with which eq. 12
@@ -124,7 +129,8 @@ def plgk(
     >>> lk.plgk(G, weight="lr").values.tolist()
     [[27.0, 3.0], [3.0, 1.5]]
     """
-    return _kernel("plgk", G, y, weight=weight, precision=precision, memory=memory)
+    options: dict[str, Any] = {"device": device, "device_memory": device_memory}
+    return _kernel("plgk", G, y, weight=weight, precision=precision, memory=memory, **options)
 
 
 @checked()
@@ -135,6 +141,8 @@ def ips(
     weight: str | None = None,
     precision: str = "float32",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     """Return the intrinsic perceptual similarity, lazily.
 
@@ -142,7 +150,7 @@ def ips(
 
     Parameters
     ----------
-    G, y, weight, precision, memory
+    G, y, weight, precision, memory, device, device_memory
         As for `plgk`.
 
     Returns
@@ -164,9 +172,9 @@ def ips(
     >>> lk.ips(G).values.round(4).tolist()
     [[1.0, 0.3939], [0.3939, 1.0]]
     """
-    return _kernel(
-        "ips", G, y, weight=weight, normalize="cosine", precision=precision, memory=memory
-    )
+    options: dict[str, Any] = {"device": device, "device_memory": device_memory}
+    options |= {"precision": precision, "memory": memory}
+    return _kernel("ips", G, y, weight=weight, normalize="cosine", **options)
 
 
 @checked()
@@ -250,6 +258,8 @@ def temporal_kernel(
     weight: str | None = "lr2",
     precision: str = "float32",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     r"""Return the temporal kernel, lazily.
 
@@ -257,7 +267,7 @@ def temporal_kernel(
 
     Parameters
     ----------
-    G, precision, memory
+    G, precision, memory, device, device_memory
         As for `lgk`.
     weight
         ``"lr2"``: w is the learning rate, as printed. ``"lr"``: its root. ``None``: 1.
@@ -289,7 +299,8 @@ def temporal_kernel(
     x = as_gradients(G, need=(TIME, EXAMPLE, PARAM))
     root = root_weight(x, weight)
     over = tuple(str(dim) for dim in x.dims if dim != TIME)
-    out = gram(x, over=over, precision=precision, memory=memory)
+    options: dict[str, Any] = {"device": device, "device_memory": device_memory}
+    out = gram(x, over=over, precision=precision, memory=memory, **options)
     if root is not None:
         rate = np.broadcast_to(root.values, (x.sizes[TIME],))
         both = np.multiply.outer(rate, rate).astype(out.dtype)
@@ -305,12 +316,10 @@ def _kernel(
     each: tuple[str, ...] = (),
     weight: str | None = None,
     normalize: str | None = None,
-    precision: str,
-    memory: int | str | None,
+    **options: Any,
 ) -> xr.DataArray:
     units = "1" if normalize == "cosine" else "nat^2"
     if holds_factors(G):
-        options: dict[str, Any] = {"precision": precision, "memory": memory}
         cosine = normalize == "cosine"
         root = root_weight(_coordinates(G), weight)
         out = factor_kernel(G, y, root=root, path=not each, cosine=cosine, **options)
@@ -327,8 +336,7 @@ def _kernel(
         weighted(x, root),
         None if other is None else weighted(other, root),
         normalize=normalize,
-        precision=precision,
-        memory=memory,
+        **options,
         **path,
     )
     return named(out, name, weight, units=units)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import xarray as xr
 
 from lkarray.analysis.gradients.path_sums import named, path_dims, root_weight, weighted
@@ -23,6 +25,8 @@ def lntk(
     *,
     precision: str = "float32",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     r"""Return the loss-weighted NTK at each time, lazily.
 
@@ -36,7 +40,7 @@ def lntk(
         Gradients ``(time, example, param)`` of examples' losses.
     output_G
         Gradients ``(time, example, output, param)`` of outputs, at the same times.
-    precision, memory
+    precision, memory, device, device_memory
         As for `lkarray.gram`.
 
     Returns
@@ -60,7 +64,9 @@ def lntk(
     >>> lk.lntk(G, outputs).dims
     ('time', 'example', 'example_2', 'output')
     """
-    return _operator("lntk", loss_G, output_G, each=(TIME,), precision=precision, memory=memory)
+    options: dict[str, Any] = {"precision": precision, "memory": memory}
+    options |= {"device": device, "device_memory": device_memory}
+    return _operator("lntk", loss_G, output_G, each=(TIME,), **options)
 
 
 @checked()
@@ -71,12 +77,14 @@ def pntk(
     weight: str | None = None,
     precision: str = "float32",
     memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
 ) -> xr.DataArray:
     """Return the path-integrated NTK P, the sum of the `lntk`, lazily.
 
     Parameters
     ----------
-    loss_G, output_G, precision, memory
+    loss_G, output_G, precision, memory, device, device_memory
         As for `lntk`.
     weight
         As for `plgk`; the rates are those of ``loss_G``.
@@ -103,7 +111,9 @@ def pntk(
     >>> lk.pntk(G, outputs).isel(output=0).values.tolist()
     [[29.0, 3.0], [3.0, 2.0]]
     """
-    return _operator("pntk", loss_G, output_G, weight=weight, precision=precision, memory=memory)
+    options: dict[str, Any] = {"precision": precision, "memory": memory}
+    options |= {"device": device, "device_memory": device_memory}
+    return _operator("pntk", loss_G, output_G, weight=weight, **options)
 
 
 def _operator(
@@ -113,8 +123,7 @@ def _operator(
     *,
     each: tuple[str, ...] = (),
     weight: str | None = None,
-    precision: str,
-    memory: int | str | None,
+    **options: Any,
 ) -> xr.DataArray:
     x = as_gradients(loss_G, name="loss_G", need=(EXAMPLE, PARAM))
     y = as_gradients(output_G, name="output_G", need=(EXAMPLE, OUTPUT, PARAM))
@@ -124,7 +133,7 @@ def _operator(
     times = {TIME: y.coords[TIME]} if TIME in y.indexes else {}
     columns = merge(weighted(y, root).variable, (EXAMPLE, OUTPUT), _COLUMNS)
     flat = xr.DataArray(columns, coords=times, name=y.name)
-    out = gram(weighted(x, root), flat, precision=precision, memory=memory, **path)
+    out = gram(weighted(x, root), flat, **options, **path)
     kept = (*path["each"], EXAMPLE)
     sizes = [x.sizes[dim] for dim in kept] + [y.sizes[dim] for dim in (EXAMPLE, OUTPUT)]
     of_outputs = {k: v for k, v in sample_coords(y, OUTPUT).items() if v.dims}
