@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo test test-services test-slow lint types format check bench clean
+.PHONY: help demo test test-minutes test-services test-slow lint types format check bench clean
 
 help:
 	@echo "make demo       train, sample, kernel, map, report on real digits (runs/digits)"
 	@echo "make test       the whole fast test suite"
-	@echo "make test-services  the demo, kills, clusters of several hosts, S3, Slurm, notebooks"
+	@echo "make test-minutes   the demo, kills, memory, small studies: CI runs them too"
+	@echo "make test-services  these, clusters of several hosts, S3, Slurm, schedules, notebooks"
 	@echo "make test-slow  studies of minutes"
 	@echo "make lint       ruff, code style and format"
 	@echo "make types      mypy"
@@ -42,8 +43,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-test-services: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'services and not slow' -n $(JOBS) --dist loadgroup --timeout 900
+test-minutes: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'minutes and not slow' -n $(JOBS) --dist loadgroup --timeout 900
+
+test-services: test-minutes
+	$(BIN)/python -m pytest -m 'services and not slow' --timeout 900
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs the demo's folder takes a minute, once: one process has all of it."""
     for item in items:
         if "digits" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.services)
+            item.add_marker(pytest.mark.minutes)
             item.add_marker(pytest.mark.xdist_group("digits"))
 
 

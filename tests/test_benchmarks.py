@@ -13,7 +13,7 @@ SMALL = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 @pytest.mark.parametrize("name", SMALL)
 def test_benchmark__runs_small(name, tmp_path):
     done = subprocess.run(

@@ -54,7 +54,7 @@ def marked(text, name):
     return text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_guide__its_blocks_run_in_order(tmp_path, monkeypatch, one_thread, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}

@@ -175,7 +175,7 @@ lk.save(lk.correlation(losses, memory="40 KiB"), sys.argv[2])
 """
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_save__after_the_client_was_killed_equals_the_undisturbed(tmp_path, losses, monkeypatch):
     source, path = tmp_path / "l.zarr", tmp_path / "k.zarr"
     losses.chunk(sample=32).to_dataset().to_zarr(source, consolidated=False)
@@ -197,7 +197,7 @@ def test_save__after_the_client_was_killed_equals_the_undisturbed(tmp_path, loss
     assert len(tiles) < blocks * (blocks + 1) // 2
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_save__survives_a_worker_that_is_killed(tmp_path, losses):
     source = tmp_path / "l.zarr"
     losses.chunk(sample=32).to_dataset().to_zarr(source, consolidated=False)

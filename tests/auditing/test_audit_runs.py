@@ -153,7 +153,7 @@ KILLED = """
 """
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_audit__killed_processes_leave_what_goes_on(tmp_path):
     import textwrap
 

@@ -97,7 +97,7 @@ print(peak[0] - base, projected)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    "memory", [120, *(pytest.param(more, marks=pytest.mark.services) for more in (200, 400))]
+    "memory", [120, *(pytest.param(more, marks=pytest.mark.minutes) for more in (200, 400))]
 )
 @pytest.mark.parametrize("what", ["neighbors", "search", "reduction", "save", "svd", "cka"])
 def test_memory__measured_peak_stays_within_the_projection(tmp_path, what, memory):

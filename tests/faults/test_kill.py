@@ -52,7 +52,7 @@ def sample_slowly(path: Path, pause: float, width: int = 1) -> None:
     )
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 @pytest.mark.parametrize(("seed", "width"), [pytest.param(0, 1, marks=pytest.mark.slow), (1, 2)])
 def test_sample__killed_ten_times_resumes_bit_for_bit(tmp_path, seed, width):
     """One chain at a time, and in stacks of two of which the last has an empty seat."""

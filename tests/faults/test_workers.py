@@ -86,7 +86,7 @@ def killed(path, cluster, client, kills, seed):
         killer.join()
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 @pytest.mark.parametrize(
     "kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )

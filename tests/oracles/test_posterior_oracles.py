@@ -58,7 +58,7 @@ def sampled(posterior, data, *, step_size, thin, draws, seed):
 
 
 @pytest.mark.parametrize(
-    "seed", [1, *(pytest.param(seed, marks=pytest.mark.services) for seed in (2, 3))]
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.minutes) for seed in (2, 3))]
 )
 def test_linear_regression__kernel_has_its_closed_form(seed):
     rng = np.random.default_rng(seed)
@@ -87,7 +87,7 @@ def test_linear_regression__kernel_has_its_closed_form(seed):
     assert_by_monte_carlo(estimate[off], error[off], (expected / np.outer(scale, scale))[off])
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_nonlinear_model__kernel_has_its_laplace_limit():
     """K -> g_i' (nbeta Hbar + gamma I)^-1 g_j for small perturbations, finite step included."""
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ class Powers(nn.Module):
     [
         ((2,), 10.0),
         ((4, 2), 0.0),
-        *(pytest.param(p, 0.0, marks=pytest.mark.services) for p in ((2,), (2, 2), (4,))),
+        *(pytest.param(p, 0.0, marks=pytest.mark.minutes) for p in ((2,), (2, 2), (4,))),
     ],
 )
 def test_powers__local_learning_coefficient(powers, gamma):

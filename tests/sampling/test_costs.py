@@ -68,7 +68,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_memory__of_ten_times_the_draws_is_within_five_percent(tmp_path):
     def peak(draws: int) -> int:
         folder = tmp_path / str(draws)

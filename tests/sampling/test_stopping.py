@@ -101,7 +101,7 @@ class Interrupted(nn.Module):
 
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize(
-    "at", [62, *(pytest.param(at, marks=pytest.mark.services) for at in (61, 63, 64))]
+    "at", [62, *(pytest.param(at, marks=pytest.mark.minutes) for at in (61, 63, 64))]
 )
 def test_sample__an_interrupt_anywhere_in_a_step_loses_nothing(
     tmp_path, monkeypatch, caplog, at, width
@@ -228,7 +228,7 @@ tensors = everything()
 """
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_complete_results__open_on_a_read_only_disk(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -267,7 +267,7 @@ def test_complete_results__open_on_a_read_only_disk(tmp_path):
             path.chmod(0o755)
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_study__complete_in_a_read_only_folder_is_reused(tmp_path):
     code = """
 import sys

@@ -59,14 +59,14 @@ def run(script, *args):
     return [float(part) for part in done.stdout.split()]
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_features__peak_stays_within_the_budget(tmp_path):
     size, peak = run(FEATURES, tmp_path / "t")
     assert size > 750, "the tensor is many times the budget"
     assert peak < 64
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_record__peak_does_not_grow_with_the_steps(tmp_path):
     """From 60 to 240 steps the trace grows by 60 MB."""
     (short,), (long,) = (run(RECORD, tmp_path / str(steps), steps) for steps in (60, 240))

@@ -194,7 +194,7 @@ KILLED = """
 """
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_record__killed_runs_leave_a_readable_trace_and_go_on(tmp_path, monkeypatch):
     from lkarray.store import trace_layout
 

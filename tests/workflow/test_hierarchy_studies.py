@@ -20,7 +20,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_fashion__runs_whole_and_again(tmp_path, garments, wordnet, caplog):
     config = fashion.Config.build("small", [*SMALL, f"data={garments}"])
     fashion.run(config, tmp_path / "run", progress=False)
@@ -45,7 +45,7 @@ def test_fashion__missing_files_are_named(tmp_path, garments):
         fashion.run(config, tmp_path / "run", progress=False)
 
 
-@pytest.mark.services
+@pytest.mark.minutes
 def test_glosses__classes_are_the_deepest_large_hypernyms(wordnet):
     nouns, classes = glosses.assign_classes(40, 30)
     of = dict(zip(nouns, classes, strict=True))
