@@ -83,7 +83,7 @@ def embed(
     """
     if method != "umap":
         raise ValueError(f"method must be 'umap', not {method!r}")
-    neighbors_or_kernel = alone(neighbors_or_kernel, "embed")
+    neighbors_or_kernel = alone(neighbors_or_kernel, "neighbors_or_kernel")
     if isinstance(neighbors_or_kernel, xr.Dataset | xr.DataArray):
         require_kernel(neighbors_or_kernel, "embed")
     if isinstance(neighbors_or_kernel, xr.Dataset):

@@ -17,6 +17,7 @@ import xarray as xr
 
 from lkarray.errors import SchemaError
 from lkarray.schema import RESERVED, SAMPLE
+from lkarray.values import array as as_array
 
 _BARE = "pass its values alone (.values) if they are in order already"
 
@@ -61,7 +62,7 @@ def aligned(values: Any, index: pd.Index | None, n: int, *, dim: Hashable, what:
             f"{what} must be one value for each {dim}, not a {type(values).__name__}; pass one "
             "column of it, for example table['label']"
         )
-    array = np.asarray(values)
+    array = as_array(what, values)
     if array.dtype.kind == "U" and isinstance(values, list | tuple) and array.ndim == 1:
         kept = np.array(values, dtype=object)
         array = array if all(isinstance(v, str) for v in kept) else kept  # NaN is no text

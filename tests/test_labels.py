@@ -12,6 +12,7 @@ from lkarray.auditing.grouping import groupings
 from lkarray.labels import given_coords
 from tests.helpers import labelled
 from tests.helpers.labelled import INDEX, ORDER, N
+from tests.helpers.losses import random_losses
 from tests.helpers.recorded_runs import cross_entropy, examples
 
 
@@ -227,3 +228,11 @@ def test_save__refuses_labels_that_are_missing(things, tmp_path, missing):
         "none",
         "",
     ]
+
+
+@pytest.mark.parametrize("name", ["group_mean", "residualize", "histogram"])
+def test_groups__lists_of_unequal_lengths_are_refused_by_name(rng, name):
+    with pytest.raises(TypeError, match=r"groups must be an array, or lists that one can be made"):
+        getattr(lk, name)(random_losses(rng, 2, 6, 9), groups=[[1, 2], [3]])
+    with pytest.raises(TypeError, match="exclude must be an array"):
+        lk.neighbors(random_losses(rng, 2, 6, 9), 3, exclude=[[1, 2], [3]])

@@ -176,8 +176,9 @@ def sample(
     schedule = Schedule(draws, burn_in, thin)
     if schedule.steps > MAX_STEPS or chains > MAX_CHAINS:
         raise ValueError(
-            f"{chains} chains of {schedule.steps} steps are too many: at most {MAX_CHAINS} chains "
-            f"of {MAX_STEPS} steps have noise that never repeats; take fewer, or another seed"
+            f"chains={chains} of {schedule.steps} steps (burn_in and draws, each times thin) are "
+            f"too many: at most {MAX_CHAINS} chains of {MAX_STEPS} steps have noise that never "
+            "repeats; take fewer, or another seed"
         )
     sets = checks.observed_sets(observed)
     place = stores.as_store(store)

@@ -75,6 +75,7 @@ def _of_runs(w: World) -> Iterator[Case]:
         },
         fast=False,
         kept=("client",),
+        also={"observed": ("coords",)},  # labels of another number of samples
     )
     yield Case(
         "sample",
