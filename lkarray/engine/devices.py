@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
 import numpy as np
 from dask.utils import format_bytes
 
+from lkarray.engine.blas import product_slot
 from lkarray.engine.cache import DEVICE_PANELS
 from lkarray.engine.machine import machine_memory
 from lkarray.errors import DeviceError, MemoryBudgetError
@@ -280,6 +283,30 @@ def exact(device: Device) -> Iterator[None]:
             matmul.fp32_precision = precision
         if legacy is not None:
             torch.set_float32_matmul_precision(legacy)
+
+
+@lru_cache(maxsize=4)
+def device_rate(device: Device, dtype: np.dtype) -> float:
+    """Return operations a second of a product on a device, measured now; infinite where it is not.
+
+    On a cluster it is the workers that have the device.
+    """
+    import torch
+
+    cuda = device.name != "cpu"
+    if cuda and not torch.cuda.is_available():
+        return float("inf")
+    side = 4096 if cuda else 512
+    panel = torch.ones((side, side), dtype=getattr(torch, dtype.name), device=device.name)
+    taken = []
+    with product_slot(many=False), exact(device):
+        for _ in range(5):
+            began = time.perf_counter()
+            product = panel.T @ panel
+            if cuda:
+                torch.cuda.synchronize(product.device)
+            taken.append(time.perf_counter() - began)
+    return float(2 * side**3 / min(taken))
 
 
 def gradientless() -> Any:

@@ -292,6 +292,25 @@ def test_gradient_kernels__are_those_of_the_cores(rng, device):
         assert on.attrs == off.attrs | {"device": device}
 
 
+@each_device
+def test_plan__knows_the_device(rng, device):
+    x = random_losses(rng, 3, 40, 200)
+    cost = lk.plan(lk.correlation(x, device=device, device_memory="1 MB"))
+    assert cost.device == device
+    assert cost.device_peak <= cost.device_budget == 1_000_000
+    assert cost.bytes_up >= x.nbytes
+    assert cost.bound in ("products", "reading", "copying")
+    assert f"on {device}: peak" in str(cost)
+    assert f"bound by {cost.bound}" in str(cost)
+    # One triangle of tiles comes back; of neighbours, a few numbers of each row and panel.
+    assert 4 * 200 * 201 // 2 <= cost.bytes_back <= 4 * 200**2
+    near = lk.plan(lk.neighbors(x, 3, device=device))
+    assert near.bytes_back == 200 * 3 * 12
+    cores = lk.plan(lk.correlation(x))
+    assert cores.device is None
+    assert "bound by" not in str(cores)
+
+
 # --- without a GPU ----------------------------------------------------------------------------
 
 
