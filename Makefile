@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 help:
 	@echo "make demo       train, sample, kernel, map, report on real digits (runs/digits)"
 	@echo "make test       the whole fast test suite"
-	@echo "make test-minutes   the demo, kills, memory, small studies: CI runs them too"
+	@echo "make test-minutes   the demo, kills, memory, small studies"
 	@echo "make test-services  these, clusters of several hosts, S3, Slurm, schedules, notebooks"
 	@echo "make test-slow  studies of minutes"
 	@echo "make lint       ruff, code style and format"
