@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray.analysis.hierarchy import sources
+from tests.helpers.gradients import tensor
 from tests.helpers.losses import (
     CLUSTER,
 )
@@ -177,3 +178,48 @@ def train() -> Callable[..., tuple[nn.Module, Any]]:
         return model, recorder
 
     return call
+
+
+@pytest.fixture
+def G(rng):
+    return tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
+
+
+@pytest.fixture
+def outputs(rng):
+    values = rng.normal(size=(5, 7, 3, 30))
+    coords = {
+        "time": np.arange(5) * 10,
+        "output": ["a", "b", "c"],
+        "label": ("example", np.arange(7)),
+    }
+    array = xr.DataArray(values, dims=("time", "example", "output", "param"), coords=coords)
+    return array.chunk({"time": 1, "example": 2, "output": 3, "param": 11})
+
+
+@pytest.fixture(scope="module")
+def clusters():
+    """Losses of three groups of samples, each driven by its own direction."""
+    rng = np.random.default_rng(0)
+    group = np.arange(90) % 3
+    drivers = rng.normal(size=(2, 60, 3))
+    values = drivers[..., group] + 0.5 * rng.normal(size=(2, 60, 90)) + 1
+    coords = {"sample": np.arange(90) + 7, "group": ("sample", group)}
+    coords["odd"] = ("sample", np.arange(90) % 2 == 1)
+    array = xr.DataArray(values.astype("f4"), dims=("chain", "draw", "sample"), coords=coords)
+    return array.to_dataset(name="loss").assign(
+        center_loss=("sample", np.full(90, 0.9, np.float32))
+    )
+
+
+@pytest.fixture(scope="module")
+def mapped():
+    """Thirty points in three groups, and a kernel that falls with their distance."""
+    rng = np.random.default_rng(0)
+    group = np.arange(30) % 3
+    xy = rng.normal(size=(30, 2)) + 3 * np.eye(3)[group, :2]
+    apart = np.linalg.norm(xy[:, None] - xy, axis=-1)
+    coords = {"label": ("sample", group)}
+    values = np.exp(-apart) - 0.3 * (group[:, None] != group)
+    kernel = xr.DataArray(values, dims=("sample", "sample_2"), coords=coords, name="ips")
+    return kernel, xr.DataArray(xy, dims=("sample", "component"), coords=coords), apart

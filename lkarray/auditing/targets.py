@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lkarray.nn.batches import Inputs, Target, batch_size, fresh
 from lkarray.nn.flat import FlatModel
 from lkarray.nn.graphs import graph_of
-from lkarray.nn.losses import identity, logits
+from lkarray.nn.losses import identity, logit_at, logits
 from lkarray.nn.reference import Scalars
 from lkarray.training.trace import Trace
 
@@ -87,10 +87,10 @@ class Audited:
             )
         if target == PREDICTION:
             self.outputs = outputs.shape[1]
-            return [partial(_output, c) for c in range(self.outputs)]
+            return [partial(logit_at, c) for c in range(self.outputs)]
         if not 0 <= target < outputs.shape[1]:
             raise ValueError(f"target={target}: the model has outputs 0 to {outputs.shape[1] - 1}")
-        return [partial(_output, target)]
+        return [partial(logit_at, target)]
 
 
 class _Activation:
@@ -113,10 +113,6 @@ def _submodule(flat: FlatModel, name: str) -> nn.Module:
     if name not in modules or not name:
         raise ValueError(f"module={name!r} is none of the model's: {[n for n in modules if n]}")
     return modules[name]
-
-
-def _output(index: int, output: Any, target: Any) -> Tensor:
-    return logits(output)[:, index]
 
 
 def _own_logit(output: Any, target: Any) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lkarray.engine.blas import product_slot
+from lkarray.engine.blocks import fetched
 from lkarray.engine.devices import Placed, Returning, exact, out_of_memory, unless_full, upload
 from lkarray.engine.operand import Operand, volume
 from lkarray.engine.plan import Plan
@@ -62,14 +63,14 @@ def sum_on_device(f: Factors, start: int, stop: int) -> np.ndarray:
     size = f.rows.stop - f.rows.start
     halves = []
     for half in (slice(0, (size + 1) // 2), slice((size + 1) // 2, size)):
-        found = unless_full(partial(_fetched, f, start, stop, half))
-        if found is None:
+        sums = unless_full(partial(_sum_of_half, f, start, stop, half))
+        if sums is None:
             raise out_of_memory(f.placed.device, f"half a tile of {size} rows")
-        halves.append(found)
+        halves.append(sums)
     return np.concatenate(halves)
 
 
-def _fetched(f: Factors, start: int, stop: int, half: slice) -> np.ndarray:
+def _sum_of_half(f: Factors, start: int, stop: int, half: slice) -> np.ndarray:
     return Returning(_sum(f, start, stop, half)).array()
 
 
@@ -122,12 +123,6 @@ def _panel(f: Factors, x: Operand, rows: slice, p: int, part: slice, half: slice
     size = (part.stop - part.start) * (rows.stop - rows.start) * x.dtype.itemsize
     key = (device.name, f.entry, rows.start, rows.stop, pieces[p], part.start, part.stop)
     return x.on_device(key, load, size=size, limit=f.placed.cache)
-
-
-def fetch(tensor: Any) -> np.ndarray:
-    """Return a small tensor as an array."""
-    out: np.ndarray = tensor.cpu().numpy()
-    return out
 
 
 class Finish(NamedTuple):
@@ -184,8 +179,8 @@ def best_of_tile(
             sides = [values] if f.same else [values, values.T]
             return [_best(side, min(wanted.k, side.shape[1])) for side in sides]
 
-    found: list[tuple[np.ndarray, np.ndarray]] | None = unless_full(work)
-    return found
+    best: list[tuple[np.ndarray, np.ndarray]] | None = unless_full(work)
+    return best
 
 
 def _leave_out(values: Any, f: Factors, wanted: Wanted) -> None:
@@ -214,7 +209,7 @@ def _best(values: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
         index[rows] = order[:, :k]
     index = index.sort(dim=1)[0]  # by column, so that equal values stay in that order
     value, order = values.gather(1, index).sort(dim=1, descending=True, stable=True)
-    return fetch(index.gather(1, order)), fetch(value)
+    return fetched(index.gather(1, order)), fetched(value)
 
 
 class Counted(NamedTuple):
@@ -254,7 +249,8 @@ def counts_of_tile(f: Factors, finish: Finish, counted: Counted) -> np.ndarray |
                     away[:, start : start + _SORTED].fill_diagonal_(False)
                     cell = cell[away]
                 total += torch.bincount(cell.ravel(), minlength=len(total))
-            return fetch(total).reshape(groups, groups, bins)
+            counts: np.ndarray = fetched(total).reshape(groups, groups, bins)
+            return counts
 
-    counts: np.ndarray | None = unless_full(work)
-    return counts
+    of_tile: np.ndarray | None = unless_full(work)
+    return of_tile

@@ -265,8 +265,9 @@ def exact(device: Device) -> Iterator[None]:
     """Have products be of true float32 here: TF32 and autocast off, and restored after."""
     import torch
 
-    matmuls = [torch.backends.cuda.matmul, torch.backends.mkldnn]
-    matmuls[1] = getattr(matmuls[1], "matmul", matmuls[1])
+    # Settings are of the process; callers hold the slot of a product that runs alone.
+    matmuls: list[Any] = [torch.backends.cuda.matmul]
+    matmuls.append(getattr(torch.backends.mkldnn, "matmul", torch.backends.mkldnn))
     settings = [m for m in matmuls if hasattr(m, "fp32_precision")]
     before = [m.fp32_precision for m in settings]
     legacy = None if settings else torch.get_float32_matmul_precision()

@@ -202,6 +202,11 @@ def logits(output: Any) -> Tensor:
     return scores
 
 
+def logit_at(index: int, output: Any, target: Any) -> Tensor:
+    """Return one output of each example, whatever its target: shape ``(batch,)``."""
+    return logits(output)[:, index]
+
+
 #: Losses by name.
 NAMED = {
     "cross_entropy": PerExampleLoss("cross_entropy", cross_entropy, counts=_positions),

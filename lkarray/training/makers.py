@@ -15,7 +15,7 @@ from lkarray.nn.batches import Inputs, Target, fresh
 from lkarray.nn.features import Features, GradientPlan
 from lkarray.nn.flat import FlatModel
 from lkarray.nn.gradients import ExampleGradients
-from lkarray.nn.losses import logits
+from lkarray.nn.losses import logit_at, logits
 from lkarray.schema import PART, TENSOR
 from lkarray.training.checking import literal
 from lkarray.training.choosing import as_examples, select
@@ -152,8 +152,4 @@ def _numbers(
             "; pass a function of (output, target) that gives (batch,)"
         )
     count = outputs.shape[1]
-    return count, [partial(_output, c) for c in range(count)]
-
-
-def _output(index: int, output: Any, target: Any) -> Tensor:
-    return logits(output)[:, index]
+    return count, [partial(logit_at, c) for c in range(count)]

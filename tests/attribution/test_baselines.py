@@ -25,15 +25,10 @@ from tests.helpers.audited_runs import (
     rates,
     recorded,
 )
+from tests.helpers.networks import convolutional
 from tests.helpers.recorded_runs import DTYPE
 
 LAST = slice(35, 53)  # of the network's parameters, the last layer
-
-
-def convolutional():
-    torch.manual_seed(4)
-    body = nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 20), nn.Tanh()
-    return nn.Sequential(*body, nn.Linear(20, 3)).double()
 
 
 def images(n=40, seed=2):

@@ -35,3 +35,9 @@ def in_memory(
         store=MemoryStore(),
         progress=False,
     )
+
+
+def convolutional():
+    torch.manual_seed(4)
+    body = nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 20), nn.Tanh()
+    return nn.Sequential(*body, nn.Linear(20, 3)).double()

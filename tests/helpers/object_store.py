@@ -56,11 +56,6 @@ def keys(url):
     return sorted(item["path"] for item in obstore.list(bare(url)).collect())
 
 
-def identical(a, b):
-    groups = ("losses", "sample_stats")
-    return all(a[g].to_dataset().compute().identical(b[g].to_dataset().compute()) for g in groups)
-
-
 def begin(environment):
     """Prepare another process: the server, one thread, and locks that expire soon."""
     os.environ.update(environment)

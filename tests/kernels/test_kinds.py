@@ -1,29 +1,9 @@
-import numpy as np
 import pytest
-import xarray as xr
 
 import lkarray as lk
 from lkarray.analysis.gradients.gradient_kernels import ips, plgk
 from lkarray.analysis.gradients.tangent_kernels import lntk
 from lkarray.kernels.kinds import INFLUENCE_OPERATOR, require_kernel
-from tests.helpers.gradients import tensor
-
-
-@pytest.fixture
-def G(rng):
-    return tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
-
-
-@pytest.fixture
-def outputs(rng):
-    values = rng.normal(size=(5, 7, 3, 30))
-    coords = {
-        "time": np.arange(5) * 10,
-        "output": ["a", "b", "c"],
-        "label": ("example", np.arange(7)),
-    }
-    array = xr.DataArray(values, dims=("time", "example", "output", "param"), coords=coords)
-    return array.chunk({"time": 1, "example": 2, "output": 3, "param": 11})
 
 
 def test_require_kernel__refuses_influence_operators_only(G, outputs):

@@ -12,24 +12,6 @@ from lkarray.kernels.unfolding import params, unfold
 from tests.helpers.gradients import SIZES, tensor
 from tests.helpers.losses import Forbidding
 
-
-@pytest.fixture
-def G(rng):
-    return tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
-
-
-@pytest.fixture
-def outputs(rng):
-    values = rng.normal(size=(5, 7, 3, 30))
-    coords = {
-        "time": np.arange(5) * 10,
-        "output": ["a", "b", "c"],
-        "label": ("example", np.arange(7)),
-    }
-    array = xr.DataArray(values, dims=("time", "example", "output", "param"), coords=coords)
-    return array.chunk({"time": 1, "example": 2, "output": 3, "param": 11})
-
-
 UNFOLDINGS = [
     ("time", ("time", "example_param"), (0, 1, 2)),
     ("example", ("example", "time_param"), (1, 0, 2)),

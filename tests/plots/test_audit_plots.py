@@ -5,6 +5,7 @@ import xarray as xr
 import lkarray as lk
 from lkarray import errors, plots
 from lkarray.kernels.kinds import INFLUENCE_OPERATOR
+from tests.helpers.figures import drawn
 
 M, N, LAYERS, EPOCHS = 60, 6, 3, 8
 
@@ -43,11 +44,6 @@ def audit(request):
 @pytest.fixture
 def images():
     return {100 + i: np.full((4, 5), i, float) for i in range(M)}
-
-
-def drawn(figure):
-    figure.savefig("/dev/null", format="png")
-    return figure.axes
 
 
 def test_completeness__spreads_correlations_near_one(audit):

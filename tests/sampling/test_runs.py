@@ -15,20 +15,7 @@ import lkarray as lk
 from lkarray import errors
 from lkarray.sampling import stacking
 from tests.helpers.networks import classification, small_network
-
-OPTIONS = {
-    "sampler": lk.SGLD(step_size=1e-3),
-    "chains": 3,
-    "draws": 55,
-    "burn_in": 3,
-    "thin": 2,
-    "batch_size": 16,
-    "progress": False,
-}
-
-
-def losses_of(tree, group="losses"):
-    return tree[f"{group}/loss"].values
+from tests.helpers.runs import OPTIONS, losses_of
 
 
 def squares(model):

@@ -8,20 +8,7 @@ from zarr.storage import MemoryStore
 import lkarray as lk
 from lkarray import errors
 from tests.helpers.networks import classification, small_network
-
-OPTIONS = {
-    "sampler": lk.SGLD(step_size=1e-3),
-    "chains": 3,
-    "draws": 55,
-    "burn_in": 3,
-    "thin": 2,
-    "batch_size": 16,
-    "progress": False,
-}
-
-
-def losses_of(tree, group="losses"):
-    return tree[f"{group}/loss"].values
+from tests.helpers.runs import OPTIONS, losses_of
 
 
 def test_sample__probes_components_into_one_tree(tmp_path, posterior, data):

@@ -16,7 +16,8 @@ from lkarray import errors
 from lkarray import store as stores
 from lkarray.store.location import exists
 from tests.helpers.networks import classification, small_network
-from tests.helpers.object_store import begin, identical, keys
+from tests.helpers.object_store import begin, keys
+from tests.helpers.workers import identical
 
 pytest.importorskip("moto.server")
 pytest.importorskip("obstore")

@@ -13,7 +13,8 @@ from lkarray import store as stores
 from lkarray.cli import main
 from lkarray.store import objects
 from tests.helpers.networks import classification
-from tests.helpers.object_store import bare, identical, keys
+from tests.helpers.object_store import bare, keys
+from tests.helpers.workers import identical
 
 pytest.importorskip("moto.server")
 obstore = pytest.importorskip("obstore")

@@ -17,7 +17,8 @@ from lkarray import errors
 from lkarray import store as stores
 from lkarray.cli import main
 from lkarray.store.location import address, describe, inner_store
-from tests.helpers.object_store import KEY, SECRET, bare, identical, keys
+from tests.helpers.object_store import KEY, SECRET, bare, keys
+from tests.helpers.workers import identical
 
 pytest.importorskip("moto.server")
 obstore = pytest.importorskip("obstore")

@@ -3,18 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import errors
+from tests.helpers.networks import convolutional
 from tests.helpers.recorded_runs import batches_of, cross_entropy, examples, network
-
-
-def convolutional():
-    torch.manual_seed(4)
-    body = nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 20), nn.Tanh()
-    return nn.Sequential(*body, nn.Linear(20, 3)).double()
 
 
 def images(n=40, seed=2):

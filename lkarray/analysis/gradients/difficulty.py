@@ -275,10 +275,6 @@ def difficulty_table(
     )
 
 
-def _float64(name: str, value: object) -> np.ndarray:
-    return real_array(name, value).astype(np.float64)
-
-
 def _measures(scores: np.ndarray, wrong: np.ndarray, loss: np.ndarray) -> np.ndarray:
     """Return ``(score, measure)``: AUROC and AUPR of wrong examples, Spearman with -loss."""
     from scipy.stats import spearmanr

@@ -11,11 +11,6 @@ from tests.helpers.gradients import tensor
 
 
 @pytest.fixture
-def G(rng):
-    return tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
-
-
-@pytest.fixture
 def audit(rng):
     return tensor(rng, example=7).chunk({"time": 1, "example": 3, "param": 11})
 

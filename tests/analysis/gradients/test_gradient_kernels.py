@@ -21,23 +21,6 @@ from tests.helpers.gradients import RATES, SIZES, WEIGHTS, tensor
 from tests.helpers.losses import Forbidding
 
 
-@pytest.fixture
-def G(rng):
-    return tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
-
-
-@pytest.fixture
-def outputs(rng):
-    values = rng.normal(size=(5, 7, 3, 30))
-    coords = {
-        "time": np.arange(5) * 10,
-        "output": ["a", "b", "c"],
-        "label": ("example", np.arange(7)),
-    }
-    array = xr.DataArray(values, dims=("time", "example", "output", "param"), coords=coords)
-    return array.chunk({"time": 1, "example": 2, "output": 3, "param": 11})
-
-
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_plgk__is_the_weighted_sum_over_time(G, weight):
     expected = sum(

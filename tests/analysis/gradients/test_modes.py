@@ -15,13 +15,8 @@ from lkarray.analysis.gradients.modes import (
 from lkarray.analysis.gradients.online_modes import online_modes
 from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 from lkarray.kernels.ranks import participation_ratio
-from tests.helpers.gradients import WEIGHTS, tensor
+from tests.helpers.gradients import WEIGHTS
 from tests.helpers.losses import Forbidding
-
-
-@pytest.fixture
-def G(rng):
-    return tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
 
 
 @pytest.fixture

@@ -4,12 +4,6 @@ import xarray as xr
 
 from lkarray import errors
 from lkarray.analysis.gradients.online_modes import OjaModes, online_modes
-from tests.helpers.gradients import tensor
-
-
-@pytest.fixture
-def G(rng):
-    return tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
 
 
 def stream(rng, batches, rows=50, params=40, dtype="float64"):

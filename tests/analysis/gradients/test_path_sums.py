@@ -15,11 +15,6 @@ from tests.helpers.losses import Forbidding
 
 
 @pytest.fixture
-def G(rng):
-    return tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
-
-
-@pytest.fixture
 def stored(tmp_path, rng):
     """A float32 tensor as a store holds it, opened again."""
     ds = tensor(rng, "float32").to_dataset()

@@ -8,23 +8,6 @@ from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 from tests.helpers.gradients import WEIGHTS, tensor
 
 
-@pytest.fixture
-def G(rng):
-    return tensor(rng).chunk({"time": 1, "example": 5, "param": 11})
-
-
-@pytest.fixture
-def outputs(rng):
-    values = rng.normal(size=(5, 7, 3, 30))
-    coords = {
-        "time": np.arange(5) * 10,
-        "output": ["a", "b", "c"],
-        "label": ("example", np.arange(7)),
-    }
-    array = xr.DataArray(values, dims=("time", "example", "output", "param"), coords=coords)
-    return array.chunk({"time": 1, "example": 2, "output": 3, "param": 11})
-
-
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_pntk__equals_einsum(G, outputs, weight):
     result = pntk(G, outputs, weight=weight)

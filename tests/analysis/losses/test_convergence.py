@@ -1,25 +1,10 @@
 import numpy as np
 import pytest
-import xarray as xr
-from scipy.signal import lfilter
 
 from lkarray.analysis.losses import convergence
 from lkarray.analysis.losses.diagnostics import diagnostics
+from tests.helpers.chains import autoregressive
 from tests.helpers.losses import numpy_correlation, random_losses
-
-
-def autoregressive(
-    rng: np.random.Generator, rho: float, *, chains: int = 4, draws: int = 500, samples: int = 40
-) -> xr.DataArray:
-    """Stationary AR(1) series of unit variance: those of different samples are independent."""
-    noise = rng.normal(size=(chains, draws + 200, samples)) * np.sqrt(1 - rho**2)
-    values = lfilter([1], [1, -rho], noise, axis=1)[:, 200:]
-    return xr.DataArray(
-        values.astype("f4"),
-        dims=("chain", "draw", "sample"),
-        coords={"chain": range(chains), "sample": np.arange(samples) * 3},
-        name="loss",
-    )
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.8])

@@ -4,12 +4,7 @@ import xarray as xr
 
 import lkarray as lk
 from lkarray import errors
-from tests.helpers.losses import numpy_correlation, random_losses
-
-
-def tree_of(losses, nbeta=3.0):
-    center = losses.isel(chain=0, draw=0, drop=True) * 0 + 1.0
-    return xr.Dataset({"loss": losses, "center_loss": center}, attrs={"nbeta": nbeta})
+from tests.helpers.losses import numpy_correlation, random_losses, with_center
 
 
 def several(rng):
@@ -25,7 +20,7 @@ def test_kernels__keep_components_in_step(rng):
     for name, part in zip("ab", parts, strict=True):
         np.testing.assert_allclose(r.sel(component=name), numpy_correlation(part), atol=1e-5)
     assert lk.covariance(losses).dims == ("component", "sample", "sample_2")
-    assert lk.llc(tree_of(losses)).dims == ("component",)
+    assert lk.llc(with_center(losses)).dims == ("component",)
     assert lk.loss_variance(losses).dims == ("component", "sample")
     with pytest.raises(errors.SchemaError, match=r"select with .sel\(component"):
         lk.neighbors(losses, k=3)
@@ -44,7 +39,7 @@ def test_kernels__say_what_to_do_about_tokens(rng):
     assert lk.correlation(tokens.mean("token")).shape == (4, 4)
     flat = tokens.stack(position=("sample", "token")).reset_index("position")
     np.testing.assert_allclose(lk.correlation(flat), numpy_correlation(losses), atol=1e-5)
-    assert lk.loss_gain(tree_of(tokens)).dims == ("sample", "token")
+    assert lk.loss_gain(with_center(tokens)).dims == ("sample", "token")
 
 
 def test_influence__of_a_scalar_observable_is_a_susceptibility(rng):

@@ -6,12 +6,7 @@ import pytest
 import xarray as xr
 
 import lkarray as lk
-from tests.helpers.losses import Forbidding, random_losses
-
-
-def tree_of(losses, nbeta=3.0):
-    center = losses.isel(chain=0, draw=0, drop=True) * 0 + 1.0
-    return xr.Dataset({"loss": losses, "center_loss": center}, attrs={"nbeta": nbeta})
+from tests.helpers.losses import Forbidding, random_losses, with_center
 
 
 def jackknife(values, statistic):
@@ -25,7 +20,7 @@ def jackknife(values, statistic):
 def test_summaries__carry_the_jackknife_error(rng, chunks):
     losses = random_losses(rng, chains=5, draws=20)
     x = losses.values.astype("f8")
-    ds = tree_of(losses if chunks is None else losses.chunk(chunks))
+    ds = with_center(losses if chunks is None else losses.chunk(chunks))
     gain = lk.loss_gain(ds)
     np.testing.assert_allclose(gain, x.mean((0, 1)) - 1, rtol=1e-10)
     np.testing.assert_allclose(
@@ -46,11 +41,11 @@ def test_summaries__carry_the_jackknife_error(rng, chunks):
 
 
 def test_summaries__of_a_lone_chain_leave_out_tenths(rng):
-    ds = tree_of(random_losses(rng, chains=1, draws=50))
+    ds = with_center(random_losses(rng, chains=1, draws=50))
     blocks = ds["loss"].values.astype("f8")[0].reshape(10, 5, -1).mean(1)
     expected = blocks.std(0, ddof=1) / np.sqrt(10)
     np.testing.assert_allclose(lk.loss_gain(ds)["standard_error"], expected, rtol=1e-10)
-    one = tree_of(random_losses(rng, chains=1, draws=1))
+    one = with_center(random_losses(rng, chains=1, draws=1))
     assert np.isnan(lk.loss_gain(one)["standard_error"]).all()
     assert float(lk.llc(one)) == pytest.approx(3 * (float(one["loss"].mean()) - 1), rel=1e-5)
 
@@ -62,13 +57,13 @@ def test_summaries__errors_cover_the_truth(rng):
     for t in range(1, draws + 50):
         noise[:, t] = rho * noise[:, t - 1] + np.sqrt(1 - rho**2) * noise[:, t]
     losses = xr.DataArray(noise[:, 50:], dims=("chain", "draw", "sample"))
-    gain = lk.loss_gain(tree_of(losses)) + 1
+    gain = lk.loss_gain(with_center(losses)) + 1
     within = abs(gain) < 2 * gain["standard_error"]
     assert 0.9 < float(within.mean()) < 0.98
 
 
 def test_summaries__stay_lazy(rng):
-    ds = tree_of(random_losses(rng).chunk({"sample": 5}))
+    ds = with_center(random_losses(rng).chunk({"sample": 5}))
     with dask.config.set(scheduler=Forbidding()):
         summaries = lk.loss_gain(ds), lk.llc(ds), lk.singular_fluctuation(ds)
     assert all(part.chunks is not None for part in summaries)

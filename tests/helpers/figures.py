@@ -1,0 +1,6 @@
+"""Figures, drawn for real."""
+
+
+def drawn(figure):
+    figure.savefig("/dev/null", format="png")
+    return figure.axes
