@@ -211,3 +211,9 @@ def test_public_names__are_all_there_and_documented():
     assert set(lkarray.__all__) <= set(dir(lkarray))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         lkarray.nothing  # noqa: B018
+
+
+def test_test_files__have_names_of_their_own():
+    """pytest imports them by base name: of two alike the second cannot be collected."""
+    names = [path.name for path in (ROOT.parent / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
