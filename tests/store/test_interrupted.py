@@ -1,7 +1,10 @@
 """What was interrupted is unfinished and says so, and goes on where it stopped."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
+import dask
 import dask.array as da
 import numpy as np
 import pytest
@@ -26,8 +29,12 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-def kill_at(monkeypatch, number):
-    """Let the n-th write to a local store, and all after it, never happen."""
+@contextmanager
+def killed_at(monkeypatch, number):
+    """Let the n-th write to a local store, and all after it, never happen.
+
+    A killed process has no threads left: whatever Dask's still do has ended when the block has.
+    """
     count = [0]
     real = LocalStore.set
 
@@ -37,8 +44,10 @@ def kill_at(monkeypatch, number):
             raise Killed
         await real(self, key, value, *args, **options)
 
-    monkeypatch.setattr(LocalStore, "set", write)
-    return count
+    with monkeypatch.context() as killing, ThreadPoolExecutor(2) as pool:
+        killing.setattr(LocalStore, "set", write)
+        with dask.config.set(pool=pool):
+            yield
 
 
 def test_save__killed_at_any_write_is_unfinished_and_goes_on(tmp_path, monkeypatch):
@@ -48,8 +57,7 @@ def test_save__killed_at_any_write_is_unfinished_and_goes_on(tmp_path, monkeypat
     while not ended:
         number += 1
         path = tmp_path / f"{number}.zarr"
-        with monkeypatch.context() as killing:
-            kill_at(killing, number)
+        with killed_at(monkeypatch, number):
             try:
                 lk.save(kernel(), path)
                 ended = True
@@ -74,10 +82,8 @@ def test_save__killed_at_any_write_is_unfinished_and_goes_on(tmp_path, monkeypat
 
 
 def test_open__hides_an_unfinished_kernel_beside_what_is_finished(full, monkeypatch, caplog):
-    with monkeypatch.context() as killing:
-        kill_at(killing, 8)
-        with pytest.raises(Killed):
-            lk.save(kernel(), full, "derived/other")
+    with killed_at(monkeypatch, 8), pytest.raises(Killed):
+        lk.save(kernel(), full, "derived/other")
     (problem,) = lk.verify(full)
     assert (problem.kind, problem.path) == ("unfinished", "derived/other")
     root = stores.open_root(full, mode="r+")
@@ -159,8 +165,7 @@ def test_put__killed_at_any_write_keeps_the_old_result(tmp_path, monkeypatch):
     stores.put(path, "v", old)
     seen = set()
     for number in range(1, 30):
-        with monkeypatch.context() as killing:
-            kill_at(killing, number)
+        with killed_at(monkeypatch, number):
             try:
                 stores.put(path, "v", new)
                 break
