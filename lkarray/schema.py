@@ -71,6 +71,13 @@ class VariableSpec:
 
 
 LOSS = VariableSpec("loss", (CHAIN, DRAW, SAMPLE), "float32", "nat", "per-sample loss at a draw")
+#: Outcomes: what a loss is a smooth function (the link) of, and which is nearer to Gaussian.
+LOG_ODDS = VariableSpec(
+    "log_odds", (CHAIN, DRAW, SAMPLE), "float32", "", "log-odds against the target at a draw"
+)
+RESIDUAL = VariableSpec(
+    "residual", (CHAIN, DRAW, SAMPLE), "float32", "", "output minus target at a draw"
+)
 CENTER_LOSS = VariableSpec("center_loss", (SAMPLE,), "float32", "nat", "per-sample loss at w*")
 
 MINIBATCH_LOSS = VariableSpec(
