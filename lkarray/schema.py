@@ -152,6 +152,20 @@ def at_center(name: str) -> str:
     return f"center_{name}"
 
 
+def units_of(x: xr.DataArray) -> str:
+    """Return the units of losses, or of an outcome; nothing for a pure number."""
+    outcome = LINK in x.attrs or x.name in (LOG_ODDS.name, RESIDUAL.name)
+    return str(x.attrs.get("units", "")) if outcome else LOSS.units
+
+
+def product_units(x: xr.DataArray, y: xr.DataArray | None = None) -> str:
+    """Return the units of products of losses or outcomes: ``"1"`` of pure numbers."""
+    one, other = units_of(x), units_of(x if y is None else y)
+    if one == other:
+        return f"{one}^2" if one else "1"
+    return f"{one} {other}".strip()
+
+
 def center(spec: VariableSpec) -> VariableSpec:
     """Return the spec of the values at w* of a loss or an outcome."""
     if spec == LOSS:
