@@ -15,7 +15,7 @@ from zarr.storage import MemoryStore
 import lkarray as lk
 from lkarray import errors, inspect
 from lkarray.store import commit, layout
-from tests.helpers.damage import flip_bit
+from lkarray.store.location import ENTRIES
 from tests.helpers.networks import classification, small_network
 
 OPTIONS = {
@@ -38,6 +38,12 @@ def data():
 @pytest.fixture
 def posterior(data):
     return lk.LocalPosterior(small_network(), data, nbeta=10.0, gamma=50.0)
+
+
+def flip_bit(path, bit):
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
 
 
 def sampled(posterior, store=None, observed=None, **options):
@@ -100,9 +106,9 @@ def test_sample__runs_the_model_once_a_draw(posterior):
 
 
 def test_sample__fingerprints_of_losses_alone_are_as_they_were(posterior):
-    alone = sampled(posterior, outcomes=("loss",)).attrs["lkarray"]["losses"]
+    alone = sampled(posterior, outcomes=("loss",)).attrs[ENTRIES]["losses"]
     assert "outcomes" not in alone
-    both = sampled(posterior).attrs["lkarray"]["losses"]
+    both = sampled(posterior).attrs[ENTRIES]["losses"]
     known = {"function": "log_odds", "link": "softplus", "units": ""}
     assert both == alone | {"outcomes": {"log_odds": known}}
 
@@ -198,12 +204,11 @@ def test_damage__chunks_in_each_others_places(posterior, tmp_path, monkeypatch):
 
 def test_resume__notices_another_outcome_at_the_center(posterior, tmp_path):
     """What a hash of the function cannot see: what it reads from elsewhere."""
-    shift = types = {"by": 0.0}
+    shift = {"by": 0.0}
 
     class Odds:
         def __call__(self, output, target):
-            odds = F.softplus(output[:, 0])
-            return odds + types["by"]
+            return F.softplus(output[:, 0]) + shift["by"]
 
     loss = lambda output, target: F.softplus(output[:, 0]).exp()  # noqa: E731
     own = lk.Outcome("own", Odds(), ("exponential", np.exp))
@@ -327,9 +332,8 @@ def test_sample__labels_that_do_not_count(posterior, data):
 
 
 def test_sample__one_class(data):
-    of = lk.LocalPosterior(
-        small_network(classes=1), TensorDataset(data.tensors[0], 0 * data.tensors[1])
-    )
+    alike = TensorDataset(data.tensors[0], torch.zeros_like(data.tensors[1]))
+    of = lk.LocalPosterior(small_network(classes=1), alike)
     with pytest.raises(ValueError, match="'log_odds'.*two classes or more"):
         sampled(of)
 
@@ -362,8 +366,8 @@ def test_sample__custom_losses_take_outcomes_of_their_own(posterior):
 @pytest.mark.parametrize("name", ["label", "draw", "sample", "center_loss", "norm", "token"])
 def test_sample__outcomes_with_names_that_are_taken(posterior, data, name):
     own = lk.Outcome(name, lambda output, target: output[:, 0], "square")
-    options = {"coords": {"label": data.tensors[1].numpy()}, "observables": {"norm": torch.nn}}
-    options["observables"] = {"norm": lambda model: model[0].bias.norm()}
+    norm = {"norm": lambda model: model[0].bias.norm()}
+    options = {"coords": {"label": data.tensors[1].numpy()}, "observables": norm}
     with pytest.raises(ValueError, match=f"outcomes: '{name}' is the name of something else"):
         sampled(posterior, outcomes=("loss", own), **options)
     pair = [lk.Outcome(n, lambda output, target: output[:, 0], "square") for n in ("a", "center_a")]
