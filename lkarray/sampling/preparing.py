@@ -111,7 +111,7 @@ class _TargetMaker:
             with bars.busy("trying the model"):
                 _check(posterior, flat, data)
                 for group, batches in data.items():
-                    if group:
+                    if group and job.outcomes:
                         checks.check_outcomes(job.outcomes, posterior, flat, batches)
         self._tried = True
         rows = {"": self._layout.train_rows, **self._layout.eval_rows}

@@ -89,7 +89,7 @@ def _stored(losses: Losses) -> xr.DataArray | None:
     if isinstance(losses, xr.DataArray):
         return None
     node = schema.losses_node(losses) if isinstance(losses, xr.DataTree) else losses
-    return node.get(schema.LOG_ODDS.name)
+    return node.data_vars.get(schema.LOG_ODDS.name)
 
 
 def _both(odds: xr.DataArray, floored: xr.DataArray) -> xr.Dataset:

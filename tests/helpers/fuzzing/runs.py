@@ -158,7 +158,13 @@ def _of_runs(w: World) -> Iterator[Case]:
     yield Case(
         "repair",
         lk.repair,
-        {"store": w.path, "posterior": w.posterior, "observed": w.data, "progress": False},
+        {
+            "store": w.path,
+            "posterior": w.posterior,
+            "observed": w.data,
+            "outcomes": ("loss",),
+            "progress": False,
+        },
         fast=False,
     )
     yield Case("discard_trace", lk.discard_trace, {"path": w.folder / "no.zarr"}, fast=False)
