@@ -222,18 +222,20 @@ def test_resume__notices_another_outcome_at_the_center(posterior, tmp_path):
         sampled(of, tmp_path / "s.zarr", draws=12, **options)
 
 
-def test_sample__of_several_sets_components_and_checkpoints(posterior, data):
+def test_sample__of_several_sets_components_and_checkpoints(posterior, data, tmp_path):
     other = TensorDataset(*(column[:7] for column in data.tensors))
     tree = sampled(posterior, observed={"train": data, "other": other}, draws=4)
     assert tree["losses_other/log_odds"].sizes["sample"] == 7
     same = tree["losses/log_odds"][..., :7]
     np.testing.assert_allclose(tree["losses_other/log_odds"], same, rtol=1e-5, atol=1e-6)
-    parts = sampled(posterior, draws=4, components={"first": "0.*", "last": "2.*"})
+    components = {"first": "0.*", "last": "2.*"}
+    parts = sampled(posterior, tmp_path / "parts.zarr", draws=4, components=components)
     odds = parts["losses/log_odds"]
     assert odds.dims == ("component", "chain", "draw", "sample")
     assert odds.attrs["link"] == "softplus"
     np.testing.assert_allclose(softplus(odds), parts["losses/loss"], rtol=1e-5, atol=1e-6)
-    around = sampled(posterior, draws=4, checkpoints=[posterior.model, small_network()])
+    models = [posterior.model, small_network()]
+    around = sampled(posterior, tmp_path / "around.zarr", draws=4, checkpoints=models)
     assert around["losses/log_odds"].dims[0] == "checkpoint"
     assert "checkpoint" in around["losses/center_log_odds"].dims
 
