@@ -79,8 +79,8 @@ def log_odds(losses: Losses) -> xr.Dataset:
         )
     limits = np.finfo(x.dtype if x.dtype.kind == "f" else np.float64)
     least = float(limits.tiny if kind == _FINE else limits.eps / 2)
-    wide = np.maximum(x.astype(np.float64), least)
-    odds = wide + np.log(-np.expm1(-wide))  # log(expm1), which does not overflow
+    wide = x.astype(np.float64).clip(min=least)
+    odds: xr.DataArray = wide + np.log(-np.expm1(-wide))  # log(expm1), which does not overflow
     return _both(odds, x < least).assign_attrs(least_loss=least)
 
 
