@@ -56,7 +56,8 @@ class Outcome:
         or ``(batch, token)`` where losses are of tokens. A function of each example alone.
     link
         What makes the loss of it: ``"softplus"`` (log-odds), ``"square"`` (a residual), or a name
-        with a function of NumPy arrays, ``("negative_log", lambda p: -np.log(p))``.
+        with a function of NumPy arrays, ``("negative_log", lambda p: -np.log(p))``, of which a
+        store keeps the name alone.
     units
         Of the outcome; none where it is a pure number.
 

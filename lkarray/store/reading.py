@@ -174,7 +174,7 @@ def _open_sampled(root: zarr.Group) -> dict[str, xr.Dataset]:
     observables = [path for path in recorded_paths(root) if path.startswith(_OBSERVABLES)]
     if observables:
         ds = xr.Dataset(
-            {path.removeprefix(_OBSERVABLES): _lazy(root, path) for path in observables}
+            {path.removeprefix(_OBSERVABLES): _variable(root, path) for path in observables}
         )
         if schema.SAMPLE in ds.dims:
             about = sampled[schema.LOSSES]
@@ -240,12 +240,11 @@ def join_parts(trees: list[xr.DataTree], dim: str, labels: list[Any]) -> xr.Data
     return tree
 
 
-def _lazy(root: zarr.Group, path: str) -> xr.Variable:
-    """Return an array that grows, on Dask: one Dask chunk for each stored one."""
+def _variable(root: zarr.Group, path: str, *, lazy: bool = True) -> xr.Variable:
+    """Return a stored array: on Dask, one Dask chunk for each stored one, or read whole."""
     array = stored_at(root, path)
-    dims = dims_of(array)
     attrs = {key: value for key, value in array.attrs.items() if key != "coordinates"}
-    return xr.Variable(dims, da.from_zarr(array), attrs)
+    return xr.Variable(dims_of(array), da.from_zarr(array) if lazy else read_whole(array), attrs)
 
 
 def _open_losses(root: zarr.Group, group: str) -> xr.Dataset:
@@ -257,14 +256,8 @@ def _open_losses(root: zarr.Group, group: str) -> xr.Dataset:
     variables, specs = {}, {spec.name: spec for spec in recorded_specs(root)}
     there = set(folders(root.store, group))
     for name in [n for n in specs if n in there] + sorted(there - set(specs)):
-        path = f"{group}/{name}"
-        if name in specs and schema.DRAW in specs[name].dims:
-            variables[name] = _lazy(root, path)
-        else:
-            array = stored_at(root, path)
-            dims = dims_of(array)
-            attrs = {key: value for key, value in array.attrs.items() if key != "coordinates"}
-            variables[name] = xr.Variable(dims, read_whole(array), attrs)
+        grows = name in specs and schema.DRAW in specs[name].dims
+        variables[name] = _variable(root, f"{group}/{name}", lazy=grows)
     shape = variables[schema.LOSS.name].shape if schema.LOSS.name in variables else ()
     attrs = {key: value for key, value in node.attrs.items() if key != SEAL}
     ours = {name: variables.pop(name) for name in specs if name in variables}
@@ -300,7 +293,7 @@ def changed_settings(root: zarr.Group, group: zarr.Group) -> Iterator[tuple[str,
 def _open_stats(root: zarr.Group, shape: tuple[int, ...]) -> xr.Dataset:
     """Open the statistics, as long as the losses are."""
     variables = {
-        spec.name: _lazy(root, f"{schema.SAMPLE_STATS}/{spec.name}") for spec in schema.STATS
+        spec.name: _variable(root, f"{schema.SAMPLE_STATS}/{spec.name}") for spec in schema.STATS
     }
     return xr.Dataset(_cut(variables, shape))
 
