@@ -156,7 +156,10 @@ def refuse_taken(
     ours = [name for o in outcomes for name in (o.name, schema.at_center(o.name))]
     known = {*schema.RESERVED, schema.SAMPLE, *others}
     known |= {name for of_set in labels.values() for name in of_set}
-    taken = sorted(name for name in ours if name in known or ours.count(name) > 1)
+    cased, folded = {name.casefold() for name in known}, [name.casefold() for name in ours]
+    taken = sorted(  # some file systems do not tell the case
+        n for n in ours if n.casefold() in cased or folded.count(n.casefold()) > 1
+    )
     if taken:
         raise ValueError(
             f"outcomes: {taken[0]!r} is the name of something else in the store (a dim, a label, "

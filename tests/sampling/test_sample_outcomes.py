@@ -14,6 +14,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors, inspect
+from lkarray import store as stores
 from lkarray.store import commit, layout
 from lkarray.store.location import ENTRIES
 from tests.helpers.networks import classification, small_network
@@ -308,6 +309,30 @@ def test_sample__saturated_networks(data):
     assert lk.correlation(tree["log_odds"]).compute().notnull().all()
 
 
+def test_sample__chains_that_diverge_are_flagged(posterior, tmp_path):
+    """Also where an outcome is not finite and the loss is, as no store may hold unsaid."""
+
+    def odds(output, target):
+        others = output.scatter(1, target.unsqueeze(1), -torch.inf).logsumexp(1)
+        values = others - output.gather(1, target.unsqueeze(1))[:, 0]
+        return torch.where(values.abs() < 2, values, torch.inf)
+
+    own = lk.Outcome("own", odds, "softplus")
+    store = tmp_path / "s.zarr"
+    far = lk.SGLD(step_size=0.2)
+    with pytest.raises(errors.DivergedError):
+        sampled(posterior, store, sampler=far, outcomes=("loss", own), draws=40)
+    assert lk.verify(store) == []
+    root = stores.open_root(store, mode="r+")
+    assert root["sample_stats/diverged"][:].any(1).all()
+    last = root["sample_stats/diverged"][0].argmax()
+    assert np.isfinite(root["losses/loss"][0, last]).all()
+    assert np.isinf(root["losses/own"][0, last]).any()
+    root["sample_stats/diverged"][:] = False
+    said = [problem.detail for problem in lk.verify(store)]
+    assert any("non-finite own at chain 0" in line for line in said)
+
+
 def test_sample__classes_that_are_masked(posterior, data):
     class Masked(nn.Module):
         def __init__(self, keep):
@@ -367,7 +392,9 @@ def test_sample__custom_losses_take_outcomes_of_their_own(posterior):
         sampled(of, outcomes=("loss", wrong))
 
 
-@pytest.mark.parametrize("name", ["label", "draw", "sample", "center_loss", "norm", "token"])
+@pytest.mark.parametrize(
+    "name", ["label", "draw", "sample", "center_loss", "norm", "token", "Loss"]
+)
 def test_sample__outcomes_with_names_that_are_taken(posterior, data, name):
     own = lk.Outcome(name, lambda output, target: output[:, 0], "square")
     norm = {"norm": lambda model: model[0].bias.norm()}
