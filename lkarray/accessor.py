@@ -79,6 +79,10 @@ class LossMethods:
         """See `lkarray.diagnostics`."""
         return losses.diagnostics(self._losses, **options)
 
+    def log_odds(self) -> xr.Dataset:
+        """See `lkarray.log_odds`."""
+        return losses.log_odds(self._losses)
+
     def llc(self, **options: Any) -> xr.DataArray:
         """See `lkarray.llc`."""
         return losses.llc(self._losses, **options)

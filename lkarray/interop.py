@@ -29,8 +29,8 @@ def to_arviz(tree: xr.DataTree) -> xr.DataTree:
     -------
     xarray.DataTree
         Groups ``posterior``: ``loss(chain, draw, observation)`` in nats, and the observables,
-        if there are any; ``sample_stats``, if there are any, with ``diverging`` for
-        ``diverged``; ``constant_data``: ``center_loss(observation)``, if it is there.
+        and the outcomes, if there are any; ``sample_stats``, if there are any, with ``diverging``
+        for ``diverged``; ``constant_data``: ``center_loss(observation)``, if it is there.
         Coordinates and attributes are kept, and Dask arrays stay lazy: nothing is read or
         copied. ArviZ reserves the name ``sample`` for draws of all chains together, so the dim
         is called ``observation``.
@@ -58,7 +58,9 @@ def to_arviz(tree: xr.DataTree) -> xr.DataTree:
             f"the losses have dims {node[schema.LOSS.name].dims}, which lack {missing}; ArviZ "
             "needs both, so rename or .expand_dims"
         )
-    posterior = node.drop_vars(schema.CENTER_LOSS.name, errors="ignore")
+    centers = {schema.at_center(str(name)) for name in node.data_vars}
+    constant = [name for name in map(str, node.data_vars) if name in centers]
+    posterior = node.drop_vars(constant)
     if schema.OBSERVABLES in tree.children:
         posterior = posterior.merge(tree[schema.OBSERVABLES].to_dataset(), join="exact")
     groups: dict[str, Any] = {"posterior": _renamed(posterior)}
@@ -66,9 +68,8 @@ def to_arviz(tree: xr.DataTree) -> xr.DataTree:
         stats = tree[schema.SAMPLE_STATS].to_dataset()
         flag = {schema.DIVERGED.name: "diverging"} if schema.DIVERGED.name in stats else {}
         groups[schema.SAMPLE_STATS] = stats.rename(flag)
-    if schema.CENTER_LOSS.name in node:
-        constant = node[[schema.CENTER_LOSS.name]].drop_vars(POSTERIOR, errors="ignore")
-        groups["constant_data"] = _renamed(constant)
+    if constant:
+        groups["constant_data"] = _renamed(node[constant].drop_vars(POSTERIOR, errors="ignore"))
     marks = {"inference_library": "lkarray", "inference_library_version": __version__}
     for ds in groups.values():
         ds.attrs = ds.attrs | marks

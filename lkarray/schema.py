@@ -80,6 +80,9 @@ RESIDUAL = VariableSpec(
 )
 CENTER_LOSS = VariableSpec("center_loss", (SAMPLE,), "float32", "nat", "per-sample loss at w*")
 
+#: Attribute of an outcome: the name of the function that makes the loss of it.
+LINK = "link"
+
 MINIBATCH_LOSS = VariableSpec(
     "minibatch_loss", POSTERIOR, "float32", "nat", "mean loss of the draw's minibatch"
 )
@@ -134,6 +137,41 @@ GROUPS: dict[str, tuple[VariableSpec, ...]] = {
     STATE: (PARAMETERS,),
     COMMIT: (RECORD, LATEST, BLOCKS),
 }
+
+
+def outcome(name: str, units: str = "") -> VariableSpec:
+    """Return the spec of an outcome, of which a store may have others than the built-in ones."""
+    for spec in (LOSS, LOG_ODDS, RESIDUAL):
+        if spec.name == name:
+            return spec
+    return VariableSpec(name, LOSS.dims, "float32", units, f"outcome {name} at a draw")
+
+
+def at_center(name: str) -> str:
+    """Return the name of what has the values at w* of a loss or outcome."""
+    return f"center_{name}"
+
+
+def units_of(x: xr.DataArray) -> str:
+    """Return the units of losses, or of an outcome; nothing for a pure number."""
+    outcome = LINK in x.attrs or x.name in (LOG_ODDS.name, RESIDUAL.name)
+    return str(x.attrs.get("units", "")) if outcome else LOSS.units
+
+
+def product_units(x: xr.DataArray, y: xr.DataArray | None = None) -> str:
+    """Return the units of products of losses or outcomes: ``"1"`` of pure numbers."""
+    one, other = units_of(x), units_of(x if y is None else y)
+    if one == other:
+        return f"{one}^2" if one else "1"
+    return f"{one} {other}".strip()
+
+
+def center(spec: VariableSpec) -> VariableSpec:
+    """Return the spec of the values at w* of a loss or an outcome."""
+    if spec == LOSS:
+        return CENTER_LOSS
+    doc = f"{spec.doc.removesuffix(' at a draw')} at w*"
+    return VariableSpec(at_center(spec.name), (SAMPLE,), spec.dtype, spec.units, doc)
 
 
 def observable(name: str, shape: tuple[int, ...], samples: int) -> VariableSpec:

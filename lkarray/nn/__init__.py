@@ -6,5 +6,6 @@ Knows nothing of Dask, xarray or stores.
 from lkarray.nn.batches import Batches
 from lkarray.nn.flat import FlatModel
 from lkarray.nn.losses import PerExampleLoss, per_example_loss
+from lkarray.nn.outcomes import Outcome
 
-__all__ = ["Batches", "FlatModel", "PerExampleLoss", "per_example_loss"]
+__all__ = ["Batches", "FlatModel", "Outcome", "PerExampleLoss", "per_example_loss"]

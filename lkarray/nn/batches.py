@@ -143,7 +143,7 @@ class Batches:
             more = " and more" if len(bad) > 5 else ""
             raise ValueError(
                 f"{self._name}: examples {bad[:5].tolist()}{more} have no loss, since all of their "
-                f"targets are {IGNORED} or padding; leave them out"
+                f"targets are {IGNORED}, padding, or neither of two classes; leave them out"
             )
 
     def _item(self, index: int) -> Columns:

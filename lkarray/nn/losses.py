@@ -95,7 +95,7 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
     In float32, or float64 if the logits are.
     """
     # (batch, ...), 0 where a position is left out
-    losses = F.cross_entropy(_wide(logits(output)), target, reduction="none", ignore_index=IGNORED)
+    losses = F.cross_entropy(wide(logits(output)), target, reduction="none", ignore_index=IGNORED)
     counted = _labelled(target)
     if counted is None:
         return _mean_rest(losses)
@@ -123,6 +123,29 @@ def mse(output: Any, target: Tensor) -> Tensor:
     return _mean_rest((output - target).square())
 
 
+def binary_cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """Cross-entropy in nats of one logit each, ``(batch,)`` or ``(batch, 1)``: of target 1 to 0.
+
+    NaN where a target is neither 0 nor 1, `IGNORED` among them. In float32, or float64 if the
+    logits are.
+    """
+    # Beyond the threshold softplus is the number itself, to float64's rounding.
+    return F.softplus(binary_log_odds(output, target), threshold=40)
+
+
+def binary_log_odds(output: Any, target: Tensor) -> Tensor:
+    """Log-odds against targets 0 and 1 of one logit each, ``(batch,)``: plus or minus the logit."""
+    scores = logits(output)
+    sizes = {tuple(scores.shape), tuple(target.shape)}
+    if scores.ndim == 0 or not sizes <= {(len(scores),), (len(scores), 1)}:
+        raise ValueError(
+            "binary_cross_entropy needs one logit and one target, 0 or 1, of each example: "
+            f"(batch,) or (batch, 1), not {tuple(scores.shape)} and {tuple(target.shape)}"
+        )
+    scores, target = wide(scores).reshape(-1), target.reshape(-1)
+    return torch.where(target == 1, -scores, torch.where(target == 0, scores, torch.nan))
+
+
 def next_token(output: Any, target: Tensor | Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy of each next token in nats, shape ``(batch, token)``, NaN where it is padding.
 
@@ -147,6 +170,18 @@ def next_token_mean(output: Any, target: Tensor | Mapping[str, Tensor]) -> Tenso
 
 def _token_losses(output: Any, target: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the loss of each next token, 0 where it is padding, and which are none."""
+    scores, shifted, counted = next_tokens(output, target)
+    flat = F.cross_entropy(wide(scores), shifted, reduction="none", ignore_index=IGNORED)
+    return flat.reshape(len(counted), -1)[:, :-1], counted
+
+
+def next_tokens(
+    output: Any, target: Tensor | Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits ``(batch * position, vocabulary)``, the ids they predict, which count.
+
+    The latter ``(batch, position - 1)``; those before are `IGNORED` at the last positions too.
+    """
     scores = logits(output)
     ids = token_ids(target)
     if scores.ndim != 3 or scores.shape[:2] != ids.shape:
@@ -157,18 +192,18 @@ def _token_losses(output: Any, target: Tensor | Mapping[str, Tensor]) -> tuple[T
     wanted = ids[:, 1:]  # (batch, position - 1): each token is predicted from those before it
     # The last position predicts nothing. Scoring it too spares a copy of all logits.
     shifted = torch.cat([wanted, torch.full_like(ids[:, :1], IGNORED)], dim=1)
-    flat = F.cross_entropy(
-        _wide(scores.reshape(-1, scores.shape[-1])),
-        shifted.reshape(-1),
-        reduction="none",
-        ignore_index=IGNORED,
-    )
-    return flat.reshape(ids.shape)[:, :-1], wanted != IGNORED
+    flat = scores.reshape(-1, scores.shape[-1])
+    return flat, shifted.reshape(-1), wanted != IGNORED
 
 
 def _tokens(target: Tensor | Mapping[str, Tensor]) -> Tensor:
     """Return how many tokens of each sequence are predicted."""
     return (token_ids(target)[:, 1:] != IGNORED).sum(1)
+
+
+def _binary(target: Tensor) -> Tensor:
+    """Return 1 for each example whose target is 0 or 1, and 0 for others."""
+    return ((target == 0) | (target == 1)).reshape(-1).long()
 
 
 def _positions(target: Any) -> Tensor | None:
@@ -210,6 +245,9 @@ def logit_at(index: int, output: Any, target: Any) -> Tensor:
 #: Losses by name.
 NAMED = {
     "cross_entropy": PerExampleLoss("cross_entropy", cross_entropy, counts=_positions),
+    "binary_cross_entropy": PerExampleLoss(
+        "binary_cross_entropy", binary_cross_entropy, counts=_binary
+    ),
     "mse": PerExampleLoss("mse", mse),
     "next_token": PerExampleLoss("next_token", next_token, ("token",), next_token_mean, _tokens),
     "next_token_mean": PerExampleLoss("next_token_mean", next_token_mean, counts=_tokens),
@@ -275,7 +313,8 @@ def _content(value: object, depth: int = 6) -> object:
     return type(value).__qualname__, _content(getattr(value, "__dict__", {}), depth - 1)
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
+    """Return values in float32, or in float64 if they are."""
     return values if values.dtype == torch.float64 else values.float()
 
 

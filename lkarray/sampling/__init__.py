@@ -1,5 +1,6 @@
 """Sampling the local posterior of a trained model. The torch half; meets Dask at the store."""
 
+from lkarray.nn.outcomes import Outcome
 from lkarray.sampling import schedules
 from lkarray.sampling.pilots import suggest
 from lkarray.sampling.posterior import LocalPosterior
@@ -12,6 +13,7 @@ __all__ = [
     "SGHMC",
     "SGLD",
     "LocalPosterior",
+    "Outcome",
     "RMSpropSGLD",
     "Sampler",
     "StepInput",

@@ -25,7 +25,6 @@ logger = logging.getLogger("lkarray")
 #: whether the step size is too large.
 TEST_EVERY = 50
 
-_LOSS = f"/{schema.LOSS.name}"
 _STATISTICS = {s.name: f"{schema.SAMPLE_STATS}/{s.name}" for s in schema.STATS}
 _ON_DEVICE = (schema.MINIBATCH_LOSS, schema.GRADIENT_NORM, schema.DISTANCE, schema.ACCEPTANCE)
 
@@ -289,7 +288,9 @@ class Stack:
             draw |= {_STATISTICS[s.name]: v for s, v in zip(_ON_DEVICE, numbers, strict=True)}
             draw[_STATISTICS[schema.STEP_SIZE.name]] = size
             finite = math.isfinite(sum(numbers[:3])) and all(
-                _finite(values[seat.row]) for path, values in arrays.items() if path.endswith(_LOSS)
+                _finite(values[seat.row])
+                for path, values in arrays.items()
+                if path.startswith(schema.LOSSES)
             )
             draw[_STATISTICS[schema.DIVERGED.name]] = not finite
             seat.region.append(draw)
@@ -328,7 +329,7 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _finite(values: np.ndarray) -> bool:
-    if values.ndim > 1:  # losses of tokens: NaN is padding, and what is not finite is infinite
+    if values.ndim > 1:  # of tokens: NaN is padding, and what is not finite is infinite
         return not np.isinf(values).any()
     # A float64 sum of float32 numbers is finite just when all of them are.
     return math.isfinite(values.sum(dtype=np.float64))

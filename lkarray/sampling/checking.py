@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from lkarray import schema
 from lkarray.arguments import at_least
 from lkarray.errors import FingerprintError
 from lkarray.labels import given_coords
-from lkarray.nn import Batches, FlatModel
+from lkarray.nn import Batches, FlatModel, Outcome
 from lkarray.nn.batches import MapDataset, check_dataset, fresh
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.samplers import Sampler
@@ -126,6 +126,47 @@ def check_loss(
     _check_independence(posterior, flat, data, name)
 
 
+def check_outcomes(
+    outcomes: Iterable[Outcome], posterior: LocalPosterior, flat: FlatModel, data: Batches
+) -> None:
+    """Try outcomes on the first two items, in turn, as they are recorded.
+
+    Raises
+    ------
+    ValueError, TypeError
+        One fails, has no number for each loss, or is no outcome of the loss.
+    """
+    inputs, target = data.take(np.arange(min(2, data.n)))
+    inputs, target = fresh(inputs, target)
+    with torch.no_grad():
+        output = flat(inputs)
+        losses = posterior.loss(output, target).clone()
+        for outcome in outcomes:
+            outcome.check(losses, output, target)
+
+
+def refuse_taken(
+    outcomes: Iterable[Outcome], labels: Mapping[str, Mapping[str, Any]], others: Iterable[str]
+) -> None:
+    """Raise where an outcome, or its value at w*, has the name of something else in the store.
+
+    ``labels`` are those of samples, by group, and ``others`` further names that are taken.
+    """
+    outcomes = list(outcomes)
+    ours = [name for o in outcomes for name in (o.name, schema.at_center(o.name))]
+    known = {*schema.RESERVED, schema.SAMPLE, *others}
+    known |= {name for of_set in labels.values() for name in of_set}
+    cased, folded = {name.casefold() for name in known}, [name.casefold() for name in ours]
+    taken = sorted(  # some file systems do not tell the case
+        n for n in ours if n.casefold() in cased or folded.count(n.casefold()) > 1
+    )
+    if taken:
+        raise ValueError(
+            f"outcomes: {taken[0]!r} is the name of something else in the store (a dim, a label, "
+            "an observable, or a value at w*); choose another name"
+        )
+
+
 def _check_independence(
     posterior: LocalPosterior, flat: FlatModel, data: Batches, name: str
 ) -> None:
@@ -163,11 +204,14 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
 
 
-def refuse_other_center(stored: np.ndarray, now: np.ndarray, where: str) -> None:
-    """Raise unless the losses at w* are those stored: whatever a hash cannot see shows there."""
-    # Not to the last bit: another kind of processor may go on with a run.
-    differ = ~np.isclose(stored, now, rtol=1e-4, atol=1e-6, equal_nan=True)
-    if differ.any() and (stored[differ] == 0).all() and np.isnan(now[differ]).all():
+def refuse_other_center(stored: np.ndarray, now: np.ndarray, where: str, name: str) -> None:
+    """Raise unless the values at w* are those stored: whatever a hash cannot see shows there."""
+    loss = name == schema.LOSS.name
+    # Not to the last bit: another kind of processor may go on with a run. An outcome near zero is
+    # a difference of larger numbers.
+    atol = 1e-6 if loss else 1e-4 * float(np.abs(stored).max(initial=0, where=~np.isnan(stored)))
+    differ = ~np.isclose(stored, now, rtol=1e-4, atol=atol, equal_nan=True)
+    if loss and differ.any() and (stored[differ] == 0).all() and np.isnan(now[differ]).all():
         raise FingerprintError(
             f"{where} was begun by an lkarray that stored padding as tokens of loss 0, which means "
             "over tokens count; padding is NaN now, and one store cannot hold both. It opens as it "
@@ -179,7 +223,8 @@ def refuse_other_center(stored: np.ndarray, now: np.ndarray, where: str) -> None
         first = int(np.argmax(differ.reshape(len(stored), -1).any(1)))
         stored, now = stored[:, 0], now[:, 0]
         raise FingerprintError(
-            f"{where}: the losses at w* are not those stored (first at sample position {first}: "
-            f"stored {stored[first]:g}, now {now[first]:g}), so the model, the loss or the data "
-            "behave otherwise than when it was made. Nothing was touched: use another path"
+            f"{where}: the {'losses' if loss else name} at w* are not those stored (first at "
+            f"sample position {first}: stored {stored[first]:g}, now {now[first]:g}), so the "
+            "model, the loss or the data behave otherwise than when it was made. Nothing was "
+            "touched: use another path"
         )

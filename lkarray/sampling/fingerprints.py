@@ -45,6 +45,15 @@ class RecordedObservable:
 
 
 @dataclass(frozen=True)
+class RecordedOutcome:
+    """An outcome that was recorded: its name or a hash of what it does, its link and units."""
+
+    function: str
+    link: str
+    units: str
+
+
+@dataclass(frozen=True)
 class Fingerprint:
     """What is stored of how a run was made; fields in the order of the stored JSON.
 
@@ -81,6 +90,8 @@ class Fingerprint:
     eval_rows: Mapping[str, int]
     train_rows: int
     threads: int
+    # Beside losses; of a run that records these alone nothing is stored.
+    outcomes: Mapping[str, RecordedOutcome] = field(default_factory=dict)
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Fingerprint:
@@ -88,11 +99,16 @@ class Fingerprint:
         values: dict[str, Any] = {entry.name: stored.get(entry.name) for entry in fields(cls)}
         observables = values["observables"] or {}
         values["observables"] = {n: RecordedObservable(**o) for n, o in observables.items()}
+        outcomes = values["outcomes"] or {}
+        values["outcomes"] = {n: RecordedOutcome(**o) for n, o in outcomes.items()}
         return cls(**values)
 
     def stored(self) -> dict[str, Any]:
         """Return what a store holds of it: plain values."""
-        return asdict(self)
+        values = asdict(self)
+        if not self.outcomes:
+            del values["outcomes"]
+        return values
 
     def of_chains(self) -> dict[str, Any]:
         """Return what a replay shares with the run that it replays, whatever is observed."""
@@ -100,7 +116,7 @@ class Fingerprint:
 
     def of_observed(self) -> dict[str, Any]:
         """Return the same, and what was observed."""
-        names = (*_OF_CHAINS, "observed_data", "observables")
+        names = (*_OF_CHAINS, "observed_data", "observables", "outcomes")
         return {name: value for name, value in self.stored().items() if name in names}
 
     @property

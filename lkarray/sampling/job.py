@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lkarray.nn.batches import MapDataset
+from lkarray.nn.outcomes import Outcome
 from lkarray.sampling.chain import Schedule
 from lkarray.sampling.fingerprints import Fingerprint
 from lkarray.sampling.posterior import LocalPosterior
@@ -37,6 +38,7 @@ class Job:
     compile: bool = False
     observables: Mapping[str, Observable] = field(default_factory=dict)
     num_workers: int = 0
+    outcomes: tuple[Outcome, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ class RunOptions:
 class Prepared:
     """What is known of a job once its data were read and its model tried.
 
-    ``center_losses`` are those at w* by group, ``(sample, ...)``; none where they are stored.
+    ``center`` has losses and outcomes at w* by the paths of those of draws, ``(sample, ...)``; none
+    where they are stored.
     """
 
     fingerprint: Fingerprint
     n_train: int
     n_parameters: int
-    center_losses: dict[str, np.ndarray]
+    center: dict[str, np.ndarray]

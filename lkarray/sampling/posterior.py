@@ -35,8 +35,9 @@ class LocalPosterior:
         with which the model is called by keyword, and whose ``labels`` are the target (the whole
         dict is, where there are none); or of tensors, each its own target.
     loss
-        ``"cross_entropy"``, ``"mse"``, ``"next_token"`` (of each token: ``loss(chain, draw,
-        sample, token)``), ``"next_token_mean"`` (its mean over each sequence), or a callable
+        ``"cross_entropy"``, ``"binary_cross_entropy"`` (of one logit, with targets 0 and 1),
+        ``"mse"``, ``"next_token"`` (of each token: ``loss(chain, draw, sample, token)``),
+        ``"next_token_mean"`` (its mean over each sequence), or a callable
         ``(model_output, target) -> (batch,)``. Outputs with ``logits``, as Hugging Face's, need
         no adapter. Steps descend the mean over examples of each one's mean loss. What does not
         count is left out of that: targets of -100 (of positions too), and tokens under an

@@ -20,12 +20,13 @@ from lkarray.nn.losses import identity
 from lkarray.sampling import checking as checks
 from lkarray.sampling import stacking
 from lkarray.sampling.devices import choose_device, numerics
-from lkarray.sampling.fingerprints import Fingerprint, Layout, RecordedObservable
+from lkarray.sampling.fingerprints import Fingerprint, Layout, RecordedObservable, RecordedOutcome
 from lkarray.sampling.job import Job, Prepared
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.target import ObservedSet, Target
 from lkarray.store.chunks import read_whole
 from lkarray.store.fingerprints import hash_labels
+from lkarray.store.layout import center_path
 from lkarray.store.nodes import stored_at
 
 
@@ -61,7 +62,7 @@ def prepare(
         # One value of each observable, (chain, *shape), by its path in the store.
         shapes = {path.split("/")[1]: list(t.shape[1:]) for path, t in target.measure().items()}
         fingerprint = make_fingerprint(job, target, shapes=shapes, threads=threads)
-        center = {} if layout.eval_rows else center_losses(target)
+        center = {} if layout.eval_rows else center_values(target)
     return Prepared(fingerprint, target.train.n, target.center.numel(), center), target
 
 
@@ -109,6 +110,9 @@ class _TargetMaker:
         if not self._tried and width == 1:
             with bars.busy("trying the model"):
                 _check(posterior, flat, data)
+                for group, batches in data.items():
+                    if group and job.outcomes:
+                        checks.check_outcomes(job.outcomes, posterior, flat, batches)
         self._tried = True
         rows = {"": self._layout.train_rows, **self._layout.eval_rows}
         # A stored number is kept: last bits depend on how many items go through at once.
@@ -128,6 +132,7 @@ class _TargetMaker:
             autocast=checks.AUTOCAST[job.autocast] if job.autocast else None,
             compiled=job.compile,
             observables=job.observables,
+            outcomes=job.outcomes,
         )
 
 
@@ -142,8 +147,8 @@ def _check(posterior: LocalPosterior, flat: FlatModel, data: Mapping[str, Batche
             batches.refuse_uncounted(posterior.loss.counts)
 
 
-def center_losses(target: Target) -> dict[str, np.ndarray]:
-    """Return the losses at w* by group, float32, shape ``(sample, ...)``.
+def center_values(target: Target) -> dict[str, np.ndarray]:
+    """Return losses and outcomes at w* by path, as `Target.observe`, float32, ``(sample, ...)``.
 
     Raises
     ------
@@ -154,26 +159,29 @@ def center_losses(target: Target) -> dict[str, np.ndarray]:
     with bars.bar("losses at w*", total=target.slices, unit="batch") as bar:
         now = target.observe(bar.update)
     # All chains stand at w*: the first one's losses are everyone's.
-    center = {path.split("/")[0]: losses[0].cpu().numpy() for path, losses in now.items()}
-    for group, losses in center.items():
-        flat = losses.reshape(len(losses), -1)
+    center = {path: values[0].cpu().numpy() for path, values in now.items()}
+    for path, values in center.items():
+        group, name = path.split("/")
+        flat = values.reshape(len(values), -1)
         # Of tokens NaN is padding, but there must be one that counts.
         sound = ~np.isinf(flat) & ~np.isnan(flat).all(1, keepdims=True)
         bad = np.flatnonzero(~sound.all(axis=1))
         if len(bad):
+            only = "" if name == schema.LOSS.name else " (are all classes but one masked?)"
             raise NonFiniteError(
-                f"{group}: the loss at w* is not finite for {len(bad)} of {len(losses)} observed "
-                f"samples, first {bad[:5].tolist()}; check those inputs and targets. Nothing was "
-                "written"
+                f"{group}: the {name} at w* is not finite for {len(bad)} of {len(values)} observed "
+                f"samples, first {bad[:5].tolist()}; check those inputs and targets{only}. Nothing "
+                "was written"
             )
     return center
 
 
 def check_center(root: zarr.Group, target: Target) -> None:
-    """Raise unless the losses at w* are those stored."""
-    for group, now in center_losses(target).items():
-        stored = read_whole(stored_at(root, f"{group}/{schema.CENTER_LOSS.name}"))
-        checks.refuse_other_center(stored, now, f"{stores.describe(root.store)}/{group}")
+    """Raise unless losses and outcomes at w* are those stored."""
+    for path, now in center_values(target).items():
+        group, name = path.split("/")
+        stored = read_whole(stored_at(root, center_path(path)))
+        checks.refuse_other_center(stored, now, f"{stores.describe(root.store)}/{group}", name)
 
 
 def make_fingerprint(
@@ -216,4 +224,9 @@ def make_fingerprint(
         eval_rows={observed.group: observed.rows for observed in target.observed},
         train_rows=target.train_rows,
         threads=threads,
+        # By name: the order in which they are asked for makes no other run.
+        outcomes={
+            outcome.name: RecordedOutcome(**outcome.recorded)
+            for outcome in sorted(job.outcomes, key=lambda outcome: outcome.name)
+        },
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,20 +15,27 @@ from lkarray import schema
 from lkarray import store as stores
 from lkarray.errors import DamagedError, LkarrayError
 from lkarray.nn.batches import MapDataset
+from lkarray.nn.outcomes import Outcome, chosen_outcomes
 from lkarray.sampling import checking as checks
 from lkarray.sampling.chain import Schedule, Seat, Stack
 from lkarray.sampling.devices import numerics
 from lkarray.sampling.fingerprints import Fingerprint
 from lkarray.sampling.job import Job
 from lkarray.sampling.posterior import LocalPosterior
-from lkarray.sampling.preparing import center_losses, check_center, prepare
+from lkarray.sampling.preparing import center_values, check_center, prepare
 from lkarray.sampling.randomness import ChainRandomness
 from lkarray.sampling.remembering import remembered
 from lkarray.sampling.samplers import Sampler, sampler_from
 from lkarray.sampling.target import Observable, Target
 from lkarray.store.audits import audit_fingerprints
 from lkarray.store.gradients import gradient_fingerprints
-from lkarray.store.layout import carried_paths, loss_groups, recorded_paths
+from lkarray.store.layout import (
+    carried_paths,
+    center_path,
+    loss_groups,
+    recorded_names,
+    recorded_paths,
+)
 from lkarray.store.location import StoreLike
 from lkarray.store.mending import (
     ChainMender,
@@ -54,6 +61,7 @@ def repair(
     observed: MapDataset | Mapping[str, MapDataset] | None = None,
     sampler: Sampler | None = None,
     observables: Mapping[str, Observable] | None = None,
+    outcomes: Sequence[str | Outcome] | None = None,
     progress: bool = True,
 ) -> list[Repair]:
     """Mend what `verify` finds, as far as it can be made again; say what could not be.
@@ -78,6 +86,8 @@ def repair(
         The sampler, if its schedule is a function of your own, which a store cannot hold.
     observables
         The observables that were recorded, if there were any.
+    outcomes
+        The outcomes that were recorded, as they were given to `sample`, if one is of your own.
     progress
         Whether to show a progress bar when it takes longer than two seconds.
 
@@ -95,7 +105,7 @@ def repair(
     LockedError
         Another process is writing to the store.
     """
-    given = _Given(posterior, observed, sampler, observables, progress)
+    given = _Given(posterior, observed, sampler, observables, outcomes, progress)
     return _repair(stores.as_store(store), given)
 
 
@@ -105,6 +115,7 @@ class _Given:
     observed: MapDataset | Mapping[str, MapDataset] | None
     sampler: Sampler | None
     observables: Mapping[str, Observable] | None
+    outcomes: Sequence[str | Outcome] | None
     progress: bool
 
 
@@ -163,9 +174,9 @@ def _mend(root: zarr.Group, given: _Given) -> tuple[dict[str, str], list[Problem
         problems = stores.verify(root.store)
     chains = _damaged_chains(root, problems)
     centers = [
-        group
-        for group in (loss_groups(root) if stores.stored_fingerprint(root) else ())
-        if any(p.path.startswith(f"{group}/{schema.CENTER_LOSS.name}") for p in problems)
+        path
+        for path in _observed_paths(root)
+        if any(p.path.split("/c/")[0] == center_path(path) for p in problems)
     ]
     reasons: dict[str, str] = {}
     if chains or centers:
@@ -173,13 +184,20 @@ def _mend(root: zarr.Group, given: _Given) -> tuple[dict[str, str], list[Problem
             reasons = _replay(root, chains, centers, given)
         except (LkarrayError, ValueError, TypeError) as error:
             paths = [key for keys in chains.values() for key in keys]
-            paths += [f"{group}/{schema.CENTER_LOSS.name}" for group in centers]
+            paths += map(center_path, centers)
             reasons = dict.fromkeys(paths, str(error))
     if any(problem.path == "zarr.json" for problem in problems):
         root.update_attributes({})
     if not any(p.path.endswith("/zarr.json") for p in stores.verify(root.store)):
         stores.finish(root)
     return reasons, problems
+
+
+def _observed_paths(root: zarr.Group) -> list[str]:
+    """Return the paths of losses and outcomes."""
+    if stores.stored_fingerprint(root) is None:
+        return []
+    return [f"{group}/{name}" for group in loss_groups(root) for name in recorded_names(root)]
 
 
 def _damaged_chains(root: zarr.Group, problems: Iterable[Problem]) -> dict[int, set[str]]:
@@ -277,7 +295,28 @@ def _job(fingerprint: Fingerprint, given: _Given) -> Job:
         autocast=fingerprint.autocast,
         compile=fingerprint.compile,
         observables=dict(functions),
+        outcomes=_outcomes(fingerprint, posterior, given, known),
     )
+
+
+def _outcomes(
+    fingerprint: Fingerprint, posterior: LocalPosterior, given: _Given, known: Job | None
+) -> tuple[Outcome, ...]:
+    """Return the outcomes that a store was made with, of what was given, known and built in."""
+    if given.outcomes is not None:
+        chosen = chosen_outcomes(posterior.loss, given.outcomes)
+    else:
+        at_hand = {outcome.name: outcome for outcome in (known.outcomes if known else ())}
+        for name, made_with in fingerprint.outcomes.items():
+            if made_with.function == name:
+                at_hand[name] = chosen_outcomes(posterior.loss, (schema.LOSS.name, name))[0]
+        chosen = tuple(at_hand[name] for name in fingerprint.outcomes if name in at_hand)
+    if {outcome.name for outcome in chosen} != set(fingerprint.outcomes):
+        raise ValueError(
+            "pass outcomes=, as they were given to lk.sample: "
+            f"{[schema.LOSS.name, *fingerprint.outcomes]}"
+        )
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -303,18 +342,18 @@ def _run(job: Job, target: Target, chain: int, mender: ChainMender, record: Any,
     Stack(target, job.sampler, schedule, [seat], tick).run()
 
 
-def _mend_centers(root: zarr.Group, target: Target, groups: Iterable[str]) -> dict[str, str]:
-    """Compute lost losses at w* again; return why some could not be."""
+def _mend_centers(root: zarr.Group, target: Target, paths: Iterable[str]) -> dict[str, str]:
+    """Compute lost losses and outcomes at w* again; return why some could not be."""
     reasons = {}
-    now = center_losses(target) if groups else {}
-    for group in groups:
-        path = f"{group}/{schema.CENTER_LOSS.name}"
+    now = center_values(target) if paths else {}
+    for path in paths:
+        group, name = center_path(path).split("/")
         entries = (seal_of(group_at(root, group)) or {"arrays": {}})["arrays"]
-        known = entries.get(schema.CENTER_LOSS.name, {}).get("content")
+        known = entries.get(name, {}).get("content")
         with stores.writing(root.store):
-            if not mend_whole(stored_at(root, path), now[group], known):
-                reasons[path] = (
-                    "the losses at w* computed now are not those that were stored, to the last bit"
+            if not mend_whole(stored_at(root, center_path(path)), now[path], known):
+                reasons[center_path(path)] = (
+                    "the values at w* computed now are not those that were stored, to the last bit"
                 )
     return reasons
 
@@ -345,7 +384,8 @@ def _remedy(root: zarr.Group, problem: Problem) -> str:
     if group == ROOT or group in gradient_fingerprints(root) or group in audit_fingerprints(root):
         return "what was recorded of a training run cannot be taken again here: record it again"
     of_losses = group == schema.LOSSES or group.startswith(f"{schema.LOSSES}_")
-    chains = (schema.LOSS.name, schema.CENTER_LOSS.name)
-    if of_losses and not name.endswith("zarr.json") and name.split("/")[0] not in chains:
+    chains = {each for path in _observed_paths(root) for each in (path, center_path(path))}
+    array = f"{group}/{name.split('/')[0]}"
+    if of_losses and not name.endswith("zarr.json") and array not in chains:
         return "labels cannot be made again: restore the file from a copy of the store"
     return "it cannot be made again: restore the file from a copy of the store"

@@ -6,7 +6,7 @@ settings and the model alone; no weights of draws are stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from lkarray import store as stores
 from lkarray.arguments import checked
 from lkarray.errors import FingerprintError
 from lkarray.nn.batches import MapDataset, check_workers
+from lkarray.nn.outcomes import Outcome, chosen_outcomes
 from lkarray.sampling import checking as checks
 from lkarray.sampling.chain import Schedule
 from lkarray.sampling.fingerprints import Fingerprint
@@ -51,6 +52,7 @@ def observe(
     store: StoreLike | None = None,
     coords: Mapping[str, Any] | None = None,
     observables: Mapping[str, Observable] | None = None,
+    outcomes: Sequence[str | Outcome] = ("loss",),
     autocast: str | None = None,
     compile: bool = False,  # noqa: A002
     device: torch.device | str | None = None,
@@ -76,8 +78,9 @@ def observe(
         The sampler, if its schedule is a function of your own, which a store cannot hold.
     store
         Where to write; resumable there. ``None`` keeps the losses in memory.
-    coords, observables, autocast, compile, device, client, num_workers, progress
-        As in `sample`.
+    coords, observables, outcomes, autocast, compile, device, client, num_workers, progress
+        As in `sample`: ``outcomes=("loss", "log_odds")`` gives the log-odds of a run that stored
+        losses alone.
 
     Returns
     -------
@@ -120,6 +123,7 @@ def observe(
         store=store,
         coords=coords,
         observables=observables,
+        outcomes=outcomes,
         autocast=autocast,
         compile=compile,
         device=device,
@@ -140,6 +144,7 @@ class _Asked:
     store: StoreLike | None
     coords: Mapping[str, Any] | None
     observables: Mapping[str, Observable] | None
+    outcomes: Sequence[str | Outcome]
     autocast: str | None
     compile: bool
     device: torch.device | str | None
@@ -197,10 +202,13 @@ def _job(fingerprint: Fingerprint, asked: _Asked, *, draws: int) -> Job:
     checks.check_types(posterior, sampler)
     checks.check_options(asked.autocast, "auto", asked.observables, compiled=asked.compile)
     sets = checks.observed_sets(asked.new_set)
+    labels = checks.observed_labels(asked.new_set, sets, asked.coords)
+    outcomes = chosen_outcomes(posterior.loss, asked.outcomes)
+    checks.refuse_taken(outcomes, labels, (*posterior.loss.dims, *(asked.observables or {})))
     return Job(
         posterior=posterior,
         observed=sets,
-        coords=checks.observed_labels(asked.new_set, sets, asked.coords),
+        coords=labels,
         sampler=sampler,
         schedule=Schedule(draws, fingerprint.burn_in, fingerprint.thin),
         batch_size=fingerprint.batch_size,
@@ -210,6 +218,7 @@ def _job(fingerprint: Fingerprint, asked: _Asked, *, draws: int) -> Job:
         compile=asked.compile,
         observables=dict(asked.observables or {}),
         num_workers=check_workers(asked.num_workers),
+        outcomes=outcomes,
     )
 
 

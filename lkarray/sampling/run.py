@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ import xarray as xr
 from lkarray import store as stores
 from lkarray.arguments import checked
 from lkarray.nn.batches import MapDataset, check_workers
+from lkarray.nn.outcomes import Outcome, chosen_outcomes
 from lkarray.sampling import checking as checks
 from lkarray.sampling.chain import Schedule
 from lkarray.sampling.job import Job, RunOptions
@@ -41,6 +42,7 @@ def sample(
     coords: Mapping[str, Any] | None = None,
     seed: int = 0,
     observables: Mapping[str, Observable] | None = None,
+    outcomes: Sequence[str | Outcome] = ("loss",),
     components: Mapping[str, Any] | None = None,
     checkpoints: Mapping[Any, Any] | list[Any] | None = None,
     chains_per_device: int | str = "auto",
@@ -89,6 +91,11 @@ def sample(
         Functions of the model (the module, with the weights of the draw) that return a number or
         a small tensor, by name: recorded at each draw as float32 in the group ``observables``. A
         tensor of length n is taken to be about the first observed set.
+    outcomes
+        What is stored of each observed sample, in the same group with the same dims, from the same
+        forward pass: ``"loss"``, always and first; ``"log_odds"`` of losses ``"cross_entropy"``,
+        ``"next_token"`` and ``"binary_cross_entropy"``; ``"residual"`` of ``"mse"`` of one output;
+        `lkarray.Outcome` of your own. Its attribute ``link`` says what makes the loss of it.
     components
         Parameters that move (as ``trainable``), by name: each is sampled on its own, and the
         results share a dim ``component``: refined learning coefficients, kernels of heads.
@@ -181,10 +188,13 @@ def sample(
             "repeats; take fewer, or another seed"
         )
     sets = checks.observed_sets(observed)
+    chosen = chosen_outcomes(posterior.loss, outcomes)
     place = stores.as_store(store)
     if not exists(place):  # before anything of that size is read or made
-        stores.require_space(place, 4 * chains * draws * sum(map(len, sets.values())))
+        values = (1 + len(chosen)) * sum(map(len, sets.values()))
+        stores.require_space(place, 4 * chains * draws * values)
     labels = checks.observed_labels(observed, sets, coords)
+    checks.refuse_taken(chosen, labels, (*posterior.loss.dims, *(observables or {})))
     job = Job(
         posterior=posterior,
         observed=sets,
@@ -198,6 +208,7 @@ def sample(
         compile=compile,
         observables=dict(observables or {}),
         num_workers=check_workers(num_workers),
+        outcomes=chosen,
     )
     options = RunOptions(
         chains=chains,

@@ -174,7 +174,7 @@ def _unfinished(place: Any, prepared: Prepared, chains: int, draws: int) -> list
 
 
 def _create(store: Any, job: Job, prepared: Prepared, chains: int) -> zarr.Group:
-    if not prepared.center_losses:
+    if not prepared.center:
         raise StoreError(
             f"{stores.describe(store)} was removed while its data were read; run again"
         )
@@ -191,13 +191,17 @@ def _create(store: Any, job: Job, prepared: Prepared, chains: int) -> zarr.Group
             stores.LossSet(
                 group,
                 job.coords[group],
-                losses,
+                prepared.center[f"{group}/{schema.LOSS.name}"],
                 job.posterior.loss.dims,
                 attrs | {"observed_is_train": identity == fingerprint.train_data},
+                {
+                    name: stores.OutcomeSet(
+                        schema.outcome(name, of.units), of.link, prepared.center[f"{group}/{name}"]
+                    )
+                    for name, of in fingerprint.outcomes.items()
+                },
             )
-            for (group, losses), identity in zip(
-                prepared.center_losses.items(), fingerprint.observed_data.values(), strict=True
-            )
+            for group, identity in fingerprint.observed_data.items()
         ],
         observables={n: tuple(o.shape) for n, o in fingerprint.observables.items()},
         state=dict.fromkeys(fingerprint.state, prepared.n_parameters),

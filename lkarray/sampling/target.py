@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lkarray import schema
-from lkarray.nn import Batches, FlatModel, PerExampleLoss
+from lkarray.nn import Batches, FlatModel, Outcome, PerExampleLoss
 from lkarray.nn.batches import Inputs
+from lkarray.nn.outcomes import with_outcomes
 
 #: A function of the model: a number or a tensor of a few.
 Observable = Callable[[nn.Module], Any]
@@ -51,17 +52,25 @@ class Target:
     autocast: torch.dtype | None = None
     compiled: bool = False
     observables: Mapping[str, Observable] = field(default_factory=dict)
+    outcomes: tuple[Outcome, ...] = ()
     _shares: dict[torch.Size, Tensor] = field(default_factory=dict)
 
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """Names of what is recorded of each observed sample: the loss, then outcomes."""
+        return (schema.LOSS.name, *(outcome.name for outcome in self.outcomes))
+
     @cached_property
-    def _observed_losses(self) -> Callable[[Inputs, Inputs], Tensor]:
-        """Losses of one batch, float32; compiled once where that was asked for."""
-        flat, loss = self.flat, self.loss
+    def _seen(self) -> Callable[[Inputs, Inputs], tuple[Tensor, ...]]:
+        """What is recorded of one batch, float32; compiled once where that was asked for."""
+        flat, outcomes = self.flat, self.outcomes
+        loss = with_outcomes(self.loss, outcomes) if outcomes else self.loss
 
-        def losses(inputs: Inputs, target: Inputs) -> Tensor:
-            return flat.losses(loss, inputs, target, shared=True).float()
+        def seen(inputs: Inputs, target: Inputs) -> tuple[Tensor, ...]:
+            values = flat.losses(loss, inputs, target, shared=True).float()
+            return values.unbind(1) if outcomes else (values,)
 
-        return torch.compile(losses, dynamic=False) if self.compiled else losses
+        return torch.compile(seen, dynamic=False) if self.compiled else seen
 
     def start(self) -> None:
         """Put all chains at w*."""
@@ -170,7 +179,7 @@ class Target:
     def observe(
         self, tick: Callable[[], object] = lambda: None, *, limit: int | None = None
     ) -> dict[str, Tensor]:
-        """Return the losses of all observed samples, by the path of their array.
+        """Return the losses and outcomes of all observed samples, by the paths of their arrays.
 
         Shape ``(chain, sample, ...)``, float32, whatever the forward pass ran in.
 
@@ -186,18 +195,19 @@ class Target:
             for observed in self.observed:
                 batches = []
                 for inputs, target in islice(observed.data.slices(observed.rows), limit):
-                    batches.append(self._observed_losses(inputs, target))
+                    batches.append(self._seen(inputs, target))
                     tick()
-                out[f"{observed.group}/{schema.LOSS.name}"] = _side_by_side(batches)
+                for name, values in zip(self.recorded, zip(*batches, strict=True), strict=True):
+                    out[f"{observed.group}/{name}"] = _side_by_side(values)
         return out
 
     def first_losses(self, count: int) -> Tensor:
-        """Return what `observe` would give of the first items of each set, ``(chain, losses)``."""
+        """Return what `observe` would give of the first items of each set, ``(chain, values)``."""
         sets = []
         with torch.inference_mode(), self._precision():
             for observed in self.observed:
                 inputs, target = observed.data.take(np.arange(min(count, observed.data.n)))
-                sets.append(self._observed_losses(inputs, target).flatten(1))
+                sets += [values.flatten(1) for values in self._seen(inputs, target)]
         return torch.cat(sets, dim=1)
 
     def _precision(self) -> AbstractContextManager[object]:
@@ -221,6 +231,6 @@ class Target:
         return moved
 
 
-def _side_by_side(batches: list[Tensor]) -> Tensor:
+def _side_by_side(batches: Sequence[Tensor]) -> Tensor:
     """Return ``(chain, batch, ...)`` joined along the batch; one alone is not copied."""
-    return batches[0] if len(batches) == 1 else torch.cat(batches, dim=1)
+    return batches[0] if len(batches) == 1 else torch.cat(tuple(batches), dim=1)

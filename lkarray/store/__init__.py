@@ -11,7 +11,14 @@ from lkarray.store.commit import ChainRegion, Record, read_record, read_records,
 from lkarray.store.derived import put
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.gradients import discard_gradients
-from lkarray.store.layout import LossSet, create_run, drop_unfinished, grow, stored_fingerprint
+from lkarray.store.layout import (
+    LossSet,
+    OutcomeSet,
+    create_run,
+    drop_unfinished,
+    grow,
+    stored_fingerprint,
+)
 from lkarray.store.location import as_store, describe, open_root, writing
 from lkarray.store.locking import file_lock, region_lock, writer_lock
 from lkarray.store.parts import create_parts, part_store, parts_of
@@ -23,6 +30,7 @@ from lkarray.store.verifying import verify
 __all__ = [
     "ChainRegion",
     "LossSet",
+    "OutcomeSet",
     "Problem",
     "Record",
     "as_store",

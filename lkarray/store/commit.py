@@ -35,7 +35,14 @@ from lkarray.store.chunks import (
     require_chunks,
 )
 from lkarray.store.digests import Digests, Latest
-from lkarray.store.layout import carried, loss_groups, recorded, run_groups, stored_fingerprint
+from lkarray.store.layout import (
+    carried,
+    loss_groups,
+    recorded,
+    recorded_names,
+    run_groups,
+    stored_fingerprint,
+)
 from lkarray.store.location import is_sealed, local_path, writing
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import broken_seals, seal_of
@@ -95,7 +102,7 @@ def require_sound(root: zarr.Group, chains: Iterable[int] = ()) -> None:
         for problem in broken_seals(group):
             raise damaged(root.store, f"{problem.path}: {problem.detail}")
         if path in loss_groups(root):
-            for name in set(group.array_keys()) - {schema.LOSS.name}:
+            for name in set(group.array_keys()) - set(recorded_names(root)):
                 read_whole(stored_at(root, f"{path}/{name}"))
     arrays, known = recorded(root), Digests.of(root)
     number = stored(root, schema.LOSSES, schema.LOSS).shape[0]

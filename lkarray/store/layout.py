@@ -44,6 +44,15 @@ HEAD, BLOCK_HEAD = 4, 2
 
 
 @dataclass(frozen=True)
+class OutcomeSet:
+    """An outcome that is recorded beside losses: its spec, its link, its values at w*."""
+
+    spec: schema.VariableSpec
+    link: str
+    center: np.ndarray
+
+
+@dataclass(frozen=True)
 class LossSet:
     """An observed set, as the group that holds its losses.
 
@@ -59,6 +68,8 @@ class LossSet:
         Names of the dims after ``sample``.
     attrs
         Attributes of the group: what kernels need to know of the posterior.
+    outcomes
+        What is recorded beside losses, by name, in the order of the fingerprint.
     """
 
     group: str
@@ -66,6 +77,12 @@ class LossSet:
     center_loss: np.ndarray
     dims: tuple[str, ...] = ()
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    outcomes: Mapping[str, OutcomeSet] = field(default_factory=dict)
+
+    @property
+    def recorded(self) -> list[str]:
+        """Names of what is recorded at each draw."""
+        return [schema.LOSS.name, *self.outcomes]
 
 
 def block_draws(draws: int, values: int) -> int:
@@ -105,7 +122,8 @@ def create_run(
     while it was being made, holds no draw, and is made again by the next run.
     """
     store = as_store(path)
-    values = sum(s.center_loss.size for s in sets) + sum(map(prod, observables.values()))
+    values = sum(s.center_loss.size * len(s.recorded) for s in sets)
+    values += sum(map(prod, observables.values()))
     depth = block_draws(draws, values)
     require_space(store, 4 * chains * (draws * values + 2 * sum(state.values())))
     root = create_root(store)
@@ -128,7 +146,7 @@ def create_run(
             create_array(vectors, spec, (chains, 2, size), chunk, dtype=state_dtype)
         _create_commit(root, sets, observables, state, chains, draws)
         for observed in sets:
-            seal(group_at(root, observed.group), growing={schema.LOSS.name})
+            seal(group_at(root, observed.group), growing=set(observed.recorded))
         for name in {schema.SAMPLE_STATS, schema.OBSERVABLES, schema.STATE, schema.COMMIT}:
             if name != schema.OBSERVABLES or observables:
                 seal(group_at(root, name), growing=set(group_at(root, name).array_keys()))
@@ -150,7 +168,7 @@ def _create_commit(
     commit = root.create_group(schema.COMMIT)
     fields = {"fields": ["draws", "step", "slot"]}
     record = create_array(commit, schema.RECORD, (chains, 3), (1, 3), attrs=fields)
-    paths = [f"{observed.group}/{schema.LOSS.name}" for observed in sets]
+    paths = [f"{observed.group}/{name}" for observed in sets for name in observed.recorded]
     paths += [f"{schema.SAMPLE_STATS}/{spec.name}" for spec in schema.STATS]
     paths += [f"{schema.OBSERVABLES}/{name}" for name in observables]
     written = [stored_at(root, path) for path in paths]
@@ -175,13 +193,15 @@ def _create_set(root: zarr.Group, of: LossSet, chains: int, draws: int, depth: i
     group = root.create_group(of.group, attributes=dict(of.attrs))
     labels = " ".join(name for name in of.coords if name != schema.SAMPLE)
     extra = {"coordinates": labels} if labels else {}
-    loss, center = (
-        replace(spec, dims=(*spec.dims, *of.dims)) for spec in (schema.LOSS, schema.CENTER_LOSS)
-    )
     shape = (chains, draws, samples, *tail)
-    create_array(group, loss, shape, loss_chunks(depth, samples, tuple(tail)), attrs=extra)
-    whole = of.center_loss.shape
-    create_array(group, center, whole, whole, attrs=extra)[...] = of.center_loss
+    chunks = loss_chunks(depth, samples, tuple(tail))
+    kinds = [(schema.LOSS, of.center_loss, extra)]
+    for outcome in of.outcomes.values():
+        kinds.append((outcome.spec, outcome.center, extra | {schema.LINK: outcome.link}))
+    for spec, center, attrs in kinds:
+        each, whole = (replace(s, dims=(*s.dims, *of.dims)) for s in (spec, schema.center(spec)))
+        create_array(group, each, shape, chunks, attrs=attrs)
+        create_array(group, whole, center.shape, center.shape, attrs=attrs)[...] = center
     for name, values in of.coords.items():
         create_coord(group, name, values, schema.SAMPLE)
 
@@ -217,10 +237,28 @@ def loss_groups(root: zarr.Group) -> list[str]:
     return list(sets) if isinstance(sets, Mapping) else [schema.LOSSES]
 
 
+def recorded_names(root: zarr.Group) -> list[str]:
+    """Return what is recorded of each observed sample at each draw: ``loss``, then outcomes."""
+    return [schema.LOSS.name, *(stored_fingerprint(root) or {}).get("outcomes", {})]
+
+
+def recorded_specs(root: zarr.Group) -> list[schema.VariableSpec]:
+    """Return the specs of a group of losses: of losses and outcomes, each with that of w*."""
+    specs = [schema.outcome(name) for name in recorded_names(root)]
+    return [each for spec in specs for each in (spec, schema.center(spec))]
+
+
+def center_path(path: str) -> str:
+    """Return the path of the values at w* of the losses or outcomes at a path."""
+    group, name = path.split("/")
+    return f"{group}/{schema.at_center(name)}"
+
+
 def recorded_paths(root: zarr.Group) -> dict[str, tuple[str, ...]]:
     """Return what chains write a block of at each commit: paths, and their first dims."""
     observables = (stored_fingerprint(root) or {}).get("observables", {})
-    paths = {f"{group}/{schema.LOSS.name}": schema.LOSS.dims for group in loss_groups(root)}
+    names = recorded_names(root)
+    paths = {f"{group}/{name}": schema.LOSS.dims for group in loss_groups(root) for name in names}
     paths |= {f"{schema.SAMPLE_STATS}/{spec.name}": spec.dims for spec in schema.STATS}
     return paths | {f"{schema.OBSERVABLES}/{name}": schema.POSTERIOR for name in observables}
 

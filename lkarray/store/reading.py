@@ -26,6 +26,7 @@ from lkarray.store.layout import (
     SETTINGS,
     loss_groups,
     recorded_paths,
+    recorded_specs,
     run_groups,
     stored_fingerprint,
 )
@@ -167,13 +168,13 @@ def _open_sampled(root: zarr.Group) -> dict[str, xr.Dataset]:
     sampled = {}
     for group in loss_groups(root):
         sampled[group] = _open_losses(root, group)
-        schema.validate(sampled[group], schema.GROUPS[schema.LOSSES], where=f"{where}/{group}")
+        schema.validate(sampled[group], recorded_specs(root), where=f"{where}/{group}")
         _check_sealed(root, group)
     sampled[schema.SAMPLE_STATS] = stats
     observables = [path for path in recorded_paths(root) if path.startswith(_OBSERVABLES)]
     if observables:
         ds = xr.Dataset(
-            {path.removeprefix(_OBSERVABLES): _lazy(root, path) for path in observables}
+            {path.removeprefix(_OBSERVABLES): _variable(root, path) for path in observables}
         )
         if schema.SAMPLE in ds.dims:
             about = sampled[schema.LOSSES]
@@ -239,12 +240,11 @@ def join_parts(trees: list[xr.DataTree], dim: str, labels: list[Any]) -> xr.Data
     return tree
 
 
-def _lazy(root: zarr.Group, path: str) -> xr.Variable:
-    """Return an array that grows, on Dask: one Dask chunk for each stored one."""
+def _variable(root: zarr.Group, path: str, *, lazy: bool = True) -> xr.Variable:
+    """Return a stored array: on Dask, one Dask chunk for each stored one, or read whole."""
     array = stored_at(root, path)
-    dims = dims_of(array)
     attrs = {key: value for key, value in array.attrs.items() if key != "coordinates"}
-    return xr.Variable(dims, da.from_zarr(array), attrs)
+    return xr.Variable(dims_of(array), da.from_zarr(array) if lazy else read_whole(array), attrs)
 
 
 def _open_losses(root: zarr.Group, group: str) -> xr.Dataset:
@@ -253,20 +253,15 @@ def _open_losses(root: zarr.Group, group: str) -> xr.Dataset:
     Dask's threads do not survive a fork, after which labels read by them would never come.
     """
     node = group_at(root, group)
-    variables, first = {}, [spec.name for spec in schema.GROUPS[schema.LOSSES]]
+    variables, specs = {}, {spec.name: spec for spec in recorded_specs(root)}
     there = set(folders(root.store, group))
-    for name in [n for n in first if n in there] + sorted(there - set(first)):
-        path = f"{group}/{name}"
-        if name == schema.LOSS.name:
-            variables[name] = _lazy(root, path)
-        else:
-            array = stored_at(root, path)
-            dims = dims_of(array)
-            attrs = {key: value for key, value in array.attrs.items() if key != "coordinates"}
-            variables[name] = xr.Variable(dims, read_whole(array), attrs)
+    for name in [n for n in specs if n in there] + sorted(there - set(specs)):
+        grows = name in specs and schema.DRAW in specs[name].dims
+        variables[name] = _variable(root, f"{group}/{name}", lazy=grows)
+    shape = variables[schema.LOSS.name].shape if schema.LOSS.name in variables else ()
     attrs = {key: value for key, value in node.attrs.items() if key != SEAL}
-    ds = xr.Dataset({name: variables[name] for name in first if name in variables}, attrs=attrs)
-    return ds.assign_coords({name: variables[name] for name in variables if name not in first})
+    ours = {name: variables.pop(name) for name in specs if name in variables}
+    return xr.Dataset(_cut(ours, shape), attrs=attrs).assign_coords(variables)
 
 
 def _check_sealed(root: zarr.Group, group: str) -> None:
@@ -296,14 +291,17 @@ def changed_settings(root: zarr.Group, group: zarr.Group) -> Iterator[tuple[str,
 
 
 def _open_stats(root: zarr.Group, shape: tuple[int, ...]) -> xr.Dataset:
-    """Open the statistics, cut to the sizes of the losses: growth may have been killed."""
+    """Open the statistics, as long as the losses are."""
     variables = {
-        spec.name: _lazy(root, f"{schema.SAMPLE_STATS}/{spec.name}") for spec in schema.STATS
+        spec.name: _variable(root, f"{schema.SAMPLE_STATS}/{spec.name}") for spec in schema.STATS
     }
+    return xr.Dataset(_cut(variables, shape))
+
+
+def _cut(variables: dict[str, xr.Variable], shape: tuple[int, ...]) -> dict[str, xr.Variable]:
+    """Cut variables to the sizes of the losses: growth that was killed leaves them larger."""
     sizes = {dim: slice(n) for dim, n in zip(schema.POSTERIOR, shape, strict=False)}
-    return xr.Dataset(
-        {name: variable.isel(sizes, missing_dims="ignore") for name, variable in variables.items()}
-    )
+    return {k: v.isel(sizes, missing_dims="ignore") for k, v in variables.items()}
 
 
 def _open_derived(root: zarr.Group) -> tuple[dict[str, xr.Dataset], list[str]]:

@@ -19,7 +19,9 @@ from lkarray.store.digests import Digests, Latest
 from lkarray.store.fingerprints import hash_labels
 from lkarray.store.layout import (
     carried_paths,
+    center_path,
     loss_groups,
+    recorded_names,
     recorded_paths,
     run_groups,
     stored_fingerprint,
@@ -73,7 +75,8 @@ def _expected(root: zarr.Group) -> dict[str, tuple[str, ...]]:
     """Return the paths of all arrays of a run that are of known names, and their first dims."""
     dims = recorded_paths(root) | carried_paths(root)
     for group in loss_groups(root):
-        dims[f"{group}/{schema.CENTER_LOSS.name}"] = schema.CENTER_LOSS.dims
+        for name in recorded_names(root):
+            dims[center_path(f"{group}/{name}")] = schema.CENTER_LOSS.dims
     specs = (schema.RECORD, schema.LATEST, schema.BLOCKS) if is_sealed(root) else (schema.RECORD,)
     return dims | {f"{schema.COMMIT}/{spec.name}": spec.dims for spec in specs}
 
@@ -87,9 +90,11 @@ def _group(root: zarr.Group, path: str) -> Iterator[Problem]:
         return
     faults = []
     labels = {}
+    grows = recorded_names(root)
+    centers = {schema.at_center(name) for name in grows}
     for name in folders(root.store, path):
         at = f"{path}/{name}"
-        if f"{at}/zarr.json" in metadata or name == schema.LOSS.name:
+        if f"{at}/zarr.json" in metadata or name in grows:
             continue
         try:
             array = node_at(root, at)
@@ -99,7 +104,7 @@ def _group(root: zarr.Group, path: str) -> Iterator[Problem]:
         if isinstance(array, zarr.Array):
             bad = list(chunk_problems(array, ()))
             faults += bad
-            if name != schema.CENTER_LOSS.name and not bad:
+            if name not in centers and not bad:
                 labels[name] = read(array, ...)
     faults += misplaced(sealed, faults)
     yield from faults
@@ -254,9 +259,9 @@ class CountedRun:
             digest = expected[path] if expected is not None else None
             whole = stop == (block + 1) * depth
             faults = list(self._compare(array, (chain, block), digest, None if whole else rows))
-            losses = path.endswith(f"/{schema.LOSS.name}") and _FLAGS in self.arrays
+            losses = path.startswith(schema.LOSSES) and _FLAGS in self.arrays
             if losses and all(fault.kind == "mismatch" for fault in faults):
-                center = self.arrays.get(f"{path.split('/')[0]}/{schema.CENTER_LOSS.name}")
+                center = self.arrays.get(center_path(path))
                 bad = list(_finite(array, center, self.arrays[_FLAGS], chain, rows))
                 faults = bad or faults  # which says more
             yield from faults
@@ -305,7 +310,9 @@ def _finite(
         bad &= ~flagged
         if bad.any():
             draw = rows.start + int(np.argmax(bad))
-            detail = f"non-finite losses at chain {chain}, draw {draw}, not flagged as diverged"
+            name = loss.path.split("/")[-1]
+            what = "losses" if name == schema.LOSS.name else name
+            detail = f"non-finite {what} at chain {chain}, draw {draw}, not flagged as diverged"
             key = chunk_keys(loss, (chain, rows.start // loss.chunks[1]))
             per_width = len(key) // loss.cdata_shape[2]
             yield Problem("mismatch", key[start // width * per_width], detail)

@@ -44,7 +44,7 @@ def client(cluster):
 def test_workers__give_the_numbers_of_one_process(tmp_path, client, width):
     import torch
 
-    few = {"draws": 20, "chains": 3, "chains_per_device": width}
+    few = {"draws": 20, "chains": 3, "chains_per_device": width, "outcomes": ("loss", "log_odds")}
     there = sample(tmp_path / "there", client, **few)
     threads = torch.get_num_threads()
     torch.set_num_threads(there.attrs["lkarray"]["losses"]["threads"])

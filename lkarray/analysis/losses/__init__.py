@@ -3,6 +3,7 @@
 from lkarray.analysis.losses.diagnostics import diagnostics
 from lkarray.analysis.losses.loss_kernels import correlation, covariance, influence
 from lkarray.analysis.losses.montecarlo import mcse
+from lkarray.analysis.losses.odds import log_odds
 from lkarray.analysis.losses.residuals import residualize
 from lkarray.analysis.losses.summaries import llc, loss_gain, loss_variance, singular_fluctuation
 
@@ -12,6 +13,7 @@ __all__ = [
     "diagnostics",
     "influence",
     "llc",
+    "log_odds",
     "loss_gain",
     "loss_variance",
     "mcse",

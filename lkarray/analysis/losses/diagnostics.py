@@ -176,8 +176,10 @@ def diagnostics(
         out[name] = ((*leading, *own), np.stack([entry[name] for entry in each]).reshape(shape))
     out["kernel_error"] = 1 / np.sqrt(out["kernel_ess"])
     out = out.assign(_of_stats(given, turned >= 0))
+    of_x = {"nat": schema.units_of(x), "nat^2": schema.product_units(x)}
     for variable in out.data_vars:
         units, meaning = _MEANING[str(variable)]
+        units = of_x.get(units, units)
         out[variable].attrs = {"long_name": meaning} | ({"units": units} if units else {})
     lines = verdicts(out, given.run, turned, list(_places(x, leading)))
     return out.assign_attrs(

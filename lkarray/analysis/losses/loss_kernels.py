@@ -238,14 +238,15 @@ def _kernel(
 ) -> xr.DataArray:
     one_of("center", center, CENTERS)
     x = as_losses(losses, extra=STACKED)
+    other = None if y is None else as_losses(y, name="y", extra=STACKED)
     out = gram(
         x,
-        None if y is None else as_losses(y, name="y", extra=STACKED),
+        other,
         over=POSTERIOR,
         each=[dim for dim in STACKED if dim in x.dims],
         center=center,
         normalize=normalize,
         **options,
     )
-    out.attrs["units"] = "nat^2" if normalize == "count" else "1"
+    out.attrs["units"] = schema.product_units(x, other) if normalize == "count" else "1"
     return out.rename(name)

@@ -10,7 +10,16 @@ from lkarray.arguments import checked
 from lkarray.engine.jackknife import Blocks, jackknife_array, jackknife_bytes
 from lkarray.kernels.coords import kernel_coords
 from lkarray.kernels.operands import check_shared, free_dim
-from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, second
+from lkarray.schema import (
+    CHAIN,
+    DRAW,
+    POSTERIOR,
+    Losses,
+    as_losses,
+    product_units,
+    second,
+    units_of,
+)
 
 _ONE_CHAIN = 10  # blocks that a lone chain is cut into
 
@@ -89,7 +98,7 @@ def mcse(
     coords = kernel_coords(x, x if other is None else other, (), rows, cols)
     dims = (rows, second(cols) if cols == rows else cols)
     out = {"loss_gain": _of_gain(x)}
-    for name, units in (("covariance", "nat^2"), ("correlation", "1")):
+    for name, units in (("covariance", product_units(x, other)), ("correlation", "1")):
         c = _contraction(x, other, rows, cols, len(pieces), memory)
         data = jackknife_array(c, Blocks(pieces, name == "correlation"))
         out[name] = xr.DataArray(data, dims=dims, attrs={"units": units})
@@ -139,7 +148,7 @@ def _of_gain(x: xr.DataArray) -> xr.DataArray:
         dask="parallelized",
         output_dtypes=[np.float64],
     )
-    return error.assign_attrs(units="nat")
+    return error.assign_attrs(units=units_of(x) or "1")
 
 
 def _mean_error(values: np.ndarray) -> np.ndarray:

@@ -124,7 +124,7 @@ def loss_variance(tree: Losses) -> xr.DataArray:
     losses = as_losses(tree, name="tree", extra=_ANY)
     _enough(losses)
     variance = losses.astype(np.float64).var(POSTERIOR, ddof=1, skipna=False)
-    return _named(variance, "loss_variance", units="nat^2", center="pooled")
+    return _named(variance, "loss_variance", units=schema.product_units(losses), center="pooled")
 
 
 @checked()

@@ -72,6 +72,7 @@ def _of_losses(w: World) -> Iterator[Case]:
     )
     yield Case("mcse", lk.mcse, {"losses": w.losses, "blocks": 3})
     yield Case("loss_gain", lk.loss_gain, {"tree": w.losses})
+    yield Case("log_odds", lk.log_odds, {"losses": w.losses})
     yield Case("loss_variance", lk.loss_variance, {"tree": w.losses})
     yield Case("singular_fluctuation", lk.singular_fluctuation, {"tree": w.losses, "nbeta": 10.0})
     yield Case("llc", lk.llc, {"tree": w.losses, "nbeta": 10.0})

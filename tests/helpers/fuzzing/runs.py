@@ -44,6 +44,12 @@ def _of_runs(w: World) -> Iterator[Case]:
         },
     )
 
+    yield Case(
+        "Outcome",
+        lk.Outcome,
+        {"name": "margin", "of_logits": weight_norm, "link": "softplus", "units": "1"},
+    )
+
     def sample(**options: Any) -> xr.DataTree:
         return lk.sample(**({"store": MemoryStore()} | options))
 
@@ -63,6 +69,7 @@ def _of_runs(w: World) -> Iterator[Case]:
             "coords": {"label": LABEL},
             "seed": 0,
             "observables": {"norm": weight_norm},
+            "outcomes": ("loss", "log_odds"),
             "components": None,
             "checkpoints": None,
             "chains_per_device": 1,
@@ -135,6 +142,7 @@ def _of_runs(w: World) -> Iterator[Case]:
             "store": w.path,
             "coords": {"label": np.arange(5)},
             "observables": None,
+            "outcomes": ("loss", "log_odds"),
             "autocast": None,
             "compile": False,
             "device": "cpu",
@@ -150,7 +158,13 @@ def _of_runs(w: World) -> Iterator[Case]:
     yield Case(
         "repair",
         lk.repair,
-        {"store": w.path, "posterior": w.posterior, "observed": w.data, "progress": False},
+        {
+            "store": w.path,
+            "posterior": w.posterior,
+            "observed": w.data,
+            "outcomes": ("loss",),
+            "progress": False,
+        },
         fast=False,
     )
     yield Case("discard_trace", lk.discard_trace, {"path": w.folder / "no.zarr"}, fast=False)
