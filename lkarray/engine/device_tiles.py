@@ -7,7 +7,7 @@ contracted elements go up at a time, and the products are added in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from lkarray.engine.blocks import fetched
 from lkarray.engine.devices import Placed, Returning, exact, out_of_memory, unless_full, upload
 from lkarray.engine.operand import Operand, volume
 from lkarray.engine.plan import Plan
+from lkarray.engine.series import Terms, series_on_device
 
 #: Bytes that the best of each row, and counts, need for each element of a tile.
 BEST_BYTES = 12
@@ -126,11 +127,15 @@ def _panel(f: Factors, x: Operand, rows: slice, p: int, part: slice, half: slice
 
 
 class Finish(NamedTuple):
-    """What is done to a tile's sum: a factor, and for cosines the bounds."""
+    """What is done to a tile's sum: a factor, for cosines the bounds, and a series.
+
+    Terms are asked for when panels have been read, since they need their means and norms.
+    """
 
     scale: float
     dtype: np.dtype
     cosine: bool
+    terms: Callable[[], Terms | None]
 
 
 def _finished(f: Factors, finish: Finish) -> Any:
@@ -138,7 +143,8 @@ def _finished(f: Factors, finish: Finish) -> Any:
     import torch
 
     total = _sum(f, 0, len(f.plan.pieces))
-    if finish.scale != 1:
+    terms = finish.terms()
+    if finish.scale != 1 and terms is None:
         total *= finish.scale
     total = total.to(getattr(torch, finish.dtype.name))
     if finish.cosine:
@@ -146,7 +152,22 @@ def _finished(f: Factors, finish: Finish) -> Any:
         if f.same:
             own = total.diagonal()
             own[own > 0.5] = 1.0
+    if terms is not None:
+        series_on_device(total, terms, diagonal=f.same)
     return total
+
+
+def tile_on_device(f: Factors, finish: Finish) -> np.ndarray | None:
+    """Return a whole finished tile; None where the device's memory ends."""
+    import torch
+
+    def work() -> Returning:
+        with torch.inference_mode():
+            return Returning(_finished(f, finish))
+
+    coming = unless_full(work)
+    out: np.ndarray | None = None if coming is None else coming.array()
+    return out
 
 
 class Wanted(NamedTuple):

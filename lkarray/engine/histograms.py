@@ -56,7 +56,7 @@ def _count(c: Contraction, bins: Bins, tile: Tile) -> np.ndarray:
     if c.plan.placed is not None:
         codes = bins.codes[rows], bins.codes[cols]
         counted = Counted(bins.low, bins.high, bins.number, codes, bins.groups)
-        found = counts_of_tile(c.factors(tile), c.finish, counted)
+        found = counts_of_tile(c.factors(tile), c.finish(tile), counted)
         if found is not None:  # else the device's memory ended: the tile comes back, in halves
             return found if c.is_diagonal(tile) else found + found.swapaxes(0, 1)
     values = compute_tile(c, tile)
