@@ -23,7 +23,9 @@ from lkarray.engine.operand import Operand, Piece
 
 _TABLE = 400  # bytes of a row's table and moments, at most
 _LEFT = 2.0**-22  # of sqrt(f_ii f_jj), at most, that terms which are left out may add up to
-_SLAB = 1 << 15  # elements of a tile at once: with their sum and a term, within the L2 cache
+_SLAB = 1 << 16  # elements of a tile at once: with their sum and a term, within the L2 cache
+_LEVELS = np.arange(1, 9) / 8  # magnitudes of cosines, for which terms are counted
+_ALONE = 8  # what a term of an entry by itself costs, as times of one in a slab
 
 
 def table_bytes(x: Operand, y: Operand | None = None) -> int:
@@ -49,8 +51,8 @@ class Table(NamedTuple):
     """The coefficients of a panel's rows.
 
     ``unit`` is ``(terms, rows)``, at variance 1 and the tile's precision; ``scale`` has the roots
-    of the variances, float64; ``left`` for each number of terms the root of the largest share of
-    a row's variance that the terms after them have, ``(1 + terms,)``.
+    of the variances, float64; ``left`` for each number of terms the root of the share of a row's
+    variance that the terms after them have, ``(1 + terms, rows)``.
     """
 
     unit: np.ndarray
@@ -67,7 +69,7 @@ class Table(NamedTuple):
         beyond = np.clip((variance > 0) - shares.sum(0), 0, 1)
         beyond[beyond < 1e-13] = 0  # rounding
         after = np.concatenate([shares, beyond[None]])[::-1].cumsum(0)[::-1]
-        return cls(unit.astype(dtype), scale, np.sqrt(after.max(axis=1, initial=0)))
+        return cls(unit.astype(dtype), scale, np.sqrt(after).astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -121,42 +123,93 @@ class Terms(NamedTuple):
     cosine: bool
     factor: float
 
-    def count(self, largest: float) -> int:
-        """Return how many terms leave nothing that counts, of cosines up to ``largest``."""
+    def needed(self, levels: np.ndarray) -> np.ndarray:
+        """Return how many terms leave nothing that counts, ``(level, row)``.
+
+        Of cosines up to each level, with whatever column.
+        """
         most = min(len(self.rows.unit), len(self.cols.unit))
-        tail = self.rows.left[: most + 1] * self.cols.left[: most + 1]
-        enough = tail * largest ** np.arange(1, most + 2) <= _LEFT
-        return max(int(np.argmax(enough)), 1) if enough.any() else most
+        tail = self.rows.left[: most + 1] * self.cols.left[: most + 1].max(axis=1)[:, None]
+        powers = levels[:, None] ** np.arange(1, most + 2)
+        counts = [(tail * power[:, None] > _LEFT)[:-1].sum(axis=0) for power in powers]
+        return np.maximum(counts, 1)
 
 
 def apply_series(tile: np.ndarray, terms: Terms, *, diagonal: bool) -> None:
     """Replace a tile of cosines ``(rows, cols)`` by its series, in place.
 
-    ``diagonal`` says that rows and columns are the same.
+    Rows are taken in the order of how many terms they need. Where few cosines of a slab are large,
+    it gets the terms of the others, and these few are made again by themselves. ``diagonal`` says
+    that rows and columns are the same.
     """
     if diagonal:
         np.fill_diagonal(tile, 0)  # else every slab would need the terms of a cosine of 1
     rows, cols = _scales(terms)
+    needed = terms.needed(_LEVELS)
+    order = np.argsort(needed[len(_LEVELS) // 2], kind="stable")
     step = max(1, _SLAB // max(tile.shape[1], 1))
-    term = np.empty((step, tile.shape[1]), tile.dtype)
+    buffers = np.empty((3, step, tile.shape[1]), tile.dtype)
+    alone: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for start in range(0, len(tile), step):
-        rho = tile[start : start + step]
-        largest = max(float(rho.max(initial=0)), -float(rho.min(initial=0)))
-        count, own = terms.count(min(largest, 1.0)), term[: len(rho)]
-        a, b = terms.rows.unit[:, start : start + step, None], terms.cols.unit
-        total = a[count - 1] * b[count - 1]
+        own = order[start : start + step]
+        rho, total, term = (buffer[: len(own)] for buffer in buffers)
+        np.take(tile, own, axis=0, out=rho, mode="clip")  # "raise" would copy twice
+        count, far = _split(np.abs(rho, out=term), needed[:, own].max(axis=1))
+        if far is not None:
+            i, j = np.divmod(far, tile.shape[1])
+            alone.append((own[i], j, rho[i, j]))
+        a, b = terms.rows.unit[:count, own], terms.cols.unit
+        _outer(a[count - 1], b[count - 1], total)
         for k in range(count - 2, -1, -1):
             total *= rho
-            np.multiply(a[k], b[k], out=own)
-            total += own
-        np.multiply(rho, total, out=rho)
-        if rows is not None:
-            rho *= rows[start : start + step, None].astype(tile.dtype)
-            rho *= cols.astype(tile.dtype)
+            _outer(a[k], b[k], term)
+            total += term
+        total *= rho
+        tile[own] = total
+    if alone:
+        i, j, rho = map(np.concatenate, zip(*alone, strict=True))
+        tile[i, j] = _entries(rho, terms, i, j)
+    if rows is not None:
+        tile *= rows[:, None].astype(tile.dtype)
+        tile *= cols.astype(tile.dtype)
     if terms.cosine:
         np.clip(tile, -abs(terms.factor), abs(terms.factor), out=tile)
     if diagonal:
         np.fill_diagonal(tile, own_entries(terms))
+
+
+def _outer(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    np.einsum("i,j->ij", a, b, out=out)  # a third faster than NumPy's own product of the two
+
+
+def _split(size: np.ndarray, needed: np.ndarray) -> tuple[int, np.ndarray | None]:
+    """Return the terms that a slab needs, and the places of entries too large for that, if any.
+
+    ``size`` are the magnitudes of its cosines, and ``needed`` the terms for each of `_LEVELS`.
+    """
+    top = min(int(np.searchsorted(_LEVELS, size.max(initial=0))), len(_LEVELS) - 1)
+    best, level = float(needed[top]), top
+    some = size[:: len(size) // 4 or 1]  # rows enough to tell the share that is large
+    for below in range(1, top, 2):
+        share = np.count_nonzero(some > _LEVELS[below]) / some.size
+        cost = needed[below] + _ALONE * needed[-1] * share
+        best, level = (cost, below) if cost < best else (best, level)
+    far = None if level == top else np.flatnonzero(size.ravel() > _LEVELS[level])
+    return int(needed[level]), far
+
+
+def _entries(rho: np.ndarray, terms: Terms, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the series of single entries, with all its terms."""
+    a, b = terms.rows.unit, terms.cols.unit
+    out = np.empty_like(rho)
+    for start in range(0, len(rho), _SLAB):
+        own = slice(start, start + _SLAB)
+        total, left, right = np.zeros_like(rho[own]), i[own], j[own]
+        for k in range(min(len(a), len(b)) - 1, -1, -1):
+            total += a[k][left] * b[k][right]
+            total *= rho[own]
+        out[own] = total
+    return out
 
 
 def _scales(terms: Terms) -> tuple[Any, Any]:
@@ -183,7 +236,8 @@ def series_on_device(tile: Any, terms: Terms, *, diagonal: bool) -> None:
     if diagonal:
         tile.fill_diagonal_(0)
     rows, cols = _scales(terms)
-    count = terms.count(min(float(tile.abs().max()), 1.0)) if tile.numel() else 1
+    largest = np.array([min(float(tile.abs().max()), 1.0)])
+    count = int(terms.needed(largest).max())
     like: dict[str, Any] = {"dtype": tile.dtype, "device": tile.device}
     a, b = (torch.as_tensor(np.ascontiguousarray(t.unit[:count]), **like) for t in terms[:2])
     step = max(1, _DEVICE_SLAB // max(tile.shape[1], 1))
