@@ -1,6 +1,6 @@
-"""An elementwise power series of a tile of cosines, made while a slab of it is in the cache.
+r"""An elementwise power series of a tile of cosines, made while a slab of it is in the cache.
 
-.. math:: f_{ij} = \\sum_{k \\ge 1} a_k(i) a_k(j) \\rho_{ij}^k
+.. math:: f_{ij} = \sum_{k \ge 1} a_k(i) a_k(j) \rho_{ij}^k
 
 What the coefficients are, of the means and standard deviations of rows, is not known here. Tables
 are kept at unit variance (the sum of the squares of a row's coefficients), so that sums in float32

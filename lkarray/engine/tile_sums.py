@@ -86,7 +86,7 @@ class KernelSums(NamedTuple):
 def tile_moments(
     kernels: list[Contraction], pairs: list[tuple[int, int]], tile: Tile
 ) -> np.ndarray:
-    """Return what a tile adds to `KernelSums` of symmetric kernels in the same panels, as one array."""
+    """Return what a tile adds to `KernelSums`, as one array; of kernels in the same panels."""
     rows, cols = kernels[0].plan.rows[tile.i], kernels[0].plan.cols[tile.j]
     same, n = kernels[0].is_diagonal(tile), kernels[0].x.n
     out = np.zeros(2 * len(pairs) + 2 * len(kernels) * n)
@@ -100,7 +100,9 @@ def tile_moments(
             parts.rows[k, cols] += values.sum(0, dtype=np.float64)
     for p, (i, j) in enumerate(pairs):
         # Row by row in float64, so that a tile of float32 is never copied whole.
-        product = sum(float(a.astype(np.float64) @ b) for a, b in zip(tiles[i], tiles[j], strict=True))
+        product = sum(
+            float(a.astype(np.float64) @ b) for a, b in zip(tiles[i], tiles[j], strict=True)
+        )
         parts.products[p] = product if same else 2 * product
         if same:
             parts.diagonal_products[p] = parts.diagonals[i, rows] @ parts.diagonals[j, rows]

@@ -23,7 +23,6 @@ from lkarray.kernels.operands import (
 )
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
 
-
 #: What adds up products of kernels of each estimator: in passes over strips, or over tiles.
 _OF: dict[str, Any] = {"sample": Products, "gaussian": TileProducts}
 

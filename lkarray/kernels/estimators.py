@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import xarray as xr
 
 from lkarray.engine import Series
@@ -61,10 +63,8 @@ def find_outcome(losses: Losses) -> xr.DataArray | None:
     Log-odds come before residuals, and these before other variables.
     """
     if isinstance(losses, xr.DataTree):
-        try:
+        with suppress(SchemaError):
             losses = losses_node(losses)
-        except SchemaError:
-            pass
         losses = losses.to_dataset()
     if isinstance(losses, xr.DataArray):
         return losses if "link" in losses.attrs else None
@@ -72,9 +72,9 @@ def find_outcome(losses: Losses) -> xr.DataArray | None:
         return None
     named = (LOG_ODDS.name, RESIDUAL.name)
     for name in (*named, *(v for v in losses.data_vars if v not in (*named, LOSS.name))):
-        if name in losses and set(POSTERIOR) <= set(losses[name].dims):
-            if "link" in losses[name].attrs:
-                return losses[name]
+        x = losses.get(name)
+        if x is not None and "link" in x.attrs and set(POSTERIOR) <= set(x.dims):
+            return x
     return None
 
 

@@ -113,8 +113,8 @@ def group_mean(
     center
         ``"pooled"`` or ``"chain"``.
     estimator
-        ``"sample"`` or ``"gaussian"``, as for `lkarray.covariance`; the latter costs what the kernel
-        does, as its tiles are made.
+        ``"sample"`` or ``"gaussian"``, as for `lkarray.covariance`; the latter costs what the
+        kernel does, whose tiles are made.
     memory
         Byte budget of a process.
     device, device_memory

@@ -115,7 +115,7 @@ def kernel_operand(losses: Losses, kernel: str, center: str) -> tuple[xr.DataArr
 def estimated_operand(
     losses: Losses, kernel: str, center: str, estimator: str, *, name: str = "losses"
 ) -> tuple[xr.DataArray, Operand, float, Series | None]:
-    """Return the same, and what makes losses' kernel of outcomes' correlations, if that is asked."""
+    """Return the same, and what makes a kernel of losses of the correlations of outcomes."""
     one_of("kernel", kernel, KERNELS)
     one_of("center", center, CENTERS)
     x, link = estimated(losses, estimator, name=name)
