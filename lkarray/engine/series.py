@@ -144,7 +144,7 @@ def apply_series(tile: np.ndarray, terms: Terms, *, diagonal: bool) -> None:
     """
     if diagonal:
         np.fill_diagonal(tile, 0)  # else every slab would need the terms of a cosine of 1
-    rows, cols = _scales(terms)
+    rows, cols = scales(terms)
     needed = terms.needed(_LEVELS)
     order = np.argsort(needed[len(_LEVELS) // 2], kind="stable")
     step = max(1, _SLAB // max(tile.shape[1], 1))
@@ -212,7 +212,7 @@ def _entries(rho: np.ndarray, terms: Terms, i: np.ndarray, j: np.ndarray) -> np.
     return out
 
 
-def _scales(terms: Terms) -> tuple[Any, Any]:
+def scales(terms: Terms) -> tuple[Any, Any]:
     """Return what rows and columns are multiplied by after the series; None for cosines."""
     if terms.cosine and terms.factor == 1:
         return None, None
@@ -227,35 +227,3 @@ def own_entries(terms: Terms) -> np.ndarray:
     own = terms.rows.scale > 0 if terms.cosine else terms.rows.scale**2
     entries: np.ndarray = own * terms.factor
     return entries
-
-
-def series_on_device(tile: Any, terms: Terms, *, diagonal: bool) -> None:
-    """Do the same to a tensor, where it is."""
-    import torch
-
-    if diagonal:
-        tile.fill_diagonal_(0)
-    rows, cols = _scales(terms)
-    largest = np.array([min(float(tile.abs().max()), 1.0)])
-    count = int(terms.needed(largest).max())
-    like: dict[str, Any] = {"dtype": tile.dtype, "device": tile.device}
-    a, b = (torch.as_tensor(np.ascontiguousarray(t.unit[:count]), **like) for t in terms[:2])
-    step = max(1, _DEVICE_SLAB // max(tile.shape[1], 1))
-    for start in range(0, len(tile), step):
-        rho, own = tile[start : start + step], a[:, start : start + step, None]
-        total = own[count - 1] * b[count - 1]
-        term = torch.empty_like(total)
-        for k in range(count - 2, -1, -1):
-            torch.mul(own[k], b[k], out=term)
-            total.mul_(rho).add_(term)
-        rho.mul_(total)
-    if rows is not None:
-        tile.mul_(torch.as_tensor(np.array(rows), **like)[:, None])
-        tile.mul_(torch.as_tensor(np.array(cols), **like))
-    if terms.cosine:
-        tile.clamp_(-abs(terms.factor), abs(terms.factor))
-    if diagonal:
-        tile.diagonal().copy_(torch.as_tensor(own_entries(terms), **like))
-
-
-_DEVICE_SLAB = 1 << 22  # elements of a tile at once: three such arrays stay in a GPU's L2 cache

@@ -65,19 +65,19 @@ def covariance(
         ``covariance(sample, sample_2)`` in nats squared, lazy; see `gram` for cost, memory
         and errors.
 
+    Notes
+    -----
+    ``estimator="gaussian"`` makes correlations of outcomes, and of each entry a series of at most
+    40 terms, as many as leave less than 3e-7 of ``sqrt(K_ii K_jj)``. Entries err by a few
+    roundings of float32 of that root. Of log-odds whose standard deviation is above 5 or so, 40
+    terms may leave more where correlations are near 1 (1e-4 at 8 and 0.95).
+
     References
     ----------
     - Adam et al. 2025a, eq. 2 and appendix B: "The Loss Kernel", arXiv:2509.26537.
     - Mehler 1866: "Ueber die Entwicklung einer Function von beliebig vielen Variablen nach
       Laplaceschen Functionen höherer Ordnung", doi:10.1515/crll.1866.66.161.
     - docs/methods/kernels.md.
-
-    Notes
-    -----
-    ``estimator="gaussian"`` makes correlations of outcomes, and of each entry a series of at most
-    40 terms, as many as leave less than 3e-7 of ``sqrt(K_ii K_jj)``. Entries err by a few
-    roundings of float32 of that root. Of log-odds whose standard deviation is above 5 or so, 40
-    terms may leave more where correlations are near 1 (`diagnostics` counts such samples).
 
     Examples
     --------
