@@ -117,15 +117,11 @@ class Contraction:
         if self.series is None:
             return None
         series, p = self.series, self.plan
-        sides = (
-            (self.x, series.rows, p.rows[tile.i]),
-            (self.other, series.cols, p.cols[tile.j]),
-        )
-        tables = [
-            series.table(x, expansion, tile.entry, rows, p.pieces, self.dtype)
-            for x, expansion, rows in sides
-        ]
-        return Terms(*tables, series.cosine, self.scale)
+        place, dtype = (tile.entry, p.rows[tile.i], p.pieces), self.dtype
+        rows = series.table(self.x, series.rows, *place, dtype)
+        place = (tile.entry, p.cols[tile.j], p.pieces)
+        cols = series.table(self.other, series.cols, *place, dtype)
+        return Terms(rows, cols, series.cosine, self.scale)
 
     def finish(self, tile: Tile) -> Finish:
         """Return what is done on a device to the sum of a tile's products."""

@@ -101,7 +101,8 @@ class Series:
         dtype: np.dtype,
     ) -> Table:
         """Return the table of a panel's rows, kept in this process while the operand lives."""
-        key = (x.token, "series", tokenize(expansion), self.degrees, dtype.name, entry)
+        distinct = (tokenize(expansion), self.degrees, dtype.name)
+        key = (x.token, "series", *distinct, entry, rows.start, rows.stop)
 
         def load() -> Table:
             moments = x.moments(entry, rows, pieces)
@@ -110,7 +111,6 @@ class Series:
             return Table.of(*expansion.coefficients(mean, sd), dtype)
 
         size = _TABLE * (rows.stop - rows.start)
-        key += (rows.start, rows.stop)
         table: Table = MOMENTS.get(key, load, size=size, limit=sys.maxsize)
         return table
 

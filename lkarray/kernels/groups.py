@@ -204,7 +204,8 @@ def _of_tiles(
     if not self_pairs:
         totals, pairs = totals - own * sums[:, -1:], pairs - np.diag(counts)
     # NaN where a group of one has no pairs, without a warning of NumPy's.
-    return totals / np.where(pairs > 0, pairs, np.nan)
+    means: da.Array = totals / np.where(pairs > 0, pairs, np.nan)
+    return means
 
 
 def _group_rows(

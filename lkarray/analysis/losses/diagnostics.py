@@ -181,8 +181,8 @@ def diagnostics(
         flat = _counted(losses, padding)
         entry = _entry(flat, pairs, seed, memory)
         if given.outcomes is not None:
-            own = given.outcomes.isel(place).isel({CHAIN: usable})
-            entry |= of_outcomes(flat, _counted(own, padding), entry["ess_bulk"], memory)
+            outcomes = given.outcomes.isel(place).isel({CHAIN: usable})
+            entry |= of_outcomes(flat, _counted(outcomes, padding), entry["ess_bulk"], memory)
         if padding is not None:
             entry |= {name: _spread(entry[name], padding) for name in _PER_SAMPLE & set(entry)}
         whole = np.full(len(usable), np.nan)
@@ -251,8 +251,10 @@ def _given(tree: Losses) -> _Given:
             f"have {losses.sizes[DRAW]}; take more, for example lk.sample(..., draws=100)"
         )
     outcomes = None if isinstance(tree, xr.DataArray) else find_outcome(tree)
-    if outcomes is not None and (outcomes.name == losses.name or outcomes.dims != losses.dims):
-        outcomes = None  # the outcome alone is what is diagnosed
+    if outcomes is not None:
+        same = outcomes.name == losses.name or set(outcomes.dims) != set(losses.dims)
+        # Where the outcome alone is given, it is what is diagnosed.
+        outcomes = None if same else outcomes.transpose(*losses.dims)
     return _Given(losses, outcomes, center, stats, Run.of(losses, attrs, hidden))
 
 
