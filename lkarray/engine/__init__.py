@@ -14,6 +14,7 @@ from lkarray.engine.devices import as_device
 from lkarray.engine.operand import Operand, Piece
 from lkarray.engine.plan import WRITTEN_BYTES, Plan, make_plan
 from lkarray.engine.search import SEARCH_BUDGET, search_arrays
+from lkarray.engine.series import Series, table_bytes
 from lkarray.engine.top_k import TOP_K_BYTES, Ask, top_k_arrays, top_k_held
 
 __all__ = [
@@ -26,11 +27,13 @@ __all__ = [
     "Operand",
     "Piece",
     "Plan",
+    "Series",
     "as_device",
     "contraction_of",
     "gram_array",
     "make_plan",
     "search_arrays",
+    "table_bytes",
     "top_k_arrays",
     "top_k_held",
 ]

@@ -20,12 +20,13 @@ from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
 from lkarray.engine.blas import multiply, product_slot
-from lkarray.engine.device_tiles import Factors, Finish, sum_on_device
+from lkarray.engine.device_tiles import Factors, Finish, sum_on_device, tile_on_device
 from lkarray.engine.devices import made_on
 from lkarray.engine.lowprecision import choose, multiply_low
 from lkarray.engine.numbers import finish_cosine
 from lkarray.engine.operand import Operand
 from lkarray.engine.plan import Plan
+from lkarray.engine.series import Series, Terms, apply_series
 
 
 class Tile(NamedTuple):
@@ -50,6 +51,8 @@ class Contraction:
         Factor of every entry.
     precision
         ``"float32"`` (the operands' own) or ``"bfloat16"``.
+    series
+        What is made of each entry, of operands whose rows have norm one; None leaves it.
     """
 
     x: Operand
@@ -57,10 +60,11 @@ class Contraction:
     plan: Plan
     scale: float = 1.0
     precision: str = "float32"
+    series: Series | None = None
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         other = None if self.y is None else self.y.token
-        return (self.x.token, other, self.plan, self.scale, self.precision)
+        return (self.x.token, other, self.plan, self.scale, self.precision, self.series)
 
     @property
     def symmetric(self) -> bool:
@@ -108,10 +112,20 @@ class Contraction:
         rows, cols = self.plan.rows[tile.i], self.plan.cols[tile.j]
         return Factors(self.x, self.other, self.plan, tile.entry, rows, cols)
 
-    @property
-    def finish(self) -> Finish:
-        """What is done to the sum of a tile's products."""
-        return Finish(self.scale, self.dtype, self.x.cosine)
+    def terms(self, tile: Tile) -> Terms | None:
+        """Return what the series makes a tile of, if there is one."""
+        if self.series is None:
+            return None
+        series, p = self.series, self.plan
+        place, dtype = (tile.entry, p.rows[tile.i], p.pieces), self.dtype
+        rows = series.table(self.x, series.rows, *place, dtype)
+        place = (tile.entry, p.cols[tile.j], p.pieces)
+        cols = series.table(self.other, series.cols, *place, dtype)
+        return Terms(rows, cols, series.cosine, self.scale)
+
+    def finish(self, tile: Tile) -> Finish:
+        """Return what is done on a device to the sum of a tile's products."""
+        return Finish(self.scale, self.dtype, self.x.cosine, lambda: self.terms(tile))
 
     @property
     def made_on(self) -> dict[str, str]:
@@ -132,6 +146,10 @@ class Contraction:
 
 def compute_tile(c: Contraction, tile: Tile) -> np.ndarray:
     """Return the tile, with a leading axis of length one for each dim kept in step."""
+    if c.plan.placed is not None and c.series is not None:
+        made = tile_on_device(c.factors(tile), c.finish(tile))
+        if made is not None:  # else the device's memory ended: the sum comes back, in halves
+            return made.reshape((1,) * len(tile.entry) + made.shape)
     return finish_tile(c, tile, sum_pieces(c, tile, 0, len(c.plan.pieces)))
 
 
@@ -171,11 +189,14 @@ def finish_tile(c: Contraction, tile: Tile, *sums: np.ndarray) -> np.ndarray:
     total = sums[0]
     for addend in sums[1:]:
         total = total + addend  # not in place: Dask may hold the first for a task that runs again
-    if c.scale != 1:
+    terms = c.terms(tile)
+    if c.scale != 1 and terms is None:
         total *= c.scale
     out = total.astype(c.dtype, copy=False)
     if c.x.cosine:
         finish_cosine(out, diagonal=c.is_diagonal(tile))
+    if terms is not None:
+        apply_series(out, terms, diagonal=c.is_diagonal(tile))
     return out.reshape((1,) * len(tile.entry) + out.shape)
 
 

@@ -7,7 +7,7 @@ contracted elements go up at a time, and the products are added in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,9 +18,11 @@ from lkarray.engine.blocks import fetched
 from lkarray.engine.devices import Placed, Returning, exact, out_of_memory, unless_full, upload
 from lkarray.engine.operand import Operand, volume
 from lkarray.engine.plan import Plan
+from lkarray.engine.series import Terms, own_entries, scales
 
 #: Bytes that the best of each row, and counts, need for each element of a tile.
 BEST_BYTES = 12
+_DEVICE_SLAB = 1 << 22  # elements of a tile at once: three such arrays stay in a GPU's L2 cache
 _SORTED = 256  # rows that are sorted or counted at once, which takes many times their memory
 
 
@@ -126,11 +128,15 @@ def _panel(f: Factors, x: Operand, rows: slice, p: int, part: slice, half: slice
 
 
 class Finish(NamedTuple):
-    """What is done to a tile's sum: a factor, and for cosines the bounds."""
+    """What is done to a tile's sum: a factor, for cosines the bounds, and a series.
+
+    Terms are asked for when panels have been read, since they need their means and norms.
+    """
 
     scale: float
     dtype: np.dtype
     cosine: bool
+    terms: Callable[[], Terms | None]
 
 
 def _finished(f: Factors, finish: Finish) -> Any:
@@ -138,7 +144,8 @@ def _finished(f: Factors, finish: Finish) -> Any:
     import torch
 
     total = _sum(f, 0, len(f.plan.pieces))
-    if finish.scale != 1:
+    terms = finish.terms()
+    if finish.scale != 1 and terms is None:
         total *= finish.scale
     total = total.to(getattr(torch, finish.dtype.name))
     if finish.cosine:
@@ -146,7 +153,51 @@ def _finished(f: Factors, finish: Finish) -> Any:
         if f.same:
             own = total.diagonal()
             own[own > 0.5] = 1.0
+    if terms is not None:
+        _apply_series(total, terms, diagonal=f.same)
     return total
+
+
+def tile_on_device(f: Factors, finish: Finish) -> np.ndarray | None:
+    """Return a whole finished tile; None where the device's memory ends."""
+    import torch
+
+    def work() -> Returning:
+        with torch.inference_mode():
+            return Returning(_finished(f, finish))
+
+    coming = unless_full(work)
+    out: np.ndarray | None = None if coming is None else coming.array()
+    return out
+
+
+def _apply_series(tile: Any, terms: Terms, *, diagonal: bool) -> None:
+    """Do what `lkarray.engine.series.apply_series` does to a tensor, where it is."""
+    import torch
+
+    if diagonal:
+        tile.fill_diagonal_(0)
+    rows, cols = scales(terms)
+    largest = np.array([min(float(tile.abs().max()), 1.0)])
+    count = int(terms.needed(largest).max())
+    like: dict[str, Any] = {"dtype": tile.dtype, "device": tile.device}
+    a, b = (torch.as_tensor(np.ascontiguousarray(t.unit[:count]), **like) for t in terms[:2])
+    step = max(1, _DEVICE_SLAB // max(tile.shape[1], 1))
+    for start in range(0, len(tile), step):
+        rho, own = tile[start : start + step], a[:, start : start + step, None]
+        total = own[count - 1] * b[count - 1]
+        term = torch.empty_like(total)
+        for k in range(count - 2, -1, -1):
+            torch.mul(own[k], b[k], out=term)
+            total.mul_(rho).add_(term)
+        rho.mul_(total)
+    if rows is not None:
+        tile.mul_(torch.as_tensor(np.array(rows), **like)[:, None])
+        tile.mul_(torch.as_tensor(np.array(cols), **like))
+    if terms.cosine:
+        tile.clamp_(-abs(terms.factor), abs(terms.factor))
+    if diagonal:
+        tile.diagonal().copy_(torch.as_tensor(own_entries(terms), **like))
 
 
 class Wanted(NamedTuple):

@@ -11,10 +11,10 @@ from dask.highlevelgraph import HighLevelGraph
 
 from lkarray.engine.contraction import Contraction, ContractionLayer, Tile, compute_tile
 from lkarray.engine.device_tiles import Counted, counts_of_tile
+from lkarray.engine.tasks import ADDED
 
 #: Bytes that the sink needs for each element of a tile: its bin, in two steps.
 HISTOGRAM_BYTES = 24
-_ADDED = 16  # counts added at once
 
 
 class Bins(NamedTuple):
@@ -41,9 +41,9 @@ def histogram_array(c: Contraction, bins: Bins) -> da.Array:
         graph[keys[-1]] = (_count, node, asked, tile)
     level = 0
     while len(keys) > 1:  # in a tree, so that few counts are ever held
-        sums = [(f"{name}-sum", level, start) for start in range(0, len(keys), _ADDED)]
+        sums = [(f"{name}-sum", level, start) for start in range(0, len(keys), ADDED)]
         for key in sums:
-            graph[key] = (sum, keys[key[2] : key[2] + _ADDED])
+            graph[key] = (sum, keys[key[2] : key[2] + ADDED])
         keys, level = sums, level + 1
     graph[(name, 0, 0, 0)] = keys[0]
     chunks = ((bins.groups,), (bins.groups,), (bins.number + 2,))
@@ -56,7 +56,7 @@ def _count(c: Contraction, bins: Bins, tile: Tile) -> np.ndarray:
     if c.plan.placed is not None:
         codes = bins.codes[rows], bins.codes[cols]
         counted = Counted(bins.low, bins.high, bins.number, codes, bins.groups)
-        found = counts_of_tile(c.factors(tile), c.finish, counted)
+        found = counts_of_tile(c.factors(tile), c.finish(tile), counted)
         if found is not None:  # else the device's memory ended: the tile comes back, in halves
             return found if c.is_diagonal(tile) else found + found.swapaxes(0, 1)
     values = compute_tile(c, tile)

@@ -49,6 +49,8 @@ class Operand:
         ``None``, ``"pooled"`` or ``"chain"``.
     cosine
         Whether rows are scaled to norm one.
+    keeps_moments
+        Whether means and norms of panels are kept beside them: 16 bytes a row and centring group.
     """
 
     def __init__(
@@ -60,12 +62,13 @@ class Operand:
         rows: str,
         center: str | None,
         cosine: bool,
+        keeps_moments: bool = False,
     ) -> None:
         refuse_futures(x)
         if center == "chain":
             over = ("chain", *(dim for dim in over if dim != "chain"))
         self.over, self.each, self.rows = over, each, rows
-        self.center, self.cosine = center, cosine
+        self.center, self.cosine, self.keeps_moments = center, cosine, keeps_moments
         self.variable = x.variable.transpose(*each, *over, rows)
         # Panels keep the source's own order, rows first or last: to turn each chunk is slow.
         self._rows_first = x.dims[-1] in over and center != "chain"
@@ -187,10 +190,10 @@ class Operand:
             if not np.isfinite(block.min()) or not np.isfinite(block.max()):
                 raise self._not_finite(entry, rows, pieces)
             return block.reshape(-1, block.shape[-1])
-        if len(pieces) == 1:
+        if len(pieces) == 1 and not self.keeps_moments:
             moments = Moments.of(block, centred=self.center is not None)
         else:
-            moments = self._moments(entry, rows, pieces)
+            moments = self.moments(entry, rows, pieces, block)
         norm = moments.norm()
         if not np.isfinite(norm).all():
             raise self._not_finite(entry, rows, pieces)
@@ -200,16 +203,29 @@ class Operand:
             block[:, :, norm == 0] = 0  # a constant row: leave no rounding behind
         return block.reshape(-1, block.shape[-1])
 
-    def _moments(self, entry: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...]) -> Moments:
-        """Return the moments of a panel in pieces, one pass over it, kept for the next piece."""
+    def moments(
+        self,
+        entry: tuple[int, ...],
+        rows: slice,
+        pieces: tuple[Piece, ...],
+        block: np.ndarray | None = None,
+    ) -> Moments:
+        """Return the moments of a panel, one pass over it, kept for the next piece or question.
+
+        ``block`` is a panel of one piece that was read already.
+        """
         groups = self.shape[0] if self.center == "chain" else 1
-        key = (self.token, "moments", entry, rows.start, rows.stop)
+        alone = len(pieces) == 1
+        key = (self.token, "moments", entry, rows.start, rows.stop, alone)
         size = 16 * groups * (rows.stop - rows.start)
 
         def load() -> Moments:
+            centred = self.center is not None
+            if alone:
+                whole = self._read(entry, rows, pieces[0]) if block is None else block
+                return Moments.of(whole, centred=centred)
             zeros = np.zeros((groups, rows.stop - rows.start))
             total = Moments(np.zeros(groups, int), zeros, zeros)
-            centred = self.center is not None
             for piece in pieces:
                 moments = Moments.of(self._read(entry, rows, piece), centred=centred)
                 if self.center == "chain":

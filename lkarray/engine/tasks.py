@@ -12,6 +12,8 @@ from dask.highlevelgraph import HighLevelGraph
 
 #: What a task takes for the value of another one; as an argument, alone or in a list.
 Key = tuple[Any, ...]
+#: Results that are added at once.
+ADDED = 16
 
 
 class Tasks:
@@ -38,6 +40,15 @@ class Tasks:
     def then(self, function: Callable[..., Any], *args: Any) -> Key:
         """Add the task ``function(*args)``, where an argument may be the key of another task."""
         return self._add(function.__name__.strip("_"), (function, *args))
+
+    def added(self, keys: Sequence[Key]) -> Key:
+        """Add the tasks that sum what others give, in a tree: few of these are ever held."""
+        while len(keys) > 1:
+            keys = [
+                self.then(sum, list(keys[start : start + ADDED]))
+                for start in range(0, len(keys), ADDED)
+            ]
+        return keys[0]
 
     def block(self, array: da.Array, index: tuple[int, ...]) -> Key:
         """Return the key of a block of an array, whose graph becomes a part of this one."""

@@ -179,7 +179,7 @@ def _best_on_device(
     mask = None if ask.rule is None else np.broadcast_to(ask.rule(i, j), (i.size, j.size))
     codes = None if ask.groups is None else (ask.groups[rows], ask.groups[cols])
     wanted = Wanted(ask.k, ask.largest, codes, mask)
-    found = best_of_tile(c.factors(tile), c.finish, wanted)
+    found = best_of_tile(c.factors(tile), c.finish(tile), wanted)
     if found is None:
         return None
     out = []

@@ -15,11 +15,16 @@ from lkarray.engine.devices import Device
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
 from lkarray.kernels.alignment_sums import Pair, Products, gram_step, sum_step
+from lkarray.kernels.alignment_tiles import TileProducts
+from lkarray.kernels.estimators import estimated
 from lkarray.kernels.operands import (
     degrees_of_freedom,
     free_dim,
 )
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
+
+#: What adds up products of kernels of each estimator: in passes over strips, or over tiles.
+_OF: dict[str, Any] = {"sample": Products, "gaussian": TileProducts}
 
 
 @checked()
@@ -29,6 +34,7 @@ def frobenius(
     *,
     center: str = "pooled",
     normalize: str = "count",
+    estimator: str = "sample",
     memory: int | str | None = None,
     device: str | None = None,
     device_memory: int | str | None = None,
@@ -44,6 +50,9 @@ def frobenius(
         ``"pooled"`` or ``"chain"``; see `lkarray.covariance`.
     normalize
         ``"count"`` for covariances, ``"cosine"`` for correlations.
+    estimator
+        ``"sample"``, or ``"gaussian"`` of both, as for `lkarray.covariance`: then kernels are made
+        tile by tile, at the cost of `lkarray.covariance` of each, and never held.
     memory
         Byte budget of a process.
     device, device_memory
@@ -71,14 +80,15 @@ def frobenius(
     >>> float(lk.frobenius(losses)) == float((lk.covariance(losses) ** 2).sum())
     True
     """
-    tensors = [as_losses(a, name="a"), as_losses(a if b is None else b, name="b")]
-    if b is None:
-        tensors.pop()
+    tensors = [estimated(a, estimator, name="a")[0]]
+    if b is not None:
+        tensors.append(estimated(b, estimator, name="b")[0])
     pairs = [(0, len(tensors) - 1)]
     place = as_device(device, device_memory)
-    made = Products(tensors, center, normalize, memory, place)
+    made = _OF[estimator](tensors, center, normalize, memory, place)
     value = made.compute(pairs, None)[0]
-    return _scalar(value, "frobenius", center=center, normalize=normalize, **made.made_on)
+    attrs = {"center": center, "normalize": normalize, "estimator": estimator}
+    return _scalar(value, "frobenius", **attrs, **made.made_on)
 
 
 @checked()
@@ -89,6 +99,7 @@ def cka(
     debiased: bool | str = False,
     center: str = "pooled",
     normalize: str = "count",
+    estimator: str = "sample",
     memory: int | str | None = None,
     device: str | None = None,
     device_memory: int | str | None = None,
@@ -107,7 +118,7 @@ def cka(
         and from odd chains, whose Monte-Carlo errors are independent, so that noise neither
         lowers the alignment nor, where chains of a and b share their random numbers, raises
         it; it may exceed 1 by noise.
-    center, normalize
+    center, normalize, estimator
         As for `frobenius`.
     memory
         Byte budget of a process.
@@ -151,20 +162,22 @@ def cka(
     """
     if debiased not in (False, "samples", "draws"):
         raise ValueError(f"debiased must be False, 'samples' or 'draws', not {debiased!r}")
-    x, y = as_losses(a, name="a"), as_losses(b, name="b")
-    place = as_device(device, device_memory)
+    x, y = estimated(a, estimator, name="a")[0], estimated(b, estimator, name="b")[0]
+    options: dict[str, Any] = {"center": center, "normalize": normalize, "estimator": estimator}
+    options |= {"memory": memory, "place": as_device(device, device_memory)}
     if debiased == "draws":
         halves = [*_halves(x), *_halves(y)]  # even and odd chains of x, then of y
         pairs = [(0, 1), (2, 3), (0, 3), (1, 2)]  # both norms, then both products
-        return _align(halves, pairs, None, center, normalize, memory, place)
+        return _align(halves, pairs, None, **options)
     if debiased == "samples":
         rows = free_dim(x, "a", POSTERIOR, ())
         if x.sizes[rows] < 4:
             raise ValueError(f"debiased='samples' needs four samples; there are {x.sizes[rows]}")
     kind = "unbiased" if debiased else "centred"
-    if x is y or (x.chunks is not None and x.data is y.data):
-        return _align([x], [(0, 0)] * 3, kind, center, normalize, memory, place)
-    return _align([x, y], [(0, 0), (1, 1), (0, 1)], kind, center, normalize, memory, place)
+    one_link = x.attrs.get("link") == y.attrs.get("link")
+    if x is y or (x.chunks is not None and x.data is y.data and one_link):
+        return _align([x], [(0, 0)] * 3, kind, **options)
+    return _align([x, y], [(0, 0), (1, 1), (0, 1)], kind, **options)
 
 
 @checked(draws=COUNT)
@@ -259,19 +272,21 @@ def _align(
     tensors: Sequence[xr.DataArray],
     pairs: Sequence[Pair],
     kind: str | None,
+    *,
     center: str,
     normalize: str,
+    estimator: str,
     memory: int | str | None,
     place: Device | None,
 ) -> xr.DataArray:
     """Return the mean product of the later pairs over the norms that the first two give."""
     label = "draws" if kind is None else "samples" if kind == "unbiased" else "none"
-    made = Products(tensors, center, normalize, memory, place)
+    made = _OF[estimator](tensors, center, normalize, memory, place)
     products = made.compute(pairs, kind or "centred")
     # NaN of a constant kernel, as documented, by division by NaN: NumPy warns of one by zero.
     norms = products[0] * products[1]
     value = products[2:].mean() / da.sqrt(da.where(norms > 0, norms, np.nan))
-    attrs = {"debiased": label, "center": center, "normalize": normalize}
+    attrs = {"debiased": label, "center": center, "normalize": normalize, "estimator": estimator}
     return _scalar(value, "cka", **attrs, **made.made_on)
 
 

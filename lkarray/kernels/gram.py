@@ -12,6 +12,7 @@ from zarr.codecs import Crc32cCodec
 from lkarray import engine
 from lkarray.arguments import checked
 from lkarray.kernels.coords import kernel_coords
+from lkarray.kernels.estimators import described, series_of
 from lkarray.kernels.operands import (
     CENTERS,
     NORMALIZERS,
@@ -22,6 +23,7 @@ from lkarray.kernels.operands import (
     dim_names,
     free_dim,
 )
+from lkarray.links import Link
 from lkarray.results import Result
 from lkarray.schema import second
 from lkarray.values import one_of
@@ -123,8 +125,37 @@ def gram(
     >>> lk.gram(x, over="feature", normalize="cosine").values.round(4).tolist()
     [[1.0, 0.8944], [0.8944, 1.0]]
     """
-    x, y = as_tensor(x, "x"), None if y is None else as_tensor(y, "y")
-    over, each = dim_names(over), dim_names(each)
+    return contracted(
+        as_tensor(x, "x"),
+        None if y is None else as_tensor(y, "y"),
+        over=dim_names(over),
+        each=dim_names(each),
+        center=center,
+        normalize=normalize,
+        precision=precision,
+        scale=scale,
+        memory=memory,
+        device=device,
+        device_memory=device_memory,
+    )
+
+
+def contracted(
+    x: xr.DataArray,
+    y: xr.DataArray | None,
+    *,
+    over: tuple[str, ...],
+    each: tuple[str, ...] = (),
+    center: str | None,
+    normalize: str | None,
+    precision: str = "float32",
+    scale: float = 1.0,
+    links: tuple[Link | None, Link | None] = (None, None),
+    memory: int | str | None = None,
+    device: str | None = None,
+    device_memory: int | str | None = None,
+) -> xr.DataArray:
+    """Return what `gram` does, of tensors; with ``links`` of both, the kernel of what they make."""
     one_of("center", center, (None, *CENTERS))
     one_of("normalize", normalize, (None, *NORMALIZERS))
     one_of("precision", precision, PRECISIONS)
@@ -138,14 +169,19 @@ def gram(
         "over": over,
         "each": each,
         "center": center,
-        "cosine": normalize == "cosine",
+        "cosine": normalize == "cosine" or links[0] is not None,
+        "keeps_moments": links[0] is not None,
     }
     left = engine.Operand(x, rows=rows, **options)
     right = None if y is None else engine.Operand(y, rows=columns, **options)
-    plan = engine.make_plan(left, right, memory=memory, sink=engine.WRITTEN_BYTES, device=place)
+    series = series_of(*links, degrees, cosine=normalize == "cosine")
+    held = 0 if series is None else engine.table_bytes(left, right)
+    sink = engine.WRITTEN_BYTES
+    plan = engine.make_plan(left, right, memory=memory, sink=sink, held=held, device=place)
     # Apart from the operands, so that kernels which differ by it alone share cached panels.
-    factor = scale / degrees if normalize == "count" else scale
-    contraction = engine.Contraction(left, right, plan, factor).at_precision(precision)
+    factor = scale / degrees if normalize == "count" and series is None else scale
+    contraction = engine.Contraction(left, right, plan, factor, series=series)
+    contraction = contraction.at_precision(precision)
     data = engine.gram_array(contraction)
     out = xr.DataArray(
         data,
@@ -159,6 +195,7 @@ def gram(
             "contracted": prod(x.sizes[dim] for dim in over),
             "precision": contraction.precision,
         }
+        | (described(series) if series else {})
         | contraction.made_on,
     )
     # Plain .to_zarr writes one stored chunk a Dask chunk, checksummed and uncompressed: fast.

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, TypeVar
 
+import dask.array as da
 import numpy as np
 import xarray as xr
 
 from lkarray.arguments import checked
-from lkarray.engine import as_device
+from lkarray.engine import Contraction, Operand, Series, as_device, make_plan, table_bytes
 from lkarray.engine.blocks import like, squares, wide
-from lkarray.engine.devices import made_on
+from lkarray.engine.devices import Device, made_on
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
+from lkarray.engine.tile_sums import GROUPED_BYTES, Groups, added_bytes, group_sums_array
 from lkarray.errors import SchemaError
-from lkarray.kernels.operands import kernel_operand
+from lkarray.kernels.estimators import described
+from lkarray.kernels.operands import estimated_operand
 from lkarray.labels import coded, one_each
 from lkarray.schema import POSTERIOR, RESERVED, Losses, second
 
@@ -89,6 +92,7 @@ def group_mean(
     kernel: str = "correlation",
     self_pairs: bool = True,
     center: str = "pooled",
+    estimator: str = "sample",
     memory: int | str | None = None,
     device: str | None = None,
     device_memory: int | str | None = None,
@@ -108,6 +112,9 @@ def group_mean(
         Whether a sample's entry with itself counts (1 in a correlation).
     center
         ``"pooled"`` or ``"chain"``.
+    estimator
+        ``"sample"`` or ``"gaussian"``, as for `lkarray.covariance`; the latter costs what the
+        kernel does, whose tiles are made.
     memory
         Byte budget of a process.
     device, device_memory
@@ -138,25 +145,67 @@ def group_mean(
     >>> lk.group_mean(losses, ["cat", "cat", "dog"]).values.round(6).tolist()
     [[1.0, -1.0], [-1.0, 1.0]]
     """
-    x, operand, scale = kernel_operand(losses, kernel, center)
+    x, operand, scale, series = estimated_operand(losses, kernel, center, estimator)
     name, values, codes = group_codes(x, operand.rows, groups)
     counts = np.bincount(codes, minlength=len(values))
-    size = int(np.prod(operand.shape))
-    held = 8 * len(values) * (min(size, operand.n) + len(values))
-    place, needs = as_device(device, device_memory), {"held": held, "alone": 2 * held}
+    place = as_device(device, device_memory)
+    if series is None:
+        mean = _of_strips(operand, codes, counts, scale, self_pairs, memory, place)
+    else:
+        mean = _of_tiles(operand, series, codes, counts, self_pairs, memory, place)
+    return xr.DataArray(
+        mean,
+        dims=(name, second(name)),
+        coords={name: values, second(name): values},
+        name=kernel,
+        attrs={"over": list(POSTERIOR), "center": center, "self_pairs": int(self_pairs)}
+        | described(series)
+        | made_on(place, operand.dtype),
+    )
+
+
+def _of_strips(
+    operand: Operand,
+    codes: np.ndarray,
+    counts: np.ndarray,
+    scale: float,
+    self_pairs: bool,
+    memory: int | str | None,
+    place: Device | None,
+) -> da.Array:
+    """Return the means from those of the groups' rows, in one pass."""
+    size, groups = int(np.prod(operand.shape)), len(counts)
+    held = 8 * groups * (min(size, operand.n) + groups)
+    needs = {"held": held, "alone": 2 * held}
     strips = make_strips(operand, memory=memory, needs=needs, device=place)
     passes = Passes("group-mean", strips, codes, scale, self_pairs)
     step = _group_rows if strips.rows else _group_draws
     sums = passes.total(strips, step, passes.hold(codes), counts)
     mean = passes.then(_group_finish, sums, counts, strips.rows, scale, self_pairs)
-    return xr.DataArray(
-        passes.array([mean], (len(values), len(values)), np.float64),
-        dims=(name, second(name)),
-        coords={name: values, second(name): values},
-        name=kernel,
-        attrs={"over": list(POSTERIOR), "center": center, "self_pairs": int(self_pairs)}
-        | made_on(place, operand.dtype),
-    )
+    return passes.array([mean], (groups, groups), np.float64)
+
+
+def _of_tiles(
+    operand: Operand,
+    series: Series,
+    codes: np.ndarray,
+    counts: np.ndarray,
+    self_pairs: bool,
+    memory: int | str | None,
+    place: Device | None,
+) -> da.Array:
+    """Return the means from the sums of all tiles: entries that are no product of rows."""
+    groups = len(counts)
+    held = table_bytes(operand) + added_bytes(groups * (groups + 1))
+    plan = make_plan(operand, memory=memory, sink=GROUPED_BYTES, held=held, device=place)
+    sums = group_sums_array(Contraction(operand, None, plan, series=series), Groups(codes, groups))
+    pairs = counts[:, None] * counts.astype(np.float64)
+    totals, own = sums[:, :-1], np.diag(np.ones(groups))
+    if not self_pairs:
+        totals, pairs = totals - own * sums[:, -1:], pairs - np.diag(counts)
+    # NaN where a group of one has no pairs, without a warning of NumPy's.
+    means: da.Array = totals / np.where(pairs > 0, pairs, np.nan)
+    return means
 
 
 def _group_rows(

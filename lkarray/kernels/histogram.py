@@ -11,8 +11,9 @@ import xarray as xr
 from lkarray import engine
 from lkarray.arguments import REPEATS, checked
 from lkarray.engine.histograms import HISTOGRAM_BYTES, Bins, histogram_array
+from lkarray.kernels.estimators import described
 from lkarray.kernels.groups import group_codes
-from lkarray.kernels.operands import kernel_operand
+from lkarray.kernels.operands import estimated_operand
 from lkarray.schema import POSTERIOR, Losses, second
 
 
@@ -25,6 +26,7 @@ def histogram(
     bounds: tuple[float, float] | None = None,
     kernel: str = "correlation",
     center: str = "pooled",
+    estimator: str = "sample",
     memory: int | str | None = None,
     device: str | None = None,
     device_memory: int | str | None = None,
@@ -47,6 +49,8 @@ def histogram(
         ``"correlation"`` or ``"covariance"``.
     center
         ``"pooled"`` or ``"chain"``.
+    estimator
+        ``"sample"`` or ``"gaussian"``, as for `lkarray.covariance`.
     memory
         Byte budget of a process.
     device, device_memory
@@ -92,15 +96,16 @@ def histogram(
         bounds = (-1.0, 1.0)
     if not bounds[0] < bounds[1]:
         raise ValueError(f"bounds must ascend, and are {bounds}")
-    x, operand, scale = kernel_operand(losses, kernel, center)
+    x, operand, scale, series = estimated_operand(losses, kernel, center, estimator)
     labels = np.zeros(operand.n, int) if groups is None else groups
     name, values, codes = group_codes(x, operand.rows, labels)
     # Sixteen counts, which are added at once; two bins beyond the bounds.
     held = 16 * 8 * len(values) ** 2 * (bins + 2)
+    held += engine.table_bytes(operand) if series else 0
     place = engine.as_device(device, device_memory)
     options: dict[str, Any] = {"held": held, "device": place, "device_sink": engine.BEST_BYTES}
     plan = engine.make_plan(operand, memory=memory, sink=HISTOGRAM_BYTES, **options)
-    contraction = engine.Contraction(operand, None, plan, scale)
+    contraction = engine.Contraction(operand, None, plan, scale, series=series)
     asked = Bins(float(bounds[0]), float(bounds[1]), bins, codes, len(values))
     data = histogram_array(contraction, asked)
     edges = np.linspace(*bounds, bins + 1)
@@ -118,5 +123,7 @@ def histogram(
             "bin_left": ("bin", edges[:-1]),
             "bin_right": ("bin", edges[1:]),
         },
-        attrs={"kernel": kernel, "center": center, "over": list(POSTERIOR)} | contraction.made_on,
+        attrs={"kernel": kernel, "center": center, "over": list(POSTERIOR)}
+        | described(series)
+        | contraction.made_on,
     )

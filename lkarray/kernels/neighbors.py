@@ -13,10 +13,11 @@ from lkarray import engine
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
+from lkarray.kernels.estimators import described
 from lkarray.kernels.groups import with_labels
-from lkarray.kernels.operands import CENTERS, PRECISIONS, degrees_of_freedom, free_dim
+from lkarray.kernels.operands import PRECISIONS, estimated_operand
 from lkarray.labels import coded, require_unique
-from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
+from lkarray.schema import POSTERIOR, RANK, Losses
 from lkarray.values import one_of
 
 #: Says which pairs not to count, from the coordinates of both sides (arrays that broadcast).
@@ -31,6 +32,7 @@ def neighbors(
     exclude: str | Rule | Any | None = None,
     largest: bool = True,
     center: str = "pooled",
+    estimator: str = "sample",
     precision: str = "auto",
     memory: int | str | None = None,
     device: str | None = None,
@@ -56,6 +58,9 @@ def neighbors(
         ``False`` takes the most negatively correlated.
     center
         ``"pooled"`` or ``"chain"``, as for `covariance`.
+    estimator
+        ``"sample"`` or ``"gaussian"``, as for `covariance`. ``"gaussian"`` always takes products in
+        float32.
     precision
         ``"auto"`` searches for candidates in bfloat16 where that is faster (see `gram`), takes
         every pair that the bound on its rounding cannot rule out, and ranks those by float32
@@ -106,29 +111,28 @@ def neighbors(
     >>> lk.neighbors(losses, k=1, exclude="label")["neighbor"].values.tolist()
     [[2], [2], [0]]
     """
-    x = as_losses(losses)
-    rows = free_dim(x, "losses", POSTERIOR, ())
-    one_of("center", center, CENTERS)
     one_of("precision", precision, PRECISIONS)
-    degrees_of_freedom(x, POSTERIOR, center)
+    x, operand, _, series = estimated_operand(losses, "correlation", center, estimator)
+    rows = operand.rows
     n = x.sizes[rows]
     if not 1 <= k < n:
         raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
     index = _index(x, rows)
     if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
         x, exclude = with_labels(x, rows, exclude, what="exclude")
-    operand = engine.Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=True)
     plan = engine.make_plan(
         operand,
         memory=memory,
         sink=engine.TOP_K_BYTES,
-        held=engine.top_k_held(n, k),
+        held=engine.top_k_held(n, k) + (engine.table_bytes(operand) if series else 0),
         device=engine.as_device(device, device_memory),
         device_sink=engine.BEST_BYTES,
     )
-    contraction = engine.Contraction(operand, None, plan)
-    # Whole panels only: the certificate needs the rounding error of whole rows.
-    if len(plan.pieces) == 1 and plan.budget >= engine.SEARCH_BUDGET:
+    contraction = engine.Contraction(operand, None, plan, series=series)
+    # Whole panels only: the certificate needs the rounding error of whole rows. And it is of the
+    # products themselves, not of a series of them.
+    whole = len(plan.pieces) == 1 and series is None
+    if whole and plan.budget >= engine.SEARCH_BUDGET:
         contraction = contraction.at_precision(precision, search=True)
     low = contraction.precision != "float32"
     codes = _codes(x, rows, exclude) if isinstance(exclude, str) else None
@@ -152,6 +156,7 @@ def neighbors(
             "center": center,
             "precision": contraction.precision,
         }
+        | described(series)
         | contraction.made_on,
     )
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lkarray.engine import Operand
+from lkarray.engine import Operand, Series
 from lkarray.errors import SchemaError
+from lkarray.kernels.estimators import estimated
 from lkarray.results import as_array
-from lkarray.schema import CHAIN, GRADIENT, LOSS, POSTERIOR, Losses, as_losses
+from lkarray.schema import CHAIN, GRADIENT, LOSS, POSTERIOR, Losses
 from lkarray.values import one_of
 
 CENTERS = ("pooled", "chain")
@@ -107,14 +108,25 @@ def degrees_of_freedom(x: xr.DataArray, over: tuple[str, ...], center: str | Non
 
 def kernel_operand(losses: Losses, kernel: str, center: str) -> tuple[xr.DataArray, Operand, float]:
     """Return the tensor, its operand, and the factor of every entry of one of `KERNELS`."""
+    x, operand, scale, _ = estimated_operand(losses, kernel, center, "sample")
+    return x, operand, scale
+
+
+def estimated_operand(
+    losses: Losses, kernel: str, center: str, estimator: str, *, name: str = "losses"
+) -> tuple[xr.DataArray, Operand, float, Series | None]:
+    """Return the same, and what makes a kernel of losses of the correlations of outcomes."""
     one_of("kernel", kernel, KERNELS)
     one_of("center", center, CENTERS)
-    x = as_losses(losses)
-    rows = free_dim(x, "losses", POSTERIOR, ())
+    x, link = estimated(losses, estimator, name=name)
+    rows = free_dim(x, name, POSTERIOR, ())
     degrees = degrees_of_freedom(x, POSTERIOR, center)
     cosine = kernel == "correlation"
-    operand = Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=cosine)
-    return x, operand, 1.0 if cosine else 1 / degrees
+    series = None if link is None else Series(link, link, degrees, cosine)
+    options: dict[str, Any] = {"over": POSTERIOR, "each": (), "rows": rows, "center": center}
+    options |= {"cosine": cosine or link is not None, "keeps_moments": link is not None}
+    scale = 1.0 if cosine or link is not None else 1 / degrees
+    return x, Operand(x, **options), scale, series
 
 
 def nan_for_infinite(x: xr.DataArray) -> xr.DataArray:

@@ -86,7 +86,7 @@ class SavedKernel:
             "dims": list(dims),
             "shape": list(kernel.shape),
             "dtype": str(kernel.dtype),
-            "attributes": plain_attrs(kernel.attrs, repr(name)),
+            "attributes": _told(plain_attrs(kernel.attrs, repr(name))),
             "coordinates": {str(n): tokenize(np.asarray(c)) for n, c in given.coords.items()},
             "upper": upper,
         }
@@ -193,7 +193,7 @@ class SavedKernel:
             isinstance(array, zarr.Array)
             and (array.shape, array.dtype) == (self.shape, self.dtype)
             and np.array_equal(array.fill_value, fill, equal_nan=True)
-            and not _differ(dict(array.attrs), dict(self.attrs))
+            and not _differ(_told(dict(array.attrs)), _told(dict(self.attrs)))
         )
         if not same:
             raise DamagedError(
@@ -268,6 +268,11 @@ def _taken(root: zarr.Group, group: str, why: str) -> GroupError:
         f"group {group!r} of {describe(root.store)} {why}; nothing was touched. Choose another "
         "group="
     )
+
+
+def _told(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes without an estimator that kernels saved before did not name."""
+    return {k: v for k, v in attrs.items() if (k, v) != ("estimator", "sample")}
 
 
 def _differ(a: Any, b: Any) -> bool:

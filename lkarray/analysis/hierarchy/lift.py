@@ -15,10 +15,11 @@ from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio, res
 from lkarray.analysis.hierarchy.pairs import as_table, count_pairs, labels_of, table_rows
 from lkarray.analysis.hierarchy.taxonomy import Taxonomy, require_taxonomy
 from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked
+from lkarray.kernels.estimators import estimated
 from lkarray.kernels.groups import with_labels
 from lkarray.kernels.neighbors import neighbors as find_neighbors
 from lkarray.labels import coded
-from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses
+from lkarray.schema import CHAIN, POSTERIOR, Losses
 from lkarray.values import one_of
 from lkarray.waiting import workers_awaited
 
@@ -87,6 +88,7 @@ def taxonomic_lift(
     depth: str = "shortest",
     k: int = 30,
     largest: bool = True,
+    estimator: str = "sample",
     delete_chains: bool = True,
     replicates: int = 200,
     level: float = 0.95,
@@ -118,8 +120,9 @@ def taxonomic_lift(
     depth
         Where a node has several paths to a root: ``"shortest"``, ``"longest"`` or
         ``"first_path"``.
-    k, largest, memory
-        Of the search, where losses are given; ``largest=False`` takes the least correlated.
+    k, largest, estimator, memory
+        Of the search, where losses are given; ``largest=False`` takes the least correlated, and
+        ``estimator="gaussian"`` the kernel of outcomes as Gaussian (`lkarray.neighbors`).
     delete_chains
         Whether, of losses of several chains, the search is repeated without each chain in turn,
         for the error that is due to the sampling: as many searches more as there are chains.
@@ -192,10 +195,11 @@ def taxonomic_lift(
         deleted: list[xr.Dataset] = []
         table, label = with_labels(neighbors, table_rows(neighbors), label, what="label")
     else:
-        neighbors = as_losses(neighbors)
+        neighbors, _ = estimated(neighbors, estimator, name="neighbors")
         own = next(str(dim) for dim in neighbors.dims if dim not in POSTERIOR)
         neighbors, label = with_labels(neighbors, own, label, what="label")
-        table, deleted = _searched(neighbors, label, k, largest, delete_chains, memory)
+        options = {"largest": largest, "estimator": estimator, "memory": memory}
+        table, deleted = _searched(neighbors, label, k, delete_chains, options)
     rows = table_rows(table)
     values, codes = coded(labels_of(table, rows, label), what=repr(label))
     tree = make_tree(taxonomy, values, np.bincount(codes, minlength=len(values)), depth)
@@ -212,6 +216,7 @@ def taxonomic_lift(
         "label": label,
         "k": int(table.attrs.get("k", table.sizes["rank"])),
         "largest": int(table.attrs.get("largest", 1)),
+        "estimator": str(table.attrs.get("estimator", "unknown")),
         "replicates": replicates,
         "level": level,
         "seed": seed,
@@ -221,12 +226,11 @@ def taxonomic_lift(
 
 
 def _searched(
-    losses: Losses, label: str, k: int, largest: bool, delete_chains: bool, memory: Any
+    x: xr.DataArray, label: str, k: int, delete_chains: bool, options: dict[str, Any]
 ) -> tuple[xr.Dataset, list[xr.Dataset]]:
     """Return the neighbours of other labels, and those without each chain, lazily."""
-    x = as_losses(losses, name="neighbors")
     rows = next(str(dim) for dim in x.dims if dim not in POSTERIOR)
-    near = find_neighbors(x, k, exclude=label, largest=largest, memory=memory)
+    near = find_neighbors(x, k, exclude=label, **options)
     values, sizes = np.unique(labels_of(near, rows, label), return_counts=True)
     most = int(sizes.argmax())
     if (left := int(sizes.sum() - sizes[most])) < k:
@@ -238,8 +242,7 @@ def _searched(
     if not delete_chains or chains < 3:
         return near, []
     subsets = [x.isel({CHAIN: [c for c in range(chains) if c != gone]}) for gone in range(chains)]
-    options = {"exclude": label, "largest": largest, "memory": memory}
-    return near, [find_neighbors(subset, k, **options) for subset in subsets]
+    return near, [find_neighbors(subset, k, exclude=label, **options) for subset in subsets]
 
 
 def _other_labels(

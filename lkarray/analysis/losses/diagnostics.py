@@ -13,17 +13,20 @@ import xarray as xr
 
 from lkarray import schema
 from lkarray.analysis.losses import convergence
+from lkarray.analysis.losses.gaussianity import OF_OUTCOMES, of_outcomes
 from lkarray.analysis.losses.verdicts import Run, summary, verdicts
 from lkarray.arguments import COUNT, NATURAL, checked
 from lkarray.engine import Operand
 from lkarray.engine.strips import Strips, make_strips
 from lkarray.errors import DivergedError, SchemaError
 from lkarray.kernels.coords import sample_coords
+from lkarray.kernels.estimators import find_outcome
 from lkarray.kernels.operands import free_dim
 from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, losses_node
 from lkarray.waiting import workers_awaited
 
 _LEADING = (schema.CHECKPOINT, schema.COMPONENT)
+_PER_SAMPLE = {*convergence.PER_SAMPLE, *OF_OUTCOMES}
 
 #: Units and meaning of every variable of the report.
 _MEANING = {
@@ -41,6 +44,11 @@ _MEANING = {
     "autocorrelation_draws": ("draw", "draws of a chain for each that counts, median of samples"),
     "kernel_ess": ("", "effective sample size of a kernel entry, median over pairs of samples"),
     "kernel_error": ("", "standard error of an entry of the correlation kernel near zero"),
+    "outcome_skew": ("", "skew of outcomes over draws, 0 of Gaussian ones"),
+    "outcome_skew_error": ("", "standard error of a skew, were outcomes Gaussian"),
+    "outcome_kurtosis": ("", "excess kurtosis of outcomes over draws, 0 of Gaussian ones"),
+    "outcome_kurtosis_error": ("", "standard error of a kurtosis, were outcomes Gaussian"),
+    "loss_kurtosis": ("", "excess kurtosis of losses over draws"),
     "relaxation_steps": ("step", "steps in which a direction without loss forgets where it was"),
 }
 
@@ -88,7 +96,13 @@ def diagnostics(
           1992, section 2.2): draws times the variance of the chain means (NaN for one chain),
           and the mean variance of a chain. Equal in expectation where draws are independent;
         - ``pooling_excess``, by how much a variance about one mean of all chains
-          (``center="pooled"``) exceeds that about each chain's (``"chain"``), relatively.
+          (``center="pooled"``) exceeds that about each chain's (``"chain"``), relatively;
+        - where outcomes stand beside the losses (log-odds, residuals), ``outcome_skew`` and
+          ``outcome_kurtosis`` (excess), 0 of Gaussian ones, which ``estimator="gaussian"`` takes
+          them for (`covariance`); ``outcome_skew_error`` and ``outcome_kurtosis_error``, the
+          standard errors that these would have of Gaussian outcomes with the autocorrelation that
+          ``ess_bulk`` tells of (Lobato and Velasco 2004); and ``loss_kurtosis``. One pass more
+          over each.
 
         Per ``chain``:
 
@@ -149,6 +163,8 @@ def diagnostics(
       an improved R-hat for assessing convergence of MCMC", doi:10.1214/20-BA1221.
     - Gelman and Rubin 1992, section 2.2: "Inference from iterative simulation using multiple
       sequences", doi:10.1214/ss/1177011136.
+    - Lobato and Velasco 2004: "A simple test of normality for time series",
+      doi:10.1017/S0266466604204030.
     - Geweke 1992: "Evaluating the accuracy of sampling-based approaches to the calculation of
       posterior moments", Bayesian Statistics 4.
     """
@@ -162,16 +178,19 @@ def diagnostics(
         usable = (turned.isel(place) < 0).values
         losses = x.isel(place) if usable.all() else x.isel(place).isel({CHAIN: usable})
         padding = _padding(given.center, losses, place)
-        flat = _flat(losses)
-        entry = _entry(flat if padding is None else flat[..., ~padding], pairs, seed, memory)
+        flat = _counted(losses, padding)
+        entry = _entry(flat, pairs, seed, memory)
+        if given.outcomes is not None:
+            outcomes = given.outcomes.isel(place).isel({CHAIN: usable})
+            entry |= of_outcomes(flat, _counted(outcomes, padding), entry["ess_bulk"], memory)
         if padding is not None:
-            entry |= {name: _spread(entry[name], padding) for name in convergence.PER_SAMPLE}
+            entry |= {name: _spread(entry[name], padding) for name in _PER_SAMPLE & set(entry)}
         whole = np.full(len(usable), np.nan)
         whole[usable] = entry["drift"]
         each.append(entry | {"drift": whole})
     out = xr.Dataset(coords=sample_coords(x, *leading, CHAIN, *rows))
     for name in each[0]:
-        own = rows if name in convergence.PER_SAMPLE else [CHAIN] if name == "drift" else []
+        own = rows if name in _PER_SAMPLE else [CHAIN] if name == "drift" else []
         shape = [x.sizes[dim] for dim in (*leading, *own)]
         out[name] = ((*leading, *own), np.stack([entry[name] for entry in each]).reshape(shape))
     out["kernel_error"] = 1 / np.sqrt(out["kernel_ess"])
@@ -197,6 +216,7 @@ class _Given:
     """What there is to diagnose."""
 
     losses: xr.DataArray
+    outcomes: xr.DataArray | None
     center: xr.DataArray | None
     stats: xr.Dataset
     run: Run
@@ -232,7 +252,12 @@ def _given(tree: Losses) -> _Given:
             f"diagnostics need at least {convergence.LEAST_DRAWS} draws of each chain, the losses "
             f"have {losses.sizes[DRAW]}; take more, for example lk.sample(..., draws=100)"
         )
-    return _Given(losses, center, stats, Run.of(losses, attrs, hidden))
+    outcomes = None if isinstance(tree, xr.DataArray) else find_outcome(tree)
+    if outcomes is not None:
+        same = outcomes.name == losses.name or set(outcomes.dims) != set(losses.dims)
+        # Where the outcome alone is given, it is what is diagnosed.
+        outcomes = None if same else outcomes.transpose(*losses.dims)
+    return _Given(losses, outcomes, center, stats, Run.of(losses, attrs, hidden))
 
 
 def _turned(stats: xr.Dataset, x: xr.DataArray, leading: list[str]) -> xr.DataArray:
@@ -258,6 +283,12 @@ def _places(x: xr.DataArray, dims: list[str]) -> Iterator[dict[str, int]]:
     """Yield every place along some dims; one empty place along none."""
     for position in np.ndindex(*(x.sizes[dim] for dim in dims)):
         yield dict(zip(dims, position, strict=True))
+
+
+def _counted(x: xr.DataArray, padding: np.ndarray | None) -> xr.DataArray:
+    """Return what counts of losses or outcomes, of one dim beside chains and draws."""
+    flat = _flat(x)
+    return flat if padding is None else flat[..., ~padding]
 
 
 def _flat(x: xr.DataArray) -> xr.DataArray:

@@ -22,6 +22,8 @@ _WORTH = 0.1  # effective draws for each draw, below which larger steps would pa
 _RESOLUTION = 1e-6  # nats: float32 losses that deviate less are moved by rounding alone
 _HUGE = 100.0  # R-hat, or excess of a variance, above which its number says nothing more
 _ALL = 1e12  # an excess that rounding makes of chains that do not move
+_JUMPS = 3.0  # times the variance of an estimated variance that losses have over outcomes
+_GAUSSIAN = 1.0  # excess kurtosis of outcomes that pass for Gaussian
 _EXCESS = 0.1  # of a pooled variance over one centred by chain
 
 
@@ -169,6 +171,23 @@ def _of_one(report: xr.Dataset, run: Run, turned: np.ndarray) -> Iterator[str]:
             f"{worst:.1f}), so chains have not settled, or wander slowly: {longer}"
         )
     yield from _of_kernel(report, run, chains, longer, apart=apart)
+    if "outcome_kurtosis" in report:
+        yield from _of_outcomes(report)
+
+
+def _of_outcomes(report: xr.Dataset) -> Iterator[str]:
+    """Yield where losses jump, and their outcomes do not: these estimate the same kernel better.
+
+    The variance of a sample variance is (2 + excess kurtosis) over the effective draws.
+    """
+    losses, outcomes = _median(report["loss_kurtosis"]), _median(report["outcome_kurtosis"])
+    times = (2 + losses) / (2 + outcomes)
+    if times > _JUMPS and abs(outcomes) < _GAUSSIAN:
+        yield (
+            f"losses jump (excess kurtosis {losses:.3g}, median of samples; of their outcomes "
+            f"{outcomes:.2g}), so their kernel needs about {times:.0f} times the draws that those "
+            'taken as Gaussian need: use estimator="gaussian" for kernels and neighbours'
+        )
 
 
 def _of_kernel(

@@ -53,6 +53,7 @@ def _of_hierarchies(w: World) -> Iterator[Case]:
             "depth": "shortest",
             "k": 4,
             "largest": True,
+            "estimator": "sample",
             "delete_chains": True,
             "replicates": 5,
             "level": 0.9,

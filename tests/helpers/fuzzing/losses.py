@@ -12,14 +12,20 @@ from tests.helpers.fuzzing.world import Case, World
 
 def _of_losses(w: World) -> Iterator[Case]:
     two = {"losses": w.losses, "y": w.losses, "center": "pooled", "memory": "64 MiB"}
-    precise = two | {"precision": "float32"}
+    precise = two | {"precision": "float32", "estimator": "sample"}
     yield Case("covariance", lk.covariance, precise | {"shrinkage": None})
     yield Case("covariance", lk.covariance, {"losses": w.tree, "shrinkage": 0.5})
     yield Case("correlation", lk.correlation, precise)
     yield Case(
         "influence",
         lk.influence,
-        {"losses": w.losses, "query": w.loss, "precision": "float32", "memory": "64 MiB"},
+        {
+            "losses": w.losses,
+            "query": w.loss,
+            "estimator": "sample",
+            "precision": "float32",
+            "memory": "64 MiB",
+        },
     )
     yield Case(
         "gram",
@@ -40,19 +46,25 @@ def _of_losses(w: World) -> Iterator[Case]:
     yield Case(
         "neighbors",
         lk.neighbors,
-        own | {"k": 3, "exclude": "label", "largest": True, "precision": "auto"},
+        own
+        | {"k": 3, "exclude": "label", "largest": True, "precision": "auto"}
+        | {"estimator": "sample"},
     )
     yield Case("ledoit_wolf", lk.ledoit_wolf, own)
     yield Case("linear_operator", lk.linear_operator, own | {"kernel": "covariance"})
     yield Case(
         "group_mean",
         lk.group_mean,
-        own | {"groups": "label", "kernel": "correlation", "self_pairs": True},
+        own
+        | {"groups": "label", "kernel": "correlation", "self_pairs": True}
+        | {"estimator": "sample"},
     )
     yield Case(
         "histogram",
         lk.histogram,
-        own | {"groups": "label", "bins": 7, "bounds": (-1.0, 1.0), "kernel": "correlation"},
+        own
+        | {"groups": "label", "bins": 7, "bounds": (-1.0, 1.0), "kernel": "correlation"}
+        | {"estimator": "sample"},
     )
     yield Case("residualize", lk.residualize, {"losses": w.losses, "groups": "label"})
     pair = {
@@ -60,6 +72,7 @@ def _of_losses(w: World) -> Iterator[Case]:
         "b": w.losses,
         "center": "pooled",
         "normalize": "count",
+        "estimator": "sample",
         "memory": "64 MiB",
     }
     yield Case("frobenius", lk.frobenius, pair)

@@ -1,0 +1,94 @@
+"""The products that `cka` and `frobenius` are made of, from tiles: of kernels of outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+
+from lkarray.engine import Contraction, make_plan, table_bytes
+from lkarray.engine.devices import Device, made_on
+from lkarray.engine.tasks import Tasks
+from lkarray.engine.tile_sums import KernelSums, added_bytes, tile_moments
+from lkarray.errors import SchemaError
+from lkarray.kernels.operands import NORMALIZERS, check_shared, estimated_operand
+from lkarray.values import one_of
+
+Pair = tuple[int, int]
+
+
+class TileProducts:
+    """Inner products of kernels of outcomes that share their samples; see `Products`."""
+
+    def __init__(
+        self,
+        tensors: Sequence[xr.DataArray],
+        center: str,
+        normalize: str,
+        memory: int | str | None,
+        device: Device | None = None,
+    ) -> None:
+        one_of("normalize", normalize, NORMALIZERS)
+        kernel = "correlation" if normalize == "cosine" else "covariance"
+        self.device = device
+        made = [
+            estimated_operand(x, kernel, center, "gaussian", name="b" if i else "a")
+            for i, x in enumerate(tensors)
+        ]
+        first = made[0][1]
+        for x, operand, _, _ in made:
+            if operand.rows != first.rows:
+                raise SchemaError(f"a and b must share {first.rows!r}; b has dims {x.dims}")
+            check_shared(made[0][0], x, (first.rows,), names=("a", "b"))
+        # All tiles of one place are held at once, and the sums over them.
+        length = 2 * len(made) * (first.n + len(made))
+        held = sum(table_bytes(operand) for _, operand, _, _ in made) + added_bytes(length)
+        options: dict[str, Any] = {"memory": memory, "held": held, "device": device}
+        options["sink"] = 8 * len(made)
+        plans = [make_plan(operand, **options) for _, operand, _, _ in made]
+        side = min(plan.rows[0].stop for plan in plans)
+        self.kernels = []
+        for (_, operand, _, series), plan in zip(made, plans, strict=True):
+            even = plan if plan.rows[0].stop == side else make_plan(operand, side=side, **options)
+            self.kernels.append(Contraction(operand, None, even, series=series))
+
+    @property
+    def made_on(self) -> dict[str, str]:
+        """Attributes of results that say where products were made; none of the cores."""
+        return made_on(self.device, np.result_type(*(c.dtype for c in self.kernels)))
+
+    def compute(self, pairs: Sequence[Pair], kind: str | None) -> da.Array:
+        """Return the products of pairs, lazily: plain, of centred kernels, or unbiased HSIC."""
+        distinct = list(dict.fromkeys(pairs))
+        tasks = Tasks("inner-tiles", self.kernels, list(pairs), kind)
+        kernels = [tasks.hold(c) for c in self.kernels]
+        asked = tasks.hold(distinct)
+        sums = [tasks.then(tile_moments, kernels, asked, tile) for tile in self.kernels[0].tiles()]
+        total = tasks.added(sums)
+        order = [distinct.index(pair) for pair in pairs]
+        picked = tasks.then(_products, total, asked, len(kernels), kind, order)
+        return tasks.array([picked], (len(pairs),), np.float64)
+
+
+def _products(
+    flat: np.ndarray, pairs: list[Pair], kernels: int, kind: str | None, order: list[int]
+) -> np.ndarray:
+    """Return products from sums over all entries, in the order of the pairs that were asked for."""
+    m = KernelSums.read(flat, len(pairs), kernels)
+    n = m.rows.shape[1]
+    out = m.products
+    if kind == "centred":
+        cross = np.array([2 * (m.rows[i] @ m.rows[j]) / n for i, j in pairs])
+        sums = np.array([m.rows[i].sum() * m.rows[j].sum() / n**2 for i, j in pairs])
+        out = out - cross + sums
+    elif kind == "unbiased":  # Song et al. 2012, of kernels without their diagonals
+        rows = m.rows - m.diagonals
+        cross = np.array([2 * (rows[i] @ rows[j]) / (n - 2) for i, j in pairs])
+        sums = np.array([rows[i].sum() * rows[j].sum() for i, j in pairs])
+        trace = out - m.diagonal_products
+        out = (trace + sums / ((n - 1) * (n - 2)) - cross) / (n * (n - 3))
+    picked: np.ndarray = out[order]
+    return picked
