@@ -108,6 +108,7 @@ if TYPE_CHECKING:
     from lkarray.sampling import (
         SGHMC,
         SGLD,
+        Laplace,
         LocalPosterior,
         RMSpropSGLD,
         observe,
@@ -137,6 +138,7 @@ _LAZY = {
     "trak": "lkarray.attribution",
     "gradient_similarity": "lkarray.attribution",
     "influence_functions": "lkarray.attribution",
+    "Laplace": "lkarray.sampling",
     "LocalPosterior": "lkarray.sampling",
     "RMSpropSGLD": "lkarray.sampling",
     "SGHMC": "lkarray.sampling",
@@ -175,6 +177,7 @@ __all__ = [
     "PRESETS",
     "SGHMC",
     "SGLD",
+    "Laplace",
     "LocalPosterior",
     "RMSpropSGLD",
     "Taxonomy",

@@ -6,11 +6,12 @@ from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.repairing import repair
 from lkarray.sampling.replay import observe
 from lkarray.sampling.run import sample
-from lkarray.sampling.samplers import SGHMC, SGLD, RMSpropSGLD, Sampler, StepInput
+from lkarray.sampling.samplers import SGHMC, SGLD, Laplace, RMSpropSGLD, Sampler, StepInput
 
 __all__ = [
     "SGHMC",
     "SGLD",
+    "Laplace",
     "LocalPosterior",
     "RMSpropSGLD",
     "Sampler",

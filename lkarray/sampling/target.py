@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lkarray import schema
 from lkarray.nn import Batches, FlatModel, PerExampleLoss
 from lkarray.nn.batches import Inputs
+from lkarray.sampling.laplace_law import LaplaceLaw
 
 #: A function of the model: a number or a tensor of a few.
 Observable = Callable[[nn.Module], Any]
@@ -51,6 +52,7 @@ class Target:
     autocast: torch.dtype | None = None
     compiled: bool = False
     observables: Mapping[str, Observable] = field(default_factory=dict)
+    law: LaplaceLaw | None = None
     _shares: dict[torch.Size, Tensor] = field(default_factory=dict)
 
     @cached_property
