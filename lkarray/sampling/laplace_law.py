@@ -80,13 +80,10 @@ class LaplaceLaw:
 
     def root(self, vectors: Tensor) -> Tensor:
         """Return ``Sigma ** 0.5`` times some vectors, ``(..., param)``."""
-        along = vectors @ self.curvature.vectors.T  # (..., rank)
-        out = torch.addmm(
-            vectors.reshape(-1, vectors.shape[-1]),
-            (along * self.excess).reshape(-1, len(self.excess)),
-            self.curvature.vectors,
-            beta=self.flat,
-        ).reshape(vectors.shape)
+        rows = vectors.reshape(-1, vectors.shape[-1])
+        along = (rows @ self.curvature.vectors.T).mul_(self.excess)  # (vector, rank)
+        out = torch.addmm(rows, along, self.curvature.vectors, beta=self.flat)
+        out = out.reshape(vectors.shape)
         return out if self.mask is None else out.mul_(self.mask)
 
     @property
