@@ -19,7 +19,7 @@ from lkarray.kernels.operands import (
     degrees_of_freedom,
     free_dim,
 )
-from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
+from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, contracted
 
 
 @checked()
@@ -71,14 +71,17 @@ def frobenius(
     >>> float(lk.frobenius(losses)) == float((lk.covariance(losses) ** 2).sum())
     True
     """
-    tensors = [as_losses(a, name="a"), as_losses(a if b is None else b, name="b")]
+    tensors = [
+        as_losses(a, name="a", features=True),
+        as_losses(a if b is None else b, name="b", features=True),
+    ]
     if b is None:
         tensors.pop()
     pairs = [(0, len(tensors) - 1)]
     place = as_device(device, device_memory)
     made = Products(tensors, center, normalize, memory, place)
     value = made.compute(pairs, None)[0]
-    return _scalar(value, "frobenius", center=center, normalize=normalize, **made.made_on)
+    return _scalar(value, tensors, "frobenius", center=center, normalize=normalize, **made.made_on)
 
 
 @checked()
@@ -151,14 +154,14 @@ def cka(
     """
     if debiased not in (False, "samples", "draws"):
         raise ValueError(f"debiased must be False, 'samples' or 'draws', not {debiased!r}")
-    x, y = as_losses(a, name="a"), as_losses(b, name="b")
+    x, y = as_losses(a, name="a", features=True), as_losses(b, name="b", features=True)
     place = as_device(device, device_memory)
     if debiased == "draws":
         halves = [*_halves(x), *_halves(y)]  # even and odd chains of x, then of y
         pairs = [(0, 1), (2, 3), (0, 3), (1, 2)]  # both norms, then both products
         return _align(halves, pairs, None, center, normalize, memory, place)
     if debiased == "samples":
-        rows = free_dim(x, "a", POSTERIOR, ())
+        rows = free_dim(x, "a", contracted(x), ())
         if x.sizes[rows] < 4:
             raise ValueError(f"debiased='samples' needs four samples; there are {x.sizes[rows]}")
     kind = "unbiased" if debiased else "centred"
@@ -272,14 +275,19 @@ def _align(
     norms = products[0] * products[1]
     value = products[2:].mean() / da.sqrt(da.where(norms > 0, norms, np.nan))
     attrs = {"debiased": label, "center": center, "normalize": normalize}
-    return _scalar(value, "cka", **attrs, **made.made_on)
+    return _scalar(value, tensors, "cka", **attrs, **made.made_on)
 
 
-def _scalar(value: da.Array, name: str, **attrs: str) -> xr.DataArray:
-    return xr.DataArray(value, name=name, attrs={"over": list(POSTERIOR)} | attrs)
+def _scalar(
+    value: da.Array, tensors: Sequence[xr.DataArray], name: str, **attrs: str
+) -> xr.DataArray:
+    over = list(dict.fromkeys(dim for x in tensors for dim in contracted(x)))
+    return xr.DataArray(value, name=name, attrs={"over": over} | attrs)
 
 
 def _halves(x: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    if contracted(x) != POSTERIOR:
+        raise ValueError("debiased='draws' takes losses by chains, and features have none")
     if x.sizes[CHAIN] < 2:
         raise ValueError(
             f"debiased='draws' needs at least two chains; there are {x.sizes[CHAIN]}, take more"

@@ -17,7 +17,7 @@ from lkarray.engine.strips import make_strips
 from lkarray.errors import SchemaError
 from lkarray.kernels.operands import kernel_operand
 from lkarray.labels import coded, one_each
-from lkarray.schema import POSTERIOR, RESERVED, Losses, second
+from lkarray.schema import RESERVED, Losses, contracted, second
 
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 
@@ -154,7 +154,11 @@ def group_mean(
         dims=(name, second(name)),
         coords={name: values, second(name): values},
         name=kernel,
-        attrs={"over": list(POSTERIOR), "center": center, "self_pairs": int(self_pairs)}
+        attrs={
+            "over": list(contracted(x)),
+            "center": operand.center or "none",
+            "self_pairs": int(self_pairs),
+        }
         | made_on(place, operand.dtype),
     )
 

@@ -13,7 +13,7 @@ from lkarray.arguments import REPEATS, checked
 from lkarray.engine.histograms import HISTOGRAM_BYTES, Bins, histogram_array
 from lkarray.kernels.groups import group_codes
 from lkarray.kernels.operands import kernel_operand
-from lkarray.schema import POSTERIOR, Losses, second
+from lkarray.schema import Losses, contracted, second
 
 
 @checked(bins=REPEATS)
@@ -118,5 +118,10 @@ def histogram(
             "bin_left": ("bin", edges[:-1]),
             "bin_right": ("bin", edges[1:]),
         },
-        attrs={"kernel": kernel, "center": center, "over": list(POSTERIOR)} | contraction.made_on,
+        attrs={
+            "kernel": kernel,
+            "center": operand.center or "none",
+            "over": list(contracted(x)),
+        }
+        | contraction.made_on,
     )

@@ -14,9 +14,9 @@ from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import with_labels
-from lkarray.kernels.operands import CENTERS, PRECISIONS, degrees_of_freedom, free_dim
+from lkarray.kernels.operands import PRECISIONS, kernel_operand
 from lkarray.labels import coded, require_unique
-from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
+from lkarray.schema import RANK, Losses, contracted
 from lkarray.values import one_of
 
 #: Says which pairs not to count, from the coordinates of both sides (arrays that broadcast).
@@ -106,18 +106,15 @@ def neighbors(
     >>> lk.neighbors(losses, k=1, exclude="label")["neighbor"].values.tolist()
     [[2], [2], [0]]
     """
-    x = as_losses(losses)
-    rows = free_dim(x, "losses", POSTERIOR, ())
-    one_of("center", center, CENTERS)
     one_of("precision", precision, PRECISIONS)
-    degrees_of_freedom(x, POSTERIOR, center)
+    x, operand, _ = kernel_operand(losses, "correlation", center)
+    rows = operand.rows
     n = x.sizes[rows]
     if not 1 <= k < n:
         raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
     index = _index(x, rows)
     if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
         x, exclude = with_labels(x, rows, exclude, what="exclude")
-    operand = engine.Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=True)
     plan = engine.make_plan(
         operand,
         memory=memory,
@@ -148,8 +145,8 @@ def neighbors(
             "k": k,
             "exclude": exclude if isinstance(exclude, str) else "rule" if exclude else "none",
             "largest": int(largest),
-            "over": list(POSTERIOR),
-            "center": center,
+            "over": list(contracted(x)),
+            "center": operand.center or "none",
             "precision": contraction.precision,
         }
         | contraction.made_on,

@@ -12,7 +12,16 @@ import xarray as xr
 from lkarray.engine import Operand
 from lkarray.errors import SchemaError
 from lkarray.results import as_array
-from lkarray.schema import CHAIN, GRADIENT, LOSS, POSTERIOR, Losses, as_losses
+from lkarray.schema import (
+    CHAIN,
+    FEATURE,
+    GRADIENT,
+    LOSS,
+    POSTERIOR,
+    Losses,
+    as_losses,
+    contracted,
+)
 from lkarray.values import one_of
 
 CENTERS = ("pooled", "chain")
@@ -23,7 +32,7 @@ PRECISIONS = ("float32", "auto")
 
 def as_tensor(x: Any, name: str) -> xr.DataArray:
     """Return the tensor that a node or a Dataset holds, or the DataArray itself."""
-    return as_array(x, name, prefer=(LOSS.name, GRADIENT.name))
+    return as_array(x, name, prefer=(LOSS.name, GRADIENT.name, FEATURE.name))
 
 
 def dim_names(names: str | Iterable[str]) -> tuple[str, ...]:
@@ -105,15 +114,28 @@ def degrees_of_freedom(x: xr.DataArray, over: tuple[str, ...], center: str | Non
     return count - means
 
 
+def centring(x: xr.DataArray, center: str) -> str | None:
+    """Return where means of a tensor are taken: as asked, and of features nowhere."""
+    return center if contracted(x) == POSTERIOR else None
+
+
+def kernel_divisor(x: xr.DataArray, center: str) -> int:
+    """Return what a covariance of losses divides by; 1 of features, whose kernel is the product."""
+    over = contracted(x)
+    return degrees_of_freedom(x, over, center) if over == POSTERIOR else 1
+
+
 def kernel_operand(losses: Losses, kernel: str, center: str) -> tuple[xr.DataArray, Operand, float]:
     """Return the tensor, its operand, and the factor of every entry of one of `KERNELS`."""
     one_of("kernel", kernel, KERNELS)
     one_of("center", center, CENTERS)
-    x = as_losses(losses)
-    rows = free_dim(x, "losses", POSTERIOR, ())
-    degrees = degrees_of_freedom(x, POSTERIOR, center)
+    x = as_losses(losses, features=True)
+    over = contracted(x)
+    rows = free_dim(x, "losses", over, ())
+    degrees = kernel_divisor(x, center)
     cosine = kernel == "correlation"
-    operand = Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=cosine)
+    options: dict[str, Any] = {"over": over, "each": (), "rows": rows, "cosine": cosine}
+    operand = Operand(x, center=centring(x, center), **options)
     return x, operand, 1.0 if cosine else 1 / degrees
 
 

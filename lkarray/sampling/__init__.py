@@ -1,12 +1,13 @@
 """Sampling the local posterior of a trained model. The torch half; meets Dask at the store."""
 
 from lkarray.sampling import schedules
+from lkarray.sampling.independent import Laplace
 from lkarray.sampling.pilots import suggest
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.repairing import repair
 from lkarray.sampling.replay import observe
 from lkarray.sampling.run import sample
-from lkarray.sampling.samplers import SGHMC, SGLD, Laplace, RMSpropSGLD, Sampler, StepInput
+from lkarray.sampling.samplers import SGHMC, SGLD, RMSpropSGLD, Sampler, StepInput
 
 __all__ = [
     "SGHMC",

@@ -1,7 +1,7 @@
 """Leading eigenpairs of the Gauss-Newton matrix of the mean training loss, never ``P x P``.
 
-``H = mean_i J_i' L_i J_i``, with J the derivative of a model's output by the moving parameters and L
-the second derivative of the loss by the output: for cross-entropy and squared error it is the
+``H = mean_i J_i' L_i J_i``, with J the derivative of a model's output by the moving parameters, and
+L the second derivative of the loss by the output: for cross-entropy and squared error it is the
 Fisher matrix, and positive. Products with vectors take a forward pass, a backward pass that is kept
 for all vectors of a block, and of each vector one pass forwards (the derivative of ``J'u`` by u)
 and one backwards. Plain autograd does it, so that any model with second derivatives will do.

@@ -139,6 +139,6 @@ def laplace_law(
 
 
 def no_curvature(flat: FlatModel) -> Curvature:
-    """Return the curvature of a loss that is flat: no eigenpairs, and nothing known of its trace."""
+    """Return the curvature of a flat loss: no eigenpairs, and nothing known of its trace."""
     none = torch.zeros(0, dtype=torch.float64)
     return Curvature(flat.theta.new_zeros((0, flat.theta.shape[1])), none, none, math.nan, 0)

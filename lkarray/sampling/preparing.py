@@ -21,10 +21,11 @@ from lkarray.sampling import checking as checks
 from lkarray.sampling import stacking
 from lkarray.sampling.devices import choose_device, numerics
 from lkarray.sampling.fingerprints import Fingerprint, Layout, RecordedObservable
+from lkarray.sampling.independent import Laplace
 from lkarray.sampling.job import Job, Prepared
 from lkarray.sampling.laplace_law import LaplaceLaw, laplace_law
 from lkarray.sampling.posterior import LocalPosterior
-from lkarray.sampling.samplers import LAW, Laplace
+from lkarray.sampling.stored_samplers import LAW
 from lkarray.sampling.target import ObservedSet, Target
 from lkarray.store.chunks import read_whole
 from lkarray.store.fingerprints import hash_labels

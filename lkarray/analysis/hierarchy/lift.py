@@ -18,7 +18,7 @@ from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked
 from lkarray.kernels.groups import with_labels
 from lkarray.kernels.neighbors import neighbors as find_neighbors
 from lkarray.labels import coded
-from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses
+from lkarray.schema import CHAIN, Losses, as_losses, contracted
 from lkarray.values import one_of
 from lkarray.waiting import workers_awaited
 
@@ -192,8 +192,8 @@ def taxonomic_lift(
         deleted: list[xr.Dataset] = []
         table, label = with_labels(neighbors, table_rows(neighbors), label, what="label")
     else:
-        neighbors = as_losses(neighbors)
-        own = next(str(dim) for dim in neighbors.dims if dim not in POSTERIOR)
+        neighbors = as_losses(neighbors, features=True)
+        own = next(str(dim) for dim in neighbors.dims if dim not in contracted(neighbors))
         neighbors, label = with_labels(neighbors, own, label, what="label")
         table, deleted = _searched(neighbors, label, k, largest, delete_chains, memory)
     rows = table_rows(table)
@@ -224,8 +224,8 @@ def _searched(
     losses: Losses, label: str, k: int, largest: bool, delete_chains: bool, memory: Any
 ) -> tuple[xr.Dataset, list[xr.Dataset]]:
     """Return the neighbours of other labels, and those without each chain, lazily."""
-    x = as_losses(losses, name="neighbors")
-    rows = next(str(dim) for dim in x.dims if dim not in POSTERIOR)
+    x = as_losses(losses, name="neighbors", features=True)
+    rows = next(str(dim) for dim in x.dims if dim not in contracted(x))
     near = find_neighbors(x, k, exclude=label, largest=largest, memory=memory)
     values, sizes = np.unique(labels_of(near, rows, label), return_counts=True)
     most = int(sizes.argmax())
@@ -234,7 +234,7 @@ def _searched(
             f"k={k}, but samples labelled {values[most]!r} have only {left} others of another "
             "label; take a smaller k"
         )
-    chains = x.sizes[CHAIN]
+    chains = x.sizes.get(CHAIN, 0)  # none of features
     if not delete_chains or chains < 3:
         return near, []
     subsets = [x.isel({CHAIN: [c for c in range(chains) if c != gone]}) for gone in range(chains)]

@@ -10,9 +10,9 @@ from lkarray import schema
 from lkarray.analysis.losses.summaries import attributes, loss_variance
 from lkarray.arguments import checked
 from lkarray.kernels.gram import gram
-from lkarray.kernels.operands import CENTERS, free_dim
+from lkarray.kernels.operands import CENTERS, centring, free_dim
 from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
-from lkarray.schema import POSTERIOR, STACKED, Losses, as_losses
+from lkarray.schema import POSTERIOR, STACKED, Losses, as_losses, contracted
 from lkarray.values import one_of
 
 
@@ -204,7 +204,7 @@ def influence(
     if scalar:
         asked = asked.expand_dims(schema.QUERY, axis=-1)
     each = tuple(dim for dim in STACKED if dim in asked.dims)
-    dim = free_dim(asked, "query", POSTERIOR, each)
+    dim = free_dim(asked, "query", contracted(asked), each)
     names = {
         name: f"{schema.QUERY}_{name}" for name, coord in asked.coords.items() if dim in coord.dims
     }
@@ -237,14 +237,15 @@ def _kernel(
     **options: Any,
 ) -> xr.DataArray:
     one_of("center", center, CENTERS)
-    x = as_losses(losses, extra=STACKED)
+    x = as_losses(losses, extra=STACKED, features=True)
+    over = contracted(x)
     out = gram(
         x,
-        None if y is None else as_losses(y, name="y", extra=STACKED),
-        over=POSTERIOR,
+        None if y is None else as_losses(y, name="y", extra=STACKED, features=True),
+        over=over,
         each=[dim for dim in STACKED if dim in x.dims],
-        center=center,
-        normalize=normalize,
+        center=centring(x, center),
+        normalize=normalize if over == POSTERIOR or normalize == "cosine" else None,
         **options,
     )
     out.attrs["units"] = "nat^2" if normalize == "count" else "1"
