@@ -100,6 +100,7 @@ if TYPE_CHECKING:
         taxonomy_distance,
     )
     from lkarray.attribution.influence_functions import influence_functions
+    from lkarray.attribution.laplace_features import laplace
     from lkarray.attribution.tracin import gradient_similarity, tracin, tracin_in_run
     from lkarray.attribution.trak import trak
     from lkarray.auditing.audit import audit
@@ -136,6 +137,7 @@ _LAZY = {
     "tracin": "lkarray.attribution",
     "tracin_in_run": "lkarray.attribution",
     "trak": "lkarray.attribution",
+    "laplace": "lkarray.attribution",
     "gradient_similarity": "lkarray.attribution",
     "influence_functions": "lkarray.attribution",
     "Laplace": "lkarray.sampling",
@@ -225,6 +227,7 @@ __all__ = [
     "influence_over_time",
     "ips",
     "ips_scores",
+    "laplace",
     "ledoit_wolf",
     "lgk",
     "linear_operator",

@@ -97,7 +97,7 @@ class LaplaceLaw:
 def laplace_law(
     posterior: LocalPosterior,
     flat: FlatModel,
-    train: Batches,
+    train: Batches | None,
     batch: int,
     *,
     rank: int,
@@ -113,7 +113,8 @@ def laplace_law(
     flat
         Its model, width 1.
     train, batch
-        Its training set, and how many items of it go through the model at once.
+        Its training set, and how many items of it go through the model at once; ``None`` where no
+        curvature is wanted.
     rank
         Eigenpairs of the curvature; 0 takes the loss to be flat, and reads no data.
     step_size
@@ -123,7 +124,7 @@ def laplace_law(
     """
     if posterior.gamma <= 0:  # before any work
         LaplaceLaw.of(no_curvature(flat), nbeta=posterior.nbeta, gamma=posterior.gamma)
-    if rank == 0 or posterior.nbeta == 0:
+    if train is None or rank == 0 or posterior.nbeta == 0:
         curvature = no_curvature(flat)
     else:
         rows = training_rows(train.n, seed)

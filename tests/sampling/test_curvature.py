@@ -76,7 +76,7 @@ def test_curvature__residuals_and_trace_are_told_where_the_basis_is_small(monkey
 
 
 def test_curvature__rank_beyond_the_data_is_that_of_the_data():
-    product, inputs = parts("mse", trainable="2.*")
+    product, _ = parts("mse", trainable="2.*")
     got = leading_curvature(product, 500, seed=0)
     # Of the last layer alone: 6 inputs with the bias, for each of 3 outputs.
     assert len(got.values) == 18 == product.flat.theta.shape[1]
