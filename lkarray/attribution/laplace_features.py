@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,16 +13,15 @@ from zarr.storage import MemoryStore
 
 from lkarray import progress as bars
 from lkarray import store as stores
-from lkarray._version import __version__
 from lkarray.arguments import NATURAL, checked
 from lkarray.attribution.feature_maker import FeatureMaker, Sketch, gradient_batch, moving
+from lkarray.attribution.feature_request import FeatureRequest
 from lkarray.attribution.outcome_scalars import OUTCOMES, outcome_scalars
 from lkarray.engine.plan import memory_budget
-from lkarray.errors import FingerprintError, MemoryBudgetError
+from lkarray.errors import FingerprintError
 from lkarray.labels import given_coords
 from lkarray.nn import Batches, FlatModel
 from lkarray.nn.batches import MapDataset, check_dataset, check_workers
-from lkarray.nn.flat import hash_weights
 from lkarray.sampling.devices import choose_device, numerics
 from lkarray.sampling.laplace_law import LaplaceLaw, laplace_law
 from lkarray.sampling.posterior import LocalPosterior
@@ -36,13 +34,11 @@ from lkarray.store.features import (
     stored_features,
     whole,
 )
-from lkarray.store.fingerprints import hash_labels
 from lkarray.store.location import StoreLike
 from lkarray.store.nodes import group_at
 from lkarray.store.seals import described
 from lkarray.values import one_of
 
-_BLOCK_BYTES = 64 << 20
 _COMMIT_SECONDS = 30.0
 _COMPARED = 256  # samples of which halves are compared
 
@@ -173,7 +169,7 @@ def laplace(
         raise ValueError(f"sketch must be at least 1, or None, not {sketch}")
     if smooth == 1:
         raise ValueError("smooth must be 0, or 2 or more: one draw has no halves to compare")
-    asked = _Asked(
+    asked = FeatureRequest(
         posterior=posterior,
         outcome=outcome,
         rank=rank,
@@ -190,61 +186,8 @@ def laplace(
         return _laplace(asked, observed, labels, place, device, check_workers(num_workers))
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What `laplace` was asked for, checked."""
-
-    posterior: LocalPosterior
-    outcome: str
-    rank: int
-    sketch: int | None
-    smooth: int
-    seed: int
-    budget: int
-    in_memory: bool
-
-    @property
-    def bends(self) -> bool:
-        """Whether the curvature counts, and the training set is read."""
-        return self.rank > 0 and self.posterior.nbeta > 0
-
-    @property
-    def halves(self) -> int:
-        return 2 if self.smooth else 1
-
-    def check(self) -> None:
-        """Raise where the loss has no such outcome, or there is no law."""
-        outcome_scalars(self.outcome, self.posterior.loss)
-        if self.posterior.gamma == 0:
-            raise ValueError("features need gamma above 0, by which Sigma is bounded")
-
-    def fingerprint(
-        self, data: Batches, train: Batches | None, labels: Mapping[str, np.ndarray], dtype: str
-    ) -> dict[str, Any]:
-        """Return what a store must share with this call to be gone on with."""
-        posterior = self.posterior
-        return {
-            "lkarray": __version__,
-            "torch": torch.__version__,
-            "weights": hash_weights(posterior.model),
-            "train_data": None if train is None else train.identity,
-            "observed_data": data.identity,
-            "coords": hash_labels(labels),
-            "loss": posterior.loss.name,
-            "nbeta": posterior.nbeta,
-            "gamma": posterior.gamma,
-            "trainable": posterior.trainable,
-            "outcome": self.outcome,
-            "rank": self.rank,
-            "sketch": self.sketch,
-            "smoothed": self.smooth > 0,
-            "seed": self.seed,
-            "precision": dtype,
-        }
-
-
 def _laplace(
-    asked: _Asked,
+    asked: FeatureRequest,
     observed: MapDataset,
     labels: dict[str, np.ndarray],
     place: Any,
@@ -276,7 +219,7 @@ def _train(posterior: LocalPosterior, device: torch.device, workers: int) -> Bat
 
 
 def _made(
-    asked: _Asked,
+    asked: FeatureRequest,
     flat: FlatModel,
     data: Batches,
     train: Batches | None,
@@ -289,10 +232,10 @@ def _made(
     counts = asked.posterior.loss.counts
     if counts is not None:
         data.refuse_uncounted(counts)
-    size = _sketched(asked, flat, data.n) if before is None else before["sketch"]
+    size = asked.sketched(flat, data.n) if before is None else before["sketch"]
     batch = gradient_batch(flat, asked.budget) if before is None else int(before["batch"])
     modes = moving(flat) if size == "none" else int(size)
-    layout_bytes = _require_memory(asked, flat, data.n, modes)
+    each = asked.require_memory(flat, data.n, modes)
     law = _law(asked, flat, train)
     kept = None
     if size != "none":
@@ -303,7 +246,7 @@ def _made(
         samples=data.n,
         modes=modes,
         halves=asked.halves,
-        rows=_rows(layout_bytes, asked.budget, data.n),
+        rows=asked.rows(each, data.n),
         dtype=str(fingerprint["precision"]),
         coords=labels,
         attrs=_described(asked, law, size) | {"batch": batch, "threads": torch.get_num_threads()},
@@ -320,7 +263,7 @@ def _made(
     return writer.root
 
 
-def _described(asked: _Asked, law: LaplaceLaw, size: int | str) -> dict[str, Any]:
+def _described(asked: FeatureRequest, law: LaplaceLaw, size: int | str) -> dict[str, Any]:
     """Return the attributes that features carry."""
     posterior, curvature = asked.posterior, law.curvature
     known = {}
@@ -341,44 +284,7 @@ def _described(asked: _Asked, law: LaplaceLaw, size: int | str) -> dict[str, Any
     } | known
 
 
-def _sketched(asked: _Asked, flat: FlatModel, n: int) -> int | str:
-    """Return the size of the sketch, or ``"none"`` where features are kept whole."""
-    params, size = moving(flat), asked.sketch
-    copies = asked.halves**2 if asked.in_memory else 1
-    fits = copies * n * params * flat.theta.element_size() <= asked.budget
-    return "none" if size is None or size >= params or fits else size
-
-
-def _require_memory(asked: _Asked, flat: FlatModel, n: int, modes: int) -> int:
-    """Return the bytes of a sample's sums; raise where the budget does not do."""
-    item = flat.theta.element_size()
-    if asked.bends:
-        basis = (2 * asked.rank + 16) * flat.theta.shape[1] * item
-        if basis > asked.budget:
-            rank = max(0, (asked.budget // (flat.theta.shape[1] * item) - 16) // 2)
-            raise MemoryBudgetError(
-                f"the curvature of rank {asked.rank} takes {basis / 2**20:.0f} MiB; set memory= to "
-                f"that or more, or rank={rank}"
-            )
-    each = asked.halves * modes * item
-    total = asked.halves * n * each
-    if asked.in_memory and total > asked.budget:
-        raise MemoryBudgetError(
-            f"features of {n} samples take {total / 2**20:.0f} MiB; give a store=, a smaller "
-            f"sketch=, or memory= of {total / 2**20 + 1:.0f} MiB or more"
-        )
-    return each
-
-
-def _rows(each: int, budget: int, n: int) -> int:
-    """Return the samples of a block."""
-    rows = int(max(1, min(_BLOCK_BYTES, budget // 8) // each))
-    if rows > 128:
-        rows -= rows % 128
-    return min(rows, n)
-
-
-def _law(asked: _Asked, flat: FlatModel, train: Batches | None) -> LaplaceLaw:
+def _law(asked: FeatureRequest, flat: FlatModel, train: Batches | None) -> LaplaceLaw:
     posterior = asked.posterior
     if train is None:
         flattened = posterior.tempered(nbeta=0.0)
@@ -389,7 +295,7 @@ def _law(asked: _Asked, flat: FlatModel, train: Batches | None) -> LaplaceLaw:
     return laplace_law(posterior, flat, train, batch, rank=asked.rank, seed=asked.seed)
 
 
-def _write(maker: FeatureMaker, writer: FeatureWriter, asked: _Asked) -> None:
+def _write(maker: FeatureMaker, writer: FeatureWriter, asked: FeatureRequest) -> None:
     """Add the draws that are missing to each block."""
     target = asked.smooth or 1
     missing = sum(

@@ -87,4 +87,5 @@ def _residual(output: Any, target: Tensor) -> Tensor:
             f"a residual is of one number, and the output has {residual.shape[1]}; pass "
             "outcome='loss'"
         )
-    return residual[:, 0]
+    alone: Tensor = residual[:, 0]
+    return alone

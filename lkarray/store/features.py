@@ -35,6 +35,7 @@ from lkarray.store.location import (
 from lkarray.store.names import make_group
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import described, seal
+from lkarray.store.typed import attributes_of
 from lkarray.store.variables import variables
 
 GROUP = schema.FEATURES
@@ -205,7 +206,7 @@ def taken(root: zarr.Group) -> np.ndarray:
 
 def rows_of(root: zarr.Group) -> int:
     """Return the samples of a block."""
-    return int(stored_at(root, f"{GROUP}/{TOTAL.name}").attrs["rows"])
+    return int(attributes_of(stored_at(root, f"{GROUP}/{TOTAL.name}"))["rows"])
 
 
 def whole(root: zarr.Group, draws: int) -> bool:

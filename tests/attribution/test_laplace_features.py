@@ -219,7 +219,7 @@ def test_smoothing__says_how_reliable_it_is():
 def test_store__goes_on_after_a_stop_with_the_same_numbers(smooth, tmp_path, monkeypatch):
     posterior, data = classifier()
     monkeypatch.setattr(
-        "lkarray.attribution.laplace_features._BLOCK_BYTES", 2000
+        "lkarray.attribution.feature_request._BLOCK_BYTES", 2000
     )  # blocks of few samples
     options = QUIET | {"rank": 5, "smooth": smooth, "coords": {"label": data.tensors[1].numpy()}}
     whole = lk.laplace(posterior, data, **options)
@@ -311,7 +311,7 @@ def test_tokens__are_means_over_what_counts():
         ({"sketch": 0}, "sketch must be at least 1"),
         ({"smooth": 1}, "two|2 or more"),
         ({"memory": "1 KiB"}, "memory="),
-        ({"memory": "40 KiB"}, "rank="),
+        ({"memory": "10 KiB"}, "rank="),
     ],
 )
 def test_arguments__are_refused_with_the_remedy(options, match):
