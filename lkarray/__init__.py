@@ -101,6 +101,7 @@ if TYPE_CHECKING:
         taxonomy_distance,
     )
     from lkarray.attribution.influence_functions import influence_functions
+    from lkarray.attribution.laplace_features import laplace
     from lkarray.attribution.tracin import gradient_similarity, tracin, tracin_in_run
     from lkarray.attribution.trak import trak
     from lkarray.auditing.audit import audit
@@ -109,6 +110,7 @@ if TYPE_CHECKING:
     from lkarray.sampling import (
         SGHMC,
         SGLD,
+        Laplace,
         LocalPosterior,
         Outcome,
         RMSpropSGLD,
@@ -137,8 +139,10 @@ _LAZY = {
     "tracin": "lkarray.attribution",
     "tracin_in_run": "lkarray.attribution",
     "trak": "lkarray.attribution",
+    "laplace": "lkarray.attribution",
     "gradient_similarity": "lkarray.attribution",
     "influence_functions": "lkarray.attribution",
+    "Laplace": "lkarray.sampling",
     "LocalPosterior": "lkarray.sampling",
     "Outcome": "lkarray.sampling",
     "RMSpropSGLD": "lkarray.sampling",
@@ -178,6 +182,7 @@ __all__ = [
     "PRESETS",
     "SGHMC",
     "SGLD",
+    "Laplace",
     "LocalPosterior",
     "Outcome",
     "RMSpropSGLD",
@@ -226,6 +231,7 @@ __all__ = [
     "influence_over_time",
     "ips",
     "ips_scores",
+    "laplace",
     "ledoit_wolf",
     "lgk",
     "linear_operator",

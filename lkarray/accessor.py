@@ -9,7 +9,7 @@ import xarray as xr
 from lkarray import kernels
 from lkarray.analysis import audits, gradients, losses
 from lkarray.results import Result
-from lkarray.schema import POSTERIOR, Losses, as_losses
+from lkarray.schema import Losses, as_losses, contracted
 
 
 class LossMethods:
@@ -34,8 +34,9 @@ class LossMethods:
         return kernels.neighbors(self._losses, k, **options)
 
     def svd(self, k: int, **options: Any) -> xr.Dataset:
-        """See `lkarray.svd`; ``over`` is ``("chain", "draw")``."""
-        return kernels.svd(as_losses(self._losses), k, **({"over": POSTERIOR} | options))
+        """See `lkarray.svd`; ``over`` is ``("chain", "draw")``, or ``"mode"`` of features."""
+        x = as_losses(self._losses, features=True)
+        return kernels.svd(x, k, **({"over": contracted(x)} | options))
 
     def cka(self, other: Losses, **options: Any) -> xr.DataArray:
         """See `lkarray.cka`."""

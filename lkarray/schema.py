@@ -41,6 +41,7 @@ GRADIENTS = "gradients"
 TRAJECTORY = "trajectory"
 SAMPLE_STATS = "sample_stats"
 OBSERVABLES = "observables"
+FEATURES = "features"
 STATE = "state"
 COMMIT = "commit"
 
@@ -116,6 +117,10 @@ BLOCKS = VariableSpec(
 
 GRADIENT = VariableSpec(
     "gradient", (TIME, EXAMPLE, PARAM), "float32", "nat", "gradient of an example's loss"
+)
+#: Of `lkarray.laplace`: inner products of features are the loss kernel of a Gaussian posterior.
+FEATURE = VariableSpec(
+    "feature", (MODE, SAMPLE), "float32", "", "whitened gradient of a sample's outcome"
 )
 LEARNING_RATE = VariableSpec(
     "learning_rate", (TIME,), "float64", "", "learning rate of the step taken at this time"
@@ -206,7 +211,19 @@ RESERVED = {
 Losses = xr.DataTree | xr.Dataset | xr.DataArray
 
 
-def as_losses(obj: Losses, *, name: str = "losses", extra: tuple[str, ...] = ()) -> xr.DataArray:
+def contracted(x: xr.DataArray) -> tuple[str, ...]:
+    """Return the dims that a kernel contracts: ``(chain, draw)``, or ``(mode,)`` of features.
+
+    Features (`FEATURE`) stand for losses wherever only a kernel is asked for. Their kernel is the
+    plain product: they are not centred, and nothing is divided by their number.
+    """
+    draws = any(dim in x.dims for dim in POSTERIOR)
+    return (MODE,) if MODE in x.dims and not draws else POSTERIOR
+
+
+def as_losses(
+    obj: Losses, *, name: str = "losses", extra: tuple[str, ...] = (), features: bool = False
+) -> xr.DataArray:
     """Return the loss tensor inside ``obj``, checked: ``(chain, draw)`` and one more dim.
 
     Parameters
@@ -218,6 +235,8 @@ def as_losses(obj: Losses, *, name: str = "losses", extra: tuple[str, ...] = ())
         What to call ``obj`` in an error.
     extra
         Dims that it may have besides, of `STACKED` and `TOKEN`.
+    features
+        Whether features will do as well: dims ``mode`` and one more (see `contracted`).
 
     Raises
     ------
@@ -227,6 +246,9 @@ def as_losses(obj: Losses, *, name: str = "losses", extra: tuple[str, ...] = ())
         No variable has the dims; the message lists what there is.
     """
     losses = _variable(obj, name)
+    over = contracted(losses)
+    if over != POSTERIOR:
+        return _as_features(losses, name, over, features)
     free = [str(dim) for dim in losses.dims if dim not in (*POSTERIOR, *extra)]
     for dim, remedy in _REMEDIES.items():
         if dim in free and len(free) > 1:
@@ -241,6 +263,23 @@ def as_losses(obj: Losses, *, name: str = "losses", extra: tuple[str, ...] = ())
         )
     _refuse_empty(losses, name)
     return losses
+
+
+def _as_features(x: xr.DataArray, name: str, over: tuple[str, ...], taken: bool) -> xr.DataArray:
+    """Return features with the rows first, as they are stored; raise where they will not do."""
+    free = [str(dim) for dim in x.dims if dim not in over]
+    if not taken:
+        raise SchemaError(
+            f"{name}: variable {x.name!r} has dims {x.dims}: these are features, which have a "
+            "kernel but no draws, and this is about draws; pass losses (chain, draw, sample)"
+        )
+    if len(free) != 1:
+        raise SchemaError(
+            f"{name}: features must have the dims {over} and one more, not {x.dims}; select, for "
+            "example x.isel(half=0)"
+        )
+    _refuse_empty(x, name)
+    return x.transpose(free[0], *over)
 
 
 def _refuse_empty(x: xr.DataArray, name: str) -> None:
@@ -266,7 +305,7 @@ def as_observable(obj: Losses, *, name: str) -> xr.DataArray:
     return (
         variable
         if set(variable.dims) == set(POSTERIOR)
-        else as_losses(obj, name=name, extra=STACKED)
+        else as_losses(obj, name=name, extra=STACKED, features=True)
     )
 
 
@@ -305,8 +344,9 @@ def losses_node(tree: xr.DataTree, *, name: str = "tree") -> xr.DataTree:
 
 
 def _only_candidate(ds: xr.Dataset, name: str) -> xr.DataArray:
-    if LOSS.name in ds.data_vars:
-        return ds[LOSS.name]
+    for spec in (LOSS, FEATURE):
+        if spec.name in ds.data_vars:
+            return ds[spec.name]
     fits = [v for v in ds.data_vars if set(POSTERIOR) <= set(ds[v].dims)]
     if len(fits) != 1:
         variables = {str(v): ds[v].dims for v in ds.data_vars}

@@ -21,7 +21,7 @@ from lkarray.kernels.operands import (
     degrees_of_freedom,
     free_dim,
 )
-from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
+from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, contracted
 
 #: What adds up products of kernels of each estimator: in passes over strips, or over tiles.
 _OF: dict[str, Any] = {"sample": Products, "gaussian": TileProducts}
@@ -88,7 +88,7 @@ def frobenius(
     made = _OF[estimator](tensors, center, normalize, memory, place)
     value = made.compute(pairs, None)[0]
     attrs = {"center": center, "normalize": normalize, "estimator": estimator}
-    return _scalar(value, "frobenius", **attrs, **made.made_on)
+    return _scalar(value, tensors, "frobenius", **attrs, **made.made_on)
 
 
 @checked()
@@ -170,7 +170,7 @@ def cka(
         pairs = [(0, 1), (2, 3), (0, 3), (1, 2)]  # both norms, then both products
         return _align(halves, pairs, None, **options)
     if debiased == "samples":
-        rows = free_dim(x, "a", POSTERIOR, ())
+        rows = free_dim(x, "a", contracted(x), ())
         if x.sizes[rows] < 4:
             raise ValueError(f"debiased='samples' needs four samples; there are {x.sizes[rows]}")
     kind = "unbiased" if debiased else "centred"
@@ -287,14 +287,19 @@ def _align(
     norms = products[0] * products[1]
     value = products[2:].mean() / da.sqrt(da.where(norms > 0, norms, np.nan))
     attrs = {"debiased": label, "center": center, "normalize": normalize, "estimator": estimator}
-    return _scalar(value, "cka", **attrs, **made.made_on)
+    return _scalar(value, tensors, "cka", **attrs, **made.made_on)
 
 
-def _scalar(value: da.Array, name: str, **attrs: str) -> xr.DataArray:
-    return xr.DataArray(value, name=name, attrs={"over": list(POSTERIOR)} | attrs)
+def _scalar(
+    value: da.Array, tensors: Sequence[xr.DataArray], name: str, **attrs: str
+) -> xr.DataArray:
+    over = list(dict.fromkeys(dim for x in tensors for dim in contracted(x)))
+    return xr.DataArray(value, name=name, attrs={"over": over} | attrs)
 
 
 def _halves(x: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    if contracted(x) != POSTERIOR:
+        raise ValueError("debiased='draws' takes losses by chains, and features have none")
     if x.sizes[CHAIN] < 2:
         raise ValueError(
             f"debiased='draws' needs at least two chains; there are {x.sizes[CHAIN]}, take more"

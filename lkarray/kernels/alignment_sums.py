@@ -20,11 +20,12 @@ from lkarray.errors import SchemaError
 from lkarray.kernels.operands import (
     CENTERS,
     NORMALIZERS,
+    centring,
     check_shared,
-    degrees_of_freedom,
     free_dim,
+    kernel_divisor,
 )
-from lkarray.schema import POSTERIOR
+from lkarray.schema import contracted
 from lkarray.values import one_of
 
 Pair = tuple[int, int]
@@ -45,14 +46,15 @@ class Products:
         one_of("normalize", normalize, NORMALIZERS)
         self.memory, self.device = memory, device
         first = tensors[0]
-        rows = free_dim(first, "a", POSTERIOR, ())
-        options: dict[str, Any] = {"over": POSTERIOR, "each": (), "center": center}
+        rows = free_dim(first, "a", contracted(first), ())
         self.operands, self.scale = [], []
         for x in tensors:
-            if free_dim(x, "b", POSTERIOR, ()) != rows:
+            over = contracted(x)
+            if free_dim(x, "b", over, ()) != rows:
                 raise SchemaError(f"a and b must share {rows!r}; b has dims {x.dims}")
             check_shared(first, x, (rows,))
-            degrees = degrees_of_freedom(x, POSTERIOR, center)
+            degrees = kernel_divisor(x, center)
+            options: dict[str, Any] = {"over": over, "each": (), "center": centring(x, center)}
             self.operands.append(Operand(x, rows=rows, cosine=normalize == "cosine", **options))
             self.scale.append(1 / degrees if normalize == "count" else 1.0)
 

@@ -52,7 +52,7 @@ def estimated(
     """
     one_of("estimator", estimator, ESTIMATORS)
     if estimator == "sample":
-        return as_losses(losses, name=name, extra=extra), None
+        return as_losses(losses, name=name, extra=extra, features=True), None
     x = as_losses(_outcome(losses, name), name=name, extra=extra)
     return x, as_link(x.attrs["link"], what=f"{name}: variable {x.name!r}")
 

@@ -125,7 +125,7 @@ def gram(
     >>> lk.gram(x, over="feature", normalize="cosine").values.round(4).tolist()
     [[1.0, 0.8944], [0.8944, 1.0]]
     """
-    return contracted(
+    return contract(
         as_tensor(x, "x"),
         None if y is None else as_tensor(y, "y"),
         over=dim_names(over),
@@ -140,7 +140,7 @@ def gram(
     )
 
 
-def contracted(
+def contract(
     x: xr.DataArray,
     y: xr.DataArray | None,
     *,

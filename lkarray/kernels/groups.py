@@ -20,7 +20,7 @@ from lkarray.errors import SchemaError
 from lkarray.kernels.estimators import described
 from lkarray.kernels.operands import estimated_operand
 from lkarray.labels import coded, one_each
-from lkarray.schema import POSTERIOR, RESERVED, Losses, second
+from lkarray.schema import RESERVED, Losses, contracted, second
 
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 
@@ -158,7 +158,11 @@ def group_mean(
         dims=(name, second(name)),
         coords={name: values, second(name): values},
         name=kernel,
-        attrs={"over": list(POSTERIOR), "center": center, "self_pairs": int(self_pairs)}
+        attrs={
+            "over": list(contracted(x)),
+            "center": operand.center or "none",
+            "self_pairs": int(self_pairs),
+        }
         | described(series)
         | made_on(place, operand.dtype),
     )

@@ -14,7 +14,7 @@ from lkarray.engine.histograms import HISTOGRAM_BYTES, Bins, histogram_array
 from lkarray.kernels.estimators import described
 from lkarray.kernels.groups import group_codes
 from lkarray.kernels.operands import estimated_operand
-from lkarray.schema import POSTERIOR, Losses, second
+from lkarray.schema import Losses, contracted, second
 
 
 @checked(bins=REPEATS)
@@ -123,7 +123,11 @@ def histogram(
             "bin_left": ("bin", edges[:-1]),
             "bin_right": ("bin", edges[1:]),
         },
-        attrs={"kernel": kernel, "center": center, "over": list(POSTERIOR)}
+        attrs={
+            "kernel": kernel,
+            "center": operand.center or "none",
+            "over": list(contracted(x)),
+        }
         | described(series)
         | contraction.made_on,
     )

@@ -17,7 +17,7 @@ from lkarray.kernels.estimators import described
 from lkarray.kernels.groups import with_labels
 from lkarray.kernels.operands import PRECISIONS, estimated_operand
 from lkarray.labels import coded, require_unique
-from lkarray.schema import POSTERIOR, RANK, Losses
+from lkarray.schema import RANK, Losses, contracted
 from lkarray.values import one_of
 
 #: Says which pairs not to count, from the coordinates of both sides (arrays that broadcast).
@@ -152,8 +152,8 @@ def neighbors(
             "k": k,
             "exclude": exclude if isinstance(exclude, str) else "rule" if exclude else "none",
             "largest": int(largest),
-            "over": list(POSTERIOR),
-            "center": center,
+            "over": list(contracted(x)),
+            "center": operand.center or "none",
             "precision": contraction.precision,
         }
         | described(series)

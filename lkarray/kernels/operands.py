@@ -13,7 +13,15 @@ from lkarray.engine import Operand, Series
 from lkarray.errors import SchemaError
 from lkarray.kernels.estimators import estimated
 from lkarray.results import as_array
-from lkarray.schema import CHAIN, GRADIENT, LOSS, POSTERIOR, Losses
+from lkarray.schema import (
+    CHAIN,
+    FEATURE,
+    GRADIENT,
+    LOSS,
+    POSTERIOR,
+    Losses,
+    contracted,
+)
 from lkarray.values import one_of
 
 CENTERS = ("pooled", "chain")
@@ -24,7 +32,7 @@ PRECISIONS = ("float32", "auto")
 
 def as_tensor(x: Any, name: str) -> xr.DataArray:
     """Return the tensor that a node or a Dataset holds, or the DataArray itself."""
-    return as_array(x, name, prefer=(LOSS.name, GRADIENT.name))
+    return as_array(x, name, prefer=(LOSS.name, GRADIENT.name, FEATURE.name))
 
 
 def dim_names(names: str | Iterable[str]) -> tuple[str, ...]:
@@ -106,6 +114,17 @@ def degrees_of_freedom(x: xr.DataArray, over: tuple[str, ...], center: str | Non
     return count - means
 
 
+def centring(x: xr.DataArray, center: str) -> str | None:
+    """Return where means of a tensor are taken: as asked, and of features nowhere."""
+    return center if contracted(x) == POSTERIOR else None
+
+
+def kernel_divisor(x: xr.DataArray, center: str) -> int:
+    """Return what a covariance of losses divides by; 1 of features, whose kernel is the product."""
+    over = contracted(x)
+    return degrees_of_freedom(x, over, center) if over == POSTERIOR else 1
+
+
 def kernel_operand(losses: Losses, kernel: str, center: str) -> tuple[xr.DataArray, Operand, float]:
     """Return the tensor, its operand, and the factor of every entry of one of `KERNELS`."""
     x, operand, scale, _ = estimated_operand(losses, kernel, center, "sample")
@@ -119,14 +138,15 @@ def estimated_operand(
     one_of("kernel", kernel, KERNELS)
     one_of("center", center, CENTERS)
     x, link = estimated(losses, estimator, name=name)
-    rows = free_dim(x, name, POSTERIOR, ())
-    degrees = degrees_of_freedom(x, POSTERIOR, center)
+    over = contracted(x)
+    rows = free_dim(x, name, over, ())
+    degrees = kernel_divisor(x, center)
     cosine = kernel == "correlation"
     series = None if link is None else Series(link, link, degrees, cosine)
-    options: dict[str, Any] = {"over": POSTERIOR, "each": (), "rows": rows, "center": center}
-    options |= {"cosine": cosine or link is not None, "keeps_moments": link is not None}
+    options: dict[str, Any] = {"over": over, "each": (), "rows": rows}
+    options |= {"center": centring(x, center), "cosine": cosine or link is not None}
     scale = 1.0 if cosine or link is not None else 1 / degrees
-    return x, Operand(x, **options), scale, series
+    return x, Operand(x, **options, keeps_moments=link is not None), scale, series
 
 
 def nan_for_infinite(x: xr.DataArray) -> xr.DataArray:

@@ -12,7 +12,7 @@ from lkarray.arguments import checked
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
 from lkarray.kernels.operands import kernel_operand
-from lkarray.schema import Losses
+from lkarray.schema import Losses, as_losses
 
 
 @checked()
@@ -56,7 +56,7 @@ def ledoit_wolf(
     >>> bool(0 < share <= 1)
     True
     """
-    _, operand, _ = kernel_operand(losses, "covariance", center)
+    _, operand, _ = kernel_operand(as_losses(losses), "covariance", center)
     draws = int(np.prod(operand.shape))
     short = min(draws, operand.n)
     needs = {"held": 12 * short**2, "alone": 16 * short**2}

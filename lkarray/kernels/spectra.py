@@ -40,6 +40,7 @@ _EXACT_OPERATIONS = 1e11  # of the short side's Gram, up to which it is decompos
 _EXACT = 1000  # a short side up to which its Gram is made in float64
 _DECOMPOSE = 5  # matrices that a dense decomposition holds: its own, vectors, work space
 _ROWS = "lkarray_rows"  # of a tensor whose several free dims are stacked
+_OWN_MODE = "element"  # what a dim `mode` of the tensor itself is called in its decomposition
 
 
 @checked(max_passes=COUNT, tolerance=POSITIVE)
@@ -87,7 +88,8 @@ def svd(
         ``u(*free dims, mode)``, ``singular_value(mode)``, ``v(*over, mode)``, ``residual(mode)``
         (relative, of the last pass before the final one; 0 where the short side was decomposed at
         once) and ``passes``. The entry of each ``u`` of largest magnitude is positive. Modes
-        beyond the rank have zero vectors. Compute it at once: ``svd(...).compute()``.
+        beyond the rank have zero vectors. A dim ``mode`` that is contracted (of features) is called
+        ``element`` in ``v``. Compute it at once: ``svd(...).compute()``.
 
     Raises
     ------
@@ -123,8 +125,7 @@ def svd(
     >>> abs(modes["u"]).values.round(6).tolist()
     [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
     """
-    x = as_tensor(x, "x")
-    over = dim_names(over)
+    x, over = _unfolded(x, over)
     operand, free, scale = _operand(x, over, center, normalize)
     rows = along_rows(operand, memory_budget(memory))
     short, long = _sides(operand, rows)
@@ -194,8 +195,7 @@ def eigh(
     >>> lk.eigh(x, over="feature")["eigenvalue"].values.round(6).tolist()
     [9.0, 4.0]
     """
-    x = as_tensor(x, "x")
-    over = dim_names(over)
+    x, over = _unfolded(x, over)
     operand, free, scale = _operand(x, over, center, normalize)
     rows = operand.n >= prod(operand.shape)
     short, long = _sides(operand, rows)
@@ -208,6 +208,14 @@ def eigh(
     values = (out["singular_value"] ** 2).rename("eigenvalue")
     vectors = out["u"].rename("eigenvector")
     return xr.Dataset({"eigenvalue": values, "eigenvector": vectors})
+
+
+def _unfolded(x: Result, over: str | Iterable[str]) -> tuple[xr.DataArray, tuple[str, ...]]:
+    """Return the tensor and what it is contracted over; a dim ``mode`` of its own is renamed."""
+    tensor, dims = as_tensor(x, "x"), dim_names(over)
+    if MODE not in tensor.dims:
+        return tensor, dims
+    return tensor.rename({MODE: _OWN_MODE}), tuple(_OWN_MODE if d == MODE else d for d in dims)
 
 
 def _sides(operand: Operand, rows: bool) -> tuple[int, int]:

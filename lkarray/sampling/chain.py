@@ -189,21 +189,23 @@ class Stack:
         draws = self._schedule.gives_draw(step + 1)
         tests = draws and self._schedule.tests(step + 1)
         self._signals.open = True  # nothing has moved yet
-        rows = self._rows(step)
+        rows = None if sampler.independent else self._rows(step)
         curvature = None
         if self._signs is not None:
             for seat in self._active:
                 seat.random.signs(step, self._signs[seat.row])
             curvature = target.curvature(rows, self._signs)
-        minibatch = target.gradient(rows)
+        minibatch = None if sampler.independent else target.gradient(rows)
         self._signals.open = False
         for seat in self._active:
             seat.random.noise(step, self._noise_rows[seat.row])
         if flat.mask is not None:
             self._noise.mul_(flat.mask)
         # Of where the step begins: taken before it moves.
-        statistics = [minibatch.mean(1), _norm(flat.grad)] if draws else []
-        before = (flat.theta.clone(), flat.grad.clone(), minibatch) if tests else None
+        statistics, before = [self._untested, self._untested], None
+        if minibatch is not None and draws:
+            statistics = [minibatch.mean(1), _norm(flat.grad)]
+            before = (flat.theta.clone(), flat.grad.clone(), minibatch) if tests else None
         sampler.step(
             StepInput(
                 theta=flat.theta,
@@ -215,6 +217,7 @@ class Stack:
                 step=step,
                 state=self._vectors,
                 curvature=curvature,
+                law=target.law,
             )
         )
         self._taken += 1
@@ -287,7 +290,8 @@ class Stack:
             numbers = statistics[seat.row].tolist()
             draw |= {_STATISTICS[s.name]: v for s, v in zip(_ON_DEVICE, numbers, strict=True)}
             draw[_STATISTICS[schema.STEP_SIZE.name]] = size
-            finite = math.isfinite(sum(numbers[:3])) and all(
+            told = numbers[2:3] if self._sampler.independent else numbers[:3]
+            finite = math.isfinite(sum(told)) and all(
                 _finite(values[seat.row])
                 for path, values in arrays.items()
                 if path.startswith(schema.LOSSES)

@@ -34,6 +34,15 @@ def check_types(posterior: object, sampler: object) -> None:
         )
 
 
+def check_independent(sampler: Sampler, burn_in: int, thin: int) -> None:
+    """Raise unless independent draws are taken without burn-in and thinning."""
+    if sampler.independent and (burn_in or thin != 1):
+        raise ValueError(
+            f"draws of {type(sampler).__name__} are independent: they have no burn-in and leave "
+            f"nothing to thin; pass burn_in=0 and thin=1, not {burn_in} and {thin}"
+        )
+
+
 def check_options(
     autocast: str | None,
     chains_per_device: int | str,

@@ -101,6 +101,11 @@ def suggest(
     check_dataset(observed, "observed")
     sampler = SGLD(step_size=1.0) if sampler is None else sampler
     checks.check_types(posterior, sampler)
+    if sampler.independent:
+        raise ValueError(
+            f"independent draws of {type(sampler).__name__} have no step size to choose; give the "
+            "sampler whose steps are to be tuned, lk.SGLD(step_size=...) say"
+        )
     axes = {
         "nbeta": [float(v) for v in ([posterior.nbeta] if nbetas is None else nbetas)],
         "gamma": [float(v) for v in ([posterior.gamma] if gammas is None else gammas)],

@@ -21,8 +21,11 @@ from lkarray.sampling import checking as checks
 from lkarray.sampling import stacking
 from lkarray.sampling.devices import choose_device, numerics
 from lkarray.sampling.fingerprints import Fingerprint, Layout, RecordedObservable, RecordedOutcome
+from lkarray.sampling.independent import Laplace
 from lkarray.sampling.job import Job, Prepared
+from lkarray.sampling.laplace_law import LaplaceLaw, laplace_law
 from lkarray.sampling.posterior import LocalPosterior
+from lkarray.sampling.stored_samplers import LAW
 from lkarray.sampling.target import ObservedSet, Target
 from lkarray.store.chunks import read_whole
 from lkarray.store.fingerprints import hash_labels
@@ -69,6 +72,8 @@ def prepare(
 def _width(job: Job, asked: int | str, layout: Layout) -> int | str:
     """Return how many chains to stack: as stored, as asked, or ``"auto"``."""
     width = layout.chains_per_device or asked
+    if job.sampler.independent and width == "auto":
+        width = 1  # a draw is one forward pass: there are no steps to stack
     if not job.compile:
         return width
     if width not in ("auto", 1):
@@ -101,6 +106,7 @@ class _TargetMaker:
     ) -> None:
         self._job, self._data, self._device, self._layout = job, data, device, layout
         self._tried = False
+        self._law: LaplaceLaw | None = None
 
     def __call__(self, width: int) -> Target:
         job, data, posterior = self._job, self._data, self._job.posterior
@@ -120,6 +126,17 @@ class _TargetMaker:
             group: rows.get(group) or stacking.evaluation_rows(flat, batches)
             for group, batches in data.items()
         }
+        if self._law is None and isinstance(job.sampler, Laplace):
+            assert width == 1, "whatever width is asked for, one chain alone is made before"
+            self._law = laplace_law(
+                posterior,
+                flat,
+                data[""],
+                chosen[""],
+                rank=job.sampler.rank,
+                step_size=job.sampler.step_size,
+                seed=job.seed,
+            )
         return Target(
             flat=flat,
             center=flat.theta[0].clone(),
@@ -133,6 +150,7 @@ class _TargetMaker:
             compiled=job.compile,
             observables=job.observables,
             outcomes=job.outcomes,
+            law=self._law,
         )
 
 
@@ -208,7 +226,7 @@ def make_fingerprint(
         nbeta=posterior.nbeta,
         gamma=posterior.gamma,
         trainable=posterior.trainable,
-        sampler=sampler.settings(),
+        sampler=sampler.settings() | ({} if target.law is None else {LAW: target.law.identity}),
         state=[schema.PARAMETERS.name, *sampler.carries],
         burn_in=schedule.burn_in,
         thin=schedule.thin,

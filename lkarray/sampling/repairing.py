@@ -25,7 +25,8 @@ from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.preparing import center_values, check_center, prepare
 from lkarray.sampling.randomness import ChainRandomness
 from lkarray.sampling.remembering import remembered
-from lkarray.sampling.samplers import Sampler, sampler_from
+from lkarray.sampling.samplers import Sampler
+from lkarray.sampling.stored_samplers import sampler_from
 from lkarray.sampling.target import Observable, Target
 from lkarray.store.audits import audit_fingerprints
 from lkarray.store.gradients import gradient_fingerprints

@@ -28,7 +28,8 @@ from lkarray.sampling.job import Job, RunOptions
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.remembering import remembered
 from lkarray.sampling.running import run_job
-from lkarray.sampling.samplers import Sampler, sampler_from
+from lkarray.sampling.samplers import Sampler
+from lkarray.sampling.stored_samplers import sampler_from
 from lkarray.sampling.target import Observable
 from lkarray.store.location import ENTRIES, StoreLike
 from lkarray.store.reading import PARTS, join_parts

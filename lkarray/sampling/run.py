@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from distributed import Client
 
 
+#: Steps before the first draw where none are given.
+BURN_IN = 10
+
+
 @checked()
 def sample(
     posterior: LocalPosterior,
@@ -36,7 +40,7 @@ def sample(
     store: StoreLike,
     chains: int = 4,
     draws: int = 100,
-    burn_in: int = 10,
+    burn_in: int | None = None,
     thin: int = 1,
     batch_size: int | None = 256,
     coords: Mapping[str, Any] | None = None,
@@ -73,13 +77,15 @@ def sample(
         Map-style dataset whose losses are recorded: n samples. Or several by name: the first
         goes to the group ``losses``, each further one to ``losses_<name>``.
     sampler
-        How a step moves: ``lk.SGLD(step_size=5e-5)``, ``lk.RMSpropSGLD``, ``lk.SGHMC``.
+        How a step moves: ``lk.SGLD(step_size=5e-5)``, ``lk.RMSpropSGLD``, ``lk.SGHMC``; or
+        ``lk.Laplace(rank=100)``, independent draws of a Gaussian.
     store
         Folder, URL or Zarr store to write.
     chains, draws
         Chains, each started at w*, and draws of each.
     burn_in, thin
-        Counted in steps: a draw follows each ``thin``-th step after the first ``burn_in``.
+        Counted in steps: a draw follows each ``thin``-th step after the first ``burn_in``; by
+        default 10, and of independent draws (`Laplace`) 0, the only one that they allow.
     batch_size
         Training items per step, drawn without replacement; ``None`` takes all of them.
     coords
@@ -176,7 +182,10 @@ def sample(
     checks.check_types(posterior, sampler)
     checks.check_options(autocast, chains_per_device, observables, compiled=compile)
     chains, draws = checks.at_least("chains", chains, 1), checks.at_least("draws", draws, 1)
+    if burn_in is None:
+        burn_in = 0 if sampler.independent else BURN_IN
     thin, burn_in = checks.at_least("thin", thin, 1), checks.at_least("burn_in", burn_in, 0)
+    checks.check_independent(sampler, burn_in, thin)
     seed = checks.at_least("seed", seed, 0)
     if batch_size is not None:
         batch_size = checks.at_least("batch_size", batch_size, 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lkarray.arguments import POSITIVE, Limits, check_fields
 from lkarray.nn.losses import identity
+from lkarray.sampling.laplace_law import LaplaceLaw
 from lkarray.sampling.schedules import SCHEDULES, Schedule
 
 
@@ -42,6 +43,8 @@ class StepInput:
         What the chain carries from step to step (`Sampler.carries`), moved in place.
     curvature
         Estimate of the Hessian's diagonal, where the sampler needs one.
+    law
+        The Gaussian around w* that independent draws come from.
     """
 
     theta: Tensor
@@ -53,6 +56,7 @@ class StepInput:
     step: int = 0
     state: Mapping[str, Tensor] = field(default_factory=dict)
     curvature: Tensor | None = None
+    law: LaplaceLaw | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,11 @@ class Sampler(ABC):
     @property
     def needs_curvature(self) -> bool:
         """Whether a step needs an estimate of the Hessian's diagonal."""
+        return False
+
+    @property
+    def independent(self) -> bool:
+        """Whether each step is a draw of its own, which takes no gradient (`Laplace`)."""
         return False
 
     def size(self, step: int) -> float:
@@ -319,28 +328,3 @@ class SGHMC(Sampler):
     def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
         """Return ``None``: the Metropolis test of a Langevin step does not apply."""
         return None
-
-
-SAMPLERS = {kind.__name__: kind for kind in (SGLD, RMSpropSGLD, SGHMC)}
-
-
-def sampler_from(settings: Mapping[str, Any]) -> Sampler:
-    """Return the sampler that a store's settings describe.
-
-    Raises
-    ------
-    ValueError
-        Its schedule is a function of the user's own, which the store cannot hold.
-    """
-    options = dict(settings)
-    kind = SAMPLERS[options.pop("name")]
-    schedule = options.pop("schedule", None)
-    if isinstance(schedule, Mapping):
-        own = dict(schedule)
-        schedule = SCHEDULES[own.pop("name")](**own)
-    elif isinstance(schedule, str):
-        raise ValueError(
-            f"the sampler's schedule, {schedule}, is a function that a store cannot hold; pass "
-            "sampler=, the one that sampled"
-        )
-    return kind(schedule=schedule, **options)

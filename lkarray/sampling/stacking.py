@@ -213,6 +213,7 @@ class _Trial:
                 step=step,
                 state=self._state,
                 curvature=curvature,
+                law=target.law,
             )
         )
         return losses

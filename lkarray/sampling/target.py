@@ -17,6 +17,7 @@ from lkarray import schema
 from lkarray.nn import Batches, FlatModel, Outcome, PerExampleLoss
 from lkarray.nn.batches import Inputs
 from lkarray.nn.outcomes import with_outcomes
+from lkarray.sampling.laplace_law import LaplaceLaw
 
 #: A function of the model: a number or a tensor of a few.
 Observable = Callable[[nn.Module], Any]
@@ -53,6 +54,7 @@ class Target:
     compiled: bool = False
     observables: Mapping[str, Observable] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
+    law: LaplaceLaw | None = None
     _shares: dict[torch.Size, Tensor] = field(default_factory=dict)
 
     @property

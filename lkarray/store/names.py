@@ -28,6 +28,7 @@ _OWN = {
     schema.STATE,
     schema.COMMIT,
     schema.TRAJECTORY,
+    schema.FEATURES,
     schema.COMPONENT,
     schema.CHECKPOINT,
 }

@@ -21,6 +21,7 @@ from lkarray.store.audits import audit_fingerprints, open_audit
 from lkarray.store.chunks import damaged, read, read_whole, require_chunks
 from lkarray.store.commit import Record, read_records
 from lkarray.store.exact import restored
+from lkarray.store.features import feature_fingerprint, open_features
 from lkarray.store.gradients import gradient_fingerprints, open_gradients
 from lkarray.store.layout import (
     SETTINGS,
@@ -61,7 +62,8 @@ def open_store(path: StoreLike) -> xr.DataTree:
         Groups ``losses`` (``loss(chain, draw, sample)`` in nats, ``center_loss(sample)``),
         ``sample_stats`` (per ``chain, draw``) and, where there are any, ``derived/...``.
         A recorded training run has ``trajectory`` (``parameters(step, param)`` and what the
-        optimizer did at each step) and ``gradients`` (``gradient(time, example, param)``).
+        optimizer did at each step) and ``gradients`` (``gradient(time, example, param)``), and
+        what `lkarray.laplace` made ``features`` (``feature(mode, sample)``).
         Losses are Dask arrays, one Dask chunk per stored chunk; labels are loaded.
 
         The rectangle shown is the one committed by every chain that has started and has not
@@ -193,6 +195,10 @@ def _training_groups(root: zarr.Group) -> dict[str, xr.Dataset]:
     for group in gradient_fingerprints(root):
         ds = open_gradients(root, group)
         if ds.sizes[schema.TIME]:
+            groups[group] = ds
+    for group in feature_fingerprint(root):
+        ds = open_features(root)
+        if ds.data_vars:
             groups[group] = ds
     for group in audit_fingerprints(root):
         ds = open_audit(root, group)

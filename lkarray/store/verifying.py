@@ -20,6 +20,7 @@ from lkarray import schema
 from lkarray.arguments import checked
 from lkarray.errors import DamagedError, StoreError, StoreVersionError
 from lkarray.store.audits import audit_fingerprints
+from lkarray.store.features import feature_fingerprint
 from lkarray.store.gradients import gradient_fingerprints
 from lkarray.store.layout import stored_fingerprint
 from lkarray.store.location import StoreLike, as_store, describe, is_sealed, open_root
@@ -41,7 +42,12 @@ from lkarray.store.verifying_pieces import (
     without_metadata,
 )
 from lkarray.store.verifying_runs import consolidated_problems, run_problems
-from lkarray.store.verifying_training import audit_problems, gradient_problems, trace_problems
+from lkarray.store.verifying_training import (
+    audit_problems,
+    feature_problems,
+    gradient_problems,
+    trace_problems,
+)
 
 logger = logging.getLogger("lkarray")
 
@@ -140,6 +146,7 @@ def _all(root: zarr.Group) -> Iterator[Problem]:
         yield from guarded("zarr.json", partial(consolidated_problems, root))
         return
     made = trace_fingerprint(root) or gradient_fingerprints(root) or audit_fingerprints(root)
+    made = made or feature_fingerprint(root)
     if not made and not results(root) and not saved_elsewhere(root):
         yield Problem("missing", schema.LOSSES, "sampling was stopped before it began")
 
@@ -198,6 +205,8 @@ def _training(root: zarr.Group) -> Iterator[Problem]:
         yield from gradient_problems(root, group)
     for group in audit_fingerprints(root):
         yield from audit_problems(root, group)
+    if feature_fingerprint(root):
+        yield from feature_problems(root)
 
 
 def _derived(root: zarr.Group) -> Iterator[Problem]:

@@ -9,7 +9,14 @@ import numpy as np
 import zarr
 
 from lkarray.errors import DamagedError
-from lkarray.store import audit_layout, audit_panels, gradients, trace_layout, trajectory
+from lkarray.store import (
+    audit_layout,
+    audit_panels,
+    features,
+    gradients,
+    trace_layout,
+    trajectory,
+)
 from lkarray.store.chunks import chunk_key, chunk_keys, read, stored_digests
 from lkarray.store.committed import array_names
 from lkarray.store.location import is_sealed
@@ -31,6 +38,13 @@ def gradient_problems(root: zarr.Group, group: str) -> Iterator[Problem]:
     """Yield the faults of a gradient tensor."""
     yield from _steady(
         group, lambda: _tensor(root, group), lambda: gradients.read_done(root, group).tolist()
+    )
+
+
+def feature_problems(root: zarr.Group) -> Iterator[Problem]:
+    """Yield the faults of features."""
+    yield from _steady(
+        features.GROUP, lambda: _features(root), lambda: features.taken(root).tolist()
     )
 
 
@@ -162,6 +176,15 @@ def _differing(array: zarr.Array, at: tuple[int, ...], row: np.ndarray) -> Itera
     for key, tail, expected in zip(keys, tails, row.reshape(-1).tolist(), strict=True):
         if tail is None or int.from_bytes(tail, "little") != expected:
             yield Problem("mismatch", key, "is not the chunk that was committed")
+
+
+def _features(root: zarr.Group) -> Iterator[Problem]:
+    faults = _sealed(root, features.GROUP)
+    yield from faults
+    if not _unreadable(faults):
+        yield from chunk_problems(stored_at(root, f"{features.GROUP}/{features.TAKEN.name}"), ())
+        for array, at in features.committed_features(root):
+            yield from chunk_problems(array, at)
 
 
 def _audit(root: zarr.Group, group: str) -> Iterator[Problem]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lkarray as lk
-from lkarray.sampling.samplers import SAMPLERS, StepInput, sampler_from
+from lkarray.sampling.samplers import StepInput
+from lkarray.sampling.stored_samplers import SAMPLERS, sampler_from
 
 SETTINGS = {
     "SGLD": {},

@@ -14,7 +14,7 @@ from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio, res
 from lkarray.analysis.hierarchy.taxonomy import Taxonomy, require_taxonomy
 from lkarray.arguments import NATURAL, SHARE, Limits, checked
 from lkarray.kernels.groups import group_mean, with_labels
-from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses, second
+from lkarray.schema import CHAIN, Losses, as_losses, contracted, second
 from lkarray.values import several
 from lkarray.waiting import workers_awaited
 
@@ -125,8 +125,8 @@ def correlation_by_distance(
     require_taxonomy(taxonomy)
     if within is not None:
         taxonomy.require(within, "within")
-    x = as_losses(losses)
-    rows = next(str(dim) for dim in x.dims if dim not in POSTERIOR)
+    x = as_losses(losses, features=True)
+    rows = next(str(dim) for dim in x.dims if dim not in contracted(x))
     x, label = with_labels(x, rows, label, what="label")
     mean = partial(group_mean, kernel=kernel, center=center, self_pairs=False, memory=memory)
     means = mean(x, label)
@@ -135,7 +135,7 @@ def correlation_by_distance(
     labels = np.asarray(labels)[chosen]
     square = np.ix_(chosen, chosen)
     whole, deleted = means.values[square], []
-    chains = x.sizes[CHAIN]
+    chains = x.sizes.get(CHAIN, 0)  # none of features
     for gone in range(chains if chains > 2 else 0):
         kept = [chain for chain in range(chains) if chain != gone]
         deleted.append(mean(x.isel({CHAIN: kept}), label).values[square])

@@ -19,7 +19,7 @@ from lkarray.kernels.estimators import estimated
 from lkarray.kernels.groups import with_labels
 from lkarray.kernels.neighbors import neighbors as find_neighbors
 from lkarray.labels import coded
-from lkarray.schema import CHAIN, POSTERIOR, Losses
+from lkarray.schema import CHAIN, Losses, contracted
 from lkarray.values import one_of
 from lkarray.waiting import workers_awaited
 
@@ -196,7 +196,7 @@ def taxonomic_lift(
         table, label = with_labels(neighbors, table_rows(neighbors), label, what="label")
     else:
         neighbors, _ = estimated(neighbors, estimator, name="neighbors")
-        own = next(str(dim) for dim in neighbors.dims if dim not in POSTERIOR)
+        own = next(str(dim) for dim in neighbors.dims if dim not in contracted(neighbors))
         neighbors, label = with_labels(neighbors, own, label, what="label")
         options = {"largest": largest, "estimator": estimator, "memory": memory}
         table, deleted = _searched(neighbors, label, k, delete_chains, options)
@@ -229,7 +229,7 @@ def _searched(
     x: xr.DataArray, label: str, k: int, delete_chains: bool, options: dict[str, Any]
 ) -> tuple[xr.Dataset, list[xr.Dataset]]:
     """Return the neighbours of other labels, and those without each chain, lazily."""
-    rows = next(str(dim) for dim in x.dims if dim not in POSTERIOR)
+    rows = next(str(dim) for dim in x.dims if dim not in contracted(x))
     near = find_neighbors(x, k, exclude=label, **options)
     values, sizes = np.unique(labels_of(near, rows, label), return_counts=True)
     most = int(sizes.argmax())
@@ -238,7 +238,7 @@ def _searched(
             f"k={k}, but samples labelled {values[most]!r} have only {left} others of another "
             "label; take a smaller k"
         )
-    chains = x.sizes[CHAIN]
+    chains = x.sizes.get(CHAIN, 0)  # none of features
     if not delete_chains or chains < 3:
         return near, []
     subsets = [x.isel({CHAIN: [c for c in range(chains) if c != gone]}) for gone in range(chains)]

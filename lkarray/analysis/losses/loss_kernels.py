@@ -10,11 +10,11 @@ from lkarray import schema
 from lkarray.analysis.losses.summaries import attributes, loss_variance
 from lkarray.arguments import checked
 from lkarray.kernels.estimators import estimated, find_outcome
-from lkarray.kernels.gram import contracted
-from lkarray.kernels.operands import CENTERS, free_dim
+from lkarray.kernels.gram import contract
+from lkarray.kernels.operands import CENTERS, centring, free_dim
 from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
 from lkarray.links import Link, as_link, identity
-from lkarray.schema import POSTERIOR, STACKED, Losses, as_losses
+from lkarray.schema import POSTERIOR, STACKED, Losses, as_losses, contracted
 from lkarray.values import one_of
 
 
@@ -243,7 +243,7 @@ def influence(
     if scalar:
         asked = asked.expand_dims(schema.QUERY, axis=-1)
     each = tuple(dim for dim in STACKED if dim in asked.dims)
-    dim = free_dim(asked, "query", POSTERIOR, each)
+    dim = free_dim(asked, "query", contracted(asked), each)
     names = {
         name: f"{schema.QUERY}_{name}" for name, coord in asked.coords.items() if dim in coord.dims
     }
@@ -287,13 +287,14 @@ def _kernel(
         other, theirs = as_losses(cast(Losses, y), name="y", extra=STACKED), link
     elif y is not None:
         other, theirs = estimated(y, estimator, name="y", extra=STACKED)
-    out = contracted(
+    over = contracted(x)
+    out = contract(
         x,
         other,
-        over=POSTERIOR,
+        over=over,
         each=tuple(dim for dim in STACKED if dim in x.dims),
-        center=center,
-        normalize=normalize,
+        center=centring(x, center),
+        normalize=normalize if over == POSTERIOR or normalize == "cosine" else None,
         links=(own, theirs),
         **options,
     )

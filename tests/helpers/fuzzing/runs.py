@@ -18,6 +18,7 @@ from tests.helpers.networks import classification, small_network
 
 def _of_runs(w: World) -> Iterator[Case]:
     yield Case("SGLD", lk.SGLD, {"step_size": 1e-3, "schedule": None})
+    yield Case("Laplace", lk.Laplace, {"step_size": 0.0, "schedule": None, "rank": 3})
     yield Case("SGHMC", lk.SGHMC, {"step_size": 1e-3, "friction": 0.1})
     yield Case(
         "RMSpropSGLD",
@@ -109,6 +110,27 @@ def _of_runs(w: World) -> Iterator[Case]:
             "batch_size",
             "progress",
         ),
+    )
+    yield Case(
+        "laplace",
+        lk.laplace,
+        {
+            "posterior": w.posterior,
+            "observed": w.data,
+            "outcome": "log_odds",
+            "rank": 2,
+            "sketch": None,
+            "smooth": 2,
+            "seed": 0,
+            "coords": {"label": LABEL},
+            "store": None,
+            "memory": "64 MiB",
+            "device": "cpu",
+            "num_workers": 0,
+            "progress": False,
+        },
+        fast=False,
+        also={"observed": ("coords",)},  # labels of another number of samples
     )
     few = {"chains": 1, "draws": 6, "progress": False}
     yield Case(
