@@ -151,6 +151,27 @@ class Operand:
         )
         return panel
 
+    def still(self, entry: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...]) -> np.ndarray:
+        """Say which rows of a panel do not vary: they correlate with nothing, and are near nothing.
+
+        Known once the panel was read, and kept; read for it otherwise.
+        """
+
+        def load() -> np.ndarray:
+            if len(pieces) > 1:
+                return self._moments(entry, rows, pieces).norm() == 0
+            block = self._read(entry, rows, pieces[0])
+            return Moments.of(block, centred=self.center is not None).norm() == 0
+
+        return self._known_still(entry, rows, load)
+
+    def _known_still(
+        self, entry: tuple[int, ...], rows: slice, load: Callable[[], np.ndarray]
+    ) -> np.ndarray:
+        key, size = ("still", entry, rows.start, rows.stop), rows.stop - rows.start
+        flags: np.ndarray = self._cached(key, load, size=size, limit=sys.maxsize, cache=MOMENTS)
+        return flags
+
     def forget_low_panels(self) -> None:
         """Free the panels in bfloat16 that this process keeps."""
         CACHE.forget(self.token, "bfloat16")
@@ -196,6 +217,7 @@ class Operand:
             raise self._not_finite(entry, rows, pieces)
         groups = slice(*pieces[p][0]) if self.center == "chain" else slice(None)
         standardise(block, moments.mean[groups], reciprocal(norm) if self.cosine else None)
+        self._known_still(entry, rows, lambda: norm == 0)
         if not norm.all():
             block[:, :, norm == 0] = 0  # a constant row: leave no rounding behind
         return block.reshape(-1, block.shape[-1])

@@ -16,11 +16,13 @@ from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import with_labels
 from lkarray.kernels.operands import CENTERS, PRECISIONS, degrees_of_freedom, free_dim
 from lkarray.labels import coded, require_unique
-from lkarray.schema import POSTERIOR, RANK, Losses, as_losses
+from lkarray.schema import CONSTANT, POSTERIOR, RANK, Losses, as_losses
 from lkarray.values import one_of
 
 #: Says which pairs not to count, from the coordinates of both sides (arrays that broadcast).
 Rule = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], np.ndarray]
+
+_CONSTANT = "losses do not vary, so that the sample has no neighbours"
 
 
 @checked()
@@ -51,7 +53,7 @@ def neighbors(
         it becomes a coordinate of the result. Or any rule: a function of two mappings from the
         names of the samples' coordinates to arrays that broadcast, which is true where a pair is
         left out: ``lambda a, b: (a["label"] == b["label"]) | (a["split"] != b["split"])``.
-        A sample is never its own neighbour.
+        A sample is never its own neighbour; nor is one whose losses do not vary anybody's.
     largest
         ``False`` takes the most negatively correlated.
     center
@@ -71,8 +73,10 @@ def neighbors(
     xarray.Dataset
         ``neighbor(sample, rank)``, values of the (integer) ``sample`` index, and
         ``similarity(sample, rank)``, the correlation R, best first. Where fewer than k
-        remain, rows end in -1 and NaN. Compute both variables at once:
-        ``neighbors(...).compute()``.
+        remain, rows end in -1 and NaN. ``constant(sample)``: losses that do not vary over the
+        draws (of an input so certain that its loss is 0 in float32, say), which correlate with
+        nothing: such samples have no neighbours, and are nobody's. Compute the variables at
+        once: ``neighbors(...).compute()``.
 
     Raises
     ------
@@ -85,10 +89,6 @@ def neighbors(
     Notes
     -----
     ``n**2 * S`` operations and n k results: each product serves its rows and its columns.
-
-    A sample whose losses do not vary (of an input so certain that its loss is 0 in float32, say)
-    has R = 0 with all others: the k that come first, which mean nothing. Leave such samples out
-    before statistics of neighbours are taken: ``losses.isel(sample=losses.std(...) > 0)``.
 
     References
     ----------
@@ -142,6 +142,7 @@ def neighbors(
         {
             "neighbor": ((rows, RANK), position, {"long_name": f"{rows} of the neighbour"}),
             "similarity": ((rows, RANK), value, {"long_name": "loss correlation R"}),
+            CONSTANT: ((rows,), engine.still_array(contraction), {"long_name": _CONSTANT}),
         },
         coords=coords | {RANK: np.arange(k)},
         attrs={

@@ -54,3 +54,26 @@ def test_neighbors__leave_out_what_a_rule_says(rng, largest):
         lk.neighbors(losses, 5, exclude=lambda a, b: a["colour"] == b["colour"])
     with pytest.raises(ValueError, match="booleans"):
         lk.neighbors(losses, 5, exclude=lambda a, b: a["label"] - b["label"])
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "120 KiB"}, {"device": "cpu"}])
+@pytest.mark.parametrize("largest", [True, False])
+def test_neighbors__of_constant_losses_are_none_and_nobodys(rng, options, largest):
+    losses = random_losses(rng, samples=60)
+    still = np.arange(60) % 4 == 1
+    losses[..., still] = rng.normal(size=still.sum()).astype("f4")  # each at a value of its own
+    near = lk.neighbors(losses, 50, largest=largest, **options).compute()
+    np.testing.assert_array_equal(near["constant"], still)
+    assert (near["neighbor"].values[still] == -1).all()
+    assert near["similarity"].isnull().values[still].all()
+    assert not np.isin(near["neighbor"], np.flatnonzero(still)).any()
+    rest = lk.neighbors(losses.isel(sample=~still), 44, largest=largest, **options).compute()
+    np.testing.assert_array_equal(near["neighbor"].values[~still, :44], rest["neighbor"])
+    assert (near["neighbor"].values[:, 44:] == -1).all()
+
+
+def test_neighbors__that_are_constant_are_known_without_a_search(rng):
+    losses = random_losses(rng, samples=30)
+    losses[..., 3] = 1.5
+    near = lk.neighbors(losses.chunk(draw=5, sample=7), 4, memory="40 KiB")
+    assert np.flatnonzero(near["constant"].values).tolist() == [3]

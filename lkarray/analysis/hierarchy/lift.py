@@ -12,7 +12,13 @@ from scipy import sparse
 
 from lkarray.analysis.hierarchy import graph
 from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio, resampled, spread
-from lkarray.analysis.hierarchy.pairs import as_table, count_pairs, labels_of, table_rows
+from lkarray.analysis.hierarchy.pairs import (
+    as_table,
+    constant_rows,
+    count_pairs,
+    labels_of,
+    table_rows,
+)
 from lkarray.analysis.hierarchy.taxonomy import Taxonomy, require_taxonomy
 from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked
 from lkarray.kernels.groups import with_labels
@@ -140,7 +146,9 @@ def taxonomic_lift(
         ancestor. Over ``query_depth``: ``pairs`` of the table, ``queries`` (samples) and
         ``labels`` at that depth. Over ``depth``: ``pooled_lift``, the shared pairs of all queries
         over the number that chance would give, with ``pooled_low`` and ``pooled_high``. Lift is
-        NaN where no pair of the data could share, or where there are no pairs.
+        NaN where no pair of the data could share, or where there are no pairs. Samples whose
+        losses do not vary have no neighbours (see `lkarray.neighbors`): neither the table nor the
+        base rate counts them, the attribute ``constant_samples`` says how many there are.
 
     Raises
     ------
@@ -198,7 +206,9 @@ def taxonomic_lift(
         table, deleted = _searched(neighbors, label, k, largest, delete_chains, memory)
     rows = table_rows(table)
     values, codes = coded(labels_of(table, rows, label), what=repr(label))
-    tree = make_tree(taxonomy, values, np.bincount(codes, minlength=len(values)), depth)
+    constant = constant_rows(table, rows)
+    sizes = np.bincount(codes[~constant], minlength=len(values))
+    tree = make_tree(taxonomy, values, sizes, depth)
     weights = resampled(len(values), replicates, seed)
     counts, facts = _other_labels(table, rows, codes, len(values))
     sums = add_up(counts, tree, np.concatenate([np.ones((1, len(values))), weights]))
@@ -216,6 +226,7 @@ def taxonomic_lift(
         "level": level,
         "seed": seed,
         "chains_deleted": len(deleted),
+        "constant_samples": int(constant.sum()),
     }
     return _dataset(sums, without, tree, base, level, facts, keep_replicates)
 
