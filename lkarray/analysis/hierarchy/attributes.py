@@ -120,7 +120,7 @@ def attribute_lift(
     kept = [(total - f, base - c) for f, c in zip(counts, chance, strict=True)]
     for prefix, of, shape in (("", _lift, (name,)), ("pooled_", _pooled, ())):
         value, error = of(total, base), jackknife([of(*numbers) for numbers in kept])
-        low, high = interval(value, [error], level)
+        low, high = interval(value, [(error, blocks - 1)], level)
         out[f"{prefix}lift"] = (shape, value)
         out[f"{prefix}low"], out[f"{prefix}high"] = (shape, np.maximum(low, 0)), (shape, high)
         out[f"{prefix}standard_error"] = (shape, error)

@@ -160,7 +160,8 @@ def taxonomic_lift(
 
     Notes
     -----
-    Intervals are normal, of both errors together. Labels are resampled with replacement, and a
+    Intervals are of both errors together, by Student's t with Satterthwaite's degrees of freedom:
+    one less than the labels, and than the chains. Labels are resampled with replacement, and a
     pair weighs the product of the weights of its two labels, in the table and in the base rate
     (the "pigeonhole" bootstrap of Owen 2007, which errs towards wide intervals).
 
@@ -171,6 +172,8 @@ def taxonomic_lift(
     ----------
     - Adam et al. 2025a, appendix D.2: "The Loss Kernel", arXiv:2509.26537.
     - Owen 2007: "The pigeonhole bootstrap", doi:10.1214/07-AOAS122.
+    - Satterthwaite 1946: "An approximate distribution of estimates of variance components",
+      doi:10.2307/3002019.
     - Efron 1982: "The Jackknife, the Bootstrap and Other Resampling Plans",
       doi:10.1137/1.9781611970319.
     - docs/methods/base_rates.md.
@@ -315,13 +318,13 @@ def _dataset(
         ("", both, sums.lift(base), [fewer.lift(base)[0] for fewer in without]),
         ("pooled_", ("depth",), sums.pooled(base), [fewer.pooled(base)[0] for fewer in without]),
     ):
-        errors = {"labels": spread(values[1:])}
+        errors = {"labels": (spread(values[1:]), max(len(tree.group) - 1, 1))}
         if deleted:
-            errors["chains"] = jackknife(deleted)
+            errors["chains"] = (jackknife(deleted), len(deleted) - 1)
         low, high = interval(values[0], list(errors.values()), level)
         out[f"{name}lift"] = (dims, values[0], {"long_name": f"lift under the {base} base rate"})
         out[f"{name}low"], out[f"{name}high"] = (dims, np.maximum(low, 0)), (dims, high)
-        for source, error in errors.items():
+        for source, (error, _) in errors.items():
             out[f"{name}standard_error_{source}"] = (dims, error)
         if keep:
             out[f"{name}replicate"] = (("replicate", *dims), values[1:])
