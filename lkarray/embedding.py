@@ -96,7 +96,7 @@ def embed(
             "embed takes the Dataset of lk.neighbors or the DataArray of lk.correlation, not "
             f"{type(neighbors_or_kernel).__name__}"
         )
-    linked = (index >= 0).any(axis=1)
+    linked: np.ndarray = (index >= 0).any(axis=1)
     linked[index[index >= 0]] = True
     place = np.append(np.cumsum(linked) - 1, -1)  # the last is of those that are missing
     points = np.full((len(index), n_components), np.nan, np.float32)

@@ -40,13 +40,13 @@ class Operand:
     x
         The tensor.
     over
-        Dims to contract. With ``center="chain"``, means are kept apart along ``chain``.
+        Dims to contract. With ``center="chain"`` or ``"draw"``, means are kept apart along it.
     each
         Dims kept in step.
     rows
         The dim that remains.
     center
-        ``None``, ``"pooled"`` or ``"chain"``.
+        ``None``, ``"pooled"``, ``"chain"`` or ``"draw"``.
     cosine
         Whether rows are scaled to norm one.
     """
@@ -62,13 +62,14 @@ class Operand:
         cosine: bool,
     ) -> None:
         refuse_futures(x)
-        if center == "chain":
-            over = ("chain", *(dim for dim in over if dim != "chain"))
+        self.grouped = center in ("chain", "draw")
+        if self.grouped:
+            over = (str(center), *(dim for dim in over if dim != center))
         self.over, self.each, self.rows = over, each, rows
         self.center, self.cosine = center, cosine
         self.variable = x.variable.transpose(*each, *over, rows)
         # Panels keep the source's own order, rows first or last: to turn each chunk is slow.
-        self._rows_first = x.dims[-1] in over and center != "chain"
+        self._rows_first = x.dims[-1] in over and not self.grouped
         self.dtype = np.result_type(x.dtype, np.float32)
         self.name = str(x.name)
         lazy_file = x.chunks is None and not x.variable._in_memory
@@ -91,11 +92,24 @@ class Operand:
         """Number of rows."""
         return self.variable.sizes[self.rows]
 
-    def grain(self) -> tuple[tuple[int, ...], int]:
-        """Return the largest chunk along each contracted dim and along rows; 1 if unchunked.
+    @property
+    def groups(self) -> int:
+        """Means that are kept of each row while it is read in pieces.
 
-        Whatever is read, whole chunks of the variable are computed.
+        Of a draw none: draws are many, and every piece has whole ones.
         """
+        return self.shape[0] if self.center == "chain" else 1
+
+    def grain(self) -> tuple[tuple[int, ...], int]:
+        """Return what is not cut along each contracted dim and along rows.
+
+        The largest chunk, since whatever is read, whole chunks of the variable are computed; 1 if
+        unchunked. And draws that are centred by themselves.
+        """
+        lengths, width = self._chunk()
+        return ((lengths[0], *self.shape[1:]) if self.center == "draw" else lengths), width
+
+    def _chunk(self) -> tuple[tuple[int, ...], int]:
         chunks = self.variable.chunksizes
         return tuple(max(chunks.get(d, (1,))) for d in self.over), max(chunks.get(self.rows, (1,)))
 
@@ -107,7 +121,7 @@ class Operand:
         first[self.rows] = slice(0, self.grain()[1])
         if not read_by_chunks(self.variable.isel(first)):
             return None
-        lengths, width = self.grain()
+        lengths, width = self._chunk()
         return int(prod(lengths) * width * self.variable.dtype.itemsize)
 
     def panel(
@@ -159,9 +173,11 @@ class Operand:
 
         def load() -> np.ndarray:
             if len(pieces) > 1:
-                return self._moments(entry, rows, pieces).norm() == 0
-            block = self._read(entry, rows, pieces[0])
-            return Moments.of(block, centred=self.center is not None).norm() == 0
+                moments = self._moments(entry, rows, pieces)
+            else:
+                moments = self._moments_of(self._read(entry, rows, pieces[0]))
+            flags: np.ndarray = moments.norm() == 0
+            return flags
 
         return self._known_still(entry, rows, load)
 
@@ -209,9 +225,11 @@ class Operand:
                 raise self._not_finite(entry, rows, pieces)
             return block.reshape(-1, block.shape[-1])
         if len(pieces) == 1:
-            moments = Moments.of(block, centred=self.center is not None)
+            moments = self._moments_of(block)
         else:
             moments = self._moments(entry, rows, pieces)
+            if self.center == "draw":
+                self._moments_of(block)
         norm = moments.norm()
         if not np.isfinite(norm).all():
             raise self._not_finite(entry, rows, pieces)
@@ -222,18 +240,24 @@ class Operand:
             block[:, :, norm == 0] = 0  # a constant row: leave no rounding behind
         return block.reshape(-1, block.shape[-1])
 
+    def _moments_of(self, block: np.ndarray) -> Moments:
+        """Return the moments of a block; where draws are centred, they are so, in place."""
+        if self.center == "draw":
+            return Moments.about_groups(block)
+        return Moments.of(block, centred=self.center is not None)
+
     def _moments(self, entry: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...]) -> Moments:
         """Return the moments of a panel in pieces, one pass over it, kept for the next piece."""
-        groups = self.shape[0] if self.center == "chain" else 1
+        groups = self.groups
         key = (self.token, "moments", entry, rows.start, rows.stop)
         size = 16 * groups * (rows.stop - rows.start)
 
         def load() -> Moments:
             zeros = np.zeros((groups, rows.stop - rows.start))
             total = Moments(np.zeros(groups, int), zeros, zeros)
-            centred = self.center is not None
+            centred = self.center in ("pooled", "chain")
             for piece in pieces:
-                moments = Moments.of(self._read(entry, rows, piece), centred=centred)
+                moments = self._moments_of(self._read(entry, rows, piece))
                 if self.center == "chain":
                     moments = _spread(moments, piece[0], groups)
                 total = total.merge(moments, centred=centred)
@@ -253,7 +277,7 @@ class Operand:
             block = read(turned, self.dtype, self.name, select)
             return block.reshape(len(block), -1).T[np.newaxis]
         block = read(variable, self.dtype, self.name, select)
-        groups = block.shape[0] if self.center == "chain" else 1
+        groups = block.shape[0] if self.grouped else 1
         return block.reshape(groups, -1, block.shape[-1])
 
     def _not_finite(

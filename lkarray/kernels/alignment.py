@@ -41,7 +41,7 @@ def frobenius(
         Loss tensors ``(chain, draw, sample)`` of the same samples; their draws may differ.
         ``b=None`` gives the squared norm of one kernel.
     center
-        ``"pooled"`` or ``"chain"``; see `lkarray.covariance`.
+        ``"pooled"``, ``"chain"`` or ``"draw"``; see `lkarray.covariance`.
     normalize
         ``"count"`` for covariances, ``"cosine"`` for correlations.
     memory

@@ -107,7 +107,7 @@ def group_mean(
     self_pairs
         Whether a sample's entry with itself counts (1 in a correlation).
     center
-        ``"pooled"`` or ``"chain"``.
+        ``"pooled"``, ``"chain"`` or ``"draw"``.
     memory
         Byte budget of a process.
     device, device_memory

@@ -46,7 +46,7 @@ def histogram(
     kernel
         ``"correlation"`` or ``"covariance"``.
     center
-        ``"pooled"`` or ``"chain"``.
+        ``"pooled"``, ``"chain"`` or ``"draw"``.
     memory
         Byte budget of a process.
     device, device_memory

@@ -57,7 +57,7 @@ def neighbors(
     largest
         ``False`` takes the most negatively correlated.
     center
-        ``"pooled"`` or ``"chain"``, as for `covariance`.
+        ``"pooled"``, ``"chain"`` or ``"draw"``, as for `covariance`.
     precision
         ``"auto"`` searches for candidates in bfloat16 where that is faster (see `gram`), takes
         every pair that the bound on its rounding cannot rule out, and ranks those by float32

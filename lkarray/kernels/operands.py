@@ -12,10 +12,10 @@ import xarray as xr
 from lkarray.engine import Operand
 from lkarray.errors import SchemaError
 from lkarray.results import as_array
-from lkarray.schema import CHAIN, GRADIENT, LOSS, POSTERIOR, Losses, as_losses
+from lkarray.schema import CHAIN, DRAW, GRADIENT, LOSS, POSTERIOR, Losses, as_losses
 from lkarray.values import one_of
 
-CENTERS = ("pooled", "chain")
+CENTERS = ("pooled", "chain", "draw")
 KERNELS = ("correlation", "covariance")
 NORMALIZERS = ("count", "cosine")
 PRECISIONS = ("float32", "auto")
@@ -97,6 +97,15 @@ def degrees_of_freedom(x: xr.DataArray, over: tuple[str, ...], center: str | Non
         if CHAIN not in over:
             raise SchemaError("center='chain' needs the dim 'chain' in over")
         means = x.sizes[CHAIN]
+    if center == "draw":
+        if set(over) != set(POSTERIOR):
+            raise SchemaError(f"center='draw' needs over={POSTERIOR}, not {over}")
+        means = x.sizes[DRAW]
+        if x.sizes[CHAIN] < 2:
+            raise ValueError(
+                "center='draw' is about the chains' mean at each draw, and there is one chain; "
+                "take more, or center='pooled'"
+            )
     if count - means < 1:
         raise ValueError(
             f"a covariance needs more than {means} elements along {over}; there are {count}, "

@@ -34,6 +34,7 @@ _MEANING = {
     "between_variance": ("nat^2", "between-chain variance: draws times that of the chain means"),
     "within_variance": ("nat^2", "within-chain variance"),
     "pooling_excess": ("", "pooled variance over that centred by chain, minus 1"),
+    "transient_excess": ("", "pooled variance over that about the chains' mean at a draw, minus 1"),
     "drift": ("", "z score of the mean loss: second half of a chain minus first"),
     "distance": ("", "mean Euclidean distance from w* over the second half of a chain"),
     "acceptance": ("", "mean probability that a Metropolis test accepts a step"),
@@ -88,7 +89,10 @@ def diagnostics(
           1992, section 2.2): draws times the variance of the chain means (NaN for one chain),
           and the mean variance of a chain. Equal in expectation where draws are independent;
         - ``pooling_excess``, by how much a variance about one mean of all chains
-          (``center="pooled"``) exceeds that about each chain's (``"chain"``), relatively.
+          (``center="pooled"``) exceeds that about each chain's (``"chain"``), relatively;
+        - ``transient_excess``, by how much it exceeds that about the chains' mean at the same draw
+          (``"draw"``): what all chains go through alike, as after too short a burn-in. NaN for one
+          chain.
 
         Per ``chain``:
 

@@ -36,7 +36,10 @@ def covariance(
         Loss tensors ``(chain, draw, sample)``, or what holds one; ``y=None`` means ``losses``.
     center
         ``"pooled"`` subtracts one mean over all chains and divides by CT - 1, as the papers
-        do; ``"chain"`` subtracts each chain's mean and divides by C(T - 1).
+        do; ``"chain"`` subtracts each chain's mean and divides by C(T - 1); ``"draw"`` subtracts
+        the chains' mean at the same draw and divides by T(C - 1). A transient that all chains
+        share, as after too short a burn-in, is gone from it, for 1/C of the draws' worth;
+        `diagnostics` says when to use it.
     shrinkage
         ``"ledoit-wolf"`` (see `ledoit_wolf`) or a share d in [0, 1] returns
         ``(1 - d) K + d mean(diag K) I``, whose error is smaller when draws are few.
@@ -87,7 +90,7 @@ def covariance(
         raise ValueError(f"shrinkage must be 'ledoit-wolf' or in [0, 1], not {shrinkage!r}")
     else:
         share = float(shrinkage)
-    if center == "chain":
+    if center != "pooled":
         raise ValueError("shrinkage is for pooled covariances")
     level = loss_variance(losses).mean(skipna=False)
     return shrunk(out, share, level).assign_attrs(shrinkage=shrinkage)
