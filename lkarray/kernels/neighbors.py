@@ -12,6 +12,7 @@ import xarray as xr
 from lkarray import engine
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
+from lkarray.kernels import crossfit as crossfit_
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import with_labels
 from lkarray.kernels.operands import CENTERS, PRECISIONS, degrees_of_freedom, free_dim
@@ -32,6 +33,7 @@ def neighbors(
     *,
     exclude: str | Rule | Any | None = None,
     largest: bool = True,
+    crossfit: bool = False,
     center: str = "pooled",
     precision: str = "auto",
     memory: int | str | None = None,
@@ -56,6 +58,12 @@ def neighbors(
         A sample is never its own neighbour; nor is one whose losses do not vary anybody's.
     largest
         ``False`` takes the most negatively correlated.
+    crossfit
+        Whether similarities are of draws that had no part in the choice. The largest of many
+        noisy correlations is large from nothing: of 10,000 with errors of 0.1, about 0.4. With
+        ``True`` one half of the chains (even or odd ones; of a lone chain, half its draws)
+        chooses a row's neighbours and the other half says how similar they are, without bias. The
+        halves take turns from row to row, so that means over rows are of both folds.
     center
         ``"pooled"``, ``"chain"`` or ``"draw"``, as for `covariance`.
     precision
@@ -78,6 +86,15 @@ def neighbors(
         nothing: such samples have no neighbours, and are nobody's. Compute the variables at
         once: ``neighbors(...).compute()``.
 
+        With ``crossfit``, similarities are no longer in order, and there are also
+        ``similarity_error(sample, rank)``, the standard error by the spread over chains, or
+        stretches of them where the half has fewer than 6 (each longer than its autocorrelation,
+        one hopes: see `diagnostics`); and ``q_value(sample, rank)``, the false discovery rate at
+        which the similarity exceeds 0 (with ``largest=False``, lies below), over all entries of
+        the table (Benjamini and Yekutieli 2001, under any dependence; Student's t). ``constant``
+        is then true also of losses that do not vary in one of the halves. The attribute
+        ``crossfit`` says what the halves are of, ``"chains"`` or ``"draws"``.
+
     Raises
     ------
     TypeError, ValueError, SchemaError
@@ -88,11 +105,14 @@ def neighbors(
 
     Notes
     -----
-    ``n**2 * S`` operations and n k results: each product serves its rows and its columns.
+    ``n**2 * S`` operations and n k results: each product serves its rows and its columns. With
+    ``crossfit`` as many again of half the draws, and ``n k S`` for the reports.
 
     References
     ----------
     - Adam et al. 2025a, section 2.3 and appendix B: "The Loss Kernel", arXiv:2509.26537.
+    - Benjamini and Yekutieli 2001: "The control of the false discovery rate in multiple testing
+      under dependency", doi:10.1214/aos/1013699998.
 
     Examples
     --------
@@ -117,13 +137,59 @@ def neighbors(
     index = _index(x, rows)
     if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
         x, exclude = with_labels(x, rows, exclude, what="exclude")
+    ask = engine.Ask(
+        k,
+        largest,
+        _codes(x, rows, exclude) if isinstance(exclude, str) else None,
+        _Positions(exclude, x, rows) if callable(exclude) else None,
+    )
+    place = engine.as_device(device, device_memory)
+    options = {"center": center, "precision": precision, "memory": memory, "place": place}
+    attrs: dict[str, Any] = {
+        "k": k,
+        "exclude": exclude if isinstance(exclude, str) else "rule" if exclude else "none",
+        "largest": int(largest),
+        "over": list(POSTERIOR),
+        "center": center,
+    }
+    if crossfit:
+        contraction, position, found = _crossfitted(x, rows, ask, options, attrs)
+    else:
+        contraction, position, value = _searched(x, rows, ask, **options)
+        meaning = {"long_name": "loss correlation R"}
+        found = {
+            "similarity": ((rows, RANK), value, meaning),
+            CONSTANT: ((rows,), engine.still_array(contraction), {"long_name": _CONSTANT}),
+        }
+    if index is not None:
+        position = da.map_blocks(_labels, position, index=index, dtype=np.int64)
+    named = ((rows, RANK), position, {"long_name": f"{rows} of the neighbour"})
+    return xr.Dataset(
+        {"neighbor": named} | found,
+        coords=sample_coords(x, rows) | {RANK: np.arange(k)},
+        attrs=attrs | {"precision": contraction.precision} | contraction.made_on,
+    )
+
+
+def _searched(
+    x: xr.DataArray,
+    rows: str,
+    ask: engine.Ask,
+    *,
+    center: str,
+    precision: str,
+    memory: int | str | None,
+    place: Any,
+) -> tuple[engine.Contraction, da.Array, da.Array]:
+    """Return the correlation of some draws, and positions and values of the best of each row."""
+    degrees_of_freedom(x, POSTERIOR, center)
     operand = engine.Operand(x, over=POSTERIOR, each=(), rows=rows, center=center, cosine=True)
     plan = engine.make_plan(
         operand,
         memory=memory,
         sink=engine.TOP_K_BYTES,
-        held=engine.top_k_held(n, k),
-        device=engine.as_device(device, device_memory),
+        held=engine.top_k_held(operand.n, ask.k),
+        device=place,
         device_sink=engine.BEST_BYTES,
     )
     contraction = engine.Contraction(operand, None, plan)
@@ -131,30 +197,49 @@ def neighbors(
     if len(plan.pieces) == 1 and plan.budget >= engine.SEARCH_BUDGET:
         contraction = contraction.at_precision(precision, search=True)
     low = contraction.precision != "float32"
-    codes = _codes(x, rows, exclude) if isinstance(exclude, str) else None
-    rule = _Positions(exclude, x, rows) if callable(exclude) else None
     arrays = engine.search_arrays if low else engine.top_k_arrays
-    position, value = arrays(contraction, engine.Ask(k, largest, codes, rule))
-    if index is not None:
-        position = da.map_blocks(_labels, position, index=index, dtype=np.int64)
-    coords = sample_coords(x, rows)
-    return xr.Dataset(
-        {
-            "neighbor": ((rows, RANK), position, {"long_name": f"{rows} of the neighbour"}),
-            "similarity": ((rows, RANK), value, {"long_name": "loss correlation R"}),
-            CONSTANT: ((rows,), engine.still_array(contraction), {"long_name": _CONSTANT}),
-        },
-        coords=coords | {RANK: np.arange(k)},
-        attrs={
-            "k": k,
-            "exclude": exclude if isinstance(exclude, str) else "rule" if exclude else "none",
-            "largest": int(largest),
-            "over": list(POSTERIOR),
-            "center": center,
-            "precision": contraction.precision,
-        }
-        | contraction.made_on,
+    return contraction, *arrays(contraction, ask)
+
+
+def _crossfitted(
+    x: xr.DataArray, rows: str, ask: engine.Ask, options: dict[str, Any], attrs: dict[str, Any]
+) -> tuple[engine.Contraction, da.Array, dict[str, Any]]:
+    """Return neighbours that one half of the draws chose, and what the other says of them.
+
+    The halves take turns from row to row.
+    """
+    *halves, kind = crossfit_.halves_of(x)
+    made = [_searched(half, rows, ask, **options) for half in halves]
+    turn = da.from_array((np.arange(x.sizes[rows]) % 2 == 0)[:, None])
+    chosen = [
+        da.where(own, position, -1)
+        for own, (_, position, _) in zip((turn, ~turn), made, strict=True)
+    ]
+    reports = [
+        crossfit_.reported(other[0], position, ask.largest)
+        for other, position in zip(made[::-1], chosen, strict=True)
+    ]
+    report = da.where(turn[..., None], *reports)
+    still = [engine.still_array(contraction) for contraction, _, _ in made]
+    attrs |= {"crossfit": kind}
+    dims, side = (rows, RANK), "exceeds" if ask.largest else "lies below"
+    found = {
+        "similarity": (dims, report[..., 0].astype(x.dtype if x.dtype.kind == "f" else "f4")),
+        "similarity_error": (dims, report[..., 1]),
+        "q_value": (dims, crossfit_.q_values(report[..., 2])),
+        CONSTANT: ((rows,), still[0] | still[1]),
+    }
+    meanings = (
+        "loss correlation R, of the draws that did not choose",
+        "standard error of the similarity",
+        f"false discovery rate at which the similarity {side} 0",
+        _CONSTANT,
     )
+    named = {
+        name: (*of, {"long_name": meaning})
+        for (name, of), meaning in zip(found.items(), meanings, strict=True)
+    }
+    return made[0][0], da.maximum(*chosen), named
 
 
 def _index(x: xr.DataArray, rows: str) -> np.ndarray | None:
