@@ -53,6 +53,7 @@ from lkarray.analysis.gradients import (
     temporal_modes,
 )
 from lkarray.analysis.losses import (
+    at_equal_reliability,
     correlation,
     covariance,
     diagnostics,
@@ -61,6 +62,7 @@ from lkarray.analysis.losses import (
     loss_gain,
     loss_variance,
     mcse,
+    reliability,
     residualize,
     singular_fluctuation,
 )
@@ -182,6 +184,7 @@ __all__ = [
     "activation_overlap",
     "activations",
     "angle_distance",
+    "at_equal_reliability",
     "attribute_lift",
     "audit",
     "audit_modes",
@@ -252,6 +255,7 @@ __all__ = [
     "preset",
     "reconstruction",
     "record",
+    "reliability",
     "repair",
     "residualize",
     "sample",

@@ -79,6 +79,10 @@ class LossMethods:
         """See `lkarray.diagnostics`."""
         return losses.diagnostics(self._losses, **options)
 
+    def reliability(self, **options: Any) -> xr.DataArray:
+        """See `lkarray.reliability`."""
+        return losses.reliability(self._losses, **options)
+
     def llc(self, **options: Any) -> xr.DataArray:
         """See `lkarray.llc`."""
         return losses.llc(self._losses, **options)

@@ -99,10 +99,9 @@ def embed(
     linked: np.ndarray = (index >= 0).any(axis=1)
     linked[index[index >= 0]] = True
     place = np.append(np.cumsum(linked) - 1, -1)  # the last is of those that are missing
+    placed = _umap(place[index[linked]], 1 - similarity[linked], n_components, seed, min_dist)
     points = np.full((len(index), n_components), np.nan, np.float32)
-    points[linked] = _umap(
-        place[index[linked]], 1 - similarity[linked], n_components, seed, min_dist
-    )
+    points[linked] = placed
     return xr.DataArray(
         points,
         dims=(rows, COMPONENT),

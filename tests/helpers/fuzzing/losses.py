@@ -42,6 +42,8 @@ def _of_losses(w: World) -> Iterator[Case]:
         lk.neighbors,
         own | {"k": 3, "exclude": "label", "largest": True, "precision": "auto"},
     )
+    yield Case("neighbors", lk.neighbors, own | {"k": 3, "crossfit": True})
+    yield Case("reliability", lk.reliability, own | {"splits": 2, "seed": 0})
     yield Case("ledoit_wolf", lk.ledoit_wolf, own)
     yield Case("linear_operator", lk.linear_operator, own | {"kernel": "covariance"})
     yield Case(
