@@ -228,7 +228,7 @@ def spearman_brown(r: float, factor: float) -> float:
 
 
 @workers_awaited("computed")
-@checked(losses=None, splits=COUNT, stretches=REPEATS, seed=NATURAL, level=SHARE, target=None)
+@checked(losses=None, splits=COUNT, stretches=REPEATS, seed=NATURAL, level=SHARE)
 def at_equal_reliability(
     losses: Mapping[str, Losses],
     statistic: Statistic,
@@ -279,6 +279,8 @@ def at_equal_reliability(
 
     Raises
     ------
+    TypeError
+        ``statistic`` is no function.
     ValueError
         There are no kernels, ``target`` cannot be reached, or a kernel is nothing but noise
         (reliability of 0 or less).
@@ -312,6 +314,8 @@ def at_equal_reliability(
     """
     if not isinstance(losses, Mapping) or not losses:
         raise ValueError("losses must be a mapping from names to loss tensors, with one at least")
+    if not callable(statistic):
+        raise TypeError(f"statistic must be a function of losses, not {type(statistic).__name__}")
     tensors = {str(name): as_losses(x, name=f"losses[{name!r}]") for name, x in losses.items()}
     options: dict[str, Any] = {"splits": splits, "seed": seed, "memory": memory}
     whole = {name: float(computed(reliability(x, **options))) for name, x in tensors.items()}
