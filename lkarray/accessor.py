@@ -79,6 +79,10 @@ class LossMethods:
         """See `lkarray.diagnostics`."""
         return losses.diagnostics(self._losses, **options)
 
+    def judge(self, **options: Any) -> Losses:
+        """See `lkarray.judge`."""
+        return losses.judge(self._losses, **options)
+
     def reliability(self, **options: Any) -> xr.DataArray:
         """See `lkarray.reliability`."""
         return losses.reliability(self._losses, **options)

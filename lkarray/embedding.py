@@ -14,7 +14,7 @@ from lkarray.engine.numbers import top_k
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import group_codes
-from lkarray.kernels.kinds import require_kernel
+from lkarray.kernels.kinds import require_kernel, verdict_of
 from lkarray.labels import in_order, squared
 from lkarray.results import Result, alone, as_array
 from lkarray.schema import COMPONENT, RANK, second
@@ -96,6 +96,7 @@ def embed(
             "embed takes the Dataset of lk.neighbors or the DataArray of lk.correlation, not "
             f"{type(neighbors_or_kernel).__name__}"
         )
+    known = verdict_of(neighbors_or_kernel)
     linked: np.ndarray = (index >= 0).any(axis=1)
     linked[index[index >= 0]] = True
     place = np.append(np.cumsum(linked) - 1, -1)  # the last is of those that are missing
@@ -113,7 +114,8 @@ def embed(
             "k": index.shape[1],
             "min_dist": min_dist,
             "left_out": int((~linked).sum()),
-        },
+        }
+        | known,
     )
 
 

@@ -15,6 +15,7 @@ from lkarray.engine.devices import made_on
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
 from lkarray.errors import SchemaError
+from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.operands import kernel_operand
 from lkarray.labels import coded, one_each
 from lkarray.schema import POSTERIOR, RESERVED, Losses, second
@@ -155,6 +156,7 @@ def group_mean(
         coords={name: values, second(name): values},
         name=kernel,
         attrs={"over": list(POSTERIOR), "center": center, "self_pairs": int(self_pairs)}
+        | verdict_of(x)
         | made_on(place, operand.dtype),
     )
 

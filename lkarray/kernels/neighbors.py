@@ -15,6 +15,7 @@ from lkarray.errors import SchemaError
 from lkarray.kernels import crossfit as crossfit_
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import with_labels
+from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.operands import CENTERS, PRECISIONS, degrees_of_freedom, free_dim
 from lkarray.labels import coded, require_unique
 from lkarray.schema import CONSTANT, POSTERIOR, RANK, Losses, as_losses
@@ -151,7 +152,7 @@ def neighbors(
         "largest": int(largest),
         "over": list(POSTERIOR),
         "center": center,
-    }
+    } | verdict_of(x)
     if crossfit:
         contraction, position, found = _crossfitted(x, rows, ask, options, attrs)
     else:

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from lkarray.analysis.losses import loss_gain
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
+from lkarray.kernels.kinds import verdict_text
 from lkarray.labels import items, require_unique, squared
 from lkarray.results import Result, as_array, as_dataset
 from lkarray.schema import CENTER_LOSS, COMPONENT, RANK, Losses, losses_node
@@ -93,6 +94,7 @@ def neighbor_map(
         axes.set(**{f"{name}ticks": [], f"{name}label": f"UMAP {number}"})
     without = f" ({left_out} without neighbours)" if left_out else ""
     axes.set_title(f"Loss-kernel map of {len(xy)} inputs{without}, coloured by {by}", fontsize=12)
+    _believe(figure, points)
     return figure
 
 
@@ -152,7 +154,14 @@ def kernel_matrix(kernel: Result, *, by: str) -> Figure:
     units = kernel.attrs.get("units", "1")
     label = str(kernel.name) + ("" if units == "1" else f" ({units})")
     figure.colorbar(image, ax=axes, label=label, shrink=0.85, extend="both")
+    _believe(figure, kernel)
     return figure
+
+
+def _believe(figure: Figure, x: xr.DataArray | xr.Dataset) -> None:
+    """Print small, in the corner, how far to believe what is shown, where that is known."""
+    if text := verdict_text(x.attrs):
+        figure.text(0.005, 0.005, text, fontsize=7, color="0.4", ha="left", va="bottom")
 
 
 @checked()
@@ -224,6 +233,7 @@ def top_correlated(
         y=1 - 0.12 / figure.get_figheight(),
         va="top",
     )
+    _believe(figure, neighbors)
     return figure
 
 

@@ -22,6 +22,7 @@ from lkarray.analysis.hierarchy.pairs import (
 from lkarray.analysis.hierarchy.taxonomy import Taxonomy, require_taxonomy
 from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked
 from lkarray.kernels.groups import with_labels
+from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.neighbors import neighbors as find_neighbors
 from lkarray.labels import coded
 from lkarray.schema import CHAIN, POSTERIOR, Losses, as_losses
@@ -230,7 +231,7 @@ def taxonomic_lift(
         "seed": seed,
         "chains_deleted": len(deleted),
         "constant_samples": int(constant.sum()),
-    }
+    } | verdict_of(table)
     return _dataset(sums, without, tree, base, level, facts, keep_replicates)
 
 

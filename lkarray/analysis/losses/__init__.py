@@ -1,6 +1,7 @@
 """Analysis of losses(chain, draw, sample): kernels, neighbours, summaries, diagnostics."""
 
 from lkarray.analysis.losses.diagnostics import diagnostics
+from lkarray.analysis.losses.judging import judge
 from lkarray.analysis.losses.loss_kernels import correlation, covariance, influence
 from lkarray.analysis.losses.montecarlo import mcse
 from lkarray.analysis.losses.reliability import at_equal_reliability, reliability
@@ -13,6 +14,7 @@ __all__ = [
     "covariance",
     "diagnostics",
     "influence",
+    "judge",
     "llc",
     "loss_gain",
     "loss_variance",

@@ -10,6 +10,7 @@ from lkarray import schema
 from lkarray.analysis.losses.summaries import attributes, loss_variance
 from lkarray.arguments import checked
 from lkarray.kernels.gram import gram
+from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.operands import CENTERS, free_dim
 from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
 from lkarray.schema import POSTERIOR, STACKED, Losses, as_losses
@@ -250,5 +251,6 @@ def _kernel(
         normalize=normalize,
         **options,
     )
+    out.attrs |= verdict_of(x)
     out.attrs["units"] = "nat^2" if normalize == "count" else "1"
     return out.rename(name)

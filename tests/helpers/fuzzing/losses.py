@@ -57,6 +57,7 @@ def _of_losses(w: World) -> Iterator[Case]:
         },
         fast=False,
     )
+    yield Case("judge", lk.judge, {"tree": w.tree, "splits": 2, "seed": 0, "memory": "64 MiB"})
     yield Case("reliability", lk.reliability, own | {"splits": 2, "seed": 0})
     yield Case("ledoit_wolf", lk.ledoit_wolf, own)
     yield Case("linear_operator", lk.linear_operator, own | {"kernel": "covariance"})
