@@ -84,6 +84,14 @@ class LossMethods:
         """See `lkarray.log_odds`."""
         return losses.log_odds(self._losses)
 
+    def judge(self, **options: Any) -> Losses:
+        """See `lkarray.judge`."""
+        return losses.judge(self._losses, **options)
+
+    def reliability(self, **options: Any) -> xr.DataArray:
+        """See `lkarray.reliability`."""
+        return losses.reliability(self._losses, **options)
+
     def llc(self, **options: Any) -> xr.DataArray:
         """See `lkarray.llc`."""
         return losses.llc(self._losses, **options)

@@ -14,7 +14,7 @@ from lkarray.engine.numbers import top_k
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.groups import group_codes
-from lkarray.kernels.kinds import require_kernel
+from lkarray.kernels.kinds import require_kernel, verdict_of
 from lkarray.labels import in_order, squared
 from lkarray.results import Result, alone, as_array
 from lkarray.schema import COMPONENT, RANK, second
@@ -64,8 +64,9 @@ def embed(
     Returns
     -------
     xarray.DataArray
-        ``embedding(sample, component)``, float32, computed, with the samples' coordinates.
-        Memory: n times k.
+        ``embedding(sample, component)``, float32, computed, with the samples' coordinates. NaN of
+        samples that have no neighbours and are nobody's, such as those whose losses do not vary;
+        the attribute ``left_out`` counts them. Memory: n times k.
 
     Raises
     ------
@@ -95,13 +96,26 @@ def embed(
             "embed takes the Dataset of lk.neighbors or the DataArray of lk.correlation, not "
             f"{type(neighbors_or_kernel).__name__}"
         )
-    points = _umap(index, 1 - similarity, n_components, seed, min_dist)
+    known = verdict_of(neighbors_or_kernel)
+    linked: np.ndarray = (index >= 0).any(axis=1)
+    linked[index[index >= 0]] = True
+    place = np.append(np.cumsum(linked) - 1, -1)  # the last is of those that are missing
+    placed = _umap(place[index[linked]], 1 - similarity[linked], n_components, seed, min_dist)
+    points = np.full((len(index), n_components), np.nan, np.float32)
+    points[linked] = placed
     return xr.DataArray(
         points,
         dims=(rows, COMPONENT),
         coords=coords,
         name="embedding",
-        attrs={"method": method, "seed": seed, "k": index.shape[1], "min_dist": min_dist},
+        attrs={
+            "method": method,
+            "seed": seed,
+            "k": index.shape[1],
+            "min_dist": min_dist,
+            "left_out": int((~linked).sum()),
+        }
+        | known,
     )
 
 
@@ -240,7 +254,7 @@ def _from_kernel(kernel: xr.DataArray, k: int) -> Table:
     k = min(k, n - 1)
     index, similarity = np.empty((n, k), int), np.empty((n, k), np.float32)
     lengths = kernel.chunksizes.get(rows) or [min(_ROWS, n - a) for a in range(0, n, _ROWS)]
-    start = 0
+    start, own = 0, np.empty(n)
     for length in lengths:  # a row of tiles at a time, so that none is computed twice
         part = np.array(kernel[start : start + length].values, np.float32)
         if not np.abs(part).max() <= 1 + 1e-3:
@@ -248,11 +262,18 @@ def _from_kernel(kernel: xr.DataArray, k: int) -> Table:
                 "embed needs correlations between -1 and 1; pass lk.correlation(losses) rather "
                 "than a covariance"
             )
-        part[np.arange(length), start + np.arange(length)] = -np.inf
+        diagonal = np.arange(length), start + np.arange(length)
+        own[start : start + length] = part[diagonal]
+        part[diagonal] = -np.inf
         best = top_k(part, k)
         index[start : start + length] = best
         similarity[start : start + length] = np.take_along_axis(part, best, axis=1)
         start += length
+    constant = own == 0  # what does not vary is alike to nothing: its zeros are no neighbours
+    away = constant[:, None] | constant[index]
+    index[away], similarity[away] = -1, np.nan
+    if away.all():
+        raise SchemaError(f"embed: the kernel is zero: the losses of all {n} samples are constant")
     return rows, index, similarity, sample_coords(kernel, rows)
 
 

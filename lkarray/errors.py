@@ -77,3 +77,7 @@ class MissingCorpusError(LkarrayError, LookupError):
 
 class DivergedError(LkarrayError, ArithmeticError):
     """Every chain turned non-finite, so there is nothing to compute from."""
+
+
+class UnreliableWarning(UserWarning):
+    """What is computed comes from draws that are few, or that do not sample the posterior."""

@@ -36,6 +36,9 @@ LAYER = "layer"
 EPOCH = "epoch"
 WINDOW = "window"
 
+#: Of a neighbour table: which samples' losses do not vary, so that they have no neighbours.
+CONSTANT = "constant"
+
 LOSSES = "losses"
 GRADIENTS = "gradients"
 TRAJECTORY = "trajectory"

@@ -1,6 +1,7 @@
 import dask
 import numpy as np
 import pytest
+import xarray as xr
 from scipy.stats import spearmanr
 
 import lkarray as lk
@@ -122,3 +123,17 @@ def test_similarity_by_distance__refuses_what_does_not_fit(mapped):
         lk.similarity_by_distance(kernel, points, bins=0)
     with pytest.raises(ValueError, match="similarity_by_distance needs a kernel"):
         lk.similarity_by_distance(kernel.assign_attrs(kernel="influence operator"), points)
+
+
+@pytest.mark.parametrize("of", ["table", "kernel"])
+def test_embed__leaves_constant_losses_out(clusters, of):
+    still = np.arange(90) % 9 == 0
+    clusters = clusters.assign(
+        loss=clusters["loss"].where(xr.DataArray(~still, dims="sample"), 0.5)
+    )
+    table = lk.neighbors(clusters, 10) if of == "table" else lk.correlation(clusters)
+    points = lk.embed(table, k=10, seed=3)
+    np.testing.assert_array_equal(np.isnan(points).all("component"), still)
+    np.testing.assert_array_equal(np.isnan(points).any("component"), still)
+    assert points.attrs["left_out"] == 10
+    assert purity(points.isel(sample=~still)) > 0.95

@@ -137,8 +137,9 @@ def audit(
         sum. ``path(audit)``: the sum on the right above, and ``length(audit)`` that of its terms'
         magnitudes. ``reconstruction(epoch, audit)`` and ``epoch_change(epoch, audit)``: path and
         change by the end of each epoch. Attributes: ``mre`` and ``lc`` (Anonymous 2026, definitions
-        12 and 13; NaN where the audit is partial), ``closure`` (largest ``|total + residual - path|
-        / length``), ``complete`` and, if it is not, why.
+        12 and 13), ``closure`` (largest ``|total + residual - path| / length``), ``complete`` and,
+        if it is not, why. Of a partial audit, such as one of some ``params``, ``mre`` and
+        ``closure`` are NaN, and ``lc`` stays usable: how the part goes with the whole change.
 
     Raises
     ------

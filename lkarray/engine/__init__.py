@@ -15,7 +15,7 @@ from lkarray.engine.operand import Operand, Piece
 from lkarray.engine.plan import WRITTEN_BYTES, Plan, make_plan
 from lkarray.engine.search import SEARCH_BUDGET, search_arrays
 from lkarray.engine.series import Series, table_bytes
-from lkarray.engine.top_k import TOP_K_BYTES, Ask, top_k_arrays, top_k_held
+from lkarray.engine.top_k import TOP_K_BYTES, Ask, still_array, top_k_arrays, top_k_held
 
 __all__ = [
     "BEST_BYTES",
@@ -33,6 +33,7 @@ __all__ = [
     "gram_array",
     "make_plan",
     "search_arrays",
+    "still_array",
     "table_bytes",
     "top_k_arrays",
     "top_k_held",

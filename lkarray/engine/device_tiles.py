@@ -203,13 +203,15 @@ def _apply_series(tile: Any, terms: Terms, *, diagonal: bool) -> None:
 class Wanted(NamedTuple):
     """The ``k`` largest or smallest of rows and columns, without some pairs.
 
-    ``codes`` number the groups of rows and of columns; ``mask`` is true where a pair is left out.
+    ``codes`` number the groups of rows and of columns; ``mask`` is true where a pair is left out;
+    ``still`` says, once the panels were read, which rows and which columns do not vary.
     """
 
     k: int
     largest: bool
     codes: tuple[np.ndarray, np.ndarray] | None
     mask: np.ndarray | None
+    still: Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 def best_of_tile(
@@ -242,6 +244,10 @@ def _leave_out(values: Any, f: Factors, wanted: Wanted) -> None:
         values[rows[:, None] == cols[None, :]] = worst
     if wanted.mask is not None:
         values[upload(wanted.mask, device)] = worst
+    rows_still, cols_still = wanted.still()
+    if rows_still.any() or cols_still.any():
+        values[upload(rows_still, device)] = worst
+        values[:, upload(cols_still, device)] = worst
     if f.same:
         values.fill_diagonal_(worst)
 

@@ -46,6 +46,26 @@ class Moments:
             squares[g] = _sums(block[g], mean[g], squared=True)
         return cls(np.full(groups, count), mean, squares)
 
+    @classmethod
+    def about_groups(cls, block: np.ndarray) -> Moments:
+        """Subtract the mean of each group in place; return the squares of what is left.
+
+        For groups that are many and short, and whole in every piece: of ``(group, contracted,
+        rows)`` the means are not kept (zero here), and squares of all groups are one sum.
+        """
+        rows = block.shape[-1]
+        squares = np.zeros((1, rows))
+        step = max(1, (1 << 17) // max(block[0].size, 1))  # 1 MiB of float64: stays in the cache
+        with np.errstate(invalid="ignore", over="ignore"):  # infinite entries: the norm tells
+            for start in range(0, len(block), step):
+                part = block[start : start + step]
+                # Relative to the first entry, so that equal ones leave exactly nothing.
+                shifted = part - part[:, :1].astype(np.float64)  # (group, contracted, rows)
+                shifted -= shifted.mean(axis=1, keepdims=True)
+                squares += np.einsum("gcr,gcr->r", shifted, shifted)
+                part[...] = shifted
+        return cls(np.full(1, block.shape[0] * block.shape[1]), np.zeros((1, rows)), squares)
+
     def merge(self, other: Moments, *, centred: bool) -> Moments:
         """Return the moments of both pieces together (Chan, Golub and LeVeque 1983)."""
         count = self.count + other.count

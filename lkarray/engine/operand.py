@@ -40,13 +40,13 @@ class Operand:
     x
         The tensor.
     over
-        Dims to contract. With ``center="chain"``, means are kept apart along ``chain``.
+        Dims to contract. With ``center="chain"`` or ``"draw"``, means are kept apart along it.
     each
         Dims kept in step.
     rows
         The dim that remains.
     center
-        ``None``, ``"pooled"`` or ``"chain"``.
+        ``None``, ``"pooled"``, ``"chain"`` or ``"draw"``.
     cosine
         Whether rows are scaled to norm one.
     keeps_moments
@@ -65,13 +65,14 @@ class Operand:
         keeps_moments: bool = False,
     ) -> None:
         refuse_futures(x)
-        if center == "chain":
-            over = ("chain", *(dim for dim in over if dim != "chain"))
+        self.grouped = center in ("chain", "draw")
+        if self.grouped:
+            over = (str(center), *(dim for dim in over if dim != center))
         self.over, self.each, self.rows = over, each, rows
         self.center, self.cosine, self.keeps_moments = center, cosine, keeps_moments
         self.variable = x.variable.transpose(*each, *over, rows)
         # Panels keep the source's own order, rows first or last: to turn each chunk is slow.
-        self._rows_first = x.dims[-1] in over and center != "chain"
+        self._rows_first = x.dims[-1] in over and not self.grouped
         self.dtype = np.result_type(x.dtype, np.float32)
         self.name = str(x.name)
         lazy_file = x.chunks is None and not x.variable._in_memory
@@ -94,11 +95,24 @@ class Operand:
         """Number of rows."""
         return self.variable.sizes[self.rows]
 
-    def grain(self) -> tuple[tuple[int, ...], int]:
-        """Return the largest chunk along each contracted dim and along rows; 1 if unchunked.
+    @property
+    def groups(self) -> int:
+        """Means that are kept of each row while it is read in pieces.
 
-        Whatever is read, whole chunks of the variable are computed.
+        Of a draw none: draws are many, and every piece has whole ones.
         """
+        return self.shape[0] if self.center == "chain" else 1
+
+    def grain(self) -> tuple[tuple[int, ...], int]:
+        """Return what is not cut along each contracted dim and along rows.
+
+        The largest chunk, since whatever is read, whole chunks of the variable are computed; 1 if
+        unchunked. And draws that are centred by themselves.
+        """
+        lengths, width = self._chunk()
+        return ((lengths[0], *self.shape[1:]) if self.center == "draw" else lengths), width
+
+    def _chunk(self) -> tuple[tuple[int, ...], int]:
         chunks = self.variable.chunksizes
         return tuple(max(chunks.get(d, (1,))) for d in self.over), max(chunks.get(self.rows, (1,)))
 
@@ -110,7 +124,7 @@ class Operand:
         first[self.rows] = slice(0, self.grain()[1])
         if not read_by_chunks(self.variable.isel(first)):
             return None
-        lengths, width = self.grain()
+        lengths, width = self._chunk()
         return int(prod(lengths) * width * self.variable.dtype.itemsize)
 
     def panel(
@@ -154,6 +168,29 @@ class Operand:
         )
         return panel
 
+    def still(self, entry: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...]) -> np.ndarray:
+        """Say which rows of a panel do not vary: they correlate with nothing, and are near nothing.
+
+        Known once the panel was read, and kept; read for it otherwise.
+        """
+
+        def load() -> np.ndarray:
+            if len(pieces) > 1:
+                moments = self.moments(entry, rows, pieces)
+            else:
+                moments = self._moments_of(self._read(entry, rows, pieces[0]))
+            flags: np.ndarray = moments.norm() == 0
+            return flags
+
+        return self._known_still(entry, rows, load)
+
+    def _known_still(
+        self, entry: tuple[int, ...], rows: slice, load: Callable[[], np.ndarray]
+    ) -> np.ndarray:
+        key, size = ("still", entry, rows.start, rows.stop), rows.stop - rows.start
+        flags: np.ndarray = self._cached(key, load, size=size, limit=sys.maxsize, cache=MOMENTS)
+        return flags
+
     def forget_low_panels(self) -> None:
         """Free the panels in bfloat16 that this process keeps."""
         CACHE.forget(self.token, "bfloat16")
@@ -191,17 +228,26 @@ class Operand:
                 raise self._not_finite(entry, rows, pieces)
             return block.reshape(-1, block.shape[-1])
         if len(pieces) == 1 and not self.keeps_moments:
-            moments = Moments.of(block, centred=self.center is not None)
+            moments = self._moments_of(block)
         else:
             moments = self.moments(entry, rows, pieces, block)
+            if self.center == "draw" and len(pieces) > 1:
+                self._moments_of(block)
         norm = moments.norm()
         if not np.isfinite(norm).all():
             raise self._not_finite(entry, rows, pieces)
         groups = slice(*pieces[p][0]) if self.center == "chain" else slice(None)
         standardise(block, moments.mean[groups], reciprocal(norm) if self.cosine else None)
+        self._known_still(entry, rows, lambda: norm == 0)
         if not norm.all():
             block[:, :, norm == 0] = 0  # a constant row: leave no rounding behind
         return block.reshape(-1, block.shape[-1])
+
+    def _moments_of(self, block: np.ndarray) -> Moments:
+        """Return the moments of a block; where draws are centred, they are so, in place."""
+        if self.center == "draw":
+            return Moments.about_groups(block)
+        return Moments.of(block, centred=self.center is not None)
 
     def moments(
         self,
@@ -214,20 +260,20 @@ class Operand:
 
         ``block`` is a panel of one piece that was read already.
         """
-        groups = self.shape[0] if self.center == "chain" else 1
+        groups = self.groups
         alone = len(pieces) == 1
         key = (self.token, "moments", entry, rows.start, rows.stop, alone)
         size = 16 * groups * (rows.stop - rows.start)
 
         def load() -> Moments:
-            centred = self.center is not None
             if alone:
                 whole = self._read(entry, rows, pieces[0]) if block is None else block
-                return Moments.of(whole, centred=centred)
+                return self._moments_of(whole)
             zeros = np.zeros((groups, rows.stop - rows.start))
             total = Moments(np.zeros(groups, int), zeros, zeros)
+            centred = self.center in ("pooled", "chain")
             for piece in pieces:
-                moments = Moments.of(self._read(entry, rows, piece), centred=centred)
+                moments = self._moments_of(self._read(entry, rows, piece))
                 if self.center == "chain":
                     moments = _spread(moments, piece[0], groups)
                 total = total.merge(moments, centred=centred)
@@ -247,7 +293,7 @@ class Operand:
             block = read(turned, self.dtype, self.name, select)
             return block.reshape(len(block), -1).T[np.newaxis]
         block = read(variable, self.dtype, self.name, select)
-        groups = block.shape[0] if self.center == "chain" else 1
+        groups = block.shape[0] if self.grouped else 1
         return block.reshape(groups, -1, block.shape[-1])
 
     def _not_finite(

@@ -207,7 +207,7 @@ def make_plan(
         item=max(operand.dtype.itemsize for operand in operands),
         source=max(operand.variable.dtype.itemsize for operand in operands),
         chunk=_largest_chunk(operands),
-        groups=x.shape[0] if x.center == "chain" else 1,
+        groups=x.groups,
         shape=x.shape,
         grain=tuple(map(max, zip(*(grain for grain, _ in grains), strict=True))),
         width=max(width for _, width in grains),

@@ -33,6 +33,7 @@ from lkarray.engine.top_k import (
     leave_out,
     merge_candidates,
     reaching,
+    still_sides,
     tile_sides,
 )
 
@@ -87,9 +88,11 @@ def _maybe_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[May
         coarse = multiply_coarse(a, b)
     error = a.error.max(initial=0) + b.error.max(initial=0) * (1 + a.error.max(initial=0)) + _SUMS
 
+    still = still_sides(c, tile)
+
     def slab(start: int, stop: int) -> np.ndarray:
-        values = coarse.slab(start, stop)
-        leave_out(values, c, ask, slice(rows.start + start, rows.start + stop), cols)
+        values, own = coarse.slab(start, stop), slice(rows.start + start, rows.start + stop)
+        leave_out(values, c, ask, own, cols, (still[0][start:stop], still[1]))
         return values
 
     sides = 1 if tile.i == tile.j else 2
@@ -222,7 +225,8 @@ def _whole_tile(c: Contraction, ask: Ask, i: int, j: int) -> Candidates:
     exact = replace(c, precision="float32")
     tile = Tile((), min(i, j), max(i, j))
     values = compute_tile(exact, tile)
-    leave_out(values, exact, ask, c.plan.rows[tile.i], c.plan.cols[tile.j])
+    places = c.plan.rows[tile.i], c.plan.cols[tile.j]
+    leave_out(values, exact, ask, *places, still_sides(exact, tile))
     if i > j:
         values = np.ascontiguousarray(values.T)
     k = min(ask.k, values.shape[1])

@@ -216,9 +216,7 @@ def _area(x: Operand, rows: bool, cuts: tuple[Any, ...]) -> int:
 
 
 def _moments(operands: tuple[Operand, ...], rows: bool) -> int:
-    return (
-        0 if rows else sum(16 * x.n * (x.shape[0] if x.center == "chain" else 1) for x in operands)
-    )
+    return 0 if rows else sum(16 * x.n * x.groups for x in operands)
 
 
 def _widths(long: int, chunks: list[int]) -> Iterator[int]:

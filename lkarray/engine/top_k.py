@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import dask.array as da
@@ -76,12 +77,40 @@ def top_k_held(n: int, k: int) -> int:
     return n * k * (2 * 8 + 8 + 12)
 
 
+def still_array(c: Contraction) -> da.Array:
+    """Return which rows of a square Gram do not vary, ``(rows,)``: they have no neighbours."""
+    name = f"still-{tokenize(c)}"
+    node = f"{name}-contraction"
+    graph: dict[Any, Any] = {node: c}
+    graph |= {(name, i): (_still_rows, node, i) for i in range(len(c.plan.rows))}
+    layers = HighLevelGraph({name: ContractionLayer(graph, c)}, {name: set()})
+    return da.Array(layers, name, (tuple(s.stop - s.start for s in c.plan.rows),), dtype=bool)
+
+
+def _still_rows(c: Contraction, i: int) -> np.ndarray:
+    plan, rows = c.plan, c.plan.rows[i]
+    if len(plan.pieces) == 1:  # by way of the panel that tiles need too
+        panel = c.x.low_panel if c.precision == "bfloat16" else c.x.panel
+        panel((), rows, plan.pieces, 0, plan.cache)
+    return c.x.still((), rows, plan.pieces)
+
+
+def still_sides(c: Contraction, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
+    """Say which rows and which columns of a tile do not vary."""
+    rows, cols = c.plan.rows[tile.i], c.plan.cols[tile.j]
+    return (
+        c.x.still(tile.entry, rows, c.plan.pieces),
+        c.other.still(tile.entry, cols, c.plan.pieces),
+    )
+
+
 def top_k_arrays(c: Contraction, ask: Ask) -> tuple[da.Array, da.Array]:
     """Return positions and values of the ``k`` best entries of each row of a square Gram.
 
     Each tile above the diagonal serves its rows and its columns, and leaves only what may
-    be among their ``k`` best. The entry with itself does not count. Rows with fewer than
-    ``k`` entries end in position -1 and value NaN. Ties go to the lower position.
+    be among their ``k`` best. The entry with itself does not count, nor one with a row that does
+    not vary. Rows with fewer than ``k`` entries end in position -1 and value NaN. Ties go to the
+    lower position.
     """
     graph: dict[Any, Any] = {}
     name = f"top-{tokenize(c, ask)}"
@@ -147,7 +176,7 @@ def _best_of_tile(c: Contraction, ask: Ask, name: str, tile: Tile) -> tuple[Cand
         return found
     values = compute_tile(c, tile)
     places = c.plan.rows[tile.i], c.plan.cols[tile.j]
-    leave_out(values, c, ask, *places)
+    leave_out(values, c, ask, *places, still_sides(c, tile))
     sides = 1 if c.is_diagonal(tile) else 2
     least = [THRESHOLDS.of(name, c)[place] for place in places[:sides]]
     best: list[Candidates | None] = [
@@ -178,7 +207,7 @@ def _best_on_device(
     i, j = np.arange(rows.start, rows.stop)[:, None], np.arange(cols.start, cols.stop)[None, :]
     mask = None if ask.rule is None else np.broadcast_to(ask.rule(i, j), (i.size, j.size))
     codes = None if ask.groups is None else (ask.groups[rows], ask.groups[cols])
-    wanted = Wanted(ask.k, ask.largest, codes, mask)
+    wanted = Wanted(ask.k, ask.largest, codes, mask, partial(still_sides, c, tile))
     found = best_of_tile(c.factors(tile), c.finish(tile), wanted)
     if found is None:
         return None
@@ -194,8 +223,18 @@ def _best_on_device(
     return tuple(out)
 
 
-def leave_out(values: np.ndarray, c: Contraction, ask: Ask, rows: slice, cols: slice) -> None:
-    """Make larger better, and worst what does not count, in place, in a block of the Gram."""
+def leave_out(
+    values: np.ndarray,
+    c: Contraction,
+    ask: Ask,
+    rows: slice,
+    cols: slice,
+    still: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """Make larger better, and worst what does not count, in place, in a block of the Gram.
+
+    ``still`` says which of its rows, and which of its columns, do not vary.
+    """
     if not ask.largest:
         np.negative(values, out=values)
     if ask.groups is not None:
@@ -203,6 +242,8 @@ def leave_out(values: np.ndarray, c: Contraction, ask: Ask, rows: slice, cols: s
     if ask.rule is not None:
         i, j = np.arange(rows.start, rows.stop), np.arange(cols.start, cols.stop)
         values[np.broadcast_to(ask.rule(i[:, None], j[None, :]), values.shape)] = -np.inf
+    values[still[0]] = -np.inf
+    values[:, still[1]] = -np.inf
     # The entries of rows with themselves, where the block crosses the diagonal.
     same = np.arange(max(rows.start, cols.start), min(rows.stop, cols.stop))
     if c.symmetric:

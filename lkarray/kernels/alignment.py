@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import Any
 
 import dask.array as da
@@ -47,7 +48,7 @@ def frobenius(
         Loss tensors ``(chain, draw, sample)`` of the same samples; their draws may differ.
         ``b=None`` gives the squared norm of one kernel.
     center
-        ``"pooled"`` or ``"chain"``; see `lkarray.covariance`.
+        ``"pooled"``, ``"chain"`` or ``"draw"``; see `lkarray.covariance`.
     normalize
         ``"count"`` for covariances, ``"cosine"`` for correlations.
     estimator
@@ -114,10 +115,12 @@ def cka(
         Loss tensors ``(chain, draw, sample)`` of the same samples; their draws may differ.
     debiased
         ``"samples"`` uses the unbiased HSIC_1 of Song et al. (2012), which a small number of
-        samples does not inflate. ``"draws"`` takes every product between kernels from even
-        and from odd chains, whose Monte-Carlo errors are independent, so that noise neither
-        lowers the alignment nor, where chains of a and b share their random numbers, raises
-        it; it may exceed 1 by noise.
+        samples does not inflate. ``"draws"`` takes every product between kernels of different
+        chains, each about its own mean, and averages over all pairs of chains: their Monte-Carlo
+        errors are independent, so that noise neither lowers the alignment nor, where chains of a
+        and b share their random numbers, raises it; it may exceed 1 by noise. What chains differ
+        by in the mean is no part of it. (With ``center="draw"``, or of single draws, which have no
+        kernel alone, products are between even and odd chains.)
     center, normalize, estimator
         As for `frobenius`.
     memory
@@ -166,9 +169,15 @@ def cka(
     options: dict[str, Any] = {"center": center, "normalize": normalize, "estimator": estimator}
     options |= {"memory": memory, "place": as_device(device, device_memory)}
     if debiased == "draws":
-        halves = [*_halves(x), *_halves(y)]  # even and odd chains of x, then of y
-        pairs = [(0, 1), (2, 3), (0, 3), (1, 2)]  # both norms, then both products
-        return _align(halves, pairs, None, **options)
+        parts = [_independent(side, center) for side in (x, y)]
+        first, second = map(len, parts)
+        norms = (
+            list(combinations(range(first), 2)),
+            list(combinations(range(first, first + second), 2)),
+        )
+        # Chains of one number may share their random numbers.
+        cross = [(i, first + j) for i in range(first) for j in range(second) if i != j]
+        return _align([*parts[0], *parts[1]], (*norms, cross), None, **options)
     if debiased == "samples":
         rows = free_dim(x, "a", contracted(x), ())
         if x.sizes[rows] < 4:
@@ -176,8 +185,8 @@ def cka(
     kind = "unbiased" if debiased else "centred"
     one_link = x.attrs.get("link") == y.attrs.get("link")
     if x is y or (x.chunks is not None and x.data is y.data and one_link):
-        return _align([x], [(0, 0)] * 3, kind, **options)
-    return _align([x, y], [(0, 0), (1, 1), (0, 1)], kind, **options)
+        return _align([x], ([(0, 0)],) * 3, kind, **options)
+    return _align([x, y], ([(0, 0)], [(1, 1)], [(0, 1)]), kind, **options)
 
 
 @checked(draws=COUNT)
@@ -270,7 +279,7 @@ def _curve(
 
 def _align(
     tensors: Sequence[xr.DataArray],
-    pairs: Sequence[Pair],
+    pairs: tuple[Sequence[Pair], Sequence[Pair], Sequence[Pair]],
     kind: str | None,
     *,
     center: str,
@@ -279,13 +288,15 @@ def _align(
     memory: int | str | None,
     place: Device | None,
 ) -> xr.DataArray:
-    """Return the mean product of the later pairs over the norms that the first two give."""
+    """Return the mean product of the last pairs over the norms: means of the first and second."""
     label = "draws" if kind is None else "samples" if kind == "unbiased" else "none"
     made = _OF[estimator](tensors, center, normalize, memory, place)
-    products = made.compute(pairs, kind or "centred")
+    products = made.compute([pair for part in pairs for pair in part], kind or "centred")
+    one, two = len(pairs[0]), len(pairs[0]) + len(pairs[1])
+    first, second = products[:one].mean(), products[one:two].mean()
     # NaN of a constant kernel, as documented, by division by NaN: NumPy warns of one by zero.
-    norms = products[0] * products[1]
-    value = products[2:].mean() / da.sqrt(da.where(norms > 0, norms, np.nan))
+    known = (first > 0) & (second > 0)
+    value = products[two:].mean() / da.sqrt(da.where(known, first * second, np.nan))
     attrs = {"debiased": label, "center": center, "normalize": normalize, "estimator": estimator}
     return _scalar(value, tensors, "cka", **attrs, **made.made_on)
 
@@ -297,11 +308,14 @@ def _scalar(
     return xr.DataArray(value, name=name, attrs={"over": over} | attrs)
 
 
-def _halves(x: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+def _independent(x: xr.DataArray, center: str) -> list[xr.DataArray]:
+    """Return parts of the draws whose errors are independent: chains, or halves of them."""
     if contracted(x) != POSTERIOR:
         raise ValueError("debiased='draws' takes losses by chains, and features have none")
     if x.sizes[CHAIN] < 2:
         raise ValueError(
             f"debiased='draws' needs at least two chains; there are {x.sizes[CHAIN]}, take more"
         )
-    return x.isel(chain=slice(0, None, 2)), x.isel(chain=slice(1, None, 2))
+    if center == "draw" or x.sizes[DRAW] < 2:
+        return [x.isel({CHAIN: slice(start, None, 2)}) for start in (0, 1)]
+    return [x.isel({CHAIN: [chain]}) for chain in range(x.sizes[CHAIN])]

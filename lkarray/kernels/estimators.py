@@ -57,6 +57,15 @@ def estimated(
     return x, as_link(x.attrs["link"], what=f"{name}: variable {x.name!r}")
 
 
+def refuse_by_draw(link: Link | None, center: str | None) -> None:
+    """Raise where outcomes are to be taken as Gaussian about means of a draw: it has no link."""
+    if link is not None and center == "draw":
+        raise ValueError(
+            'estimator="gaussian" needs the mean of each outcome, which center="draw" leaves out: '
+            'pass center="pooled" or "chain"'
+        )
+
+
 def find_outcome(losses: Losses) -> xr.DataArray | None:
     """Return the outcome in a tree, node or Dataset of losses, or such a DataArray; None if none.
 

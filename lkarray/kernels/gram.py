@@ -60,10 +60,11 @@ def gram(
         Dims that are kept in step: one kernel for each of their entries.
     center
         ``None``; ``"pooled"`` subtracts the mean over all of ``over``; ``"chain"`` the mean
-        of each chain.
+        of each chain; ``"draw"`` the mean over the chains at each draw, which removes what all
+        chains go through alike.
     normalize
         ``None``; ``"count"`` divides by the degrees of freedom (S uncentred, S - 1 pooled,
-        S - C with C chains); ``"cosine"`` by both norms, 0 where a norm is 0.
+        S - C with C chains, S - T with T draws); ``"cosine"`` by both norms, 0 where a norm is 0.
     precision
         ``"float32"`` multiplies at the operands' own precision; ``"auto"`` in bfloat16 with
         float32 sums, where torch is installed, the operands are float32, and that was

@@ -18,6 +18,7 @@ from lkarray.engine.strips import make_strips
 from lkarray.engine.tile_sums import GROUPED_BYTES, Groups, added_bytes, group_sums_array
 from lkarray.errors import SchemaError
 from lkarray.kernels.estimators import described
+from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.operands import estimated_operand
 from lkarray.labels import coded, one_each
 from lkarray.schema import RESERVED, Losses, contracted, second
@@ -111,7 +112,7 @@ def group_mean(
     self_pairs
         Whether a sample's entry with itself counts (1 in a correlation).
     center
-        ``"pooled"`` or ``"chain"``.
+        ``"pooled"``, ``"chain"`` or ``"draw"``.
     estimator
         ``"sample"`` or ``"gaussian"``, as for `lkarray.covariance`; the latter costs what the
         kernel does, whose tiles are made.
@@ -164,6 +165,7 @@ def group_mean(
             "self_pairs": int(self_pairs),
         }
         | described(series)
+        | verdict_of(x)
         | made_on(place, operand.dtype),
     )
 

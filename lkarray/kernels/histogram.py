@@ -48,7 +48,7 @@ def histogram(
     kernel
         ``"correlation"`` or ``"covariance"``.
     center
-        ``"pooled"`` or ``"chain"``.
+        ``"pooled"``, ``"chain"`` or ``"draw"``.
     estimator
         ``"sample"`` or ``"gaussian"``, as for `lkarray.covariance`.
     memory

@@ -12,16 +12,20 @@ import xarray as xr
 from lkarray import engine
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
+from lkarray.kernels import crossfit as crossfit_
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.estimators import described
 from lkarray.kernels.groups import with_labels
+from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.operands import PRECISIONS, estimated_operand
 from lkarray.labels import coded, require_unique
-from lkarray.schema import RANK, Losses, contracted
+from lkarray.schema import CONSTANT, POSTERIOR, RANK, Losses, contracted
 from lkarray.values import one_of
 
 #: Says which pairs not to count, from the coordinates of both sides (arrays that broadcast).
 Rule = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], np.ndarray]
+
+_CONSTANT = "losses do not vary, so that the sample has no neighbours"
 
 
 @checked()
@@ -31,6 +35,7 @@ def neighbors(
     *,
     exclude: str | Rule | Any | None = None,
     largest: bool = True,
+    crossfit: bool = False,
     center: str = "pooled",
     estimator: str = "sample",
     precision: str = "auto",
@@ -53,11 +58,17 @@ def neighbors(
         it becomes a coordinate of the result. Or any rule: a function of two mappings from the
         names of the samples' coordinates to arrays that broadcast, which is true where a pair is
         left out: ``lambda a, b: (a["label"] == b["label"]) | (a["split"] != b["split"])``.
-        A sample is never its own neighbour.
+        A sample is never its own neighbour; nor is one whose losses do not vary anybody's.
     largest
         ``False`` takes the most negatively correlated.
+    crossfit
+        Whether similarities are of draws that had no part in the choice. The largest of many
+        noisy correlations is large from nothing: of 10,000 with errors of 0.1, about 0.4. With
+        ``True`` one half of the chains (even or odd ones; of a lone chain, half its draws)
+        chooses a row's neighbours and the other half says how similar they are, without bias. The
+        halves take turns from row to row, so that means over rows are of both folds.
     center
-        ``"pooled"`` or ``"chain"``, as for `covariance`.
+        ``"pooled"``, ``"chain"`` or ``"draw"``, as for `covariance`.
     estimator
         ``"sample"`` or ``"gaussian"``, as for `covariance`. ``"gaussian"`` always takes products in
         float32.
@@ -76,8 +87,19 @@ def neighbors(
     xarray.Dataset
         ``neighbor(sample, rank)``, values of the (integer) ``sample`` index, and
         ``similarity(sample, rank)``, the correlation R, best first. Where fewer than k
-        remain, rows end in -1 and NaN. Compute both variables at once:
-        ``neighbors(...).compute()``.
+        remain, rows end in -1 and NaN. ``constant(sample)``: losses that do not vary over the
+        draws (of an input so certain that its loss is 0 in float32, say), which correlate with
+        nothing: such samples have no neighbours, and are nobody's. Compute the variables at
+        once: ``neighbors(...).compute()``.
+
+        With ``crossfit``, similarities are no longer in order, and there are also
+        ``similarity_error(sample, rank)``, the standard error by the spread over chains, or
+        stretches of them where the half has fewer than 6 (each longer than its autocorrelation,
+        one hopes: see `diagnostics`); and ``q_value(sample, rank)``, the false discovery rate at
+        which the similarity exceeds 0 (with ``largest=False``, lies below), over all entries of
+        the table (Benjamini and Yekutieli 2001, under any dependence; Student's t). ``constant``
+        is then true also of losses that do not vary in one of the halves. The attribute
+        ``crossfit`` says what the halves are of, ``"chains"`` or ``"draws"``.
 
     Raises
     ------
@@ -89,15 +111,14 @@ def neighbors(
 
     Notes
     -----
-    ``n**2 * S`` operations and n k results: each product serves its rows and its columns.
-
-    A sample whose losses do not vary (of an input so certain that its loss is 0 in float32, say)
-    has R = 0 with all others: the k that come first, which mean nothing. Leave such samples out
-    before statistics of neighbours are taken: ``losses.isel(sample=losses.std(...) > 0)``.
+    ``n**2 * S`` operations and n k results: each product serves its rows and its columns. With
+    ``crossfit`` as many again of half the draws, and ``n k S`` for the reports.
 
     References
     ----------
     - Adam et al. 2025a, section 2.3 and appendix B: "The Loss Kernel", arXiv:2509.26537.
+    - Benjamini and Yekutieli 2001: "The control of the false discovery rate in multiple testing
+      under dependency", doi:10.1214/aos/1013699998.
 
     Examples
     --------
@@ -112,20 +133,79 @@ def neighbors(
     [[2], [2], [0]]
     """
     one_of("precision", precision, PRECISIONS)
-    x, operand, _, series = estimated_operand(losses, "correlation", center, estimator)
+    x, operand, *_ = estimated_operand(losses, "correlation", center, estimator)
     rows = operand.rows
+    if crossfit and (estimator != "sample" or contracted(x) != POSTERIOR):
+        raise ValueError(
+            "crossfit=True halves the draws of what it is given and correlates it: it takes "
+            'estimator="sample", of losses or of an outcome (tree["losses/log_odds"]), no features'
+        )
     n = x.sizes[rows]
     if not 1 <= k < n:
         raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
     index = _index(x, rows)
     if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
         x, exclude = with_labels(x, rows, exclude, what="exclude")
+    ask = engine.Ask(
+        k,
+        largest,
+        _codes(x, rows, exclude) if isinstance(exclude, str) else None,
+        _Positions(exclude, x, rows) if callable(exclude) else None,
+    )
+    options: dict[str, Any] = {
+        "center": center,
+        "estimator": estimator,
+        "precision": precision,
+        "memory": memory,
+        "place": engine.as_device(device, device_memory),
+    }
+    attrs: dict[str, Any] = {
+        "k": k,
+        "exclude": exclude if isinstance(exclude, str) else "rule" if exclude else "none",
+        "largest": int(largest),
+        "over": list(contracted(x)),
+        "center": operand.center or "none",
+    } | verdict_of(x)
+    if crossfit:
+        contraction, position, found = _crossfitted(x, rows, ask, options, attrs)
+    else:
+        contraction, position, value = _searched(x, ask, **options)
+        meaning = {"long_name": "loss correlation R"}
+        found = {
+            "similarity": ((rows, RANK), value, meaning),
+            CONSTANT: ((rows,), engine.still_array(contraction), {"long_name": _CONSTANT}),
+        }
+    if index is not None:
+        position = da.map_blocks(_labels, position, index=index, dtype=np.int64)
+    named = ((rows, RANK), position, {"long_name": f"{rows} of the neighbour"})
+    return xr.Dataset(
+        {"neighbor": named} | found,
+        coords=sample_coords(x, rows) | {RANK: np.arange(k)},
+        attrs=attrs
+        | {"precision": contraction.precision}
+        | described(contraction.series)
+        | contraction.made_on,
+    )
+
+
+def _searched(
+    x: xr.DataArray,
+    ask: engine.Ask,
+    *,
+    center: str,
+    estimator: str,
+    precision: str,
+    memory: int | str | None,
+    place: Any,
+) -> tuple[engine.Contraction, da.Array, da.Array]:
+    """Return the correlation of some draws, and positions and values of the best of each row."""
+    x, operand, _, series = estimated_operand(x, "correlation", center, estimator)
     plan = engine.make_plan(
         operand,
         memory=memory,
         sink=engine.TOP_K_BYTES,
-        held=engine.top_k_held(n, k) + (engine.table_bytes(operand) if series else 0),
-        device=engine.as_device(device, device_memory),
+        held=engine.top_k_held(operand.n, ask.k) + (engine.table_bytes(operand) if series else 0),
+        device=place,
         device_sink=engine.BEST_BYTES,
     )
     contraction = engine.Contraction(operand, None, plan, series=series)
@@ -135,30 +215,49 @@ def neighbors(
     if whole and plan.budget >= engine.SEARCH_BUDGET:
         contraction = contraction.at_precision(precision, search=True)
     low = contraction.precision != "float32"
-    codes = _codes(x, rows, exclude) if isinstance(exclude, str) else None
-    rule = _Positions(exclude, x, rows) if callable(exclude) else None
     arrays = engine.search_arrays if low else engine.top_k_arrays
-    position, value = arrays(contraction, engine.Ask(k, largest, codes, rule))
-    if index is not None:
-        position = da.map_blocks(_labels, position, index=index, dtype=np.int64)
-    coords = sample_coords(x, rows)
-    return xr.Dataset(
-        {
-            "neighbor": ((rows, RANK), position, {"long_name": f"{rows} of the neighbour"}),
-            "similarity": ((rows, RANK), value, {"long_name": "loss correlation R"}),
-        },
-        coords=coords | {RANK: np.arange(k)},
-        attrs={
-            "k": k,
-            "exclude": exclude if isinstance(exclude, str) else "rule" if exclude else "none",
-            "largest": int(largest),
-            "over": list(contracted(x)),
-            "center": operand.center or "none",
-            "precision": contraction.precision,
-        }
-        | described(series)
-        | contraction.made_on,
+    return contraction, *arrays(contraction, ask)
+
+
+def _crossfitted(
+    x: xr.DataArray, rows: str, ask: engine.Ask, options: dict[str, Any], attrs: dict[str, Any]
+) -> tuple[engine.Contraction, da.Array, dict[str, Any]]:
+    """Return neighbours that one half of the draws chose, and what the other says of them.
+
+    The halves take turns from row to row.
+    """
+    *halves, kind = crossfit_.halves_of(x)
+    made = [_searched(half, ask, **options) for half in halves]
+    turn = da.from_array((np.arange(x.sizes[rows]) % 2 == 0)[:, None])
+    chosen = [
+        da.where(own, position, -1)
+        for own, (_, position, _) in zip((turn, ~turn), made, strict=True)
+    ]
+    reports = [
+        crossfit_.reported(other[0], position, ask.largest)
+        for other, position in zip(made[::-1], chosen, strict=True)
+    ]
+    report = da.where(turn[..., None], *reports)
+    still = [engine.still_array(contraction) for contraction, _, _ in made]
+    attrs |= {"crossfit": kind}
+    dims, side = (rows, RANK), "exceeds" if ask.largest else "lies below"
+    found = {
+        "similarity": (dims, report[..., 0].astype(x.dtype if x.dtype.kind == "f" else "f4")),
+        "similarity_error": (dims, report[..., 1]),
+        "q_value": (dims, crossfit_.q_values(report[..., 2])),
+        CONSTANT: ((rows,), still[0] | still[1]),
+    }
+    meanings = (
+        "loss correlation R, of the draws that did not choose",
+        "standard error of the similarity",
+        f"false discovery rate at which the similarity {side} 0",
+        _CONSTANT,
     )
+    named = {
+        name: (*of, {"long_name": meaning})
+        for (name, of), meaning in zip(found.items(), meanings, strict=True)
+    }
+    return made[0][0], da.maximum(*chosen), named
 
 
 def _index(x: xr.DataArray, rows: str) -> np.ndarray | None:

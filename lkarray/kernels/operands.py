@@ -11,10 +11,11 @@ import xarray as xr
 
 from lkarray.engine import Operand, Series
 from lkarray.errors import SchemaError
-from lkarray.kernels.estimators import estimated
+from lkarray.kernels.estimators import estimated, refuse_by_draw
 from lkarray.results import as_array
 from lkarray.schema import (
     CHAIN,
+    DRAW,
     FEATURE,
     GRADIENT,
     LOSS,
@@ -24,7 +25,7 @@ from lkarray.schema import (
 )
 from lkarray.values import one_of
 
-CENTERS = ("pooled", "chain")
+CENTERS = ("pooled", "chain", "draw")
 KERNELS = ("correlation", "covariance")
 NORMALIZERS = ("count", "cosine")
 PRECISIONS = ("float32", "auto")
@@ -106,6 +107,15 @@ def degrees_of_freedom(x: xr.DataArray, over: tuple[str, ...], center: str | Non
         if CHAIN not in over:
             raise SchemaError("center='chain' needs the dim 'chain' in over")
         means = x.sizes[CHAIN]
+    if center == "draw":
+        if set(over) != set(POSTERIOR):
+            raise SchemaError(f"center='draw' needs over={POSTERIOR}, not {over}")
+        means = x.sizes[DRAW]
+        if x.sizes[CHAIN] < 2:
+            raise ValueError(
+                "center='draw' is about the chains' mean at each draw, and there is one chain; "
+                "take more, or center='pooled'"
+            )
     if count - means < 1:
         raise ValueError(
             f"a covariance needs more than {means} elements along {over}; there are {count}, "
@@ -138,6 +148,7 @@ def estimated_operand(
     one_of("kernel", kernel, KERNELS)
     one_of("center", center, CENTERS)
     x, link = estimated(losses, estimator, name=name)
+    refuse_by_draw(link, center)
     over = contracted(x)
     rows = free_dim(x, name, over, ())
     degrees = kernel_divisor(x, center)

@@ -34,7 +34,7 @@ def linear_operator(
     kernel
         ``"covariance"`` or ``"correlation"``.
     center
-        ``"pooled"`` or ``"chain"``.
+        ``"pooled"``, ``"chain"`` or ``"draw"``.
     memory
         Byte budget of a process.
 

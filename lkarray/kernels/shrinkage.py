@@ -26,7 +26,7 @@ def ledoit_wolf(
     losses
         Loss tensor ``(chain, draw, sample)``.
     center
-        ``"pooled"`` or ``"chain"``.
+        ``"pooled"``, ``"chain"`` or ``"draw"``.
     memory
         Byte budget of a process.
 

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from lkarray.analysis.losses import loss_gain
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
+from lkarray.kernels.kinds import verdict_text
 from lkarray.labels import items, require_unique, squared
 from lkarray.results import Result, as_array, as_dataset
 from lkarray.schema import CENTER_LOSS, COMPONENT, RANK, Losses, losses_node
@@ -38,7 +39,8 @@ def neighbor_map(
     Parameters
     ----------
     points
-        ``(sample, component)`` of two components, as from `lkarray.embed`.
+        ``(sample, component)`` of two components, or of three, which are drawn in space, as from
+        `lkarray.embed`. Samples without a place (NaN) are left out, and counted in the title.
     by
         Coordinate that gives the colour; up to twenty classes are named in a legend, and more
         numbers than that are a scale.
@@ -46,29 +48,33 @@ def neighbor_map(
         Boolean coordinate of points to ring in black.
     hues
         Hue of each class, 0 to 1, such as ``taxonomy.hues()``, so that related ones look alike.
+
+    Raises
+    ------
+    SchemaError
+        There is no such coordinate, or there are other than two or three components.
     """
-    points = as_array(points, "points")
+    points, left_out = _placed(as_array(points, "points"))
     values = _coordinate(points, by)
     classes, codes = np.unique(values, return_inverse=True)
     colours = _palette(len(classes))
     if hues is not None:
         colours = [hsv_to_rgb((hues[name], 0.85, 0.85)) for name in classes.tolist()]
     figure = Figure(figsize=(8, 7), layout="constrained")
-    axes = figure.add_subplot()
-    xy = points.transpose(..., COMPONENT).values
+    xy = points.transpose(..., COMPONENT).values  # (sample, 2 or 3)
+    axes: Any = figure.add_subplot(projection="3d" if xy.shape[1] == 3 else None)
     marked = _coordinate(points, mark).astype(bool) if mark else np.zeros(len(xy), bool)
     size = float(np.clip(24000 / len(xy), 2, 30))
     if hues is None and len(classes) > 20 and np.issubdtype(values.dtype, np.number):
-        dots = axes.scatter(xy[:, 0], xy[:, 1], s=size, c=values, cmap="viridis", linewidths=0)
+        dots = axes.scatter(*xy.T, s=size, c=values, cmap="viridis", linewidths=0)
         figure.colorbar(dots, ax=axes, label=by, shrink=0.8)
         colours = []
     for code, colour in enumerate(colours):
         at = codes == code
-        axes.scatter(xy[at, 0], xy[at, 1], s=size, color=colour, linewidths=0, alpha=0.9)
+        axes.scatter(*xy[at].T, s=size, color=colour, linewidths=0, alpha=0.9)
     if mark:
         axes.scatter(
-            xy[marked, 0],
-            xy[marked, 1],
+            *xy[marked].T,
             s=2.2 * size,
             facecolors="none",
             edgecolors=_MARK,
@@ -84,9 +90,24 @@ def neighbor_map(
                 Line2D([], [], ls="", marker="o", ms=7, mfc="none", mec=_MARK, label=mark)
             )
         figure.legend(handles=handles, title=by, frameon=False, loc="outside right center")
-    axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
-    axes.set_title(f"Loss-kernel map of {len(xy)} inputs, coloured by {by}", fontsize=12)
+    for number, name in enumerate("xyz"[: xy.shape[1]], 1):
+        axes.set(**{f"{name}ticks": [], f"{name}label": f"UMAP {number}"})
+    without = f" ({left_out} without neighbours)" if left_out else ""
+    axes.set_title(f"Loss-kernel map of {len(xy)} inputs{without}, coloured by {by}", fontsize=12)
+    _believe(figure, points)
     return figure
+
+
+def _placed(points: xr.DataArray) -> tuple[xr.DataArray, int]:
+    """Return the points that have a place, and how many have none."""
+    if points.ndim != 2 or points.sizes.get(COMPONENT) not in (2, 3):
+        raise SchemaError(
+            f"points have {dict(points.sizes)}; a map has 2 or 3 along {COMPONENT!r}: take "
+            f"lk.embed(..., n_components=3), or select with points.isel({COMPONENT}=[0, 1])"
+        )
+    there = np.isfinite(points.transpose(..., COMPONENT).values).all(axis=1)
+    rows = next(dim for dim in points.dims if dim != COMPONENT)
+    return points.isel({rows: there}), int((~there).sum())
 
 
 @checked()
@@ -133,7 +154,14 @@ def kernel_matrix(kernel: Result, *, by: str) -> Figure:
     units = kernel.attrs.get("units", "1")
     label = str(kernel.name) + ("" if units == "1" else f" ({units})")
     figure.colorbar(image, ax=axes, label=label, shrink=0.85, extend="both")
+    _believe(figure, kernel)
     return figure
+
+
+def _believe(figure: Figure, x: xr.DataArray | xr.Dataset) -> None:
+    """Print small, in the corner, how far to believe what is shown, where that is known."""
+    if text := verdict_text(x.attrs):
+        figure.text(0.005, 0.005, text, fontsize=7, color="0.4", ha="left", va="bottom")
 
 
 @checked()
@@ -205,6 +233,7 @@ def top_correlated(
         y=1 - 0.12 / figure.get_figheight(),
         va="top",
     )
+    _believe(figure, neighbors)
     return figure
 
 

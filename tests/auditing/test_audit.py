@@ -309,7 +309,11 @@ def test_audit__of_some_examples_and_parameters():
     for audit, reason in ((some, "training examples"), (last, "parameters")):
         assert not audit.attrs["complete"]
         assert f"some {reason} are left out" in audit.attrs["incomplete"]
-        assert np.isnan(audit.attrs["lc"])
+        assert np.isnan(audit.attrs["mre"])
+        assert np.isnan(audit.attrs["closure"])
+        part = audit["influence"].sum("example") + audit["residual"]
+        expected = np.corrcoef(part, audit["change"])[0, 1]
+        assert audit.attrs["lc"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_audit__reconstruction_over_epochs():

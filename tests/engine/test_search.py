@@ -48,6 +48,11 @@ def test_search__finds_what_float32_finds(seed, largest, kind):
     )
     if kind == "plain":
         assert not differ.any()
+    if kind == "constant":
+        still = np.arange(30, 60)
+        assert (again[still] == -1).all()
+        assert not np.isin(again, still).any()
+        np.testing.assert_array_equal(np.isnan(other), np.isnan(value))
 
 
 def test_search__ranks_only_what_the_bound_cannot_rule_out(monkeypatch):

@@ -39,7 +39,7 @@ def numpy_covariance(losses: xr.DataArray, center: str = "pooled") -> np.ndarray
     """The kernel in float64, by its definition."""
     x = losses.transpose("chain", "draw", "sample").values.astype(np.float64)
     chains, draws, samples = x.shape
-    axis, means = ((0, 1), 1) if center == "pooled" else ((1,), chains)
+    axis, means = {"pooled": ((0, 1), 1), "chain": ((1,), chains), "draw": ((0,), draws)}[center]
     x = (x - x.mean(axis=axis, keepdims=True)).reshape(-1, samples)
     return x.T @ x / (chains * draws - means)
 
@@ -50,9 +50,9 @@ def numpy_correlation(losses: xr.DataArray, center: str = "pooled") -> np.ndarra
     with np.errstate(divide="ignore", invalid="ignore"):
         r = k / np.outer(scale, scale)
     # A mean may miss a constant by rounding: no variance is told by the values themselves.
-    dims = ("draw",) if center == "chain" else ("chain", "draw")
+    dims = {"pooled": ("chain", "draw"), "chain": ("draw",), "draw": ("chain",)}[center]
     same = losses.max(dims) == losses.min(dims)
-    constant = (same.all("chain") if center == "chain" else same).values
+    constant = same.all([d for d in ("chain", "draw") if d not in dims]).values
     varies = (scale > 0) & ~constant
     return np.where(np.outer(varies, varies), r, 0.0)
 

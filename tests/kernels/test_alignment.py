@@ -58,15 +58,29 @@ def test_cka__equals_its_definition(rng, samples, normalize, memory):
 
 
 @pytest.mark.parametrize("samples", [15, 120])
-def test_cka__debiased_over_draws_takes_disjoint_chains(rng, samples):
+def test_cka__debiased_over_draws_takes_all_pairs_of_chains(rng, samples):
     a, b = pair(rng, samples, chains=5)
-    even, odd = (
-        [centred(numpy_covariance(x.isel(chain=slice(i, None, 2)))) for x in (a, b)] for i in (0, 1)
-    )
-    product = ((even[0] * odd[1]).sum() + (odd[0] * even[1]).sum()) / 2
-    own = [(even[i] * odd[i]).sum() for i in (0, 1)]
+    kernels = [
+        [centred(numpy_covariance(x.isel(chain=[c]))) for c in range(x.sizes["chain"])]
+        for x in (a, b)
+    ]
+
+    def mean(one, two):
+        pairs = [(k * m).sum() for i, k in enumerate(one) for j, m in enumerate(two) if i != j]
+        return np.mean(pairs)
+
+    own = mean(kernels[0], kernels[0]) * mean(kernels[1], kernels[1])
     alignment = float(lk.cka(a, b, debiased="draws"))
-    assert alignment == pytest.approx(product / np.sqrt(own[0] * own[1]), rel=1e-4)
+    assert alignment == pytest.approx(mean(*kernels) / np.sqrt(own), rel=1e-4)
+    # Single draws, and draws about the chains' mean, have no kernel of one chain: halves.
+    many = random_losses(rng, 8, 20, samples)
+    for x, center in ((many.isel(draw=[0]), "pooled"), (many, "draw")):
+        even, odd = (centred(numpy_covariance(x[i::2], center)) for i in (0, 1))
+        both = float(lk.frobenius(x[::2], x[1::2], center=center))
+        raw = [numpy_covariance(x[i::2], center) for i in (0, 1)]
+        assert both == pytest.approx((raw[0] * raw[1]).sum(), rel=1e-3)
+        assert float(lk.cka(x, x, debiased="draws", center=center)) == pytest.approx(1, rel=1e-3)
+        assert (even * odd).sum() > 0
     assert float(lk.cka(a, a, debiased="draws")) == pytest.approx(1)
     with pytest.raises(ValueError, match="two chains"):
         lk.cka(a.isel(chain=[0]), b, debiased="draws")

@@ -250,3 +250,31 @@ def test_summaries__are_nan_where_a_loss_is(losses):
     assert np.isnan(lk.loss_gain(ds)[3])
     assert np.isnan(lk.llc(ds, nbeta=1.0))
     assert np.isnan(lk.singular_fluctuation(ds, nbeta=1.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "40 KiB"}, {"device": "cpu"}])
+def test_center_draw__removes_what_all_chains_share(rng, options):
+    losses = random_losses(rng, chains=4, draws=60, samples=17, dtype="float64")
+    shared = np.exp(-np.arange(60) / 20)[:, None] * rng.normal(size=17) * 50
+    moving = (losses + shared.reshape(1, 60, 17)).chunk(chain=1, draw=7, sample=5)
+    found = lk.covariance(moving, center="draw", **options)
+    expected = numpy_covariance(losses, "draw")
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * abs(expected).max())
+    assert found.attrs["center"] == "draw"
+    near = lk.neighbors(moving, 16, center="draw", **options).compute()
+    r = numpy_correlation(losses, "draw")
+    np.fill_diagonal(r, -np.inf)
+    np.testing.assert_array_equal(near["neighbor"], np.argsort(-r, axis=1)[:, :16])
+    mean = lk.group_mean(moving, "label", kernel="covariance", center="draw", **options)
+    member = np.eye(4)[losses["label"]] / np.bincount(losses["label"])
+    np.testing.assert_allclose(mean, member.T @ expected @ member, rtol=1e-8)
+    pooled = lk.covariance(moving, **options)
+    assert np.abs(pooled.values - numpy_covariance(losses)).max() > 3 * abs(expected).max()
+
+
+def test_center_draw__needs_chains(rng):
+    losses = random_losses(rng)
+    with pytest.raises(ValueError, match="there is one chain; take more"):
+        lk.correlation(losses.isel(chain=[0]), center="draw")
+    with pytest.raises(errors.SchemaError, match="needs over="):
+        lk.gram(losses, over="draw", each="chain", center="draw")

@@ -94,3 +94,19 @@ def test_neighbor_map__takes_labels_of_any_kind(clusters):
         (axes, *_) = drawn(plots.neighbor_map(points, by=name))
         assert sum(len(c.get_offsets()) for c in axes.collections) == 90
         assert len(axes.collections) == collections
+
+
+def test_neighbor_map__of_three_components_draws_three(clusters):
+    rng = np.random.default_rng(0)
+    points = xr.DataArray(
+        rng.normal(size=(90, 3)), dims=("sample", "component"), coords={"group": clusters["group"]}
+    )
+    points[4] = np.nan
+    (axes, *_) = drawn(plots.neighbor_map(points, by="group"))
+    shown = np.concatenate([np.stack(c._offsets3d, axis=1) for c in axes.collections])
+    assert sorted(shown.tolist()) == sorted(points.dropna("sample").values.tolist())
+    assert axes.get_zlabel() == "UMAP 3"
+    assert "89 inputs (1 without neighbours)" in axes.get_title()
+    for wrong in (points[:, :1], xr.concat([points, points], "component")):
+        with pytest.raises(errors.SchemaError, match="2 or 3 along 'component'"):
+            plots.neighbor_map(wrong, by="group")

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import xarray as xr
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import lkarray as lk
@@ -50,8 +50,9 @@ def least_memory(function, *arguments, **options):
 
 
 @ANY
-@given(tensors(), st.sampled_from(["pooled", "chain"]), st.booleans())
+@given(tensors(), st.sampled_from(["pooled", "chain", "draw"]), st.booleans())
 def test_covariance__equals_numpy(losses, center, tight):
+    assume(center != "draw" or losses.sizes["chain"] > 1)
     memory = least_memory(lk.covariance, losses, center=center) if tight else None
     result = lk.covariance(losses, center=center, memory=memory)
     expected = numpy_covariance(losses, center)
@@ -61,8 +62,9 @@ def test_covariance__equals_numpy(losses, center, tight):
 
 
 @ANY
-@given(tensors(), st.sampled_from(["pooled", "chain"]), st.booleans())
+@given(tensors(), st.sampled_from(["pooled", "chain", "draw"]), st.booleans())
 def test_correlation__equals_numpy_and_is_zero_without_variance(losses, center, tight):
+    assume(center != "draw" or losses.sizes["chain"] > 1)
     memory = least_memory(lk.correlation, losses, center=center) if tight else None
     result = lk.correlation(losses, center=center, memory=memory).values
     np.testing.assert_allclose(result, numpy_correlation(losses, center), atol=1e-5)
@@ -75,17 +77,19 @@ def test_correlation__equals_numpy_and_is_zero_without_variance(losses, center, 
 @ANY
 @given(tensors(["float32", "float64"]), st.integers(1, 12), st.integers(1, 39), st.data())
 def test_gram__is_the_same_for_every_tile_and_piece(losses, side, length, data):
-    center = data.draw(st.sampled_from([None, "pooled", "chain"]))
+    center = data.draw(st.sampled_from([None, "pooled", "chain", "draw"]))
     cosine = data.draw(st.booleans())
     options = {"over": ("chain", "draw"), "each": (), "center": center, "cosine": cosine}
     operand = engine.Operand(losses, rows="sample", **options)
     plan = engine.make_plan(operand, side=min(side, losses.sizes["sample"]))
-    pieces = split(operand.shape, length)
+    # Draws that are centred by themselves are never cut.
+    pieces = split(operand.shape, length, operand.grain()[0] if center == "draw" else None)
     plan = engine.Plan(plan.rows, plan.cols, pieces, plan.budget, plan.cache)
     result = engine.gram_array(engine.Contraction(operand, None, plan)).compute()
     x = losses.transpose("chain", "draw", "sample").values.astype(np.float64)
     if center:
-        x = x - x.mean((0, 1) if center == "pooled" else 1, keepdims=True)
+        axis = {"pooled": (0, 1), "chain": 1, "draw": 0}[center]
+        x = x - x.mean(axis, keepdims=True)
     x = x.reshape(-1, x.shape[-1])
     if cosine:
         norm = np.linalg.norm(x, axis=0)
@@ -144,6 +148,9 @@ def test_neighbors__equal_a_sort_of_the_kernel(losses, k, largest, excluding, da
     if excluding:
         label = losses["label"].values
         allowed &= label[:, None] != label
+    varies = (losses.max(("chain", "draw")) > losses.min(("chain", "draw"))).values
+    allowed &= varies[:, None] & varies  # what does not vary has no neighbours
+    np.testing.assert_array_equal(result["constant"], ~varies)
     score = np.where(allowed, kernel if largest else -kernel, -np.inf)
     order = np.argsort(-score, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(score, order, axis=1)

@@ -11,7 +11,13 @@ import xarray as xr
 from scipy import sparse
 
 from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio
-from lkarray.analysis.hierarchy.pairs import as_table, count_pairs, labels_of, table_rows
+from lkarray.analysis.hierarchy.pairs import (
+    as_table,
+    constant_rows,
+    count_pairs,
+    labels_of,
+    table_rows,
+)
 from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked
 from lkarray.kernels.groups import group_codes, with_labels
 from lkarray.labels import coded
@@ -61,7 +67,8 @@ def attribute_lift(
         with its ``base_rate`` (of random other inputs). ``lift(color)``: the ratio on the
         diagonal, with ``low``, ``high``, ``standard_error``. ``pooled_lift``: matching pairs
         over the number that chance would give, with the same. ``pairs(color)`` and
-        ``queries(color)``.
+        ``queries(color)``. Samples whose losses do not vary take no part (see
+        `lkarray.neighbors`); the attribute ``constant_samples`` counts them.
 
     Raises
     ------
@@ -103,7 +110,8 @@ def attribute_lift(
     block = np.random.default_rng(seed).integers(0, blocks, apart.max() + 1)[apart]
     table, missing = count_pairs(near, rows, block * count + codes, codes, (blocks * count, count))
     counts = table.toarray().reshape(blocks, count, count).astype(float)
-    chance = _other_pairs(codes, apart, block, (blocks, count))
+    known = ~constant_rows(near, rows)
+    chance = _other_pairs(codes[known], apart[known], block[known], (blocks, count))
     out: dict[str, Any] = {}
     dims = (name, second(name))
     total, base = counts.sum(axis=0), chance.sum(axis=0)
@@ -112,12 +120,12 @@ def attribute_lift(
     kept = [(total - f, base - c) for f, c in zip(counts, chance, strict=True)]
     for prefix, of, shape in (("", _lift, (name,)), ("pooled_", _pooled, ())):
         value, error = of(total, base), jackknife([of(*numbers) for numbers in kept])
-        low, high = interval(value, [error], level)
+        low, high = interval(value, [(error, blocks - 1)], level)
         out[f"{prefix}lift"] = (shape, value)
         out[f"{prefix}low"], out[f"{prefix}high"] = (shape, np.maximum(low, 0)), (shape, high)
         out[f"{prefix}standard_error"] = (shape, error)
     out["pairs"] = ((name,), total.sum(axis=1).astype(np.int64))
-    out["queries"] = ((name,), np.bincount(codes, minlength=count))
+    out["queries"] = ((name,), np.bincount(codes[known], minlength=count))
     return xr.Dataset(
         out,
         coords={name: values, second(name): values},
@@ -125,6 +133,7 @@ def attribute_lift(
             "exclude": excluded,
             "largest": int(near.attrs.get("largest", 1)),
             "missing_pairs": missing,
+            "constant_samples": int((~known).sum()),
             "blocks": blocks,
             "level": level,
             "seed": seed,

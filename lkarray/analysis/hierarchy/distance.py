@@ -202,13 +202,13 @@ def _by_distance(
         ("", ("distance",), boot, [curve.mean(means, weights[0]) for means in deleted]),
         ("rank_", (), ranks, [np.array(_rank(m, curve.far, weights[0])) for m in deleted]),
     ):
-        errors = {"labels": spread(resamplings[1:])}
+        errors = {"labels": (spread(resamplings[1:]), len(whole) - 1)}
         if without:
-            errors["chains"] = jackknife(without)
+            errors["chains"] = (jackknife(without), len(without) - 1)
         low, high = interval(resamplings[0], list(errors.values()), level)
         out[name + ("correlation" if name else kernel)] = (dims, resamplings[0])
         out[f"{name}low"], out[f"{name}high"] = (dims, low), (dims, high)
-        for source, error in errors.items():
+        for source, (error, _) in errors.items():
             out[f"{name}standard_error_{source}"] = (dims, error)
     out["pairs"] = ("distance", curve.pairs(weights[0]).round().astype(np.int64))
     return out

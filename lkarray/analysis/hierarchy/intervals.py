@@ -1,9 +1,8 @@
-"""Errors of tables over labels and chains: resampling, the jackknife, normal intervals."""
+"""Errors of tables over labels and chains: resampling, the jackknife, intervals of Student's t."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 
@@ -37,11 +36,34 @@ def jackknife(values: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def interval(
-    value: np.ndarray, errors: Sequence[np.ndarray], level: float
+    value: np.ndarray, errors: Sequence[tuple[np.ndarray, float]], level: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ends of the normal interval of independent errors; NaN ones count as 0."""
-    squares = sum(np.nan_to_num(error) ** 2 for error in errors)
-    half = NormalDist().inv_cdf(0.5 + level / 2) * np.sqrt(squares)
-    known = np.logical_or.reduce([np.isfinite(error) for error in errors])
+    """Return the ends of the interval of several independent errors together.
+
+    Parameters
+    ----------
+    value
+        What the errors are of.
+    errors
+        Standard errors with the degrees of freedom that each was estimated from, which is one less
+        than the labels, blocks or chains; NaN counts as 0.
+    level
+        Of the interval.
+
+    Returns
+    -------
+    tuple
+        Student's t with the degrees of freedom of Satterthwaite 1946: from 4 chains an interval of
+        95% is 3.18 errors either way, not 1.96. NaN where no error is known.
+    """
+    from scipy.stats import t
+
+    pairs = [(np.nan_to_num(error) ** 2, freedom) for error, freedom in errors]
+    total = np.asarray(sum(square for square, _ in pairs))
+    doubt = np.asarray(sum(square**2 / freedom for square, freedom in pairs))
+    # Where all is exact, any number of degrees of freedom gives the interval of length 0.
+    freedom = np.divide(total**2, doubt, out=np.ones(total.shape), where=doubt > 0)
+    half = t.ppf(0.5 + level / 2, freedom) * np.sqrt(total)
+    known = np.logical_or.reduce([np.isfinite(error) for error, _ in errors])
     half = np.where(known, half, np.nan)
     return value - half, value + half

@@ -12,11 +12,18 @@ from scipy import sparse
 
 from lkarray.analysis.hierarchy import graph
 from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio, resampled, spread
-from lkarray.analysis.hierarchy.pairs import as_table, count_pairs, labels_of, table_rows
+from lkarray.analysis.hierarchy.pairs import (
+    as_table,
+    constant_rows,
+    count_pairs,
+    labels_of,
+    table_rows,
+)
 from lkarray.analysis.hierarchy.taxonomy import Taxonomy, require_taxonomy
 from lkarray.arguments import COUNT, NATURAL, SHARE, Limits, checked
 from lkarray.kernels.estimators import estimated
 from lkarray.kernels.groups import with_labels
+from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.neighbors import neighbors as find_neighbors
 from lkarray.labels import coded
 from lkarray.schema import CHAIN, Losses, contracted
@@ -143,7 +150,9 @@ def taxonomic_lift(
         ancestor. Over ``query_depth``: ``pairs`` of the table, ``queries`` (samples) and
         ``labels`` at that depth. Over ``depth``: ``pooled_lift``, the shared pairs of all queries
         over the number that chance would give, with ``pooled_low`` and ``pooled_high``. Lift is
-        NaN where no pair of the data could share, or where there are no pairs.
+        NaN where no pair of the data could share, or where there are no pairs. Samples whose
+        losses do not vary have no neighbours (see `lkarray.neighbors`): neither the table nor the
+        base rate counts them, the attribute ``constant_samples`` says how many there are.
 
     Raises
     ------
@@ -155,7 +164,8 @@ def taxonomic_lift(
 
     Notes
     -----
-    Intervals are normal, of both errors together. Labels are resampled with replacement, and a
+    Intervals are of both errors together, by Student's t with Satterthwaite's degrees of freedom:
+    one less than the labels, and than the chains. Labels are resampled with replacement, and a
     pair weighs the product of the weights of its two labels, in the table and in the base rate
     (the "pigeonhole" bootstrap of Owen 2007, which errs towards wide intervals).
 
@@ -166,6 +176,8 @@ def taxonomic_lift(
     ----------
     - Adam et al. 2025a, appendix D.2: "The Loss Kernel", arXiv:2509.26537.
     - Owen 2007: "The pigeonhole bootstrap", doi:10.1214/07-AOAS122.
+    - Satterthwaite 1946: "An approximate distribution of estimates of variance components",
+      doi:10.2307/3002019.
     - Efron 1982: "The Jackknife, the Bootstrap and Other Resampling Plans",
       doi:10.1137/1.9781611970319.
     - docs/methods/base_rates.md.
@@ -202,7 +214,9 @@ def taxonomic_lift(
         table, deleted = _searched(neighbors, label, k, delete_chains, options)
     rows = table_rows(table)
     values, codes = coded(labels_of(table, rows, label), what=repr(label))
-    tree = make_tree(taxonomy, values, np.bincount(codes, minlength=len(values)), depth)
+    constant = constant_rows(table, rows)
+    sizes = np.bincount(codes[~constant], minlength=len(values))
+    tree = make_tree(taxonomy, values, sizes, depth)
     weights = resampled(len(values), replicates, seed)
     counts, facts = _other_labels(table, rows, codes, len(values))
     sums = add_up(counts, tree, np.concatenate([np.ones((1, len(values))), weights]))
@@ -221,7 +235,8 @@ def taxonomic_lift(
         "level": level,
         "seed": seed,
         "chains_deleted": len(deleted),
-    }
+        "constant_samples": int(constant.sum()),
+    } | verdict_of(table)
     return _dataset(sums, without, tree, base, level, facts, keep_replicates)
 
 
@@ -307,13 +322,13 @@ def _dataset(
         ("", both, sums.lift(base), [fewer.lift(base)[0] for fewer in without]),
         ("pooled_", ("depth",), sums.pooled(base), [fewer.pooled(base)[0] for fewer in without]),
     ):
-        errors = {"labels": spread(values[1:])}
+        errors = {"labels": (spread(values[1:]), max(len(tree.group) - 1, 1))}
         if deleted:
-            errors["chains"] = jackknife(deleted)
+            errors["chains"] = (jackknife(deleted), len(deleted) - 1)
         low, high = interval(values[0], list(errors.values()), level)
         out[f"{name}lift"] = (dims, values[0], {"long_name": f"lift under the {base} base rate"})
         out[f"{name}low"], out[f"{name}high"] = (dims, np.maximum(low, 0)), (dims, high)
-        for source, error in errors.items():
+        for source, (error, _) in errors.items():
             out[f"{name}standard_error_{source}"] = (dims, error)
         if keep:
             out[f"{name}replicate"] = (("replicate", *dims), values[1:])

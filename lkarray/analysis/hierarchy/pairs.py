@@ -11,7 +11,7 @@ from scipy import sparse
 
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
-from lkarray.schema import RANK
+from lkarray.schema import CONSTANT, RANK
 
 _PAIRS = 2**22  # in memory, at a time
 _DENSE = 2**24  # entries of a table of counts that are counted without sorting
@@ -44,6 +44,28 @@ def table_rows(neighbors: xr.Dataset) -> str:
             f"neighbors: neighbor has dims {dict(table.sizes)}; expected samples and 'rank'"
         )
     return str(next(dim for dim in neighbors["neighbor"].dims if dim != RANK))
+
+
+def constant_rows(neighbors: xr.Dataset, rows: str) -> np.ndarray:
+    """Say which samples of a table have losses that do not vary; none where that is not known.
+
+    They take no part in the search, and so none in what chance would give.
+
+    Raises
+    ------
+    SchemaError
+        All are constant.
+    """
+    n = neighbors.sizes[rows]
+    if CONSTANT not in neighbors:
+        return np.zeros(n, bool)
+    constant = np.asarray(neighbors[CONSTANT].values, bool)
+    if constant.all():
+        raise SchemaError(
+            f"the losses of all {n} samples are constant, so that none has neighbours; observe "
+            "inputs that the model is less certain of, or sample with a larger step size"
+        )
+    return constant
 
 
 def labels_of(neighbors: xr.Dataset, rows: str, label: str, name: str = "label") -> np.ndarray:

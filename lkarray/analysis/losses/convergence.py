@@ -22,6 +22,7 @@ PER_SAMPLE = (
     "between_variance",
     "within_variance",
     "pooling_excess",
+    "transient_excess",
 )
 
 
@@ -38,7 +39,7 @@ def _batches(n: int, draws: int) -> Iterator[slice]:
 
 
 def per_sample(values: np.ndarray) -> np.ndarray:
-    """Return `PER_SAMPLE` of each series, ``(n, 7)`` in float64, from ``(n, chain, draw)``."""
+    """Return `PER_SAMPLE` of each series, ``(n, 8)`` in float64, from ``(n, chain, draw)``."""
     figures = [_figures(values[some]) for some in _batches(len(values), prod(values.shape[1:]))]
     return np.concatenate(figures)
 
@@ -56,6 +57,7 @@ def _figures(values: np.ndarray) -> np.ndarray:
         freedom = chains * draws - 1
         pooled = (chains * (draws - 1) * within + (chains - 1) * draws * spread) / freedom
         excess = pooled / within - 1
+        transient = pooled / _about_draws(x) - 1
     between = draws * spread if chains > 1 else np.full(len(x), np.nan)
     told = np.full((len(x), 3), np.nan)  # a constant tells nothing of mixing
     moving = x[~still]
@@ -65,7 +67,24 @@ def _figures(values: np.ndarray) -> np.ndarray:
                 told[~still, 0] = _arviz().rhat(moving, **_AXES)
             told[~still, 1] = _arviz().ess(moving, **_AXES, method="bulk")
             told[~still, 2] = _arviz().ess(moving, **_AXES, method="tail", prob=_TAIL)
-    return np.column_stack([told, mean_error(x), between, within, excess])
+    return np.column_stack([told, mean_error(x), between, within, excess, transient])
+
+
+def _about_draws(x: np.ndarray) -> np.ndarray:
+    """Return the variance about the chains' mean at each draw; NaN of one chain."""
+    if x.shape[1] == 1:
+        return np.full(len(x), np.nan)
+    about: np.ndarray = x.var(axis=1, ddof=1).mean(axis=1)
+    return about
+
+
+def transient_noise(draws: float, chains: int) -> float:
+    """Return the standard deviation of a transient's excess where there is none.
+
+    A ratio of variances (F) of as many effective draws, of one chain, and their deviations:
+    normal losses, to first order.
+    """
+    return float(np.sqrt(2 / draws * chains / (chains - 1)) / chains)
 
 
 def _arviz() -> Any:

@@ -37,6 +37,7 @@ _MEANING = {
     "between_variance": ("nat^2", "between-chain variance: draws times that of the chain means"),
     "within_variance": ("nat^2", "within-chain variance"),
     "pooling_excess": ("", "pooled variance over that centred by chain, minus 1"),
+    "transient_excess": ("", "pooled variance over that about the chains' mean at a draw, minus 1"),
     "drift": ("", "z score of the mean loss: second half of a chain minus first"),
     "distance": ("", "mean Euclidean distance from w* over the second half of a chain"),
     "acceptance": ("", "mean probability that a Metropolis test accepts a step"),
@@ -97,6 +98,9 @@ def diagnostics(
           and the mean variance of a chain. Equal in expectation where draws are independent;
         - ``pooling_excess``, by how much a variance about one mean of all chains
           (``center="pooled"``) exceeds that about each chain's (``"chain"``), relatively;
+        - ``transient_excess``, by how much it exceeds that about the chains' mean at the same draw
+          (``"draw"``): what all chains go through alike, as after too short a burn-in. NaN for one
+          chain;
         - where outcomes stand beside the losses (log-odds, residuals), ``outcome_skew`` and
           ``outcome_kurtosis`` (excess), 0 of Gaussian ones, which ``estimator="gaussian"`` takes
           them for (`covariance`); ``outcome_skew_error`` and ``outcome_kurtosis_error``, the

@@ -9,8 +9,9 @@ import xarray as xr
 from lkarray import schema
 from lkarray.analysis.losses.summaries import attributes, loss_variance
 from lkarray.arguments import checked
-from lkarray.kernels.estimators import estimated, find_outcome
+from lkarray.kernels.estimators import estimated, find_outcome, refuse_by_draw
 from lkarray.kernels.gram import contract
+from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.operands import CENTERS, centring, free_dim
 from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
 from lkarray.links import Link, as_link, identity
@@ -39,7 +40,10 @@ def covariance(
         Loss tensors ``(chain, draw, sample)``, or what holds one; ``y=None`` means ``losses``.
     center
         ``"pooled"`` subtracts one mean over all chains and divides by CT - 1, as the papers
-        do; ``"chain"`` subtracts each chain's mean and divides by C(T - 1).
+        do; ``"chain"`` subtracts each chain's mean and divides by C(T - 1); ``"draw"`` subtracts
+        the chains' mean at the same draw and divides by T(C - 1). A transient that all chains
+        share, as after too short a burn-in, is gone from it, for 1/C of the draws' worth;
+        `diagnostics` says when to use it.
     estimator
         ``"sample"``, the covariance of the losses over the draws, as in the papers. Or
         ``"gaussian"``: that of losses whose *outcomes* (log-odds, residuals) are jointly Gaussian
@@ -120,7 +124,7 @@ def covariance(
         raise ValueError(f"shrinkage must be 'ledoit-wolf' or in [0, 1], not {shrinkage!r}")
     else:
         share = float(shrinkage)
-    if center == "chain":
+    if center != "pooled":
         raise ValueError("shrinkage is for pooled covariances")
     level = loss_variance(losses).mean(skipna=False)
     return shrunk(out, share, level).assign_attrs(shrinkage=shrinkage)
@@ -282,6 +286,7 @@ def _kernel(
     """Return a kernel; ``link`` is that of ``y``, where it is no tensor of losses."""
     one_of("center", center, CENTERS)
     x, own = estimated(losses, estimator, extra=STACKED)
+    refuse_by_draw(own, center)
     other, theirs = None, own
     if link is not None:
         other, theirs = as_losses(cast(Losses, y), name="y", extra=STACKED), link
@@ -298,6 +303,7 @@ def _kernel(
         links=(own, theirs),
         **options,
     )
+    out.attrs |= verdict_of(x)
     out.attrs.setdefault("estimator", estimator)
     units = "nat^2" if estimator == "gaussian" else schema.product_units(x, other)
     out.attrs["units"] = units if normalize == "count" else "1"

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray import schema
+from lkarray.analysis.losses.convergence import transient_noise
 
 _RHAT = 1.05  # above which a sample's chains disagree
 _SOME = 0.01  # of the samples: fewer exceed a threshold by chance
@@ -24,7 +25,8 @@ _HUGE = 100.0  # R-hat, or excess of a variance, above which its number says not
 _ALL = 1e12  # an excess that rounding makes of chains that do not move
 _JUMPS = 3.0  # times the variance of an estimated variance that losses have over outcomes
 _GAUSSIAN = 1.0  # excess kurtosis of outcomes that pass for Gaussian
-_EXCESS = 0.1  # of a pooled variance over one centred by chain
+_EXCESS = 0.1  # of a pooled variance over one centred by chain, or by draw
+_SURE = 3.0  # standard deviations of chance that such an excess must be above
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,14 @@ def _of_kernel(
         yield (
             f"differences between chains {_add(excess)} a typical loss variance, so "
             f'pooled kernels mix in which chain a draw is from: {longer}, or use center="chain"'
+        )
+    shared = _median(report["transient_excess"])
+    each = max(_median(report["ess_bulk"]) / chains, 1)
+    if chains > 1 and shared > max(_EXCESS, _SURE * transient_noise(each, chains)):
+        yield (
+            f"what all chains go through at the same draw adds {100 * shared:.0f}% to a typical "
+            "loss variance, and to every entry of pooled kernels, as a transient after too short a "
+            f'burn-in does: {longer}, or use center="draw"'
         )
 
 

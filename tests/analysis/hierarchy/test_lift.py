@@ -204,3 +204,21 @@ def test_lift__bad_input_is_named():
         lk.taxonomic_lift(taxonomic_losses(taxonomy), taxonomy, k=13)
     with pytest.raises(SchemaError, match="must hold integers"):
         lk.taxonomic_lift(near.astype(float), taxonomy)
+
+
+def test_lift__of_constant_losses_is_that_without_them():
+    taxonomy = binary(4)
+    losses = taxonomic_losses(taxonomy, each=8, chains=4, draws=40) * 0
+    losses = losses + np.random.default_rng(2).normal(size=losses.shape)  # noise: lift 1
+    still = np.arange(losses.sizes["sample"]) < 30  # all of the first branches
+    losses[..., still] = 1.0
+    lifted = lk.taxonomic_lift(losses, taxonomy, k=10, replicates=5)
+    rest = lk.taxonomic_lift(losses.isel(sample=~still), taxonomy, k=10, replicates=0)
+    xr.testing.assert_allclose(lifted["pooled_lift"], rest["pooled_lift"])
+    assert lifted.attrs["constant_samples"] == 30
+    np.testing.assert_allclose(lifted["pooled_lift"].sel(depth=[1, 2]), 1, atol=0.15)
+    one = lk.attribute_lift(lk.neighbors(losses, 10), "label", exclude="label", blocks=5)
+    assert one.attrs["constant_samples"] == 30
+    assert one["queries"].sum() == 98
+    with pytest.raises(SchemaError, match="all 128 samples are constant"):
+        lk.taxonomic_lift(losses * 0, taxonomy, k=10)

@@ -40,6 +40,8 @@ def test_figures__equal_those_of_arviz_sample_by_sample(rng):
         np.diag(lk.covariance(losses.astype("f8"), center=c)) for c in ("pooled", "chain")
     )
     np.testing.assert_allclose(report["pooling_excess"], pooled / apart - 1, rtol=1e-6, atol=1e-9)
+    about = lk.covariance(losses.astype("f8"), center="draw").values.diagonal()
+    np.testing.assert_allclose(report["transient_excess"], pooled / about - 1, rtol=1e-6, atol=1e-9)
 
 
 def test_diagnostics__of_constant_losses_are_nan_and_warn_of_nothing(rng):

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import xarray as xr
 
 import lkarray as lk
 from lkarray import errors
@@ -134,3 +135,15 @@ def test_verdicts__count_the_samples_whose_losses_do_not_move(rng):
     (line,) = [v for v in lk.diagnostics(still).attrs["verdicts"] if "rounding" in v]
     assert line.startswith("the losses of 3 of 20 samples do not move beyond rounding")
     assert not [v for v in lk.diagnostics(losses).attrs["verdicts"] if "rounding" in v]
+
+
+def test_verdicts__of_a_transient_that_all_chains_share_name_center_draw(rng):
+    noise = rng.normal(size=(4, 200, 3)) @ rng.normal(size=(3, 30)) + rng.normal(size=(4, 200, 30))
+    dims = ("chain", "draw", "sample")
+    still = lk.diagnostics(xr.DataArray(noise, dims=dims))
+    assert not any("same draw" in line for line in still.attrs["verdicts"])
+    falling = noise + 10 * np.exp(-np.arange(200) / 20)[:, None]
+    report = lk.diagnostics(xr.DataArray(falling, dims=dims))
+    (line,) = [line for line in report.attrs["verdicts"] if "same draw" in line]
+    assert f"adds {100 * float(report['transient_excess'].median()):.0f}% to" in line
+    assert 'use center="draw"' in line

@@ -50,6 +50,23 @@ def _of_losses(w: World) -> Iterator[Case]:
         | {"k": 3, "exclude": "label", "largest": True, "precision": "auto"}
         | {"estimator": "sample"},
     )
+    yield Case("neighbors", lk.neighbors, own | {"k": 3, "crossfit": True})
+    yield Case(
+        "at_equal_reliability",
+        lk.at_equal_reliability,
+        {
+            "losses": {"all": w.losses},
+            "statistic": lambda x: lk.neighbors(x, 2)["similarity"].mean(),
+            "stretches": 1,
+            "splits": 1,
+            "level": 0.9,
+            "seed": 0,
+            "memory": "64 MiB",
+        },
+        fast=False,
+    )
+    yield Case("judge", lk.judge, {"tree": w.tree, "splits": 2, "seed": 0, "memory": "64 MiB"})
+    yield Case("reliability", lk.reliability, own | {"splits": 2, "seed": 0})
     yield Case("ledoit_wolf", lk.ledoit_wolf, own)
     yield Case("linear_operator", lk.linear_operator, own | {"kernel": "covariance"})
     yield Case(

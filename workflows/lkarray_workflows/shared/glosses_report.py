@@ -9,6 +9,7 @@ import xarray as xr
 
 import lkarray as lk
 from lkarray import plots, workflow
+from lkarray.analysis.hierarchy.intervals import interval
 from lkarray_workflows.shared.common import plain_numbers
 
 #: Kernel that the report is about, and its store.
@@ -45,7 +46,12 @@ def differences(trained: xr.Dataset, plain: list[xr.Dataset]) -> list[dict[str, 
         labels = np.nanstd(trained["pooled_replicate"].sel(place).values - mean, ddof=1)
         chains = float(trained["pooled_standard_error_chains"].sel(place))
         seeds = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-        error = float(np.sqrt(labels**2 + chains**2 + seeds**2))
+        errors = [
+            (np.array(labels), int(trained["labels"].sum()) - 1),
+            (np.array(chains), max(trained.attrs["chains_deleted"] - 1, 1)),
+            (np.array(seeds), max(len(values) - 1, 1)),
+        ]
+        low, high = interval(np.array(value), errors, 0.95)
         shared = float((trained["pairs"] * trained["base_rate"].fillna(0)).sel(place).sum())
         by_depth.append(
             {
@@ -53,8 +59,8 @@ def differences(trained: xr.Dataset, plain: list[xr.Dataset]) -> list[dict[str, 
                 "trained": float(trained["pooled_lift"].sel(place)),
                 "control": float(values.mean()),
                 "difference": value,
-                "low": value - 1.96 * error,
-                "high": value + 1.96 * error,
+                "low": float(low),
+                "high": float(high),
                 "pairs_expected_to_share": shared,
             }
         )
