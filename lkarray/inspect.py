@@ -16,7 +16,7 @@ from lkarray.store import (
     open_root,
     part_store,
     parts_of,
-    read_record,
+    read_records,
     stored,
     stored_fingerprint,
 )
@@ -56,7 +56,7 @@ def describe_store(path: StoreLike) -> str:
             shape = ", ".join(f"{d} {n:,}" for d, n in zip(dims or (), array.shape, strict=True))
             lines.append(f"  /{group}  {name}({shape}), chunks {array.chunks}, {array.dtype}")
     loss = stored(root, schema.LOSSES, schema.LOSS)
-    records = [read_record(root, chain) for chain in range(loss.shape[0])]
+    records = read_records(root, slice(loss.shape[0])).values()
     lines.append(f"  draws committed by chain: {[record.draws for record in records]}")
     try:
         tree = open_store(path) if any(record.draws for record in records) else None

@@ -165,8 +165,8 @@ def _unfinished(place: Any, prepared: Prepared, chains: int, draws: int) -> list
     flags = stores.stored(root, schema.SAMPLE_STATS, schema.DIVERGED)
     known = stores.stored(root, schema.LOSSES, schema.LOSS).shape[0]
     unfinished = list(range(known, chains))
-    for chain in range(min(chains, known)):
-        taken = stores.read_record(root, chain).draws
+    for chain, record in stores.read_records(root, slice(min(chains, known))).items():
+        taken = record.draws
         # One that diverged is at its end: its last draw is flagged.
         if taken < draws and not (taken and bool(read(flags, (chain, taken - 1)))):
             unfinished.append(chain)

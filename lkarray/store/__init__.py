@@ -7,7 +7,7 @@ write.
 """
 
 from lkarray.store.arrays import finish, require_space, stored
-from lkarray.store.commit import ChainRegion, Record, read_record, require_sound
+from lkarray.store.commit import ChainRegion, Record, read_record, read_records, require_sound
 from lkarray.store.derived import put
 from lkarray.store.fingerprints import refuse_changes
 from lkarray.store.gradients import discard_gradients
@@ -42,6 +42,7 @@ __all__ = [
     "parts_of",
     "put",
     "read_record",
+    "read_records",
     "refuse_changes",
     "region_lock",
     "require_sound",

@@ -187,9 +187,13 @@ def chunk_size(array: zarr.Array) -> int | None:
     return prod(array.chunks) * array.dtype.itemsize + _CRC_BYTES * len(array.compressors)
 
 
-def require_chunks(array: zarr.Array, leading: tuple[int, ...] = ()) -> None:
-    """Raise `DamagedError`, naming the first, unless the chunks below ``leading`` are there."""
-    lost = missing(array.store, chunk_keys(array, leading), size=chunk_size(array))
+def require_chunks(array: zarr.Array, *leading: tuple[int, ...]) -> None:
+    """Raise `DamagedError`, naming the first that is lost of the chunks with these first indices.
+
+    Of all chunks, where none are given.
+    """
+    keys = [key for first in leading or [()] for key in chunk_keys(array, first)]
+    lost = missing(array.store, keys, size=chunk_size(array))
     if lost:
         raise damaged(
             array.store,

@@ -57,18 +57,24 @@ class Record(NamedTuple):
 
 
 def read_record(root: zarr.Group, chain: int) -> Record:
-    """Return the record of one chain; zeros for a chain that never committed.
+    """Return the record of one chain; see `read_records`."""
+    return read_records(root, slice(chain, chain + 1))[chain]
+
+
+def read_records(root: zarr.Group, chains: slice) -> dict[int, Record]:
+    """Return the records of some chains; zeros for a chain that never committed.
 
     Raises
     ------
     DamagedError
-        It is missing, though every chain has one, or it cannot be read.
+        One is missing, though every chain has one, or it cannot be read.
     """
     array = stored(root, schema.COMMIT, schema.RECORD)
+    numbers = range(array.shape[0])[chains]
     if is_sealed(root) and stored_fingerprint(root) is not None:
-        require_chunks(array, (chain,))
-    draws, step, slot = (int(value) for value in read(array, chain))
-    return Record(draws, step, slot)
+        require_chunks(array, *((chain,) for chain in numbers))
+    rows = read(array, chains).tolist()
+    return {chain: Record(*row) for chain, row in zip(numbers, rows, strict=True)}
 
 
 def require_sound(root: zarr.Group, chains: Iterable[int] = ()) -> None:
@@ -92,11 +98,12 @@ def require_sound(root: zarr.Group, chains: Iterable[int] = ()) -> None:
             for name in set(group.array_keys()) - {schema.LOSS.name}:
                 read_whole(stored_at(root, f"{path}/{name}"))
     arrays, known = recorded(root), Digests.of(root)
-    for chain in range(stored(root, schema.LOSSES, schema.LOSS).shape[0]):
+    number = stored(root, schema.LOSSES, schema.LOSS).shape[0]
+    for chain, record in read_records(root, slice(number)).items():
         if chain in chains:
             ChainRegion(root, chain).state()
         else:
-            require_committed(root, chain, read_record(root, chain), arrays, known)
+            require_committed(root, chain, record, arrays, known)
 
 
 def require_committed(

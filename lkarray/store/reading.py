@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dask.array as da
@@ -19,7 +19,7 @@ from lkarray.errors import DamagedError, DivergedError, LkarrayError, StoreError
 from lkarray.store.arrays import stored
 from lkarray.store.audits import audit_fingerprints, open_audit
 from lkarray.store.chunks import damaged, read, read_whole, require_chunks
-from lkarray.store.commit import Record, read_record
+from lkarray.store.commit import Record, read_records
 from lkarray.store.exact import restored
 from lkarray.store.gradients import gradient_fingerprints, open_gradients
 from lkarray.store.layout import (
@@ -356,13 +356,13 @@ def _rectangle(root: zarr.Group, limit: int | None) -> tuple[list[int], int, lis
     """Return the chains and draws that every usable chain has, and what that hides."""
     flags = stored(root, schema.SAMPLE_STATS, schema.DIVERGED)
     chains = stored(root, schema.LOSSES, schema.LOSS).shape[0]
-    records = {c: read_record(root, c) for c in range(chains)[:limit]}
+    records = read_records(root, slice(chains if limit is None else min(limit, chains)))
     started = {c: r for c, r in records.items() if r.draws > 0}
     if not started:
         raise StoreError(
             f"{describe(root.store)} holds no committed draw yet; run lk.sample on it again"
         )
-    bad = [c for c, r in started.items() if _diverged(flags, c, r.draws)]
+    bad = _diverged(flags, {c: r.draws for c, r in started.items()})
     good = {c: r for c, r in started.items() if c not in bad}
     if not good:
         raise DivergedError(
@@ -373,11 +373,16 @@ def _rectangle(root: zarr.Group, limit: int | None) -> tuple[list[int], int, lis
     return list(good), draws, _hidden(records, bad, good, draws)
 
 
-def _diverged(flags: zarr.Array, chain: int, draws: int) -> bool:
-    """Say whether one of the draws of a chain is flagged; a chunk that is lost says neither."""
-    for block in range(-(-draws // flags.chunks[1])):
-        require_chunks(flags, (chain, block))
-    return bool(np.any(read(flags, (chain, slice(draws)))))
+def _diverged(flags: zarr.Array, draws: Mapping[int, int]) -> list[int]:
+    """Return the chains that turned non-finite, of those that hold so many draws.
+
+    Such a chain ends there, so its last draw's flag tells; a chunk that is lost says nothing.
+    """
+    depth = flags.chunks[1]
+    require_chunks(
+        flags, *((c, block) for c, n in draws.items() for block in range(-(-n // depth)))
+    )
+    return [chain for chain, count in draws.items() if bool(read(flags, (chain, count - 1)))]
 
 
 def _hidden(

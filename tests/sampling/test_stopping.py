@@ -330,6 +330,15 @@ def test_gradients__an_interrupt_keeps_the_shards_that_were_written(tmp_path, mo
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def interruptible():
+    """A process whose Ctrl-C raises: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_audit__a_signal_keeps_the_steps_taken(tmp_path, monkeypatch):
     from lkarray.auditing.panel import Panel
     from lkarray.store.audit_panels import PanelWriter
