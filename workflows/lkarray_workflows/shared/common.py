@@ -254,6 +254,18 @@ def halves_agree(losses: xr.DataArray, rows: int = 2000, seed: int = 0) -> float
     return float(np.corrcoef(first, second)[0, 1])
 
 
+def smoothed(features: xr.Dataset) -> np.ndarray:
+    """Return R of averaged gradients, from products of different draws only: ``(sample, sample)``.
+
+    Noise of a draw is common to all inputs, and would correlate them.
+    """
+    halves = features["feature_half"]
+    product = lk.covariance(halves.isel(half=0), halves.isel(half=1)).values.astype(float)
+    product = (product + product.T) / 2
+    norms = np.sqrt(np.maximum(np.diag(product), np.finfo(float).tiny))
+    return np.asarray(np.clip(product / np.outer(norms, norms), -1, 1))
+
+
 def curve_with_errors(
     axes: Axes, x: Sequence[float], points: Sequence[tuple[float | None, ...]], label: str
 ) -> None:

@@ -79,12 +79,15 @@ def read_images(
         There is no folder, or it lacks a file; the message has the command that gets it.
     """
     paths = _files(folder, split, dataset)
+    if paths[0].suffix == ".npz":
+        with np.load(paths[0]) as arrays:
+            return arrays[f"{split}_images"], arrays[f"{split}_labels"]
     if dataset == "svhn":
         return _read_svhn(paths[0])
     arrays = []
     for path, header in zip(paths, (16, 8), strict=True):
-        packed = path.read_bytes()
-        raw = gzip.decompress(packed) if path.suffix == ".gz" else packed
+        content = path.read_bytes()
+        raw = gzip.decompress(content) if path.suffix == ".gz" else content
         arrays.append(np.frombuffer(raw, np.uint8, offset=header))
     return arrays[0].reshape(-1, 28, 28), arrays[1]
 
@@ -102,7 +105,7 @@ def require_files(source: Source, made: Path | None = None) -> None:
 
 
 def _files(folder: Path | None, split: Split, dataset: Dataset) -> list[Path]:
-    """Return the files of images and of labels, packed or not; of SVHN one file."""
+    """Return the files of images and of labels, packed or not; of SVHN, or an archive, one file."""
     if folder is None:
         raise StoreError(f"no folder of {CLASSES[dataset][0]}'s files: {how_to_get(dataset)}")
     if dataset == "svhn":
@@ -110,6 +113,9 @@ def _files(folder: Path | None, split: Split, dataset: Dataset) -> list[Path]:
         if not path.exists():
             raise StoreError(f"{folder} has no {path.name}: {how_to_get('svhn')}")
         return [path]
+    packed = folder / f"{dataset}.npz"  # arrays train_images, train_labels, test_images, ...
+    if packed.exists():
+        return [packed]
     files = []
     inside = folder / CLASSES[dataset][1]
     folder = inside if inside.is_dir() else folder  # a root of torchvision's will do

