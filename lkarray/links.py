@@ -20,7 +20,7 @@ from lkarray.errors import NonFiniteError, SchemaError
 #: Terms of an expansion, at most.
 MOST_TERMS = 40
 _POINTS = 200  # of the quadrature
-_BLOCK = 256  # rows at once, so that few values at its points are ever held
+_BLOCK = 32  # rows at once: few values are ever held, and BLAS starts no threads for products
 
 
 def softplus(o: np.ndarray) -> np.ndarray:

@@ -14,12 +14,13 @@ from lkarray.engine.devices import as_device
 from lkarray.engine.operand import Operand, Piece
 from lkarray.engine.plan import WRITTEN_BYTES, Plan, make_plan
 from lkarray.engine.search import SEARCH_BUDGET, search_arrays
-from lkarray.engine.series import Series, table_bytes
+from lkarray.engine.series import SERIES_BYTES, Series, table_bytes
 from lkarray.engine.top_k import TOP_K_BYTES, Ask, still_array, top_k_arrays, top_k_held
 
 __all__ = [
     "BEST_BYTES",
     "SEARCH_BUDGET",
+    "SERIES_BYTES",
     "TOP_K_BYTES",
     "WRITTEN_BYTES",
     "Ask",

@@ -21,10 +21,13 @@ from lkarray.engine.cache import MOMENTS
 from lkarray.engine.numbers import reciprocal
 from lkarray.engine.operand import Operand, Piece
 
+#: Bytes that a series needs on a device for each element of a tile: its sum, and a term.
+SERIES_BYTES = 8
 _TABLE = 400  # bytes of a row's table and moments, at most
-_LEFT = 2.0**-22  # of sqrt(f_ii f_jj), at most, that terms which are left out may add up to
+_LEFT = 1e-6  # of sqrt(f_ii f_jj), at most, that terms which are left out may add up to
 _SLAB = 1 << 16  # elements of a tile at once: with their sum and a term, within the L2 cache
 _LEVELS = np.arange(1, 9) / 8  # magnitudes of cosines, for which terms are counted
+_FEW = 2  # terms, to save which is worth no search
 _ALONE = 8  # what a term of an entry by itself costs, as times of one in a slab
 
 
@@ -144,7 +147,6 @@ def apply_series(tile: np.ndarray, terms: Terms, *, diagonal: bool) -> None:
     """
     if diagonal:
         np.fill_diagonal(tile, 0)  # else every slab would need the terms of a cosine of 1
-    rows, cols = scales(terms)
     needed = terms.needed(_LEVELS)
     order = np.argsort(needed[len(_LEVELS) // 2], kind="stable")
     step = max(1, _SLAB // max(tile.shape[1], 1))
@@ -165,17 +167,23 @@ def apply_series(tile: np.ndarray, terms: Terms, *, diagonal: bool) -> None:
             _outer(a[k], b[k], term)
             total += term
         total *= rho
-        tile[own] = total
+        tile[own] = _scaled(total, terms, own[:, None], slice(None))
     if alone:
         i, j, rho = map(np.concatenate, zip(*alone, strict=True))
-        tile[i, j] = _entries(rho, terms, i, j)
-    if rows is not None:
-        tile *= rows[:, None].astype(tile.dtype)
-        tile *= cols.astype(tile.dtype)
-    if terms.cosine:
-        np.clip(tile, -abs(terms.factor), abs(terms.factor), out=tile)
+        tile[i, j] = _scaled(_entries(rho, terms, i, j), terms, i, j)
     if diagonal:
         np.fill_diagonal(tile, own_entries(terms))
+
+
+def _scaled(values: np.ndarray, terms: Terms, i: Any, j: Any) -> np.ndarray:
+    """Scale entries of rows ``i`` and columns ``j`` to their variances, in place; clip cosines."""
+    rows, cols = scales(terms)
+    if rows is not None:
+        values *= rows.astype(values.dtype)[i]
+        values *= cols.astype(values.dtype)[j]
+    if terms.cosine:
+        np.clip(values, -abs(terms.factor), abs(terms.factor), out=values)
+    return values
 
 
 def _outer(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
@@ -189,6 +197,8 @@ def _split(size: np.ndarray, needed: np.ndarray) -> tuple[int, np.ndarray | None
     """
     top = min(int(np.searchsorted(_LEVELS, size.max(initial=0))), len(_LEVELS) - 1)
     best, level = float(needed[top]), top
+    if needed[top] <= needed[0] + _FEW:
+        return int(needed[top]), None
     some = size[:: len(size) // 4 or 1]  # rows enough to tell the share that is large
     for below in range(1, top, 2):
         share = np.count_nonzero(some > _LEVELS[below]) / some.size
@@ -216,9 +226,9 @@ def scales(terms: Terms) -> tuple[Any, Any]:
     """Return what rows and columns are multiplied by after the series; None for cosines."""
     if terms.cosine and terms.factor == 1:
         return None, None
-    ones = np.ones(1)
     if terms.cosine:
-        return np.broadcast_to(ones * terms.factor, len(terms.rows.scale)), ones
+        rows, cols = len(terms.rows.scale), len(terms.cols.scale)
+        return np.full(rows, terms.factor), np.ones(cols)
     return terms.rows.scale * terms.factor, terms.cols.scale
 
 

@@ -9,7 +9,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from lkarray.engine import Contraction, make_plan, table_bytes
+from lkarray.engine import SERIES_BYTES, Contraction, make_plan, table_bytes
 from lkarray.engine.devices import Device, made_on
 from lkarray.engine.tasks import Tasks
 from lkarray.engine.tile_sums import KernelSums, added_bytes, tile_moments
@@ -47,7 +47,7 @@ class TileProducts:
         length = 2 * len(made) * (first.n + len(made))
         held = sum(table_bytes(operand) for _, operand, _, _ in made) + added_bytes(length)
         options: dict[str, Any] = {"memory": memory, "held": held, "device": device}
-        options["sink"] = 8 * len(made)
+        options |= {"sink": 8 * len(made), "device_sink": SERIES_BYTES}
         plans = [make_plan(operand, **options) for _, operand, _, _ in made]
         side = min(plan.rows[0].stop for plan in plans)
         self.kernels = []

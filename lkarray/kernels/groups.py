@@ -10,7 +10,15 @@ import numpy as np
 import xarray as xr
 
 from lkarray.arguments import checked
-from lkarray.engine import Contraction, Operand, Series, as_device, make_plan, table_bytes
+from lkarray.engine import (
+    SERIES_BYTES,
+    Contraction,
+    Operand,
+    Series,
+    as_device,
+    make_plan,
+    table_bytes,
+)
 from lkarray.engine.blocks import like, squares, wide
 from lkarray.engine.devices import Device, made_on
 from lkarray.engine.passes import Passes
@@ -203,7 +211,8 @@ def _of_tiles(
     """Return the means from the sums of all tiles: entries that are no product of rows."""
     groups = len(counts)
     held = table_bytes(operand) + added_bytes(groups * (groups + 1))
-    plan = make_plan(operand, memory=memory, sink=GROUPED_BYTES, held=held, device=place)
+    needs: dict[str, Any] = {"sink": GROUPED_BYTES, "device_sink": SERIES_BYTES, "held": held}
+    plan = make_plan(operand, memory=memory, device=place, **needs)
     sums = group_sums_array(Contraction(operand, None, plan, series=series), Groups(codes, groups))
     pairs = counts[:, None] * counts.astype(np.float64)
     totals, own = sums[:, :-1], np.diag(np.ones(groups))

@@ -72,7 +72,7 @@ def covariance(
     Notes
     -----
     ``estimator="gaussian"`` makes correlations of outcomes, and of each entry a series of at most
-    40 terms, as many as leave less than 3e-7 of ``sqrt(K_ii K_jj)``. Entries err by a few
+    40 terms, as many as leave less than 1e-6 of ``sqrt(K_ii K_jj)``. Entries err by a few
     roundings of float32 of that root. Of log-odds whose standard deviation is above 5 or so, 40
     terms may leave more where correlations are near 1 (1e-4 at 8 and 0.95).
 
