@@ -145,7 +145,12 @@ def neighbors(
         _Positions(exclude, x, rows) if callable(exclude) else None,
     )
     place = engine.as_device(device, device_memory)
-    options = {"center": center, "precision": precision, "memory": memory, "place": place}
+    options: dict[str, Any] = {
+        "center": center,
+        "precision": precision,
+        "memory": memory,
+        "place": place,
+    }
     attrs: dict[str, Any] = {
         "k": k,
         "exclude": exclude if isinstance(exclude, str) else "rule" if exclude else "none",
