@@ -97,7 +97,7 @@ def embed(
             f"{type(neighbors_or_kernel).__name__}"
         )
     known = verdict_of(neighbors_or_kernel)
-    linked: np.ndarray = (index >= 0).any(axis=1)
+    linked = np.asarray((index >= 0).any(axis=1))
     linked[index[index >= 0]] = True
     place = np.append(np.cumsum(linked) - 1, -1)  # the last is of those that are missing
     placed = _umap(place[index[linked]], 1 - similarity[linked], n_components, seed, min_dist)

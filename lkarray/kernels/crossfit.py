@@ -67,7 +67,8 @@ def reported(c: Contraction, position: da.Array, largest: bool) -> da.Array:
     graph: dict[Any, Any] = {node: c}
     for i in range(len(lengths)):
         graph[(name, i, 0, 0)] = (_report, node, (position.name, i, 0), i, pieces, largest)
-    layers = HighLevelGraph.from_collections(name, graph, dependencies=[position])
+    below: list[Any] = [position]
+    layers = HighLevelGraph.from_collections(name, graph, dependencies=below)
     chunks = (lengths, (position.shape[1],), (_REPORT,))
     return da.Array(layers, name, chunks, dtype=np.float64)
 

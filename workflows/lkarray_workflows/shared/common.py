@@ -242,16 +242,15 @@ def without_chain(losses: xr.DataArray, value: Callable[[xr.DataArray], Any]) ->
 
 
 def halves_agree(losses: xr.DataArray, rows: int = 2000, seed: int = 0) -> float:
-    """Return the correlation, over pairs of some inputs, of R from each half of the chains."""
+    """Return the correlation, over pairs of some inputs, of R from two halves of the chains.
+
+    The mean over ways to halve them; `lkarray.reliability` is that of all draws.
+    """
     (dim,) = set(losses.dims) - {"chain", "draw"}
     n = losses.sizes[dim]
     chosen = np.sort(np.random.default_rng(seed).choice(n, min(rows, n), replace=False))
-    some = losses.isel({dim: chosen})
-    pairs = np.triu_indices(len(chosen), 1)
-    first, second = (
-        lk.correlation(some.isel(chain=slice(start, None, 2))).values[pairs] for start in (0, 1)
-    )
-    return float(np.corrcoef(first, second)[0, 1])
+    found = lk.reliability(losses.isel({dim: chosen}), seed=seed).compute()
+    return float(found["halves"])
 
 
 def smoothed(features: xr.Dataset) -> np.ndarray:
