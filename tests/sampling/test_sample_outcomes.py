@@ -174,10 +174,15 @@ def test_grow__that_is_killed_halfway_opens(posterior, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda path: flip_bit(path, 77), os.unlink, lambda path: os.truncate(path, 9)]
+    ("name", "damage"),
+    [
+        ("log_odds/c/0/0/1", lambda path: flip_bit(path, 77)),
+        ("log_odds/c/1/2/0", lambda path: flip_bit(path, 77)),
+        ("log_odds/c/1/2/0", os.unlink),
+        ("center_log_odds/c/0", lambda path: os.truncate(path, 9)),
+    ],
 )
-@pytest.mark.parametrize("name", ["log_odds/c/0/0/1", "log_odds/c/1/2/0", "center_log_odds/c/0"])
-def test_damage__is_found_and_mended(posterior, tmp_path, monkeypatch, damage, name):
+def test_damage__is_found_and_mended(posterior, tmp_path, monkeypatch, name, damage):
     small_blocks(monkeypatch)
     store = tmp_path / "s.zarr"
     before = whole(sampled(posterior, store))
