@@ -282,8 +282,8 @@ def at_equal_reliability(
     TypeError
         ``statistic`` is no function.
     ValueError
-        It fails or gives no number, there are no kernels, ``target`` cannot be reached, or a kernel is nothing but noise
-        (reliability of 0 or less).
+        It fails or gives no number, there are no kernels, ``target`` cannot be reached, or a
+        kernel is nothing but noise (reliability of 0 or less).
 
     Notes
     -----
