@@ -22,7 +22,6 @@ from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
 from lkarray.values import one_of
 from lkarray.waiting import computed, workers_awaited
 
-#: What evaluates a kernel: losses in, one number out.
 Statistic = Callable[[xr.DataArray], Any]
 
 
@@ -294,7 +293,6 @@ def at_equal_reliability(
     ----------
     - Spearman 1910: "Correlation calculated from faulty data",
       doi:10.1111/j.2044-8295.1910.tb00206.x.
-    - docs/methods/uncertainty.md.
 
     Examples
     --------
