@@ -22,7 +22,6 @@ from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
 from lkarray.values import one_of
 from lkarray.waiting import computed, workers_awaited
 
-#: What evaluates a kernel: losses in, one number out.
 Statistic = Callable[[xr.DataArray], Any]
 
 
@@ -282,8 +281,8 @@ def at_equal_reliability(
     TypeError
         ``statistic`` is no function.
     ValueError
-        There are no kernels, ``target`` cannot be reached, or a kernel is nothing but noise
-        (reliability of 0 or less).
+        It fails or gives no number, there are no kernels, ``target`` cannot be reached, or a
+        kernel is nothing but noise (reliability of 0 or less).
 
     Notes
     -----
@@ -294,7 +293,6 @@ def at_equal_reliability(
     ----------
     - Spearman 1910: "Correlation calculated from faulty data",
       doi:10.1111/j.2044-8295.1910.tb00206.x.
-    - docs/methods/uncertainty.md.
 
     Examples
     --------
@@ -345,6 +343,17 @@ def at_equal_reliability(
     )
 
 
+def _evaluated(statistic: Statistic, x: xr.DataArray) -> float:
+    try:
+        return float(computed(xr.DataArray(statistic(x))))
+    except Exception as error:
+        raise ValueError(
+            f"statistic fails on losses {dict(x.sizes)}, or gives no number "
+            f"({type(error).__name__}: {error}); it takes losses and gives one number, such as "
+            'lambda x: lk.neighbors(x, 10)["similarity"].mean()'
+        ) from error
+
+
 def _share(rho: float, target: float) -> float:
     if rho >= 1 or target >= rho:
         return 1.0
@@ -368,7 +377,7 @@ def _shortened(
     parts = [x.isel({DRAW: slice(start, start + length)}) for start in starts]
 
     def mean(of: list[xr.DataArray]) -> float:
-        return float(np.mean([float(computed(xr.DataArray(statistic(part)))) for part in of]))
+        return float(np.mean([_evaluated(statistic, part) for part in of]))
 
     value, error = mean(parts), np.nan
     if chains > 2:
