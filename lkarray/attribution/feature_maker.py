@@ -11,7 +11,7 @@ from lkarray.nn import Batches, FlatModel
 from lkarray.nn.gradients import ExampleGradients
 from lkarray.nn.reference import Scalars
 from lkarray.sampling.laplace_law import LaplaceLaw
-from lkarray.sampling.randomness import ChainRandomness
+from lkarray.sampling.randomness import ChainRandomness, host_generator
 
 #: Examples whose gradients are taken at once, at most.
 _BATCH = 64
@@ -27,7 +27,7 @@ class Sketch:
     """
 
     def __init__(self, params: int, size: int, *, seed: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(seed)  # of the host: alike on any device
+        generator = host_generator(seed, "sketch")
         self.size = size
         self._bucket = torch.randint(size, (params,), generator=generator).to(device)
         sign = torch.randint(2, (params,), generator=generator, dtype=torch.int8)

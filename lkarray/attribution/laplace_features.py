@@ -13,7 +13,7 @@ from zarr.storage import MemoryStore
 
 from lkarray import progress as bars
 from lkarray import store as stores
-from lkarray.arguments import NATURAL, checked
+from lkarray.arguments import NATURAL, Limits, checked
 from lkarray.attribution.feature_maker import FeatureMaker, Sketch, gradient_batch, moving
 from lkarray.attribution.feature_request import FeatureRequest
 from lkarray.attribution.outcome_scalars import OUTCOMES, outcome_scalars
@@ -43,7 +43,7 @@ _COMMIT_SECONDS = 30.0
 _COMPARED = 256  # samples of which halves are compared
 
 
-@checked(rank=NATURAL, smooth=NATURAL, seed=NATURAL)
+@checked(rank=NATURAL, smooth=Limits(least=0, most=100_000), seed=NATURAL)
 def laplace(
     posterior: LocalPosterior,
     observed: MapDataset,

@@ -21,6 +21,7 @@ from lkarray import progress as bars
 from lkarray.nn import Batches, FlatModel, PerExampleLoss
 from lkarray.nn.losses import logits
 from lkarray.nn.modes import gradients_on
+from lkarray.sampling.randomness import host_generator
 
 #: Training items that the matrix is taken of at most: directions, not their precision, matter.
 ROWS = 1024
@@ -196,7 +197,7 @@ class _Basis:
         theta = flat.theta
         self.size, self._mask = size, flat.mask
         self.vectors = theta.new_zeros((size, theta.shape[1]))
-        self._generator = torch.Generator().manual_seed(seed)  # of the host: alike on any device
+        self._generator = host_generator(seed, "curvature")
 
     def fill(self, multiply: Multiply) -> tuple[Tensor, Tensor]:
         """Return the matrix in the basis, float64, and the Gram of what of its last block is left.

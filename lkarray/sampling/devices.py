@@ -13,7 +13,10 @@ from lkarray.nn.modes import gradients_on
 def choose_device(asked: torch.device | str | None, stored: str | None) -> torch.device:
     """Return the device asked for, or the stored one, or CUDA where there is one."""
     if asked is not None:
-        chosen = torch.device(asked)
+        try:
+            chosen = torch.device(asked)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(f"device must be such as 'cpu' or 'cuda:0': {error}") from None
     elif stored is not None:
         chosen = torch.device(stored)
     else:

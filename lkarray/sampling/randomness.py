@@ -20,6 +20,15 @@ MAX_STEPS = 1 << _STEP_BITS
 MAX_CHAINS = 1 << (32 - _STEP_BITS)
 
 
+def host_generator(seed: int, use: str) -> torch.Generator:
+    """Return a generator on the host, the same on every machine, of a seed of any size.
+
+    ``use`` tells apart what takes random numbers of one seed.
+    """
+    digest = hashlib.sha256(f"lkarray:{use}:{seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
 class ChainRandomness:
     """What one chain draws at each step.
 

@@ -44,7 +44,7 @@ def test_draws__have_the_covariance_of_the_law(step_size):
         posterior,
         data,
         sampler=lk.Laplace(step_size, rank=5),
-        draws=4000,
+        draws=1500,
         observables={"weights": weights},
     )
     got = tree["observables/weights"].values.reshape(-1, 3).astype(float)

@@ -130,6 +130,7 @@ def _of_runs(w: World) -> Iterator[Case]:
             "progress": False,
         },
         fast=False,
+        kept=("store",),  # whose errors name the place, as those of sample do
         also={"observed": ("coords",)},  # labels of another number of samples
     )
     few = {"chains": 1, "draws": 6, "progress": False}
