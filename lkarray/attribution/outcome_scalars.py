@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lkarray.nn import PerExampleLoss
-from lkarray.nn.losses import IGNORED, logits, token_ids
+from lkarray.nn.outcomes import BUILT_IN, next_token_log_odds
 
 OUTCOMES = ("log_odds", "loss", "residual")
 
@@ -25,67 +25,21 @@ def outcome_scalars(outcome: str, loss: PerExampleLoss) -> Callable[[Any, Any], 
     """
     if outcome == "loss":
         return loss.per_example
-    named = {
-        ("log_odds", "cross_entropy"): _class_log_odds,
-        ("log_odds", "next_token"): _token_log_odds,
-        ("log_odds", "next_token_mean"): _token_log_odds,
-        ("residual", "mse"): _residual,
-    }
-    if (outcome, loss.name) not in named:
-        has = [of for of, name in named if name == loss.name]
+    if outcome == "log_odds" and loss.name in ("next_token", "next_token_mean"):
+        return _mean_log_odds
+    known = BUILT_IN[outcome]
+    if loss.name not in known:
+        has = [name for name, of in BUILT_IN.items() if loss.name in of]
         raise ValueError(
             f"outcome {outcome!r} is not one of loss {loss.name!r}; pass outcome="
             f"{' or '.join(map(repr, [*has, 'loss']))}"
         )
-    return named[outcome, loss.name]
+    return known[loss.name].of_logits
 
 
-def _class_log_odds(output: Any, target: Tensor) -> Tensor:
-    """``logsumexp`` of the other classes' logits minus the target's: mean over what counts."""
-    if target.is_floating_point():
-        raise ValueError(
-            "log-odds need targets that are classes; for probabilities of classes, pass "
-            "outcome='loss'"
-        )
-    odds = _log_odds(logits(output).movedim(1, -1), target)
-    return _mean(odds, target != IGNORED)
-
-
-def _token_log_odds(output: Any, target: Any) -> Tensor:
-    wanted = token_ids(target)[:, 1:]
-    return _mean(_log_odds(logits(output)[:, :-1], wanted), wanted != IGNORED)
-
-
-def _log_odds(scores: Tensor, target: Tensor) -> Tensor:
-    """Return log-odds of logits ``(..., class)``: no difference of numbers that are nearly equal.
-
-    Where the loss is 1e-7 this is -16, and its gradient is of the same size as elsewhere.
-    """
-    if scores.shape[-1] < 2:
-        raise ValueError(
-            "log-odds need two classes or more, and the model has one logit; pass outcome='loss'"
-        )
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    index = target.clamp(min=0).unsqueeze(-1)
-    others = scores.scatter(-1, index, -torch.inf).logsumexp(-1)
-    return others - scores.gather(-1, index).squeeze(-1)
-
-
-def _mean(values: Tensor, counted: Tensor) -> Tensor:
-    if values.ndim == 1:
-        return torch.where(counted, values, torch.nan)
-    # Zeros by selection, not by a product: what does not count may be infinite.
-    kept = torch.where(counted, values, 0).flatten(1)
-    return kept.sum(1) / counted.flatten(1).sum(1)
-
-
-def _residual(output: Any, target: Tensor) -> Tensor:
-    output = logits(output)
-    residual = (output - target.reshape(output.shape)).flatten(1)
-    if residual.shape[1] != 1:
-        raise ValueError(
-            f"a residual is of one number, and the output has {residual.shape[1]}; pass "
-            "outcome='loss'"
-        )
-    alone: Tensor = residual[:, 0]
-    return alone
+def _mean_log_odds(output: Any, target: Any) -> Tensor:
+    """Return the mean of the log-odds of a sequence's tokens, without padding: ``(batch,)``."""
+    odds = next_token_log_odds(output, target)
+    counted = ~odds.isnan()
+    # Zeros by selection, not by a product: what does not count has no gradient.
+    return torch.where(counted, odds, 0).sum(1) / counted.sum(1)

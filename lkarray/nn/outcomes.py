@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lkarray.links import LINKS
 from lkarray.nn.losses import (
     IGNORED,
     NAMED,
@@ -31,14 +32,6 @@ from lkarray.nn.losses import (
 LOSS = "loss"
 
 Values = Callable[[np.ndarray], np.ndarray]
-
-
-def _softplus(values: np.ndarray) -> np.ndarray:
-    return np.asarray(np.logaddexp(0, values))
-
-
-#: Links by name.
-LINKS: dict[str, Values] = {"softplus": _softplus, "square": np.square}
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,7 @@ class Outcome:
     @property
     def link_function(self) -> Values:
         """The link as a function of NumPy arrays."""
-        return LINKS[self.link] if isinstance(self.link, str) else self.link[1]
+        return LINKS[self.link].function if isinstance(self.link, str) else self.link[1]
 
     @property
     def recorded(self) -> dict[str, str]:
