@@ -2,8 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Processes that tests run in, each with some threads of its own.
+# Processes that tests run in. OpenMP's threads of several wait for each other by spinning, which on
+# two busy cores takes most of the time: one each.
 JOBS ?= 2
+TESTING := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help demo test test-minutes test-services test-slow lint types format check bench clean
@@ -41,16 +43,16 @@ demo: $(VENV)/.installed
 	$(BIN)/lkarray run digits
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(TESTING) -n $(JOBS) --dist loadgroup
 
 test-minutes: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'minutes and not slow' -n $(JOBS) --dist loadgroup --timeout 900
+	$(TESTING) -m 'minutes and not slow' -n $(JOBS) --dist loadgroup --timeout 900
 
 test-services: test-minutes
-	$(BIN)/python -m pytest -m 'services and not slow' --timeout 900
+	$(TESTING) -m 'services and not slow' --timeout 900
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow --timeout 3600
+	$(TESTING) -m slow --timeout 3600
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

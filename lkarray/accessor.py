@@ -9,7 +9,7 @@ import xarray as xr
 from lkarray import kernels
 from lkarray.analysis import audits, gradients, losses
 from lkarray.results import Result
-from lkarray.schema import Losses, as_losses, contracted
+from lkarray.tensors import Losses, as_losses, contracted
 
 
 class LossMethods:

@@ -25,7 +25,8 @@ from lkarray.store.gradients import gradient_fingerprints, open_gradients
 from lkarray.store.layout import recorded
 from lkarray.store.location import StoreLike, sizes
 from lkarray.store.names import DERIVED
-from lkarray.store.reading import derived_groups, open_store
+from lkarray.store.reading import open_store
+from lkarray.store.results import derived_groups
 from lkarray.store.trajectory import open_trajectory, trace_fingerprint
 
 

@@ -10,7 +10,8 @@ from lkarray import schema
 from lkarray._version import __version__
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
-from lkarray.schema import POSTERIOR, losses_node
+from lkarray.schema import POSTERIOR
+from lkarray.tensors import losses_node
 
 OBSERVATION = "observation"
 

@@ -22,7 +22,8 @@ from lkarray.kernels.operands import (
     degrees_of_freedom,
     free_dim,
 )
-from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, contracted
+from lkarray.schema import CHAIN, DRAW, POSTERIOR
+from lkarray.tensors import Losses, as_losses, contracted
 
 #: What adds up products of kernels of each estimator: in passes over strips, or over tiles.
 _OF: dict[str, Any] = {"sample": Products, "gaussian": TileProducts}

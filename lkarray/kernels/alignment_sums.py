@@ -25,7 +25,7 @@ from lkarray.kernels.operands import (
     free_dim,
     kernel_divisor,
 )
-from lkarray.schema import contracted
+from lkarray.tensors import contracted
 from lkarray.values import one_of
 
 Pair = tuple[int, int]

@@ -9,15 +9,8 @@ import xarray as xr
 from lkarray.engine import Series
 from lkarray.errors import SchemaError
 from lkarray.links import LINKS, Link, as_link
-from lkarray.schema import (
-    LOG_ODDS,
-    LOSS,
-    POSTERIOR,
-    RESIDUAL,
-    Losses,
-    as_losses,
-    losses_node,
-)
+from lkarray.schema import LOG_ODDS, LOSS, POSTERIOR, RESIDUAL
+from lkarray.tensors import Losses, as_losses, losses_node
 from lkarray.values import one_of
 
 ESTIMATORS = ("sample", "gaussian")
@@ -36,19 +29,19 @@ def estimated(
     Parameters
     ----------
     losses
-        As for `lkarray.schema.as_losses`.
+        As for `lkarray.tensors.as_losses`.
     estimator
         ``"sample"`` takes losses themselves (no link). ``"gaussian"`` takes their outcome: beside
         ``loss`` in a Dataset or node, or a DataArray with the attribute ``link``.
     name, extra
-        As for `lkarray.schema.as_losses`.
+        As for `lkarray.tensors.as_losses`.
 
     Raises
     ------
     ValueError
         The estimator is unknown.
     SchemaError
-        There is no outcome, or its link is unknown; or as `lkarray.schema.as_losses` says.
+        There is no outcome, or its link is unknown; or as `lkarray.tensors.as_losses` says.
     """
     one_of("estimator", estimator, ESTIMATORS)
     if estimator == "sample":

@@ -29,7 +29,8 @@ from lkarray.kernels.estimators import described
 from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.operands import estimated_operand
 from lkarray.labels import coded, one_each
-from lkarray.schema import RESERVED, Losses, contracted, second
+from lkarray.schema import RESERVED, second
+from lkarray.tensors import Losses, contracted
 
 Labelled = TypeVar("Labelled", xr.DataArray, xr.Dataset)
 

@@ -14,7 +14,8 @@ from lkarray.engine.histograms import HISTOGRAM_BYTES, Bins, histogram_array
 from lkarray.kernels.estimators import described
 from lkarray.kernels.groups import group_codes
 from lkarray.kernels.operands import estimated_operand
-from lkarray.schema import Losses, contracted, second
+from lkarray.schema import second
+from lkarray.tensors import Losses, contracted
 
 
 @checked(bins=REPEATS)

@@ -19,7 +19,8 @@ from lkarray.kernels.groups import with_labels
 from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.operands import PRECISIONS, estimated_operand
 from lkarray.labels import coded, require_unique
-from lkarray.schema import CONSTANT, POSTERIOR, RANK, Losses, contracted
+from lkarray.schema import CONSTANT, POSTERIOR, RANK
+from lkarray.tensors import Losses, contracted
 from lkarray.values import one_of
 
 #: Says which pairs not to count, from the coordinates of both sides (arrays that broadcast).

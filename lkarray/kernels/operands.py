@@ -13,16 +13,8 @@ from lkarray.engine import Operand, Series
 from lkarray.errors import SchemaError
 from lkarray.kernels.estimators import estimated, refuse_by_draw
 from lkarray.results import as_array
-from lkarray.schema import (
-    CHAIN,
-    DRAW,
-    FEATURE,
-    GRADIENT,
-    LOSS,
-    POSTERIOR,
-    Losses,
-    contracted,
-)
+from lkarray.schema import CHAIN, DRAW, FEATURE, GRADIENT, LOSS, POSTERIOR
+from lkarray.tensors import Losses, contracted
 from lkarray.values import one_of
 
 CENTERS = ("pooled", "chain", "draw")

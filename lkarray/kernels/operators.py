@@ -10,7 +10,7 @@ from lkarray.arguments import checked
 from lkarray.engine.passes import Passes, apply_step, project_step, times_step
 from lkarray.engine.strips import Strips, make_strips
 from lkarray.kernels.operands import kernel_operand
-from lkarray.schema import Losses
+from lkarray.tensors import Losses
 from lkarray.waiting import compute
 
 if TYPE_CHECKING:

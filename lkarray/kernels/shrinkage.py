@@ -12,7 +12,7 @@ from lkarray.arguments import checked
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
 from lkarray.kernels.operands import kernel_operand
-from lkarray.schema import Losses, as_losses
+from lkarray.tensors import Losses, as_losses
 
 
 @checked()

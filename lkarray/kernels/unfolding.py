@@ -14,17 +14,8 @@ import xarray as xr
 
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
-from lkarray.schema import (
-    GRADIENT,
-    GRADIENTS,
-    MODULE,
-    PARAM,
-    START,
-    STOP,
-    TENSOR,
-    Losses,
-    as_gradients,
-)
+from lkarray.schema import GRADIENT, GRADIENTS, MODULE, PARAM, START, STOP, TENSOR
+from lkarray.tensors import Losses, as_gradients
 
 _CHUNK = 128 << 20  # bytes of a merged chunk, at most
 

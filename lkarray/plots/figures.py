@@ -19,7 +19,8 @@ from lkarray.errors import SchemaError
 from lkarray.kernels.kinds import verdict_text
 from lkarray.labels import items, require_unique, squared
 from lkarray.results import Result, as_array, as_dataset
-from lkarray.schema import CENTER_LOSS, COMPONENT, RANK, Losses, losses_node
+from lkarray.schema import CENTER_LOSS, COMPONENT, RANK
+from lkarray.tensors import Losses, losses_node
 from lkarray.waiting import computed
 
 _MARK = "#111111"

@@ -351,11 +351,6 @@ def _open_result(root: zarr.Group, path: str) -> xr.Dataset:
     return ds
 
 
-def derived_groups(root: zarr.Group) -> list[str]:
-    """Return the paths of the finished results in the store."""
-    return [path for path, problem in results(root) if problem is None]
-
-
 def _rectangle(root: zarr.Group, limit: int | None) -> tuple[list[int], int, list[str]]:
     """Return the chains and draws that every usable chain has, and what that hides."""
     flags = stored(root, schema.SAMPLE_STATS, schema.DIVERGED)

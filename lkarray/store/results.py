@@ -38,6 +38,11 @@ def results(root: zarr.Group) -> list[Result]:
     return finished
 
 
+def derived_groups(root: zarr.Group) -> list[str]:
+    """Return the paths of the finished results in the store."""
+    return [path for path, problem in results(root) if problem is None]
+
+
 def saved_elsewhere(root: zarr.Group) -> list[Result]:
     """Return the kernels that were saved in other groups, which `lkarray.open` does not show."""
     kernels: list[Result] = []

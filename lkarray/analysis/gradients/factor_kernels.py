@@ -17,7 +17,8 @@ import xarray as xr
 
 from lkarray.errors import SchemaError
 from lkarray.kernels.gram import gram
-from lkarray.schema import EXAMPLE, FACTOR, PART, TENSOR, TIME, Losses, second
+from lkarray.schema import EXAMPLE, FACTOR, PART, TENSOR, TIME, second
+from lkarray.tensors import Losses
 
 _ELEMENT = FACTOR.dims[-1]
 _MADE = ("device", "precision")  # attributes that say where and how products were made

@@ -14,15 +14,8 @@ from lkarray.kernels.gram import gram
 from lkarray.kernels.kinds import require_kernel
 from lkarray.kernels.operands import check_shared, free_dim
 from lkarray.results import as_array
-from lkarray.schema import (
-    EXAMPLE,
-    FACTOR,
-    GRADIENTS,
-    PARAM,
-    TIME,
-    Losses,
-    as_gradients,
-)
+from lkarray.schema import EXAMPLE, FACTOR, GRADIENTS, PARAM, TIME
+from lkarray.tensors import Losses, as_gradients
 from lkarray.values import require_real
 
 

@@ -14,7 +14,8 @@ from lkarray.arguments import checked
 from lkarray.engine.running import RUNNING_BYTES, running_array
 from lkarray.kernels.coords import kernel_coords
 from lkarray.kernels.operands import check_shared, free_dim
-from lkarray.schema import EXAMPLE, PARAM, TIME, Losses, as_gradients, second
+from lkarray.schema import EXAMPLE, PARAM, TIME, second
+from lkarray.tensors import Losses, as_gradients
 from lkarray.values import one_of
 
 

@@ -19,7 +19,8 @@ from lkarray.kernels.spectra import svd
 from lkarray.kernels.unfolding import merge
 from lkarray.labels import in_order, squared
 from lkarray.results import Result, as_array, opened
-from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
+from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, second
+from lkarray.tensors import Losses, as_gradients
 from lkarray.values import require_real
 
 _ROWS = "lkarray_rows"  # times and examples, merged

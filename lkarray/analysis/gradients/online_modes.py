@@ -13,7 +13,8 @@ from lkarray.arguments import COUNT, NATURAL, POSITIVE, checked
 from lkarray.engine import Operand
 from lkarray.errors import SchemaError
 from lkarray.kernels.coords import sample_coords
-from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients
+from lkarray.schema import EXAMPLE, MODE, PARAM, TIME
+from lkarray.tensors import Losses, as_gradients
 
 
 class OjaModes:

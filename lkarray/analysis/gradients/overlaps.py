@@ -16,7 +16,8 @@ from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.operands import free_dim, nan_for_infinite
 from lkarray.kernels.spectra import svd
 from lkarray.results import Result, as_array
-from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, Losses, as_gradients, second
+from lkarray.schema import EXAMPLE, MODE, PARAM, TIME, second
+from lkarray.tensors import Losses, as_gradients
 
 
 @checked()

@@ -8,11 +8,7 @@ import numpy as np
 import xarray as xr
 
 from lkarray.errors import SchemaError
-from lkarray.schema import (
-    LEARNING_RATE,
-    PARAM,
-    TIME,
-)
+from lkarray.schema import LEARNING_RATE, PARAM, TIME
 from lkarray.values import one_of
 
 #: Powers of the learning rate inside a sum over time: none, one, two.

@@ -13,7 +13,8 @@ from lkarray.kernels.gram import gram
 from lkarray.kernels.kinds import INFLUENCE_OPERATOR
 from lkarray.kernels.operands import check_shared
 from lkarray.kernels.unfolding import merge
-from lkarray.schema import EXAMPLE, OUTPUT, PARAM, TIME, Losses, as_gradients, second
+from lkarray.schema import EXAMPLE, OUTPUT, PARAM, TIME, second
+from lkarray.tensors import Losses, as_gradients
 
 _COLUMNS = "lkarray_columns"  # examples and outputs, merged
 

@@ -14,7 +14,8 @@ from lkarray.analysis.hierarchy.intervals import interval, jackknife, ratio, res
 from lkarray.analysis.hierarchy.taxonomy import Taxonomy, require_taxonomy
 from lkarray.arguments import NATURAL, SHARE, Limits, checked
 from lkarray.kernels.groups import group_mean, with_labels
-from lkarray.schema import CHAIN, Losses, as_losses, contracted, second
+from lkarray.schema import CHAIN, second
+from lkarray.tensors import Losses, as_losses, contracted
 from lkarray.values import several
 from lkarray.waiting import workers_awaited
 

@@ -26,7 +26,8 @@ from lkarray.kernels.groups import with_labels
 from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.neighbors import neighbors as find_neighbors
 from lkarray.labels import coded
-from lkarray.schema import CHAIN, Losses, contracted
+from lkarray.schema import CHAIN
+from lkarray.tensors import Losses, contracted
 from lkarray.values import one_of
 from lkarray.waiting import workers_awaited
 

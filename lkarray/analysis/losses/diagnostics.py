@@ -22,7 +22,8 @@ from lkarray.errors import DivergedError, SchemaError
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.estimators import find_outcome
 from lkarray.kernels.operands import free_dim
-from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses, losses_node
+from lkarray.schema import CHAIN, DRAW, POSTERIOR
+from lkarray.tensors import Losses, as_losses, losses_node
 from lkarray.waiting import workers_awaited
 
 _LEADING = (schema.CHECKPOINT, schema.COMPONENT)

@@ -12,7 +12,8 @@ from lkarray.analysis.losses.diagnostics import diagnostics
 from lkarray.analysis.losses.reliability import reliability
 from lkarray.arguments import COUNT, NATURAL, checked
 from lkarray.kernels.kinds import JUDGED
-from lkarray.schema import CHAIN, DRAW, Losses, as_losses, losses_node
+from lkarray.schema import CHAIN, DRAW
+from lkarray.tensors import Losses, as_losses, losses_node
 from lkarray.waiting import computed, workers_awaited
 
 

@@ -15,7 +15,8 @@ from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.operands import CENTERS, centring, free_dim
 from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
 from lkarray.links import Link, as_link, identity
-from lkarray.schema import POSTERIOR, STACKED, Losses, as_losses, contracted
+from lkarray.schema import POSTERIOR, STACKED
+from lkarray.tensors import Losses, as_losses, as_observable, contracted
 from lkarray.values import one_of
 
 
@@ -315,7 +316,7 @@ def _asked(query: Losses, estimator: str) -> tuple[xr.DataArray, Link | None]:
     outcome = find_outcome(query) if estimator == "gaussian" else None
     if outcome is not None:
         return outcome, as_link(outcome.attrs["link"], what=f"query: variable {outcome.name!r}")
-    asked = schema.as_observable(query, name="query")
+    asked = as_observable(query, name="query")
     if estimator != "gaussian":
         return asked, None
     if asked.name == schema.LOSS.name:  # a loss is what is not Gaussian

@@ -10,16 +10,8 @@ from lkarray.arguments import checked
 from lkarray.engine.jackknife import Blocks, jackknife_array, jackknife_bytes
 from lkarray.kernels.coords import kernel_coords
 from lkarray.kernels.operands import check_shared, free_dim
-from lkarray.schema import (
-    CHAIN,
-    DRAW,
-    POSTERIOR,
-    Losses,
-    as_losses,
-    product_units,
-    second,
-    units_of,
-)
+from lkarray.schema import CHAIN, DRAW, POSTERIOR, product_units, second, units_of
+from lkarray.tensors import Losses, as_losses
 
 _ONE_CHAIN = 10  # blocks that a lone chain is cut into
 

@@ -9,7 +9,8 @@ from lkarray import schema
 from lkarray.analysis.losses.summaries import attributes
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
-from lkarray.schema import CHECKPOINT, COMPONENT, POSTERIOR, TOKEN, Losses, as_losses
+from lkarray.schema import CHECKPOINT, COMPONENT, POSTERIOR, TOKEN
+from lkarray.tensors import Losses, as_losses, losses_node
 
 #: Losses that are the softplus of log-odds; of these, the ones that resolve less than `_SMALL`.
 _KINDS = ("cross_entropy", "next_token", "binary_cross_entropy")
@@ -88,7 +89,7 @@ def _stored(losses: Losses) -> xr.DataArray | None:
     """Return the log-odds that lie beside losses, if they do."""
     if isinstance(losses, xr.DataArray):
         return None
-    node = schema.losses_node(losses) if isinstance(losses, xr.DataTree) else losses
+    node = losses_node(losses) if isinstance(losses, xr.DataTree) else losses
     return node.data_vars.get(schema.LOG_ODDS.name)
 
 

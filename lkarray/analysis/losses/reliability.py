@@ -18,7 +18,8 @@ from lkarray.engine.passes import Passes, gram_step
 from lkarray.engine.strips import make_strips
 from lkarray.engine.tasks import Key
 from lkarray.kernels.operands import CENTERS, degrees_of_freedom, free_dim
-from lkarray.schema import CHAIN, DRAW, POSTERIOR, Losses, as_losses
+from lkarray.schema import CHAIN, DRAW, POSTERIOR
+from lkarray.tensors import Losses, as_losses
 from lkarray.values import one_of
 from lkarray.waiting import computed, workers_awaited
 

@@ -13,7 +13,8 @@ import xarray as xr
 from lkarray.arguments import checked
 from lkarray.kernels.groups import group_codes
 from lkarray.kernels.operands import free_dim
-from lkarray.schema import POSTERIOR, Losses, as_losses
+from lkarray.schema import POSTERIOR
+from lkarray.tensors import Losses, as_losses
 
 _VALUES = 2**24  # of losses in memory at a time
 

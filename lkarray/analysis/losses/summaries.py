@@ -12,16 +12,8 @@ import xarray as xr
 from lkarray import schema
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
-from lkarray.schema import (
-    CHAIN,
-    DRAW,
-    POSTERIOR,
-    STACKED,
-    TOKEN,
-    Losses,
-    as_losses,
-    losses_node,
-)
+from lkarray.schema import CHAIN, DRAW, POSTERIOR, STACKED, TOKEN
+from lkarray.tensors import Losses, as_losses, losses_node
 from lkarray.values import number, require_real
 
 _BLOCK = "block"
