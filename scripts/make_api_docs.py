@@ -22,9 +22,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 
 #: Every name of ``lkarray.__all__`` once, by what it is for; and, with a dot, what they return.
 _NAMES = {
-    "Sampling": """LocalPosterior sample observe suggest SGLD RMSpropSGLD SGHMC Laplace laplace
-        schedules preset PRESETS diagnostics""",
-    "Losses": "loss_gain loss_variance llc singular_fluctuation mcse residualize",
+    "Sampling": """LocalPosterior sample observe Outcome suggest SGLD RMSpropSGLD SGHMC Laplace
+        laplace schedules preset PRESETS diagnostics""",
+    "Losses": """loss_gain loss_variance llc singular_fluctuation mcse residualize log_odds
+        reliability at_equal_reliability judge""",
     "Kernels": """correlation covariance influence gram neighbors plan planning.KernelPlan save
         group_mean histogram frobenius linear_operator ledoit_wolf cka cka_curve svd eigh
         participation_ratio energy_rank embed similarity_by_distance""",
@@ -102,7 +103,8 @@ def shown(name: str) -> str:
 
 def anchor(name: str) -> str:
     """Return the anchor of a name on the page."""
-    return f"lk-{shown(name).lower().strip('_')}"
+    taken = shown(name) == "Laplace"  # the function has the name in small letters
+    return f"lk-{shown(name).lower().strip('_')}{'-draws' * taken}"
 
 
 def entry(name: str, value: Any) -> str:

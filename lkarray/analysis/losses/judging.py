@@ -63,8 +63,8 @@ def judge(
     >>> rng = np.random.default_rng(0)
     >>> signal = rng.normal(size=(4, 100, 3)) @ rng.normal(size=(3, 20))
     >>> losses = lk.judge(xr.DataArray(signal, dims=("chain", "draw", "sample")))
-    >>> round(lk.neighbors(losses, 3).attrs["reliability"], 2)
-    0.99
+    >>> lk.neighbors(losses, 3).attrs["reliability"] > 0.95
+    True
     """
     x = as_losses(tree, name="tree")
     report = diagnostics(tree, memory=memory)

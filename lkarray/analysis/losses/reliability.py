@@ -94,8 +94,8 @@ def reliability(
     >>> rng = np.random.default_rng(0)
     >>> signal = rng.normal(size=(4, 100, 3)) @ rng.normal(size=(3, 20))
     >>> losses = xr.DataArray(signal, dims=("chain", "draw", "sample"))
-    >>> round(float(lk.reliability(losses)), 2)
-    0.99
+    >>> bool(lk.reliability(losses) > 0.95)
+    True
     """
     x = as_losses(losses)
     rows = free_dim(x, "losses", POSTERIOR, ())
@@ -308,7 +308,7 @@ def at_equal_reliability(
     ... }
     >>> near = lambda x: lk.neighbors(x, 1)["similarity"].mean()
     >>> fair = lk.at_equal_reliability(kernels, near)
-    >>> fair["share"].values[1], bool(fair["share"][0] < 0.5)
+    >>> float(fair["share"][1]), bool(fair["share"][0] < 0.5)
     (1.0, True)
     """
     if not isinstance(losses, Mapping) or not losses:

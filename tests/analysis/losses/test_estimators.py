@@ -248,9 +248,14 @@ def test_alignment__is_that_of_the_kernels(rng, normalize):
     assert float(lk.cka(x, y, **options)) == pytest.approx(expected, abs=1e-5)
     expected = hsic(k, other) / np.sqrt(hsic(k, k) * hsic(other, other))
     assert float(lk.cka(x, y, debiased="samples", **options)) == pytest.approx(expected, abs=1e-5)
-    halves = [x[::2], x[1::2], y[::2], y[1::2]]
-    a, b, c, d = (centred(k) for k in of(*halves))
-    expected = ((a * d).sum() + (b * c).sum()) / 2 / np.sqrt((a * b).sum() * (c * d).sum())
+    # Of each chain about its own mean; products of different chains only.
+    ours, theirs = ([centred(k) for k in of(*(z[[c]] for c in range(len(z))))] for z in (x, y))
+
+    def mean(first, second):
+        pairs = [(i, j) for i in range(len(first)) for j in range(len(second)) if i != j]
+        return np.mean([(first[i] * second[j]).sum() for i, j in pairs])
+
+    expected = mean(ours, theirs) / np.sqrt(mean(ours, ours) * mean(theirs, theirs))
     assert float(lk.cka(x, y, debiased="draws", **options)) == pytest.approx(expected, abs=1e-5)
     assert float(lk.cka(x, x, **options)) == pytest.approx(1)
     constant = xr.zeros_like(x)
