@@ -10,7 +10,7 @@ from scipy.io import savemat
 import lkarray as lk
 from lkarray_workflows.shared import adversarial_modes
 from lkarray_workflows.shared.adversarial_cure import CURES
-from lkarray_workflows.shared.adversarial_report import claims, pooled
+from lkarray_workflows.shared.adversarial_report import claims
 from lkarray_workflows.shared.attacks import KINDS
 from lkarray_workflows.studies import adversarial, adversarial_training, svhn
 from tests.helpers.studies import check_report
@@ -75,13 +75,12 @@ def test_claims__need_every_network():
     assert gap["differences"] == [0.2, -0.1]
 
 
-def test_pooled__is_wilsons_interval():
-    """Of 28 of 32: against the formula (Wilson 1927)."""
-    p, n, z = 28 / 32, 32, 1.959964
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    expected = f"; together 87.5% [{middle - half:.1%}, {middle + half:.1%}]"
-    assert pooled([(0.75, 16), (1.0, 16)]) == expected
+def test_over_networks__is_students_interval():
+    """Against the table's quantile: 4.303 at two degrees of freedom (Student 1908)."""
+    shares = [0.85, 0.9, 0.95]
+    half = 4.303 * 0.05 / np.sqrt(3)
+    assert over_networks(shares) == f"; mean 90.0% [{0.9 - half:.1%}, {min(0.9 + half, 1):.1%}]"
+    assert over_networks(shares[:1]) == ""
 
 
 def test_with_drive__is_of_the_whole_training_set(rng):

@@ -106,12 +106,7 @@ def correction_rows(networks: Sequence[dict[str, Any]]) -> list[Row]:
             (
                 f"Right: {kind}",
                 listed([network["cure"]["accuracy"][kind] for network in networks], "{:.1%}")
-                + pooled(
-                    [
-                        (network["cure"]["accuracy"][kind], network["cure"]["pairs"])
-                        for network in networks
-                    ]
-                ),
+                + over_networks([network["cure"]["accuracy"][kind] for network in networks]),
                 f"paper: {TABLE_2[kind]}" if kind in TABLE_2 else "control",
             )
             for kind in first["cure"]["accuracy"]
@@ -277,11 +272,15 @@ def mode_rows(networks: Sequence[dict[str, Any]]) -> list[Row]:
     ]
 
 
-def pooled(shares: Sequence[tuple[float, int]]) -> str:
-    """Return the share of the images of all networks, and its 95% interval (Wilson's)."""
-    from scipy.stats import binomtest
+def over_networks(shares: Sequence[float]) -> str:
+    """Return the mean share of the networks and its 95% interval over them (Student's t).
 
-    total = sum(count for _, count in shares)
-    right = sum(share * count for share, count in shares)
-    interval = binomtest(round(right), total).proportion_ci(method="wilson")
-    return f"; together {right / total:.1%} [{interval.low:.1%}, {interval.high:.1%}]"
+    Networks differ by more than their images do, so images of all of them are not counted together.
+    """
+    from scipy.stats import t
+
+    mean, count = float(np.mean(shares)), len(shares)
+    if count < 2:
+        return ""
+    half = float(t.ppf(0.975, count - 1) * np.std(shares, ddof=1) / np.sqrt(count))
+    return f"; mean {mean:.1%} [{max(mean - half, 0):.1%}, {min(mean + half, 1):.1%}]"

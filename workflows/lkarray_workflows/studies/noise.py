@@ -291,6 +291,27 @@ def least(points: list[dict[str, float]], what: str) -> float | None:
     return None
 
 
+def same_label(kernel: np.ndarray, labels: np.ndarray, k: int = 10) -> float:
+    """Return the share of the k most correlated inputs that have an input's own label."""
+    values = np.array(kernel, dtype=float)
+    np.fill_diagonal(values, -np.inf)
+    near = np.argpartition(-values, k, axis=1)[:, :k]
+    return float((labels[near] == labels[:, None]).mean())
+
+
+def shares(losses: xr.Dataset, gradients: np.ndarray) -> dict[str, float]:
+    """Return `same_label` by few draws, by all, by outcomes taken as Gaussian, by gradients."""
+    labels = losses["label"].values
+    few = some(losses, 80)
+    kernels = {
+        f"{few.sizes['chain'] * few.sizes['draw']} draws": lk.correlation(few["loss"]),
+        "all draws": lk.correlation(losses["loss"]),
+        "all draws, Gaussian estimate": lk.correlation(losses, estimator="gaussian"),
+        "gradients at w*": gradients,
+    }
+    return {name: same_label(np.asarray(kernel), labels) for name, kernel in kernels.items()}
+
+
 def kernel_numbers(study: Study, gamma: float) -> dict[str, Any]:
     """Return the curves of all estimates at one localization strength."""
     folder = f"gamma-{gamma:g}"
@@ -315,8 +336,10 @@ def kernel_numbers(study: Study, gamma: float) -> dict[str, Any]:
         name: float(np.median(excess(losses[name].stack(s=("chain", "draw")).values)))
         for name in ("loss", "log_odds")
     }
+    at_center = study.load(f"{folder}/gradients-0.npz")["kernel"]
     return {
         "gamma": gamma,
+        "same_label": shares(losses, at_center),
         "reference_draws": kept.sizes["chain"] * kept.sizes["draw"],
         "reference_reliability": ceiling**2,
         "kurtosis": kurtosis,
@@ -356,6 +379,13 @@ def rows_of(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
 
     rows = []
     for kernel in metrics["kernels"]:
+        rows.append(
+            (
+                f"gamma {kernel['gamma']:g}: the 10 nearest that have the same label",
+                ", ".join(f"{name} {value:.2f}" for name, value in kernel["same_label"].items()),
+                "",
+            )
+        )
         for name, points in kernel["curves"].items():
             rows.append(
                 (
