@@ -10,7 +10,7 @@ from scipy.io import savemat
 import lkarray as lk
 from lkarray_workflows.shared import adversarial_modes
 from lkarray_workflows.shared.adversarial_cure import CURES
-from lkarray_workflows.shared.adversarial_report import claims
+from lkarray_workflows.shared.adversarial_report import claims, over_networks
 from lkarray_workflows.shared.attacks import KINDS
 from lkarray_workflows.studies import adversarial, adversarial_training, svhn
 from tests.helpers.studies import check_report
