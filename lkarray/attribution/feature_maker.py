@@ -8,13 +8,17 @@ from torch import Tensor
 
 from lkarray.errors import MemoryBudgetError, NonFiniteError
 from lkarray.nn import Batches, FlatModel
+from lkarray.nn.batches import Inputs
 from lkarray.nn.gradients import ExampleGradients
+from lkarray.nn.modes import gradients_on
 from lkarray.nn.reference import Scalars
 from lkarray.sampling.laplace_law import LaplaceLaw
 from lkarray.sampling.randomness import ChainRandomness, host_generator
 
-#: Examples whose gradients are taken at once, at most.
-_BATCH = 64
+#: Examples whose gradients are taken at once, at most; one by one of networks with more parameters
+#: than this, whose activations and gradients leave the processor's caches (measured on
+#: EfficientNet-Lite0 at 224 pixels, `benchmarks/example_gradients.py`).
+_BATCH, _ALONE = 64, 1_000_000
 #: Gradients of a batch that are held: layers' factors, the gradients, their signed copies.
 _COPIES = 4
 
@@ -74,8 +78,11 @@ class FeatureMaker:
         self.flat, self.data, self.law, self.sketch = flat, data, law, sketch
         self.batch = batch
         self.center = flat.theta[0].clone()
-        probe = data.take(np.arange(2) % data.n)
-        self.gradients = ExampleGradients(flat, scalars, probe)
+        self._scalars = scalars
+        self._gradients = self._one_by_one
+        if batch > 1:
+            probe = data.take(np.arange(2) % data.n)
+            self._gradients = ExampleGradients(flat, scalars, probe).gradients
         self._random = ChainRandomness(seed, 0, n=1, batch_size=None, like=self.center)
         vectors = law.curvature.vectors
         # The sketch is linear: that of a whitened gradient needs those of the eigenvectors alone.
@@ -112,9 +119,18 @@ class FeatureMaker:
         parts = []
         for start in range(rows.start, rows.stop, self.batch):
             index = np.arange(start, min(start + self.batch, rows.stop))
-            gradients = self.gradients.gradients(*self.data.take(index))
+            gradients = self._gradients(*self.data.take(index))
             parts.append(self._whitened(self._finite(gradients, index)))
         return torch.cat(parts).cpu().numpy()
+
+    def _one_by_one(self, inputs: Inputs, target: Inputs) -> Tensor:
+        """Return the gradient of a batch of one, ``(1, param)``: one forward and backward pass."""
+        flat = self.flat
+        flat.grad.zero_()
+        with gradients_on():
+            number = self._scalars(flat(inputs), target)
+            torch.autograd.backward(number, torch.ones_like(number))
+        return flat.grad.clone()
 
     def _finite(self, gradients: Tensor, index: np.ndarray) -> Tensor:
         # A sum is finite only if all of it is: one number to look at for each gradient.
@@ -158,4 +174,4 @@ def gradient_batch(flat: FlatModel, budget: int) -> int:
             f"the gradient of one sample takes {each / 2**20:.0f} MiB with its copies; set memory= "
             f"to {2 * each / 2**20 + 1:.0f} MiB or more, or let fewer parameters move (trainable=)"
         )
-    return min(_BATCH, fit)
+    return 1 if flat.theta.shape[1] > _ALONE else min(_BATCH, fit)

@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 from zarr.storage import MemoryStore
 
 import lkarray as lk
+from lkarray.attribution import feature_maker
 from lkarray.attribution.feature_maker import FeatureMaker, Sketch
 from lkarray.nn.gradients import ExampleGradients
 from tests.helpers.networks import classification, small_network
@@ -146,6 +147,15 @@ def test_sketch__is_not_made_where_features_fit_or_are_smaller():
     for other in (larger, fitting):
         assert other.attrs["sketch"] == "none"
         np.testing.assert_allclose(other["feature"], whole["feature"], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients__one_by_one_are_those_of_batches(monkeypatch):
+    posterior, data = classifier()
+    together = lk.laplace(posterior, data, rank=5, **QUIET)
+    monkeypatch.setattr(feature_maker, "_ALONE", 0)  # as of a large network
+    monkeypatch.setattr(ExampleGradients, "gradients", None)
+    alone = lk.laplace(posterior, data, rank=5, **QUIET)
+    np.testing.assert_allclose(alone["feature"], together["feature"], rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture
