@@ -245,7 +245,7 @@ def test_plan__says_what_will_happen(losses):
     assert plan.budget == 40 << 10
     for word in ("tiles", "operations in float32", "peak", "read at most"):
         assert word in str(plan)
-    assert lk.plan(lk.neighbors(losses, 3)).bytes_written == 256 * 3 * 12
+    assert lk.plan(lk.neighbors(losses, 3)).bytes_written == 256 * (3 * 12 + 1)
     assert lk.plan(kernel.isel(sample=3)).tiles == plan.tiles
     with pytest.raises(ValueError, match="lazy kernel"):
         lk.plan(kernel.compute())

@@ -156,7 +156,9 @@ def test_sample__a_store_deleted_meanwhile_is_told_truly(tmp_path, monkeypatch, 
         def forward(self, x):
             Deleting.seen += 1
             if Deleting.seen == 80:
-                shutil.rmtree(path / what, ignore_errors=True)
+                # In one move: a folder that is written to at that moment cannot be emptied.
+                gone = (path / what).rename(tmp_path / "gone")
+                shutil.rmtree(gone)
             return self.inner(x)
 
     posterior = lk.LocalPosterior(Deleting(), data, nbeta=10.0, gamma=50.0)
