@@ -16,7 +16,9 @@ def same_numbers(monkeypatch):
 
 
 def test_numbers__are_those_of_0_1_0(tmp_path, same_numbers):
-    """Of a store, kernels, an audit and lift, as 0.1.0 gave them; intervals of lift since they are t.
+    """Of a store, kernels, an audit and lift, as 0.1.0 gave them.
+
+    Intervals of lift are those of Student's t, and CKA without noise is over all pairs of chains.
 
     The last bits of sums depend on the processor, so that the script alone asks for all bits.
     """
