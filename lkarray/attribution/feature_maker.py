@@ -16,8 +16,7 @@ from lkarray.sampling.laplace_law import LaplaceLaw
 from lkarray.sampling.randomness import ChainRandomness, host_generator
 
 #: Examples whose gradients are taken at once, at most; one by one of networks with more parameters
-#: than this, whose activations and gradients leave the processor's caches (measured on
-#: EfficientNet-Lite0 at 224 pixels, `benchmarks/example_gradients.py`).
+#: than this, whose activations and gradients leave the processor's caches.
 _BATCH, _ALONE = 64, 1_000_000
 #: Gradients of a batch that are held: layers' factors, the gradients, their signed copies.
 _COPIES = 4

@@ -9,24 +9,13 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
-from lkarray.engine import Operand
 from lkarray.engine.blocks import fetched, like, squares, sums
 from lkarray.engine.devices import Device, made_on
 from lkarray.engine.numbers import matmul
 from lkarray.engine.passes import Passes
 from lkarray.engine.strips import make_strips
 from lkarray.engine.tasks import Key
-from lkarray.errors import SchemaError
-from lkarray.kernels.operands import (
-    CENTERS,
-    NORMALIZERS,
-    centring,
-    check_shared,
-    free_dim,
-    kernel_divisor,
-)
-from lkarray.tensors import contracted
-from lkarray.values import one_of
+from lkarray.kernels.operands import shared_operands
 
 Pair = tuple[int, int]
 
@@ -42,21 +31,10 @@ class Products:
         memory: int | str | None,
         device: Device | None = None,
     ) -> None:
-        one_of("center", center, CENTERS)
-        one_of("normalize", normalize, NORMALIZERS)
         self.memory, self.device = memory, device
-        first = tensors[0]
-        rows = free_dim(first, "a", contracted(first), ())
-        self.operands, self.scale = [], []
-        for x in tensors:
-            over = contracted(x)
-            if free_dim(x, "b", over, ()) != rows:
-                raise SchemaError(f"a and b must share {rows!r}; b has dims {x.dims}")
-            check_shared(first, x, (rows,))
-            degrees = kernel_divisor(x, center)
-            options: dict[str, Any] = {"over": over, "each": (), "center": centring(x, center)}
-            self.operands.append(Operand(x, rows=rows, cosine=normalize == "cosine", **options))
-            self.scale.append(1 / degrees if normalize == "count" else 1.0)
+        made = shared_operands(tensors, center, normalize, "sample")
+        self.operands = [operand for _, operand, *_ in made]
+        self.scale = [scale for _, _, scale, _ in made]
 
     @property
     def made_on(self) -> dict[str, str]:

@@ -13,9 +13,7 @@ from lkarray.engine import SERIES_BYTES, Contraction, make_plan, table_bytes
 from lkarray.engine.devices import Device, made_on
 from lkarray.engine.tasks import Tasks
 from lkarray.engine.tile_sums import KernelSums, added_bytes, tile_moments
-from lkarray.errors import SchemaError
-from lkarray.kernels.operands import NORMALIZERS, check_shared, estimated_operand
-from lkarray.values import one_of
+from lkarray.kernels.operands import shared_operands
 
 Pair = tuple[int, int]
 
@@ -31,18 +29,9 @@ class TileProducts:
         memory: int | str | None,
         device: Device | None = None,
     ) -> None:
-        one_of("normalize", normalize, NORMALIZERS)
-        kernel = "correlation" if normalize == "cosine" else "covariance"
         self.device = device
-        made = [
-            estimated_operand(x, kernel, center, "gaussian", name="b" if i else "a")
-            for i, x in enumerate(tensors)
-        ]
+        made = shared_operands(tensors, center, normalize, "gaussian")
         first = made[0][1]
-        for x, operand, _, _ in made:
-            if operand.rows != first.rows:
-                raise SchemaError(f"a and b must share {first.rows!r}; b has dims {x.dims}")
-            check_shared(made[0][0], x, (first.rows,), names=("a", "b"))
         # All tiles of one place are held at once, and the sums over them.
         length = 2 * len(made) * (first.n + len(made))
         held = sum(table_bytes(operand) for _, operand, _, _ in made) + added_bytes(length)

@@ -168,11 +168,11 @@ def neighbors(
         "center": operand.center or "none",
     } | verdict_of(x)
     if crossfit:
-        contraction, position, found = _crossfitted(x, rows, ask, options, attrs)
+        contraction, position, columns = _crossfitted(x, rows, ask, options, attrs)
     else:
         contraction, position, value = _searched(x, ask, **options)
         meaning = {"long_name": "loss correlation R"}
-        found = {
+        columns = {
             "similarity": ((rows, RANK), value, meaning),
             CONSTANT: ((rows,), engine.still_array(contraction), {"long_name": _CONSTANT}),
         }
@@ -180,7 +180,7 @@ def neighbors(
         position = da.map_blocks(_labels, position, index=index, dtype=np.int64)
     named = ((rows, RANK), position, {"long_name": f"{rows} of the neighbour"})
     return xr.Dataset(
-        {"neighbor": named} | found,
+        {"neighbor": named} | columns,
         coords=sample_coords(x, rows) | {RANK: np.arange(k)},
         attrs=attrs
         | {"precision": contraction.precision}
@@ -242,7 +242,7 @@ def _crossfitted(
     still = [engine.still_array(contraction) for contraction, _, _ in made]
     attrs |= {"crossfit": kind}
     dims, side = (rows, RANK), "exceeds" if ask.largest else "lies below"
-    found = {
+    columns = {
         "similarity": (dims, report[..., 0].astype(x.dtype if x.dtype.kind == "f" else "f4")),
         "similarity_error": (dims, report[..., 1]),
         "q_value": (dims, crossfit_.q_values(report[..., 2])),
@@ -256,7 +256,7 @@ def _crossfitted(
     )
     named = {
         name: (*of, {"long_name": meaning})
-        for (name, of), meaning in zip(found.items(), meanings, strict=True)
+        for (name, of), meaning in zip(columns.items(), meanings, strict=True)
     }
     return made[0][0], da.maximum(*chosen), named
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -150,6 +150,24 @@ def estimated_operand(
     options |= {"center": centring(x, center), "cosine": cosine or link is not None}
     scale = 1.0 if cosine or link is not None else 1 / degrees
     return x, Operand(x, **options, keeps_moments=link is not None), scale, series
+
+
+def shared_operands(
+    tensors: Sequence[xr.DataArray], center: str, normalize: str, estimator: str
+) -> list[tuple[xr.DataArray, Operand, float, Series | None]]:
+    """Return `estimated_operand` of tensors whose kernels are multiplied: of the same samples."""
+    one_of("normalize", normalize, NORMALIZERS)
+    kernel = "correlation" if normalize == "cosine" else "covariance"
+    made = [
+        estimated_operand(x, kernel, center, estimator, name="b" if i else "a")
+        for i, x in enumerate(tensors)
+    ]
+    first, rows = made[0][0], made[0][1].rows
+    for x, operand, *_ in made:
+        if operand.rows != rows:
+            raise SchemaError(f"a and b must share {rows!r}; b has dims {x.dims}")
+        check_shared(first, x, (rows,), names=("a", "b"))
+    return made
 
 
 def nan_for_infinite(x: xr.DataArray) -> xr.DataArray:

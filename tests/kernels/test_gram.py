@@ -257,10 +257,10 @@ def test_center_draw__removes_what_all_chains_share(rng, options):
     losses = random_losses(rng, chains=4, draws=60, samples=17, dtype="float64")
     shared = np.exp(-np.arange(60) / 20)[:, None] * rng.normal(size=17) * 50
     moving = (losses + shared.reshape(1, 60, 17)).chunk(chain=1, draw=7, sample=5)
-    found = lk.covariance(moving, center="draw", **options)
+    by_draw = lk.covariance(moving, center="draw", **options)
     expected = numpy_covariance(losses, "draw")
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 * abs(expected).max())
-    assert found.attrs["center"] == "draw"
+    np.testing.assert_allclose(by_draw, expected, rtol=1e-9, atol=1e-9 * abs(expected).max())
+    assert by_draw.attrs["center"] == "draw"
     near = lk.neighbors(moving, 16, center="draw", **options).compute()
     r = numpy_correlation(losses, "draw")
     np.fill_diagonal(r, -np.inf)

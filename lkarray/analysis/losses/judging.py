@@ -69,11 +69,11 @@ def judge(
     x = as_losses(tree, name="tree")
     report = diagnostics(tree, memory=memory)
     rho = computed(reliability(x, splits=splits, seed=seed, memory=memory))
-    found = {"reliability": float(rho), "rhat": _worst(report["rhat"].values)}
+    told = {"reliability": float(rho), "rhat": _worst(report["rhat"].values)}
     if "acceptance" in report:
         accepted = report["acceptance"].values
-        found["acceptance"] = float(accepted[np.isfinite(accepted)].mean())
-    verdict: dict[str, Any] = {name: value for name, value in found.items() if np.isfinite(value)}
+        told["acceptance"] = float(accepted[np.isfinite(accepted)].mean())
+    verdict: dict[str, Any] = {name: value for name, value in told.items() if np.isfinite(value)}
     verdict[JUDGED] = [x.sizes[CHAIN], x.sizes[DRAW]]
     if isinstance(tree, xr.DataArray):
         return tree.assign_attrs(verdict)

@@ -19,13 +19,13 @@ def agreement(losses, first, second):
 @pytest.mark.parametrize("samples", [23, 150])
 def test_reliability__is_the_mean_agreement_of_halves_stepped_up(rng, samples, options):
     losses = random_losses(rng, chains=4, draws=15, samples=samples)
-    found = lk.reliability(losses.chunk(chain=1, draw=6, sample=19), **options)
+    rho = lk.reliability(losses.chunk(chain=1, draw=6, sample=19), **options)
     splits = [((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))]
     r = np.mean([agreement(losses, *split) for split in splits])
-    assert float(found["halves"]) == pytest.approx(r, abs=1e-4)
-    assert float(found) == pytest.approx(2 * r / (1 + r), abs=1e-4)
-    assert found.attrs["splits"] == 3
-    assert found.attrs["halves_of"] == "chains"
+    assert float(rho["halves"]) == pytest.approx(r, abs=1e-4)
+    assert float(rho) == pytest.approx(2 * r / (1 + r), abs=1e-4)
+    assert rho.attrs["splits"] == 3
+    assert rho.attrs["halves_of"] == "chains"
 
 
 def test_reliability__of_few_chains(rng):

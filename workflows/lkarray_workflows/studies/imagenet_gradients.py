@@ -95,7 +95,7 @@ def files_of(config: Config) -> list[tuple[str, Path]]:
         The folder is not there, or lacks a class.
     """
     labels = lk.Taxonomy.imagenet().labels[: config.classes]
-    found = []
+    firsts = []
     for wnid in labels:
         images = sorted((config.data / str(wnid)).glob("*.JPEG"))
         if not images:
@@ -103,15 +103,16 @@ def files_of(config: Config) -> list[tuple[str, Path]]:
                 f"{config.data} has no {wnid}/*.JPEG; give a folder with one folder a class, named "
                 "by its wnid, with at least one image (ImageNet's validation images, say)"
             )
-        found.append((str(wnid), images[0]))
-    return found
+        firsts.append((str(wnid), images[0]))
+    return firsts
 
 
 def read_images(study: Study) -> None:
     """Read the middle of each image, at the larger side."""
     config = study.config
     files = files_of(config)
-    with ThreadPoolExecutor() as pool, progress.bar("images", total=len(files)) as bar:
+    bar = progress.bar("images", total=len(files), show=study.show)
+    with ThreadPoolExecutor() as pool, bar:
         images = []
         for image in pool.map(lambda file: read_image(file[1], config.side), files):
             images.append(image)

@@ -320,18 +320,18 @@ def kernel_numbers(study: Study, gamma: float) -> dict[str, Any]:
     truth = pairs_of(lk.correlation(kept["loss"]).values)
     ceiling = float(lk.reliability(kept["loss"])) ** 0.5
     seconds = study.read(f"{folder}/sampled.json")["seconds_a_draw"]
-    found = dict(curves(tried, truth, ceiling, seconds))
+    by_estimate = dict(curves(tried, truth, ceiling, seconds))
     laplace = lk.open(study.path(f"{folder}/laplace.zarr"))["losses"].to_dataset().load()
     took = study.read(f"{folder}/laplace.json")["seconds_a_draw"]
     for name, points in curves(laplace, truth, ceiling, took):
-        found[f"Laplace draws, {name}"] = points
+        by_estimate[f"Laplace draws, {name}"] = points
     smoothed, spent = [], 0.0
     for smooth, seconds in study.read(f"{folder}/gradients.json").items():
         kernel = pairs_of(study.load(f"{folder}/gradients-{smooth}.npz")["kernel"])
         spent = seconds if smooth == "0" else spent + seconds
         value = agreement(kernel, truth) / ceiling
         smoothed.append({"draws": max(int(smooth), 1), "seconds": spent, "agreement": value})
-    found["gradients at w*"], found["gradients, smoothed"] = smoothed[:1], smoothed[1:]
+    by_estimate["gradients at w*"], by_estimate["gradients, smoothed"] = smoothed[:1], smoothed[1:]
     kurtosis = {
         name: float(np.median(excess(losses[name].stack(s=("chain", "draw")).values)))
         for name in ("loss", "log_odds")
@@ -345,9 +345,9 @@ def kernel_numbers(study: Study, gamma: float) -> dict[str, Any]:
         "kurtosis": kurtosis,
         "mean_gain": float(lk.loss_gain(losses).mean()),
         "mean_gain_laplace": float(lk.loss_gain(laplace).mean()),
-        "curves": found,
-        "draws_needed": {name: least(points, "draws") for name, points in found.items()},
-        "seconds_needed": {name: least(points, "seconds") for name, points in found.items()},
+        "curves": by_estimate,
+        "draws_needed": {name: least(points, "draws") for name, points in by_estimate.items()},
+        "seconds_needed": {name: least(points, "seconds") for name, points in by_estimate.items()},
         "verdicts": list(lk.diagnostics(losses).attrs["verdicts"]),
     }
 
