@@ -96,11 +96,20 @@ def _set_to_one(libraries: list[Any]) -> list[tuple[Any, int]]:
 
 def _restore(numbers: list[tuple[Any, int]]) -> None:
     for library, number in numbers:
-        # From 3.8 on, threadpoolctl lets only the first thread that set a number set it again,
-        # and ignores all others. Here any thread of the pool may be the first or the last.
-        if hasattr(library, "clear_controlling_thread"):
-            library.clear_controlling_thread(force=True)
+        _release(library)
         library.set_num_threads(number)
+        _release(library)
+
+
+def _release(library: Any) -> None:
+    """Let any thread set the library's number of threads.
+
+    From 3.8 on, threadpoolctl lets only the first thread that set a number set it again, as long as
+    it lives, and ignores all others. Here any thread of a pool may be the first or the last, and
+    neither may keep the user's own ``threadpool_limits`` from working afterwards.
+    """
+    if hasattr(library, "clear_controlling_thread"):
+        library.clear_controlling_thread(force=True)
 
 
 THREADS = _Threads()

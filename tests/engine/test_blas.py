@@ -85,6 +85,20 @@ def test_threads__are_restored_by_another_thread_than_lowered_them():
             leave.clear()
 
 
+def test_a_threads_use_of_products__leaves_the_number_to_everybody():
+    """A pool's thread that lives on does not own the number: other threads may still set it."""
+
+    def multiply():
+        with blas.product_slot(many=True):
+            pass
+
+    with ThreadPoolExecutor(1) as pool, threadpool_limits(1, user_api="blas"):
+        pool.submit(multiply).result()
+        with threadpool_limits(2, user_api="blas"):
+            assert blas_threads() == 2
+        assert blas_threads() == 1
+
+
 class OpenMP:
     """A BLAS that has a number of threads for each thread that calls it."""
 
