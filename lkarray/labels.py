@@ -177,7 +177,7 @@ def given_coords(
         the name of a dim or variable; or ``sample`` is not a list of distinct integers.
     """
     out: dict[str, np.ndarray] = {dim: np.arange(n) if index is None else index}
-    numbers = np.asarray((coords or {}).get(dim, out[dim]))
+    numbers = as_array(f"coords: {dim!r}", (coords or {}).get(dim, out[dim]))
     known = None
     if numbers.shape == (n,) and not np.array_equal(numbers, np.arange(n)):
         known = pd.Index(numbers)

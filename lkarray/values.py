@@ -105,8 +105,10 @@ def several(name: str, value: object) -> tuple[Any, ...]:
 
 
 def array(name: str, value: object) -> np.ndarray:
-    """Return an array of labels or numbers, or raise and name it."""
+    """Return an array of labels or numbers, or raise and name it; a tensor may be on any device."""
     try:
+        if hasattr(value, "detach") and hasattr(value, "cpu"):  # torch is not loaded to ask
+            value = value.detach().cpu()
         if isinstance(value, str | Mapping | set | xr.Dataset | xr.DataTree):
             raise TypeError
         values = np.asarray(value)

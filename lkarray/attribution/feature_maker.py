@@ -32,8 +32,9 @@ class Sketch:
     def __init__(self, params: int, size: int, *, seed: int, device: torch.device) -> None:
         generator = host_generator(seed, "sketch")
         self.size = size
-        self._bucket = torch.randint(size, (params,), generator=generator).to(device)
-        sign = torch.randint(2, (params,), generator=generator, dtype=torch.int8)
+        bucket = torch.randint(size, (params,), generator=generator, device="cpu")
+        sign = torch.randint(2, (params,), generator=generator, dtype=torch.int8, device="cpu")
+        self._bucket = bucket.to(device)
         self._sign = sign.mul_(2).sub_(1).to(device)
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -321,7 +321,7 @@ class _Products:
     def __init__(self, problem: Problem, budget: int, *, cosine: bool = False) -> None:
         self._problem, self._cosine = problem, cosine
         self._shape = (len(problem.examples), problem.data.n, problem.outputs)
-        self._dtype = torch.empty(0, dtype=problem.flat.theta.dtype).numpy().dtype
+        self._dtype = problem.flat.theta.new_empty(0).cpu().numpy().dtype
         refuse_large(self._shape, self._dtype.itemsize, budget)
         self._panels = list(_slices(problem.data.n, panel_size(problem, budget)))
 

@@ -219,7 +219,7 @@ class _Kernel:
         self._refuse_singular(m)
         self._in_flight = self._fit(n)
         self._keep = m * self._columns * self._item <= budget * KEPT
-        dtype = torch.empty(0, dtype=training.flat.theta.dtype).numpy().dtype
+        dtype = training.flat.theta.new_empty(0).cpu().numpy().dtype
         self.scores = np.zeros((m, n), dtype)
         self.slopes = np.zeros(m, dtype), np.zeros(n, dtype)
 

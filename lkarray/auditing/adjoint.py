@@ -243,7 +243,7 @@ def _multiply_out(
 
 def inherited(adjoint: Adjoint, mu: Sequence[Scale], buffers: Sequence[Tensor | None]) -> Tensor:
     """Return what the buffer that the first step began with adds to the residual, ``(row,)``."""
-    total = torch.zeros(adjoint.rows, dtype=torch.float64)
+    total = torch.zeros(adjoint.rows, dtype=torch.float64, device="cpu")
     for q, scale, momentum, buffer in zip(adjoint.state, adjoint.scales, mu, buffers, strict=True):
         if buffer is not None:
             total -= scale * (q @ (momentum * buffer)).double().cpu()

@@ -79,8 +79,8 @@ class PathOnly(PerStep):
     @override
     def take(self, step: int, theta: Tensor, moved: Tensor, means: Sequence[Any]) -> None:
         pairs = zip(self._blocks, means, strict=True)
-        along = sum(block.dot(mean, block.take(moved)).double() for block, mean in pairs)
-        self._sums.add_path(step, torch.as_tensor(along))
+        along = [block.dot(mean, block.take(moved)).double() for block, mean in pairs]
+        self._sums.add_path(step, sum(along[1:], along[0]))
 
 
 class Influences(PerStep):
@@ -159,7 +159,7 @@ class Influences(PerStep):
     ) -> Tensor:
         """Return what momentum from before the first step adds to the residual, ``(row,)``."""
         if not adjoint.state:
-            return torch.zeros(self._rows, dtype=torch.float64)
+            return torch.zeros(self._rows, dtype=torch.float64, device="cpu")
         buffers: list[Tensor | None]
         if self._problem.start == 0:
             vector = self._vector(self._problem.trace.inherited())

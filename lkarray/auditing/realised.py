@@ -211,7 +211,8 @@ def buffer_before(update: Update, moved: Tensor, theta: Tensor, gradient: Tensor
     """
     if not isinstance(update.mu, Tensor) and update.mu == 0:
         return None
-    if bool((torch.as_tensor(update.q) == 0).any()):
+    q = update.q
+    if bool((q == 0).any()) if isinstance(q, Tensor) else q == 0:
         raise ValueError(
             "the first step audited had the learning rate zero, which hides the momentum that it "
             "began with; begin at another step"

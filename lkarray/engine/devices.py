@@ -246,7 +246,9 @@ class Returning:
             after = torch.cuda.Stream(tensor.device)
             after.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(after):
-                self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                self._tensor = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True
+                )
                 self._tensor.copy_(tensor, non_blocking=True)
                 self._event = after.record_event()
             tensor.record_stream(after)  # its memory is not used again before the copy is over

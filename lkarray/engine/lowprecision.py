@@ -47,7 +47,7 @@ class LowPanel:
             exact = torch.from_numpy(panel)
             low = exact.to(torch.bfloat16)
             # In slabs, so that the difference is never held whole.
-            squares = torch.zeros(panel.shape[1], dtype=torch.float64)
+            squares = torch.zeros(panel.shape[1], dtype=torch.float64, device="cpu")
             for start in range(0, len(exact), 64):
                 difference = exact[start : start + 64] - low[start : start + 64].float()
                 squares += difference.square_().sum(0)
@@ -74,7 +74,7 @@ def products_of_pairs(
 
     _expect_warning()
     with _one_thread(), torch.inference_mode():
-        values = torch.zeros(len(columns))
+        values = torch.zeros(len(columns), device="cpu")
         pairs = torch.sparse_csr_tensor(
             torch.from_numpy(starts.astype(np.int64)),
             torch.from_numpy(columns.astype(np.int64)),
@@ -96,7 +96,7 @@ def _expect_warning() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        none = torch.zeros(1, dtype=torch.int64)
+        none = torch.zeros(1, dtype=torch.int64, device="cpu")
         torch.sparse_csr_tensor(none, none[:0], none[:0], (0, 0), check_invariants=True)
 
 

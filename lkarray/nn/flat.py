@@ -231,7 +231,7 @@ def _join_masks(masks: list[Tensor | None], moving: list[nn.Parameter]) -> Tenso
     if all(mask is None for mask in masks):
         return None
     moves = [
-        torch.ones(p.numel(), dtype=torch.bool) if mask is None else mask.flatten()
+        torch.ones(p.numel(), dtype=torch.bool, device="cpu") if mask is None else mask.flatten()
         for mask, p in zip(masks, moving, strict=True)
     ]
     return torch.cat(moves).to(moving[0].device)

@@ -202,7 +202,7 @@ def _shapes(values: Any) -> object:
 def _weights(numbers: Tensor) -> Tensor:
     """Return weights of the examples, any two of which differ by a factor that shows."""
     # Multiples of the golden ratio spread evenly, whatever their number; 10 ** (-3 to 3).
-    turns = torch.arange(len(numbers), dtype=torch.float64) * 0.6180339887498949 % 1
+    turns = torch.arange(len(numbers), dtype=torch.float64, device="cpu") * 0.6180339887498949 % 1
     return (10 ** (6 * turns - 3)).to(numbers)
 
 

@@ -125,7 +125,7 @@ def _matches(model: nn.Module, pattern: str) -> set[str]:
 
 
 def _mask(parameter: Tensor, name: str, parts: list[str]) -> Tensor:
-    mask = torch.zeros(parameter.shape, dtype=torch.bool)
+    mask = torch.zeros(parameter.shape, dtype=torch.bool, device="cpu")
     for part in parts:
         try:
             mask[tuple(_axis(text) for text in part.split(","))] = True

@@ -204,7 +204,7 @@ class _Basis:
 
         Where the space ends early (the matrix has a lower rank), random vectors go on.
         """
-        matrix = torch.zeros((self.size, self.size), dtype=torch.float64)
+        matrix = torch.zeros((self.size, self.size), dtype=torch.float64, device="cpu")
         ahead = self.vectors[:0]
         left = matrix[:0, :0]
         for start in range(0, self.size, BLOCK):
@@ -235,8 +235,8 @@ class _Basis:
 
     def _random(self) -> Tensor:
         size = self.vectors.shape[1]
-        vector = torch.randn(size, generator=self._generator, dtype=self.vectors.dtype)
-        vector = vector.to(self.vectors.device)
+        host = torch.randn(size, generator=self._generator, dtype=self.vectors.dtype, device="cpu")
+        vector = host.to(self.vectors.device)
         return vector if self._mask is None else vector * self._mask
 
     def _add(self, row: int, given: Tensor | None, largest: float) -> None:

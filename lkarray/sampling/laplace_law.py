@@ -141,5 +141,5 @@ def laplace_law(
 
 def no_curvature(flat: FlatModel) -> Curvature:
     """Return the curvature of a flat loss: no eigenpairs, and nothing known of its trace."""
-    none = torch.zeros(0, dtype=torch.float64)
+    none = torch.zeros(0, dtype=torch.float64, device="cpu")
     return Curvature(flat.theta.new_zeros((0, flat.theta.shape[1])), none, none, math.nan, 0)

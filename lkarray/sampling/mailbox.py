@@ -40,7 +40,9 @@ class Mailbox:
             return tensor
         # Only a copy into pinned memory goes on while the host does; the buffers are kept.
         if key not in self._pinned:
-            self._pinned[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._pinned[key] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True
+            )
         return self._pinned[key].copy_(tensor, non_blocking=True)
 
     def receive(self) -> dict[str, np.ndarray]:

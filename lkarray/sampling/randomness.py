@@ -26,7 +26,7 @@ def host_generator(seed: int, use: str) -> torch.Generator:
     ``use`` tells apart what takes random numbers of one seed.
     """
     digest = hashlib.sha256(f"lkarray:{use}:{seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 class ChainRandomness:
@@ -63,7 +63,7 @@ class ChainRandomness:
         self._block = -1
         self._indices: np.ndarray = self._everything[None]
         self._device = like.device
-        self._uploaded, self._uploaded_block = torch.empty(0), -2
+        self._uploaded, self._uploaded_block = like.new_empty(0), -2
         # Two words of the digest key Philox, the other two the permutation of noise.
         digest = hashlib.sha256(f"lkarray:{seed}".encode()).digest()
         words = np.frombuffer(digest, np.uint64)

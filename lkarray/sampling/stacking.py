@@ -290,9 +290,9 @@ def _measured(target: Target, work: Callable[[int], object], whole: int) -> floa
     Work that takes long is measured on a few of ``whole``, in proportion. On CUDA it is done
     whole, so that memory that does not suffice shows here.
     """
-    first = _timed(target, partial(work, 1))
-    if first < 2 * _PART_SECONDS:  # the first pays for first calls
-        first = min(first, _timed(target, partial(work, 1)))
+    # Twice, however long it took: the first pays for what a process does once (modules that torch
+    # loads late took over a second), and times ``whole`` that looked like a run of minutes.
+    first = min(_timed(target, partial(work, 1)) for _ in range(2))
     count = max(1, min(whole, int(_PART_SECONDS / max(first, 1e-9))))
     if target.flat.device.type == "cuda":
         count = whole

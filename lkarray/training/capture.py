@@ -134,9 +134,9 @@ class Capture:
 
     def spread(self, by_group: np.ndarray) -> Tensor:
         """Return a number of each group as a vector over the parameters."""
-        counts = torch.tensor([place.stop - place.start for place in self.places])
-        each = torch.tensor(np.asarray(by_group)[self.group_of], dtype=self.raw.dtype)
-        return torch.repeat_interleave(each, counts).to(self.raw.device)
+        counts = [place.stop - place.start for place in self.places]
+        values = np.repeat(np.asarray(by_group)[self.group_of], counts)
+        return torch.from_numpy(values).to(self.raw)
 
     # --- the optimizer's state as vectors ---------------------------------------------------
 
@@ -171,7 +171,7 @@ class Capture:
             for j, name in enumerate(self.scalars):
                 value = state["scalars"][i, j]
                 if not np.isnan(value):
-                    own[name] = torch.tensor(value, dtype=torch.get_default_dtype())
+                    own[name] = torch.tensor(value, dtype=torch.get_default_dtype(), device="cpu")
             for name in self.vectors:
                 part = torch.from_numpy(np.array(state[name][place]))
                 if not bool(torch.isnan(part).any()):

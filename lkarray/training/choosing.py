@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Subset
 
 from lkarray.nn.batches import Batches, MapDataset
@@ -43,11 +44,11 @@ def as_steps(trace: Trace, times: str | Iterable[int]) -> np.ndarray:
 
 
 def as_examples(
-    trace: Trace, examples: MapDataset | Sequence[int] | np.ndarray
+    trace: Trace, examples: MapDataset | Sequence[int] | np.ndarray | Tensor
 ) -> tuple[Batches, np.ndarray]:
     """Return examples and their index: a dataset's, or those at indices of the training set."""
     device = trace.flat.device
-    if isinstance(examples, np.ndarray) or (
+    if isinstance(examples, np.ndarray | Tensor) or (
         isinstance(examples, list | tuple | range)
         and not (len(examples) and isinstance(examples[0], tuple))
     ):

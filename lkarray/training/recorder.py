@@ -307,7 +307,7 @@ class Recorder:
         stored, given = self._writer.committed, iter(batches)
         if stored and self.steps == 0:
             for step, batch in enumerate(islice(given, stored)):
-                self._compare({trace_layout.BATCH.name: np.asarray(batch)}, step)
+                self._compare({trace_layout.BATCH.name: guards.as_indices(batch, step)}, step)
             self._restore()
         yield from given
 

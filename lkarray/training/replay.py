@@ -82,7 +82,7 @@ class Replay:
             if np.isfinite(bound):
                 p.grad.clamp_(-bound, bound)
             elif trace.clip[step, i] != 1:
-                p.grad.mul_(torch.tensor(trace.clip[step, i], dtype=p.dtype))
+                p.grad.mul_(torch.tensor(trace.clip[step, i], dtype=p.dtype, device=p.device))
         for group, options in zip(self._optimizer.param_groups, trace.options(step), strict=True):
             group.update(options)
         self._optimizer.step()

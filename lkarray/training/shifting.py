@@ -115,7 +115,10 @@ def shift_modes(
     data, _ = as_examples(source, examples)
     source.set(step)
     size = 2.5 * radius / steps if step_size is None else step_size
-    avoided = None if away_from is None else torch.as_tensor(away_from).to(vectors)
+    avoided = away_from
+    if avoided is not None:
+        host = avoided if isinstance(avoided, Tensor) else torch.from_numpy(np.array(avoided))
+        avoided = host.to(vectors)
     moved = []
     for start in range(0, data.n, _ROWS):
         rows = np.arange(start, min(start + _ROWS, data.n))

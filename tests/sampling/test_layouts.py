@@ -226,6 +226,24 @@ def test_auto__slow_models_are_measured_on_a_few_inputs(batch_size, monkeypatch)
     assert 2000 < Counting.seen < 2200
 
 
+def test_auto__what_a_process_does_once_is_not_taken_for_a_step(monkeypatch):
+    """The first pass of a process loads modules: a short run is one all the same, and not stacked.
+
+    Otherwise the first run of a process and the next differ in their last bits.
+    """
+    taken = iter([3.0])  # a clock on which the first pass takes seconds, and others none
+
+    def timed(target, work):
+        work()
+        return next(taken, 1e-4)
+
+    monkeypatch.setattr(stacking, "_timed", timed)
+    posterior = lk.LocalPosterior(small_network(), classification(), nbeta=5, gamma=10)
+    tree = lk.sample(posterior, classification(), store=MemoryStore(), **OPTIONS)
+    assert next(taken, None) is None
+    assert width_of(tree) == 1
+
+
 def test_auto__a_single_tensor_dataset_of_tokens_is_stacked_with_padding():
     """NaN of padding is no difference."""
     torch.manual_seed(0)

@@ -256,13 +256,15 @@ def halves_agree(losses: xr.DataArray, rows: int = 2000, seed: int = 0) -> float
 def smoothed(features: xr.Dataset) -> np.ndarray:
     """Return R of averaged gradients, from products of different draws only: ``(sample, sample)``.
 
-    Noise of a draw is common to all inputs, and would correlate them.
+    Noise of a draw is common to all inputs, and would correlate them. An input whose two halves
+    point apart, as noise makes few draws do, has no measured norm: its similarities are 0.
     """
     halves = features["feature_half"]
     product = lk.covariance(halves.isel(half=0), halves.isel(half=1)).values.astype(float)
     product = (product + product.T) / 2
-    norms = np.sqrt(np.maximum(np.diag(product), np.finfo(float).tiny))
-    return np.asarray(np.clip(product / np.outer(norms, norms), -1, 1))
+    squares = np.diag(product)
+    scale = np.where(squares > 0, np.where(squares > 0, squares, 1) ** -0.5, 0)
+    return np.asarray(np.clip(product * np.outer(scale, scale), -1, 1))
 
 
 def curve_with_errors(
