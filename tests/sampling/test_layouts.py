@@ -238,6 +238,7 @@ def test_auto__what_a_process_does_once_is_not_taken_for_a_step(monkeypatch):
         return next(taken, 1e-4)
 
     monkeypatch.setattr(stacking, "_timed", timed)
+    monkeypatch.setattr(stacking, "WORTH_SECONDS", 40.0)
     posterior = lk.LocalPosterior(small_network(), classification(), nbeta=5, gamma=10)
     tree = lk.sample(posterior, classification(), store=MemoryStore(), **OPTIONS)
     assert next(taken, None) is None
