@@ -113,6 +113,7 @@ if TYPE_CHECKING:
     from lkarray.sampling import (
         SGHMC,
         SGLD,
+        InformedLangevin,
         Laplace,
         LocalPosterior,
         Outcome,
@@ -145,6 +146,7 @@ _LAZY = {
     "laplace": "lkarray.attribution",
     "gradient_similarity": "lkarray.attribution",
     "influence_functions": "lkarray.attribution",
+    "InformedLangevin": "lkarray.sampling",
     "Laplace": "lkarray.sampling",
     "LocalPosterior": "lkarray.sampling",
     "Outcome": "lkarray.sampling",
@@ -185,6 +187,7 @@ __all__ = [
     "PRESETS",
     "SGHMC",
     "SGLD",
+    "InformedLangevin",
     "Laplace",
     "LocalPosterior",
     "Outcome",

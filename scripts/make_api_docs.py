@@ -22,8 +22,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 
 #: Every name of ``lkarray.__all__`` once, by what it is for; and, with a dot, what they return.
 _NAMES = {
-    "Sampling": """LocalPosterior sample observe Outcome suggest SGLD RMSpropSGLD SGHMC Laplace
-        laplace schedules preset PRESETS diagnostics""",
+    "Sampling": """LocalPosterior sample observe Outcome suggest SGLD RMSpropSGLD SGHMC
+        InformedLangevin Laplace laplace schedules preset PRESETS diagnostics""",
     "Losses": """loss_gain loss_variance llc singular_fluctuation mcse residualize log_odds
         reliability at_equal_reliability judge""",
     "Kernels": """correlation covariance influence gram neighbors plan planning.KernelPlan save

@@ -3,6 +3,7 @@
 from lkarray.nn.outcomes import Outcome
 from lkarray.sampling import schedules
 from lkarray.sampling.independent import Laplace
+from lkarray.sampling.informed import InformedLangevin
 from lkarray.sampling.pilots import suggest
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.repairing import repair
@@ -13,6 +14,7 @@ from lkarray.sampling.samplers import SGHMC, SGLD, RMSpropSGLD, Sampler, StepInp
 __all__ = [
     "SGHMC",
     "SGLD",
+    "InformedLangevin",
     "Laplace",
     "LocalPosterior",
     "Outcome",

@@ -15,7 +15,7 @@ from lkarray import schema, stopping
 from lkarray.errors import StoreError
 from lkarray.sampling.mailbox import Mailbox
 from lkarray.sampling.randomness import ChainRandomness
-from lkarray.sampling.samplers import Sampler, StepInput
+from lkarray.sampling.samplers import Move, Sampler, StepInput, row_sums
 from lkarray.sampling.target import Minibatch, Target
 from lkarray.store import ChainRegion
 
@@ -187,7 +187,7 @@ class Stack:
         target, sampler, step = self._target, self._sampler, self._taken
         flat = target.flat
         draws = self._schedule.gives_draw(step + 1)
-        tests = draws and self._schedule.tests(step + 1)
+        tests = draws and sampler.testable and self._schedule.tests(step + 1)
         self._signals.open = True  # nothing has moved yet
         rows = None if sampler.independent else self._rows(step)
         curvature = None
@@ -249,24 +249,19 @@ class Stack:
     ) -> Tensor:
         """Return the probability that a Metropolis test accepts the step just taken.
 
-        Of MALA (Roberts and Tweedie 1996), with the energy and both proposals evaluated on the
-        step's own minibatch: it measures the error of the step size, not of the minibatch.
+        The energy and both proposals (`Sampler.log_ratio`) are evaluated on the step's own
+        minibatch: it measures the error of the step size, not of the minibatch.
         """
         target = self._target
-        scale = self._sampler.preconditioner(step, self._vectors)
-        if scale is None:
-            return self._untested
         after = target.gradient(rows)
-        eps, moved, center = self._sampler.size(step), target.flat.theta, target.center
+        moved, center = target.flat.theta, target.center
         drop = target.nbeta * (minibatch.double().mean(1) - after.double().mean(1))
-        drop += target.gamma / 2 * _sum((theta - moved) * (theta + moved - 2 * center))
+        drop += target.gamma / 2 * row_sums((theta - moved) * (theta + moved - 2 * center))
         both = target.nbeta * (grad + target.flat.grad)
         both += target.gamma * (theta + moved - 2 * center)
-        root = scale**0.5  # everything below is (chain, param), and each sum (chain,)
-        # log q(w|w') - log q(w'|w), with the noise's own large square cancelled by hand.
-        drop += math.sqrt(eps) / 2 * _sum(root * self._noise * both)
-        drop -= eps / 8 * _sum(scale * both * both)
-        return drop.clamp(max=0).exp().to(minibatch.dtype)
+        move = Move(step, both, self._noise, self._vectors, target.law)
+        log_ratio = self._sampler.log_ratio(drop, move)
+        return log_ratio.clamp(max=0).exp().to(minibatch.dtype)
 
     def _send(self, statistics: Sequence[Tensor]) -> None:
         draw = self._target.observe() | self._target.measure()
@@ -326,10 +321,6 @@ class Stack:
 def _norm(vectors: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(vectors, dim=1)
     return norms
-
-
-def _sum(values: Tensor) -> Tensor:
-    return values.sum(1, dtype=torch.float64)
 
 
 def _finite(values: np.ndarray) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lkarray.arguments import NATURAL, check_fields
+from lkarray.sampling.laplace_law import LawSettings
 from lkarray.sampling.samplers import Sampler, StepInput
 
 
@@ -67,6 +68,11 @@ class Laplace(Sampler):
     def independent(self) -> bool:
         """Whether each step is a draw of its own: it is."""
         return True
+
+    @property
+    def law(self) -> LawSettings:
+        """The Gaussian that draws come from."""
+        return LawSettings(self.rank, self.step_size)
 
     def size(self, step: int) -> float:
         """Return NaN: a draw is no step."""

@@ -21,6 +21,14 @@ from lkarray.sampling.posterior import LocalPosterior
 
 
 @dataclass(frozen=True)
+class LawSettings:
+    """Which law a sampler needs: eigenpairs that it knows, and eps of the SGLD whose law it is."""
+
+    rank: int
+    step_size: float = 0.0
+
+
+@dataclass(frozen=True)
 class LaplaceLaw:
     """``N(w*, Sigma)`` with ``Sigma = s(0) I + V' diag(s(h) - s(0)) V``.
 
@@ -84,6 +92,19 @@ class LaplaceLaw:
         along = (rows @ self.curvature.vectors.T).mul_(self.excess)  # (vector, rank)
         out = torch.addmm(rows, along, self.curvature.vectors, beta=self.flat)
         out = out.reshape(vectors.shape)
+        return out if self.mask is None else out.mul_(self.mask)
+
+    def drift(self, forces: Tensor, noise: Tensor, *, along: float, spread: float) -> Tensor:
+        """Return ``along Sigma f + spread Sigma ** 0.5 xi`` of one force and noise, ``(param,)``.
+
+        The eigenvectors are read twice, which is what it costs.
+        """
+        vectors, excess, flat = self.curvature.vectors, self.excess, self.flat
+        out = torch.add(forces * (along * flat**2), noise, alpha=spread * flat)
+        of_force, of_noise = (torch.stack([forces, noise]) @ vectors.T).unbind()  # (rank,)
+        # s(h) - s(0) is (excess + 2 flat) excess.
+        within = of_force * (excess * (excess + 2 * flat) * along) + of_noise * (excess * spread)
+        out = torch.addmv(out, vectors.T, within)
         return out if self.mask is None else out.mul_(self.mask)
 
     @property

@@ -21,7 +21,6 @@ from lkarray.sampling import checking as checks
 from lkarray.sampling import stacking
 from lkarray.sampling.devices import choose_device, numerics
 from lkarray.sampling.fingerprints import Fingerprint, Layout, RecordedObservable, RecordedOutcome
-from lkarray.sampling.independent import Laplace
 from lkarray.sampling.job import Job, Prepared
 from lkarray.sampling.laplace_law import LaplaceLaw, laplace_law
 from lkarray.sampling.posterior import LocalPosterior
@@ -126,15 +125,16 @@ class _TargetMaker:
             group: rows.get(group) or stacking.evaluation_rows(flat, batches)
             for group, batches in data.items()
         }
-        if self._law is None and isinstance(job.sampler, Laplace):
+        wanted = job.sampler.law
+        if self._law is None and wanted is not None:
             assert width == 1, "whatever width is asked for, one chain alone is made before"
             self._law = laplace_law(
                 posterior,
                 flat,
                 data[""],
                 chosen[""],
-                rank=job.sampler.rank,
-                step_size=job.sampler.step_size,
+                rank=wanted.rank,
+                step_size=wanted.step_size,
                 seed=job.seed,
             )
         return Target(

@@ -77,8 +77,9 @@ def sample(
         Map-style dataset whose losses are recorded: n samples. Or several by name: the first
         goes to the group ``losses``, each further one to ``losses_<name>``.
     sampler
-        How a step moves: ``lk.SGLD(step_size=5e-5)``, ``lk.RMSpropSGLD``, ``lk.SGHMC``; or
-        ``lk.Laplace(rank=100)``, independent draws of a Gaussian.
+        How a step moves: ``lk.SGLD(step_size=5e-5)``, ``lk.RMSpropSGLD``, ``lk.SGHMC``,
+        ``lk.InformedLangevin(step_size=1.0)``; or ``lk.Laplace(rank=100)``, independent draws of a
+        Gaussian.
     store
         Folder, URL or Zarr store to write.
     chains, draws

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lkarray.arguments import POSITIVE, Limits, check_fields
 from lkarray.nn.losses import identity
-from lkarray.sampling.laplace_law import LaplaceLaw
+from lkarray.sampling.laplace_law import LaplaceLaw, LawSettings
 from lkarray.sampling.schedules import SCHEDULES, Schedule
 
 
@@ -44,7 +45,7 @@ class StepInput:
     curvature
         Estimate of the Hessian's diagonal, where the sampler needs one.
     law
-        The Gaussian around w* that independent draws come from.
+        The Gaussian around w* that a step, or an independent draw, is made with (`Sampler.law`).
     """
 
     theta: Tensor
@@ -56,6 +57,31 @@ class StepInput:
     step: int = 0
     state: Mapping[str, Tensor] = field(default_factory=dict)
     curvature: Tensor | None = None
+    law: LaplaceLaw | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """A Langevin step that was taken, for its Metropolis test.
+
+    Attributes
+    ----------
+    step
+        Steps taken before it.
+    forces
+        ``nbeta * grad + gamma (w - w*)`` where it began, plus where it ended; ``(chain, param)``.
+    noise
+        That it was made of.
+    state
+        What the chain carries, after it.
+    law
+        As in `StepInput`.
+    """
+
+    step: int
+    forces: Tensor
+    noise: Tensor
+    state: Mapping[str, Tensor]
     law: LaplaceLaw | None = None
 
 
@@ -102,6 +128,16 @@ class Sampler(ABC):
         """Whether each step is a draw of its own, which takes no gradient (`Laplace`)."""
         return False
 
+    @property
+    def law(self) -> LawSettings | None:
+        """The Gaussian around w* that a step needs; made where a run is prepared."""
+        return None
+
+    @property
+    def testable(self) -> bool:
+        """Whether a Metropolis test of a Langevin step applies (`log_ratio`)."""
+        return True
+
     def size(self, step: int) -> float:
         """Return the step size of a step."""
         if self.schedule is None:
@@ -115,9 +151,22 @@ class Sampler(ABC):
     def step(self, given: StepInput) -> None:
         """Move ``given.theta``, and ``given.state``, in place."""
 
-    def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
-        """Return what multiplied the last step's force; ``None`` if that was no Langevin step."""
+    def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float:
+        """Return what multiplied the force of the last step."""
         return 1.0
+
+    def log_ratio(self, drop: Tensor, move: Move) -> Tensor:
+        """Return the logarithm of the Metropolis ratio of a step, ``(chain,)`` float64.
+
+        Of MALA (Roberts and Tweedie 1996): ``drop`` is how far the energy fell, to which
+        ``log q(w|w') - log q(w'|w)`` is added in place, the noise's own large square cancelled by
+        hand.
+        """
+        eps, scale = self.size(move.step), self.preconditioner(move.step, move.state)
+        root = scale**0.5  # everything below is (chain, param), and each sum (chain,)
+        drop += math.sqrt(eps) / 2 * row_sums(root * move.noise * move.forces)
+        drop -= eps / 8 * row_sums(scale * move.forces * move.forces)
+        return drop
 
     def settings(self) -> dict[str, Any]:
         """Return what a store keeps of the sampler: plain values under their names."""
@@ -130,6 +179,11 @@ class Sampler(ABC):
         else:
             settings["schedule"] = identity(self.schedule)
         return settings
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """Return the sum of each row, in float64."""
+    return values.sum(1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -259,7 +313,7 @@ class RMSpropSGLD(Sampler):
         theta.addcmul_(force, scale, value=-eps / 2)
         theta.addcmul_(given.noise, scale.sqrt_(), value=math.sqrt(eps))  # last: G is overwritten
 
-    def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
+    def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float:
         """Return G of the last step."""
         return self._scale(step, state["second_moment"])
 
@@ -317,6 +371,11 @@ class SGHMC(Sampler):
         """Name of the momentum."""
         return ("momentum",)
 
+    @property
+    def testable(self) -> bool:
+        """Whether a Metropolis test of a Langevin step applies: it does not."""
+        return False
+
     def step(self, given: StepInput) -> None:
         """Move ``given.theta`` and the momentum in place, in five passes."""
         eps, momentum = self.size(given.step), given.state["momentum"]
@@ -324,7 +383,3 @@ class SGHMC(Sampler):
         momentum.add_(given.center - given.theta, alpha=eps / 2 * given.gamma)
         momentum.add_(given.noise, alpha=math.sqrt(self.friction * eps))
         given.theta.add_(momentum)  # last: the force is of where the step began
-
-    def preconditioner(self, step: int, state: Mapping[str, Tensor]) -> Tensor | float | None:
-        """Return ``None``: the Metropolis test of a Langevin step does not apply."""
-        return None

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lkarray.sampling.independent import Laplace
+from lkarray.sampling.informed import InformedLangevin
 from lkarray.sampling.samplers import SGHMC, SGLD, RMSpropSGLD, Sampler
 from lkarray.sampling.schedules import SCHEDULES
 
 #: Of a stored sampler's settings: a hash of the law that independent draws came from.
 LAW = "law"
 
-SAMPLERS = {kind.__name__: kind for kind in (SGLD, RMSpropSGLD, SGHMC, Laplace)}
+SAMPLERS = {kind.__name__: kind for kind in (SGLD, RMSpropSGLD, SGHMC, InformedLangevin, Laplace)}
 
 
 def sampler_from(settings: Mapping[str, Any]) -> Sampler:

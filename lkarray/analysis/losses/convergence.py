@@ -160,6 +160,8 @@ def relaxation_steps(step_size: Any, gamma: float | None, sampler: Mapping[str, 
     """
     if not gamma:
         return step_size * np.nan
+    if sampler.get("name") == "InformedLangevin":
+        return 2 / step_size  # in units of the law's own relaxation already
     rate = step_size * gamma / 2
     if sampler.get("name") == "RMSpropSGLD":
         rate = rate / sampler.get("damping", 0.1)

@@ -160,7 +160,8 @@ def diagnostics(
     The relaxation time follows from the force of a step, ``gamma (w - w*)`` alone: for
     `RMSpropSGLD` it is ``damping`` times that of `SGLD`, as the preconditioner is one over the
     damping where there is no gradient; for `SGHMC` with friction a it is one over the real part
-    of ``(a - sqrt(a^2 - 2 eps gamma)) / 2``, the slower root of its damped oscillation.
+    of ``(a - sqrt(a^2 - 2 eps gamma)) / 2``, the slower root of its damped oscillation; for
+    `InformedLangevin` it is ``2 / eps``.
 
     References
     ----------

@@ -19,6 +19,9 @@ from tests.helpers.networks import classification, small_network
 def _of_runs(w: World) -> Iterator[Case]:
     yield Case("SGLD", lk.SGLD, {"step_size": 1e-3, "schedule": None})
     yield Case("Laplace", lk.Laplace, {"step_size": 0.0, "schedule": None, "rank": 3})
+    yield Case(
+        "InformedLangevin", lk.InformedLangevin, {"step_size": 0.5, "schedule": None, "rank": 3}
+    )
     yield Case("SGHMC", lk.SGHMC, {"step_size": 1e-3, "friction": 0.1})
     yield Case(
         "RMSpropSGLD",
