@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FAST = ("estimator", "spectra", "lift", "example_gradients", "products")
+FAST = ("estimator", "spectra", "lift", "example_gradients", "products", "mixing")
 SLOW = ("dense", "gpu_engine", "top_k", "growth", "recording", "gradient_tensor")
 SMALL = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -223,6 +223,7 @@ def test_sample__without_loss_is_the_localisation_alone_at_any_step(eps):
     assert math.exp(-1 / steps) == pytest.approx(kept)
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("rank", [0, 6])
 def test_sample__has_the_gains_and_the_kernel_of_sgld(rank):
     data = classification()
