@@ -44,6 +44,7 @@ SAMPLERS = {
     "SGLD, stacked": (lk.SGLD(1e-3), {"chains_per_device": 2}),
     "RMSprop with its drift": (lk.RMSpropSGLD(1e-3, drift_correction=True), {}),
     "SGHMC": (lk.SGHMC(1e-3), {"autocast": "bfloat16"}),
+    "informed": (lk.InformedLangevin(0.5, rank=3), {"chains_per_device": 2}),
     "Laplace": (lk.Laplace(rank=3), {"burn_in": 0}),
 }
 
