@@ -25,14 +25,12 @@ _BLOCK = 32  # rows at once: few values are ever held, and BLAS starts no thread
 
 def softplus(o: np.ndarray) -> np.ndarray:
     """Return ``log(1 + exp(o))``: the cross-entropy of log-odds against the target."""
-    out: np.ndarray = np.logaddexp(0.0, o)
-    return out
+    return np.logaddexp(0.0, o)
 
 
 def square(o: np.ndarray) -> np.ndarray:
     """Return ``o**2``: the squared error of a residual."""
-    out: np.ndarray = np.square(o)
-    return out
+    return np.square(o)
 
 
 def identity(o: np.ndarray) -> np.ndarray:

@@ -98,10 +98,9 @@ def dask_bar(description: str, *, show: bool = True) -> AbstractContextManager[A
         return nullcontext()
     from tqdm.dask import TqdmCallback
 
-    bars: AbstractContextManager[Any] = TqdmCallback(
+    return TqdmCallback(
         desc=description, unit="task", delay=_DELAY, tqdm_class=_make, dynamic_ncols=True
     )
-    return bars
 
 
 @contextmanager

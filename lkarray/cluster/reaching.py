@@ -88,8 +88,7 @@ def started(call: Callable[[], Any], target: str, timeout: float) -> Any:
 
 def _default() -> Client | None:
     with suppress(ValueError):
-        client: Client = default_client()
-        return client
+        return default_client()
     return None
 
 

@@ -321,8 +321,7 @@ async def _identity(client: Client, workers: int) -> dict[str, Any]:
 
 def _loop_of(client: Client) -> asyncio.AbstractEventLoop:
     loop: Any = client.loop
-    own_loop: asyncio.AbstractEventLoop = loop.asyncio_loop
-    return own_loop
+    return loop.asyncio_loop
 
 
 def _fail(client: Client, error: WorkersLostError) -> None:

@@ -146,5 +146,4 @@ def product_slot(*, many: bool) -> Iterator[None]:
 def multiply(a: np.ndarray, b: np.ndarray, *, many: bool = False) -> np.ndarray:
     """Return ``a.T @ b``, by the symmetric product where ``a is b``."""
     with product_slot(many=many):
-        product: np.ndarray = a.T @ b
-        return product
+        return a.T @ b

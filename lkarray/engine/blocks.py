@@ -34,10 +34,8 @@ def squares(b: Any, axis: int) -> np.ndarray:
     """Return the sums of squares along an axis, in float64, as an array."""
     if isinstance(b, np.ndarray):
         pattern = "ij,ij->j" if axis == 0 else "ij,ij->i"
-        out: np.ndarray = np.einsum(pattern, b, b, dtype=np.float64)
-        return out
-    summed: np.ndarray = fetched((b.double() ** 2).sum(axis))
-    return summed
+        return np.einsum(pattern, b, b, dtype=np.float64)
+    return fetched((b.double() ** 2).sum(axis))
 
 
 def fetched(b: Any) -> Any:

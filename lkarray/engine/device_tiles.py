@@ -60,8 +60,7 @@ def sum_on_device(f: Factors, start: int, stop: int) -> np.ndarray:
     """
     coming = unless_full(lambda: Returning(_sum(f, start, stop)))
     if coming is not None:
-        out: np.ndarray = coming.array()
-        return out
+        return coming.array()
     size = f.rows.stop - f.rows.start
     halves = []
     for half in (slice(0, (size + 1) // 2), slice((size + 1) // 2, size)):
@@ -167,8 +166,7 @@ def tile_on_device(f: Factors, finish: Finish) -> np.ndarray | None:
             return Returning(_finished(f, finish))
 
     coming = unless_full(work)
-    out: np.ndarray | None = None if coming is None else coming.array()
-    return out
+    return None if coming is None else coming.array()
 
 
 def _apply_series(tile: Any, terms: Terms, *, diagonal: bool) -> None:
@@ -232,8 +230,7 @@ def best_of_tile(
             sides = [values] if f.same else [values, values.T]
             return [_best(side, min(wanted.k, side.shape[1])) for side in sides]
 
-    best: list[tuple[np.ndarray, np.ndarray]] | None = unless_full(work)
-    return best
+    return unless_full(work)
 
 
 def _leave_out(values: Any, f: Factors, wanted: Wanted) -> None:
@@ -306,8 +303,6 @@ def counts_of_tile(f: Factors, finish: Finish, counted: Counted) -> np.ndarray |
                     away[:, start : start + _SORTED].fill_diagonal_(False)
                     cell = cell[away]
                 total += torch.bincount(cell.ravel(), minlength=len(total))
-            counts: np.ndarray = fetched(total).reshape(groups, groups, bins)
-            return counts
+            return fetched(total).reshape(groups, groups, bins)
 
-    of_tile: np.ndarray | None = unless_full(work)
-    return of_tile
+    return unless_full(work)

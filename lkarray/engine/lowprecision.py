@@ -85,8 +85,7 @@ def products_of_pairs(
         sampled = torch.sparse.sampled_addmm(
             pairs, torch.from_numpy(a), torch.from_numpy(b).T, beta=0
         )
-        products: np.ndarray = sampled.values().clamp_(-1, 1).numpy()
-        return products
+        return sampled.values().clamp_(-1, 1).numpy()
 
 
 @lru_cache(maxsize=1)

@@ -80,14 +80,12 @@ class Moments:
 
     def norm(self) -> np.ndarray:
         """Return the norm of each centred row: exactly zero where it is constant."""
-        norm: np.ndarray = np.sqrt(self.squares.sum(axis=0))
-        return norm
+        return np.sqrt(self.squares.sum(axis=0))
 
 
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return ``a @ b``, as the array that NumPy's types do not say it is."""
-    product: np.ndarray = a @ b
-    return product
+    return a @ b
 
 
 def _sums(block: np.ndarray, origin: np.ndarray, *, squared: bool) -> np.ndarray:
@@ -122,8 +120,7 @@ def standardise(block: np.ndarray, mean: np.ndarray, scale: np.ndarray | None) -
 
 def reciprocal(norm: np.ndarray) -> np.ndarray:
     """Return ``1 / norm``, and zero where the norm is zero: such a row correlates with none."""
-    inverse: np.ndarray = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
-    return inverse
+    return np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
 
 
 def finish_cosine(tile: np.ndarray, *, diagonal: bool) -> None:
@@ -151,5 +148,4 @@ def top_k(values: np.ndarray, k: int) -> np.ndarray:
     else:
         index = np.broadcast_to(np.arange(columns), (rows, columns)).copy()
     order = np.argsort(-np.take_along_axis(values, index, axis=1), axis=1, kind="stable")
-    best: np.ndarray = np.take_along_axis(index, order, axis=1)
-    return best
+    return np.take_along_axis(index, order, axis=1)

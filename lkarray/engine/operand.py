@@ -136,10 +136,7 @@ class Operand:
         """
         size = self.piece_bytes(rows, pieces[p])
         key = ("float", entry, rows.start, rows.stop, pieces[p])
-        panel: np.ndarray = self._cached(
-            key, lambda: self._load(entry, rows, pieces, p), size=size, limit=limit
-        )
-        return panel
+        return self._cached(key, lambda: self._load(entry, rows, pieces, p), size=size, limit=limit)
 
     def low_panel(
         self, entry: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int, limit: int
@@ -147,10 +144,9 @@ class Operand:
         """Return the panel rounded to bfloat16, ``(rows, contracted)``; cached likewise."""
         size = self.piece_bytes(rows, pieces[p]) // 2
         key = ("bfloat16", entry, rows.start, rows.stop, pieces[p])
-        panel: LowPanel = self._cached(
+        return self._cached(
             key, lambda: LowPanel.of(self._load(entry, rows, pieces, p)), size=size, limit=limit
         )
-        return panel
 
     def turned_panel(
         self,
@@ -160,13 +156,12 @@ class Operand:
         turn: Callable[[np.ndarray], np.ndarray],
     ) -> np.ndarray:
         """Return a whole panel as ``(rows, contracted)``, for products of pairs of rows."""
-        panel: np.ndarray = self._cached(
+        return self._cached(
             ("turned", rows.start, rows.stop),
             lambda: turn(self._load((), rows, pieces, 0)),
             size=self.piece_bytes(rows, pieces[0]),
             limit=limit,
         )
-        return panel
 
     def still(self, entry: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...]) -> np.ndarray:
         """Say which rows of a panel do not vary: they correlate with nothing, and are near nothing.
@@ -179,8 +174,7 @@ class Operand:
                 moments = self.moments(entry, rows, pieces)
             else:
                 moments = self._moments_of(self._read(entry, rows, pieces[0]))
-            flags: np.ndarray = moments.norm() == 0
-            return flags
+            return moments.norm() == 0
 
         return self._known_still(entry, rows, load)
 
@@ -188,8 +182,7 @@ class Operand:
         self, entry: tuple[int, ...], rows: slice, load: Callable[[], np.ndarray]
     ) -> np.ndarray:
         key, size = ("still", entry, rows.start, rows.stop), rows.stop - rows.start
-        flags: np.ndarray = self._cached(key, load, size=size, limit=sys.maxsize, cache=MOMENTS)
-        return flags
+        return self._cached(key, load, size=size, limit=sys.maxsize, cache=MOMENTS)
 
     def forget_low_panels(self) -> None:
         """Free the panels in bfloat16 that this process keeps."""
@@ -279,8 +272,7 @@ class Operand:
                 total = total.merge(moments, centred=centred)
             return total
 
-        cached: Moments = MOMENTS.get(key, load, size=size, limit=sys.maxsize)
-        return cached
+        return MOMENTS.get(key, load, size=size, limit=sys.maxsize)
 
     def _read(self, entry: tuple[int, ...], rows: slice, piece: Piece) -> np.ndarray:
         """Return a block as a fresh array ``(group, contracted, rows)``, or a view of one."""

@@ -148,8 +148,7 @@ def _whole(rows: int, panel: int) -> Maybe:
 def _lower(values: np.ndarray, error: float) -> np.ndarray:
     # One step of float32 down, so that rounding this bound cannot raise it.
     bound = (values - error - _ROUNDING * np.abs(values)).astype(np.float32)
-    low: np.ndarray = np.nextafter(bound, np.float32(-np.inf))
-    return low
+    return np.nextafter(bound, np.float32(-np.inf))
 
 
 def _merge(

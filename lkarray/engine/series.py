@@ -114,8 +114,7 @@ class Series:
             return Table.of(*expansion.coefficients(mean, sd), dtype)
 
         size = _TABLE * (rows.stop - rows.start)
-        table: Table = MOMENTS.get(key, load, size=size, limit=sys.maxsize)
-        return table
+        return MOMENTS.get(key, load, size=size, limit=sys.maxsize)
 
 
 class Terms(NamedTuple):
@@ -235,5 +234,4 @@ def scales(terms: Terms) -> tuple[Any, Any]:
 def own_entries(terms: Terms) -> np.ndarray:
     """Return the entries of rows with themselves: their variances, or 1 where these are not 0."""
     own = terms.rows.scale > 0 if terms.cosine else terms.rows.scale**2
-    entries: np.ndarray = own * terms.factor
-    return entries
+    return own * terms.factor

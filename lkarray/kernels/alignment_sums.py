@@ -151,13 +151,11 @@ def _unbiased(
     # are minus the diagonals' sums.
     trace = products - both
     sums = first * second / ((n - 1) * (n - 2))
-    out: np.ndarray = (trace + sums - 2 * both / (n - 2)) / (n * (n - 3))
-    return out
+    return (trace + sums - 2 * both / (n - 2)) / (n * (n - 3))
 
 
 def _pick(
     products: np.ndarray, distinct: tuple[Pair, ...], pairs: list[Pair], scale: np.ndarray
 ) -> np.ndarray:
     order = [distinct.index(tuple(pair)) for pair in pairs]
-    picked: np.ndarray = products[order] * scale
-    return picked
+    return products[order] * scale

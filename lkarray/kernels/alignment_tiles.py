@@ -79,5 +79,4 @@ def _products(
         sums = np.array([rows[i].sum() * rows[j].sum() for i, j in pairs])
         trace = out - m.diagonal_products
         out = (trace + sums / ((n - 1) * (n - 2)) - cross) / (n * (n - 3))
-    picked: np.ndarray = out[order]
-    return picked
+    return out[order]

@@ -114,8 +114,7 @@ def _report(
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    product: np.ndarray = np.einsum("sp,sp->p", a, b, dtype=np.float64)
-    return product
+    return np.einsum("sp,sp->p", a, b, dtype=np.float64)
 
 
 def _p_value(r: np.ndarray, error: np.ndarray, freedom: int) -> np.ndarray:
@@ -123,8 +122,7 @@ def _p_value(r: np.ndarray, error: np.ndarray, freedom: int) -> np.ndarray:
     from scipy.stats import t
 
     score = np.divide(r, error, out=np.where(r > 0, np.inf, 0.0), where=error > 0)
-    p: np.ndarray = t.sf(score, max(freedom, 1))
-    return p
+    return t.sf(score, max(freedom, 1))
 
 
 def q_values(p: da.Array) -> da.Array:
@@ -133,8 +131,7 @@ def q_values(p: da.Array) -> da.Array:
     Of Benjamini and Yekutieli (2001), whatever the dependence between them; NaN stays.
     """
     whole = p.rechunk(-1)
-    out: da.Array = whole.map_blocks(_benjamini_yekutieli, dtype=np.float64)
-    return out
+    return whole.map_blocks(_benjamini_yekutieli, dtype=np.float64)
 
 
 def _benjamini_yekutieli(p: np.ndarray) -> np.ndarray:

@@ -177,9 +177,8 @@ def contract(
     right = None if y is None else engine.Operand(y, rows=columns, **options)
     series = series_of(*links, degrees, cosine=normalize == "cosine")
     held = 0 if series is None else engine.table_bytes(left, right)
-    needs: dict[str, Any] = {"sink": engine.WRITTEN_BYTES, "held": held, "device": place}
-    needs["device_sink"] = 0 if series is None else engine.SERIES_BYTES
-    plan = engine.make_plan(left, right, memory=memory, **needs)
+    sinks = {"sink": engine.WRITTEN_BYTES, "device_sink": engine.SERIES_BYTES if series else 0}
+    plan = engine.make_plan(left, right, memory=memory, held=held, device=place, **sinks)
     # Apart from the operands, so that kernels which differ by it alone share cached panels.
     factor = scale / degrees if normalize == "count" and series is None else scale
     contraction = engine.Contraction(left, right, plan, factor, series=series)

@@ -220,8 +220,7 @@ def _of_tiles(
     if not self_pairs:
         totals, pairs = totals - own * sums[:, -1:], pairs - np.diag(counts)
     # NaN where a group of one has no pairs, without a warning of NumPy's.
-    means: da.Array = totals / np.where(pairs > 0, pairs, np.nan)
-    return means
+    return totals / np.where(pairs > 0, pairs, np.nan)
 
 
 def _group_rows(
@@ -260,5 +259,4 @@ def _group_finish(
         pairs = counts * (counts - 1.0)
         own = np.diagonal(out) * counts**2 - norms
         np.fill_diagonal(out, np.divide(own, pairs, out=np.full(len(own), np.nan), where=pairs > 0))
-    finished: np.ndarray = out * scale
-    return finished
+    return out * scale

@@ -141,18 +141,8 @@ def neighbors(
             "crossfit=True halves the draws of what it is given and correlates it: it takes "
             'estimator="sample", of losses or of an outcome (tree["losses/log_odds"]), no features'
         )
-    n = x.sizes[rows]
-    if not 1 <= k < n:
-        raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
+    x, exclude, ask = _asked(x, rows, exclude, k, largest)
     index = _index(x, rows)
-    if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
-        x, exclude = with_labels(x, rows, exclude, what="exclude")
-    ask = engine.Ask(
-        k,
-        largest,
-        _codes(x, rows, exclude) if isinstance(exclude, str) else None,
-        _Positions(exclude, x, rows) if callable(exclude) else None,
-    )
     options: dict[str, Any] = {
         "center": center,
         "estimator": estimator,
@@ -187,6 +177,20 @@ def neighbors(
         | described(contraction.series)
         | contraction.made_on,
     )
+
+
+def _asked(
+    x: xr.DataArray, rows: str, exclude: str | Rule | Any | None, k: int, largest: bool
+) -> tuple[xr.DataArray, str | Rule | None, engine.Ask]:
+    """Return the tensor, with labels that were given for themselves as a coordinate; the ask."""
+    n = x.sizes[rows]
+    if not 1 <= k < n:
+        raise ValueError(f"k must be between 1 and {n - 1}, the other samples there are, not {k}")
+    if exclude is not None and not isinstance(exclude, str) and not callable(exclude):
+        x, exclude = with_labels(x, rows, exclude, what="exclude")
+    codes = _codes(x, rows, exclude) if isinstance(exclude, str) else None
+    rule = _Positions(exclude, x, rows) if callable(exclude) else None
+    return x, exclude, engine.Ask(k, largest, codes, rule)
 
 
 def _searched(

@@ -108,5 +108,4 @@ def _values(s: Any) -> xr.DataArray | np.ndarray:
 def _energy_rank(s: np.ndarray, share: float) -> np.ndarray:
     energy = np.cumsum(s.astype(np.float64) ** 2, axis=-1)
     needed = share * energy[..., -1:] * (1 - 1e-12)
-    rank: np.ndarray = (energy < needed).sum(-1) + 1
-    return rank
+    return (energy < needed).sum(-1) + 1

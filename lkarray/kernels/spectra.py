@@ -338,8 +338,7 @@ def _small(squares: list[np.ndarray], state: Krylov, k: int) -> _Small:
 def _long_side(block: np.ndarray, small: _Small) -> np.ndarray:
     """Return vectors of the long side, of norm one; zero where the value is."""
     inverse = np.divide(1.0, small.value, out=np.zeros_like(small.value), where=small.value > 0)
-    turned: np.ndarray = (block @ (small.vector * inverse).astype(block.dtype)).astype(block.dtype)
-    return turned
+    return (block @ (small.vector * inverse).astype(block.dtype)).astype(block.dtype)
 
 
 def _signs(rows: list[np.ndarray] | _Small) -> np.ndarray:
@@ -352,18 +351,15 @@ def _signs(rows: list[np.ndarray] | _Small) -> np.ndarray:
 
 
 def _signed(block: np.ndarray, sign: np.ndarray) -> np.ndarray:
-    signed: np.ndarray = block * sign.astype(block.dtype)
-    return signed
+    return block * sign.astype(block.dtype)
 
 
 def _signed_short(small: _Small, sign: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    signed: np.ndarray = (small.short * sign).astype(dtype)
-    return signed
+    return (small.short * sign).astype(dtype)
 
 
 def _values(small: _Small, scale: float) -> np.ndarray:
-    values: np.ndarray = small.value * scale
-    return values
+    return small.value * scale
 
 
 def _residual(state: Krylov, k: int) -> np.ndarray:

@@ -223,8 +223,7 @@ class FlatModel:
             return loss(functional_call(self.module, parameters, args, kwargs), y)
 
         own = None if shared else 0  # vmap over the chains: of theirs, or of all alike
-        losses: Tensor = vmap(of_chain, in_dims=(0, own, own))(self._leaves, inputs, target)
-        return losses
+        return vmap(of_chain, in_dims=(0, own, own))(self._leaves, inputs, target)
 
 
 def _join_masks(masks: list[Tensor | None], moving: list[nn.Parameter]) -> Tensor | None:

@@ -319,8 +319,7 @@ class Stack:
 
 
 def _norm(vectors: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(vectors, dim=1)
-    return norms
+    return torch.linalg.vector_norm(vectors, dim=1)
 
 
 def _finite(values: np.ndarray) -> bool:

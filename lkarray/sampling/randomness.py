@@ -81,8 +81,7 @@ class ChainRandomness:
     def indices(self, step: int) -> np.ndarray:
         """Return the minibatch of a step: shape ``(batch,)``, distinct."""
         place = self._find(step)  # first: it replaces the block that is looked into
-        numbers: np.ndarray = self._indices[place]
-        return numbers
+        return self._indices[place]
 
     def rows(self, step: int) -> Tensor:
         """Return the minibatch of a step on the chain's device, uploaded 64 steps at a time."""

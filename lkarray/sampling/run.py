@@ -182,21 +182,11 @@ def sample(
     """
     checks.check_types(posterior, sampler)
     checks.check_options(autocast, chains_per_device, observables, compiled=compile)
-    chains, draws = checks.at_least("chains", chains, 1), checks.at_least("draws", draws, 1)
-    if burn_in is None:
-        burn_in = 0 if sampler.independent else BURN_IN
-    thin, burn_in = checks.at_least("thin", thin, 1), checks.at_least("burn_in", burn_in, 0)
-    checks.check_independent(sampler, burn_in, thin)
+    chains = checks.at_least("chains", chains, 1)
+    schedule = _schedule(sampler, chains, draws, burn_in, thin)
     seed = checks.at_least("seed", seed, 0)
     if batch_size is not None:
         batch_size = checks.at_least("batch_size", batch_size, 1)
-    schedule = Schedule(draws, burn_in, thin)
-    if schedule.steps > MAX_STEPS or chains > MAX_CHAINS:
-        raise ValueError(
-            f"chains={chains} of {schedule.steps} steps (burn_in and draws, each times thin) are "
-            f"too many: at most {MAX_CHAINS} chains of {MAX_STEPS} steps have noise that never "
-            "repeats; take fewer, or another seed"
-        )
     sets = checks.observed_sets(observed)
     chosen = chosen_outcomes(posterior.loss, outcomes)
     place = stores.as_store(store)
@@ -230,3 +220,21 @@ def sample(
     if components is None and checkpoints is None:
         return run_job(job, store, options)
     return sample_parts(job, store, options, components=components, checkpoints=checkpoints)
+
+
+def _schedule(
+    sampler: Sampler, chains: int, draws: int, burn_in: int | None, thin: int
+) -> Schedule:
+    draws = checks.at_least("draws", draws, 1)
+    if burn_in is None:
+        burn_in = 0 if sampler.independent else BURN_IN
+    thin, burn_in = checks.at_least("thin", thin, 1), checks.at_least("burn_in", burn_in, 0)
+    checks.check_independent(sampler, burn_in, thin)
+    schedule = Schedule(draws, burn_in, thin)
+    if schedule.steps > MAX_STEPS or chains > MAX_CHAINS:
+        raise ValueError(
+            f"chains={chains} of {schedule.steps} steps (burn_in and draws, each times thin) are "
+            f"too many: at most {MAX_CHAINS} chains of {MAX_STEPS} steps have noise that never "
+            "repeats; take fewer, or another seed"
+        )
+    return schedule

@@ -229,8 +229,7 @@ class Target:
 
     def distance(self) -> Tensor:
         """Return each chain's Euclidean distance from w*, shape ``(chain,)``."""
-        moved: Tensor = torch.linalg.vector_norm(self.flat.theta - self.center, dim=1)
-        return moved
+        return torch.linalg.vector_norm(self.flat.theta - self.center, dim=1)
 
 
 def _side_by_side(batches: Sequence[Tensor]) -> Tensor:

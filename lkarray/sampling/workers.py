@@ -158,15 +158,13 @@ def _steps(root: zarr.Group, groups: list[list[int]]) -> int:
 def _dumps(job: Job) -> bytes:
     import cloudpickle
 
-    out: bytes = cloudpickle.dumps(job)
-    return out
+    return cloudpickle.dumps(job)
 
 
 def _loads(payload: bytes) -> Job:
     import pickle
 
-    job: Job = pickle.loads(payload)
-    return job
+    return pickle.loads(payload)
 
 
 def _prepare(payload: bytes, request: Mapping[str, Any]) -> Prepared:

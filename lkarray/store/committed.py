@@ -79,8 +79,7 @@ def lazily(array: zarr.Array) -> da.Array:
     """Return an array on Dask; computing one of its chunks that is missing is a `DamagedError`."""
     name = f"committed-{tokenize(array, array.chunks)}"
     meta = np.empty((0,) * array.ndim, array.dtype)
-    lazy: da.Array = da.from_array(_Committed(array), array.chunks, name=name, meta=meta)
-    return lazy
+    return da.from_array(_Committed(array), array.chunks, name=name, meta=meta)
 
 
 class _Committed:

@@ -22,8 +22,7 @@ def stored_at(root: zarr.Group, path: str) -> zarr.Array:
     array = node_at(root, path)
     if not isinstance(array, zarr.Array):
         raise damaged(root.store, f"{path}/zarr.json is that of a group, not of an array")
-    whole: zarr.Array = array.with_config(WRITE_ALL)
-    return whole
+    return array.with_config(WRITE_ALL)
 
 
 def node_at(root: zarr.Group, path: str) -> zarr.Array | zarr.Group:

@@ -324,8 +324,7 @@ def _padding(center: zarr.Array | None, samples: slice) -> np.ndarray | bool:
     if center is None:
         return False
     try:
-        padding: np.ndarray = np.isnan(read(center, samples))
-        return padding
+        return np.isnan(read(center, samples))
     except DamagedError:  # of a chunk that is named by itself
         return False
 

@@ -51,8 +51,7 @@ def find_workflow(name: str) -> Workflow:
     SettingsError
         No study has that name; the message lists those there are.
     """
-    study: Workflow = find_entry(name).load()
-    return study
+    return find_entry(name).load()
 
 
 def find_entry(name: str) -> importlib.metadata.EntryPoint:

@@ -143,7 +143,7 @@ def _best_entries(data: da.Array, codes: np.ndarray, classes: int, k: int) -> da
         k=k,
     )
     keep = partial(_keep, k=k)
-    best: da.Array = da.reduction(
+    return da.reduction(
         candidates,
         chunk=keep,
         aggregate=keep,
@@ -154,7 +154,6 @@ def _best_entries(data: da.Array, codes: np.ndarray, classes: int, k: int) -> da
         meta=meta,
         dtype=_ENTRY,
     )
-    return best
 
 
 def _candidates(

@@ -74,8 +74,7 @@ def _about_draws(x: np.ndarray) -> np.ndarray:
     """Return the variance about the chains' mean at each draw; NaN of one chain."""
     if x.shape[1] == 1:
         return np.full(len(x), np.nan)
-    about: np.ndarray = x.var(axis=1, ddof=1).mean(axis=1)
-    return about
+    return x.var(axis=1, ddof=1).mean(axis=1)
 
 
 def transient_noise(draws: float, chains: int) -> float:

@@ -39,7 +39,7 @@ def corrected(
     config, images = study.config, pairs.images[kind]
     norm: Any = ATTACKS[config.attack][1]
     trace = run.trace()
-    moved: torch.Tensor = lk.shift_modes(
+    return lk.shift_modes(
         trace,
         modes,
         TensorDataset(images, pairs.labels["clean"]),
@@ -50,7 +50,6 @@ def corrected(
         steps=config.correction_steps,
         away_from=images - pairs.images["clean"],
     )
-    return moved
 
 
 def cure(study: workflow.Study[Config], run: Trained) -> None:

@@ -169,5 +169,4 @@ def draw_images(home: workflow.Study[Any], name: str, count: int = 4) -> Figure:
         columns = {kind: [x.squeeze(-1) for x in images] for kind, images in columns.items()}
     pairs = zip(columns["adversarial"], columns["clean"], strict=True)
     columns["attack"] = [attacked - clean for attacked, clean in pairs]
-    figure: Figure = plots.image_rows(list(zip(*columns.values(), strict=True)), list(columns))
-    return figure
+    return plots.image_rows(list(zip(*columns.values(), strict=True)), list(columns))

@@ -156,8 +156,7 @@ class Block(nn.Module):
         likeness = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
         seen = likeness.softmax(-1) @ v
         x = self.first(x + self.out(seen.transpose(-3, -2).flatten(-2)))
-        out: torch.Tensor = self.second(x + self.narrow(self.wide(x).relu()))
-        return out
+        return self.second(x + self.narrow(self.wide(x).relu()))
 
 
 def accuracy(model: nn.Module, data: TensorDataset, rows: int = 2000) -> np.ndarray:

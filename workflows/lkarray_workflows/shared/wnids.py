@@ -58,8 +58,7 @@ def neighbors_of(path: Path) -> xr.Dataset:
 def lift_of(near_or_losses: Any, labels: np.ndarray, seed: int, k: int = 30) -> xr.Dataset:
     """Return the taxonomic lift of neighbours or losses, over the classes that occur."""
     taxonomy = lk.Taxonomy.imagenet().subset(np.unique(labels).tolist())
-    lift: xr.Dataset = lk.taxonomic_lift(near_or_losses, taxonomy, k=k, seed=seed)
-    return lift
+    return lk.taxonomic_lift(near_or_losses, taxonomy, k=k, seed=seed)
 
 
 _CURVE = ("depth", "lift", "low", "high")

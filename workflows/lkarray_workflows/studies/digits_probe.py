@@ -141,8 +141,7 @@ def train(study: Study, kind: str) -> None:
 
 def trained(study: Study, kind: str) -> nn.Module:
     """Return one of the trained networks."""
-    model: nn.Module = load_model(network(study.config), study.path(f"{kind}.pt"))
-    return model
+    return load_model(network(study.config), study.path(f"{kind}.pt"))
 
 
 def sample(study: Study, kind: str) -> None:

@@ -163,8 +163,7 @@ def fade(study: Study) -> None:
 def images_of(study: Study) -> np.ndarray:
     """Return all prototypes at full contrast, as bytes ``(class, y, x, 3)``."""
     starts = range(0, len(class_numbers(study.config)), _AT_ONCE)
-    images: np.ndarray = np.concatenate([np.load(study.path(file_of(start))) for start in starts])
-    return images
+    return np.concatenate([np.load(study.path(file_of(start))) for start in starts])
 
 
 def normalised(images: np.ndarray) -> torch.Tensor:

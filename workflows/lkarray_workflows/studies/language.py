@@ -117,8 +117,7 @@ class GPT(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Take ``(window, place)`` and return ``(window, place, token)``."""
-        out: torch.Tensor = self.head(self.blocks(self.tokens(ids) + self.places))
-        return out
+        return self.head(self.blocks(self.tokens(ids) + self.places))
 
 
 def make_data(study: Study) -> None:

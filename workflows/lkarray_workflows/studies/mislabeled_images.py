@@ -125,8 +125,7 @@ def observed_set(study: Study) -> tuple[TensorDataset, np.ndarray]:
 def network(config: Config) -> nn.Module:
     """Return the untrained network."""
     torch.manual_seed(config.seed)
-    model: nn.Module = convolutional(config.width)
-    return model
+    return convolutional(config.width)
 
 
 def train(study: Study) -> None:

@@ -109,8 +109,7 @@ class Transformer(nn.Module):
 
     def forward(self, pairs: torch.Tensor) -> torch.Tensor:
         """Take ``(input, 2)`` and return ``(input, token)``."""
-        out: torch.Tensor = self.head(self.blocks(self.tokens(pairs) + self.places)[..., -1, :])
-        return out
+        return self.head(self.blocks(self.tokens(pairs) + self.places)[..., -1, :])
 
 
 def run(config: Config, folder: Path, *, progress: bool = True) -> str:
