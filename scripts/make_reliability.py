@@ -1,9 +1,9 @@
 """Attack real stores, and write down what came of it: the table of docs/reliability.md.
 
-Two small stores are made, of a sampled posterior with what was computed from it and of a recorded
-training run with its gradients and an audit. Then, one fault at a time and undone after it, bits
-are flipped, files cut off, emptied, deleted and exchanged, and metadata edited; and writers are
-killed, or run out of disk. After each fault the store is opened and read, and verified.
+Three small stores are made: of a sampled posterior with what was computed from it, of a recorded
+training run with its gradients and an audit, and of features. Then, one fault at a time and undone
+after it, bits are flipped, files cut off, emptied, deleted and exchanged, and metadata edited; and
+writers are killed, or run out of disk. After each fault the store is opened and read, and verified.
 
     python scripts/make_reliability.py --rounds 60 --write docs/reliability.md
 
@@ -25,10 +25,17 @@ from collections import Counter
 from pathlib import Path
 
 from reliability.faults import FAULTS, attack
-from reliability.stores import make_attributed, make_derived, make_recorded, make_sampled
+from reliability.stores import (
+    make_attributed,
+    make_derived,
+    make_features,
+    make_recorded,
+    make_sampled,
+)
 from reliability.writers import fill, kill
 
 MARKS = "<!-- attacks -->", "<!-- /attacks -->"
+STORES = ("sampled", "recorded", "features")
 OUTCOMES = ("open", "read", "verify", "no effect", "silent")
 HEADS = {
     "open": "caught by open",
@@ -50,9 +57,10 @@ def table(rounds: int, kills: int, seed: int) -> tuple[dict[str, Counter[str]], 
         make_derived(folder / "sampled.zarr")
         make_recorded(folder / "recorded.zarr")
         make_attributed(folder / "recorded.zarr")
+        make_features(folder / "features.zarr")
         for kind in FAULTS:
             tally: Counter[str] = Counter()
-            for name in ("sampled", "recorded"):
+            for name in STORES:
                 rng = random.Random(f"{seed} {kind} {name}")
                 tally += attack(folder / f"{name}.zarr", kind, rounds, rng, silent)
             tallies[kind] = tally

@@ -39,8 +39,10 @@ pytest_plugins = [
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs the demo's folder takes a minute, once: one process has all of it."""
+    """What takes a minute, once, is for one process: the demo's folder, and compiling UMAP."""
     for item in items:
+        if "embed" in item.nodeid:
+            item.add_marker(pytest.mark.xdist_group("umap"))
         if "digits" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.minutes)
             item.add_marker(pytest.mark.xdist_group("digits"))

@@ -22,7 +22,7 @@ from lkarray.store.chunks import (
     flush_tree,
     read,
     read_whole,
-    stored_digests,
+    stored_numbers,
 )
 from lkarray.store.committed import array_names
 from lkarray.store.location import writing
@@ -120,7 +120,7 @@ class PanelWriter:
             if chunk[1] == self.panel and (window is None or chunk[-1] == window)
         ]
         keys = [chunk_key(array, chunk) for chunk in chunks]
-        for chunk, checksum in zip(chunks, numbers(array, keys), strict=True):
+        for chunk, checksum in zip(chunks, stored_numbers(array, keys), strict=True):
             self._written[(chunk[0], *chunk[2:])] = checksum
         self._keys += keys
 
@@ -133,7 +133,7 @@ class PanelWriter:
                 place = tuple(self.audits if dim == AUDIT else slice(None) for dim in spec.dims)
                 array[place] = sums[name]
                 keys = panel_keys(array, self.panel)
-                checksums[name] = chain(numbers(array, keys))
+                checksums[name] = chain(stored_numbers(array, keys))
                 self._keys += keys
             self._count(0, 0, checksums)
             sync(self._root.store.delete_dir(self._folder))
@@ -187,12 +187,6 @@ def committed_panels(root: zarr.Group, group: str) -> Iterator[tuple[zarr.Array,
 def has_checksums(record: zarr.Array) -> bool:
     """Say whether records have checksums; those of lkarray 0.1.0 have none."""
     return bool(record.shape[1] == len(FIELDS))
-
-
-def numbers(array: zarr.Array, keys: list[str]) -> list[int]:
-    """Return the checksums of stored chunks as numbers, 0 for one that is missing."""
-    tails = stored_digests(array, keys)
-    return [0 if tail is None else int.from_bytes(tail, "little") for tail in tails]
 
 
 def panel_leading(array: zarr.Array, panel: int) -> list[tuple[int, ...]]:

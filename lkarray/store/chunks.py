@@ -139,6 +139,12 @@ def stored_digests(array: zarr.Array, keys: Sequence[str]) -> list[bytes | None]
     return sync(look())
 
 
+def stored_numbers(array: zarr.Array, keys: Sequence[str]) -> list[int]:
+    """Return `stored_digests` as numbers, 0 for a chunk that is missing."""
+    tails = stored_digests(array, keys)
+    return [0 if tail is None else int.from_bytes(tail, "little") for tail in tails]
+
+
 def missing(store: Store, keys: Iterable[str], *, size: int | None = None) -> list[str]:
     """Return those keys at which nothing is stored, or a file without content.
 

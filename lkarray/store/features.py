@@ -2,7 +2,9 @@
 
 Features are sums over draws of the weights, two of them (over even and odd draws) where there are
 several, so that more draws can be added. A block of samples is written whole, to the slot that its
-record does not name; that is flushed, and only then the record ``(draws, slot)`` is replaced.
+record does not name; that is flushed, and only then the record is replaced. A record has the
+block's draws, slot and number and a checksum of its chunks' checksums, which tells chunks, and
+records, in each other's places.
 """
 
 from __future__ import annotations
@@ -20,7 +22,16 @@ from lkarray import schema
 from lkarray.errors import FingerprintError
 from lkarray.schema import MODE, SAMPLE, VariableSpec
 from lkarray.store.arrays import create_array, create_coord, require_space
-from lkarray.store.chunks import chunk_keys, flush, flush_tree, read, require_chunks
+from lkarray.store.chunks import (
+    chunk_key,
+    chunk_keys,
+    damaged,
+    flush,
+    flush_tree,
+    read,
+    require_chunks,
+    stored_numbers,
+)
 from lkarray.store.committed import lazily, require_seals
 from lkarray.store.fingerprints import group_made_with, refuse_changes
 from lkarray.store.location import (
@@ -35,6 +46,7 @@ from lkarray.store.location import (
 from lkarray.store.names import make_group
 from lkarray.store.nodes import group_at, stored_at
 from lkarray.store.seals import described, seal
+from lkarray.store.trace_digests import chain
 from lkarray.store.typed import attributes_of
 from lkarray.store.variables import variables
 
@@ -42,7 +54,10 @@ GROUP = schema.FEATURES
 HALF = "half"
 _ROWS, _COLUMNS = 128, 16384
 TOTAL = VariableSpec("total", ("slot", HALF, SAMPLE, MODE), "float32", "", "sum over draws")
-TAKEN = VariableSpec("taken", ("block", "field"), "int64", "", "draws in a block's sums; slot")
+TAKEN = VariableSpec(
+    "taken", ("block", "field"), "int64", "", "draws in a block's sums; slot; block; checksum"
+)
+_FIELDS = 4
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,9 @@ class FeatureWriter:
             extra = {"rows": layout.rows}
             create_array(group, TOTAL, shape, chunks, dtype=layout.dtype, attrs=extra)
             blocks = -(-layout.samples // layout.rows)
-            create_array(group, TAKEN, (blocks, 2), (1, 2))[:] = 0
+            records = np.zeros((blocks, _FIELDS), np.int64)
+            records[:, 2] = np.arange(blocks)
+            create_array(group, TAKEN, records.shape, (1, _FIELDS))[:] = records
             for name, values in layout.coords.items():
                 create_coord(group, name, values, SAMPLE)
             seal(group, filling=[TOTAL.name, TAKEN.name])
@@ -158,29 +175,67 @@ class FeatureWriter:
     def sums(self, block: int) -> np.ndarray:
         """Return the sums of a block, ``(half, sample, mode)``: zeros where it has no draws."""
         rows = self.blocks[block]
-        draws, slot = self._records[block].tolist()
+        draws, slot = self._records[block, :2].tolist()
         if draws == 0:
             shape = (self._total.shape[1], rows.stop - rows.start, self._total.shape[3])
             return np.zeros(shape, self._total.dtype)
-        for at in _chunks(self._total, slot, rows):
+        stored = StoredBlock(self._total, rows, self._records[block])
+        for at in stored.leading:
             require_chunks(self._total, at)
+        if not stored.is_sound():
+            raise damaged(
+                self.root.store,
+                f"{self._total.path}: chunks of block {block} are not those that were committed",
+            )
         return read(self._total, (slot, slice(None), rows))
 
     def commit(self, block: int, sums: np.ndarray, draws: int) -> None:
         """Make the sums of a block count, as those of the first ``draws`` draws."""
-        before, slot = self._records[block].tolist()
+        before, slot = self._records[block, :2].tolist()
         if before and self._total.shape[0] > 1:
             slot = 1 - slot
-        rows = self.blocks[block]
+        record = np.array([draws, slot, block, 0])[: self._records.shape[1]]
+        written = StoredBlock(self._total, self.blocks[block], record)
         with writing(self.root.store, safe="Blocks that were committed are kept"):
-            self._total[slot, :, rows] = sums
-            keys = [
-                k for at in _chunks(self._total, slot, rows) for k in chunk_keys(self._total, at)
-            ]
-            flush(self.root.store, keys)
-            self._taken[block] = (draws, slot)
+            self._total[slot, :, written.samples] = sums
+            flush(self.root.store, written.keys)
+            if len(record) == _FIELDS:
+                record[3] = written.checksum()
+            self._taken[block] = record
             flush(self.root.store, chunk_keys(self._taken, (block,)))
-        self._records[block] = (draws, slot)
+        self._records[block] = record
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """Some samples of the sums, and the record that makes them count."""
+
+    array: zarr.Array
+    samples: slice
+    record: np.ndarray
+
+    @property
+    def number(self) -> int:
+        """Its place among the blocks."""
+        return int(self.record[2])
+
+    @property
+    def leading(self) -> list[tuple[int, ...]]:
+        """First indices of its chunks."""
+        return list(_chunks(self.array, int(self.record[1]), self.samples))
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of its chunks."""
+        return [key for at in self.leading for key in chunk_keys(self.array, at)]
+
+    def checksum(self) -> int:
+        """Return the checksum of the chunks that are stored."""
+        return chain(stored_numbers(self.array, self.keys))
+
+    def is_sound(self) -> bool:
+        """Say whether the chunks are those that were committed, as far as the record can tell."""
+        return len(self.record) < _FIELDS or self.checksum() == self.record[3]
 
 
 def _chunks(array: zarr.Array, slot: int, rows: slice) -> Iterator[tuple[int, ...]]:
@@ -192,16 +247,21 @@ def _chunks(array: zarr.Array, slot: int, rows: slice) -> Iterator[tuple[int, ..
 
 
 def taken(root: zarr.Group) -> np.ndarray:
-    """Return the draws and the slot of each block, ``(block, 2)``.
+    """Return the records of the blocks, ``(block, field)``: draws, slot, block, checksum.
 
     Raises
     ------
     DamagedError
-        A record is missing or cannot be read.
+        A record is missing, cannot be read, or is of another block.
     """
     array = stored_at(root, f"{GROUP}/{TAKEN.name}")
     require_chunks(array)
-    return read(array, ...)
+    records = read(array, ...)
+    if records.shape[1] == _FIELDS:  # the first ones had no more than draws and slot
+        for block in np.flatnonzero(records[:, 2] != np.arange(len(records))).tolist():
+            key = chunk_key(array, (block, 0))
+            raise damaged(root.store, f"{key} is the record of another block")
+    return records
 
 
 def rows_of(root: zarr.Group) -> int:
@@ -226,13 +286,13 @@ def whole(root: zarr.Group, draws: int) -> bool:
     return bool((have == draws).all())
 
 
-def committed_features(root: zarr.Group) -> Iterator[tuple[zarr.Array, tuple[int, ...]]]:
-    """Yield arrays of stored features with the first indices of chunks that must be there."""
+def committed_blocks(root: zarr.Group) -> Iterator[StoredBlock]:
+    """Yield the blocks of stored features that count."""
     total, rows = stored_at(root, f"{GROUP}/{TOTAL.name}"), rows_of(root)
-    for block, (draws, slot) in enumerate(taken(root).tolist()):
-        if draws:
-            span = slice(block * rows, min((block + 1) * rows, total.shape[2]))
-            yield from ((total, at) for at in _chunks(total, slot, span))
+    for block, record in enumerate(taken(root)):
+        if record[0]:
+            stop = min((block + 1) * rows, total.shape[2])
+            yield StoredBlock(total, slice(block * rows, stop), record)
 
 
 def open_features(root: zarr.Group) -> xr.Dataset:
@@ -258,7 +318,7 @@ def open_features(root: zarr.Group) -> xr.Dataset:
         return ds
     lazy = lazily(array)  # (slot, half, sample, mode)
     spans = [slice(i * rows, (i + 1) * rows) for i in range(len(records))]
-    parts = [lazy[slot, :, span] for (_, slot), span in zip(records.tolist(), spans, strict=True)]
+    parts = [lazy[slot, :, span] for slot, span in zip(records[:, 1].tolist(), spans, strict=True)]
     sums = da.concatenate(parts, axis=1)  # (half, sample, mode)
     spec = schema.FEATURE
     dims = (HALF, SAMPLE, MODE)

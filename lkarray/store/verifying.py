@@ -143,7 +143,8 @@ def _all(root: zarr.Group) -> Iterator[Problem]:
     sampled = stored_fingerprint(root) is not None
     if sampled:
         yield from run_problems(root)
-        yield from guarded("zarr.json", partial(consolidated_problems, root))
+    yield from guarded("zarr.json", partial(consolidated_problems, root))
+    if sampled:
         return
     made = trace_fingerprint(root) or gradient_fingerprints(root) or audit_fingerprints(root)
     made = made or feature_fingerprint(root)

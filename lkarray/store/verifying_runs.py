@@ -44,6 +44,9 @@ from lkarray.store.verifying_pieces import (
 _RECORD = f"{schema.COMMIT}/{schema.RECORD.name}"
 _LATEST = f"{schema.COMMIT}/{schema.LATEST.name}"
 _BLOCKS = f"{schema.COMMIT}/{schema.BLOCKS.name}"
+#: Zarr's name for a copy of what lies below a node, and what it writes where nothing does.
+_COPY = "consolidated_metadata"
+_NO_COPY = {"kind": "inline", "must_understand": False, "metadata": {}}
 _FLAGS = f"{schema.SAMPLE_STATS}/{schema.DIVERGED.name}"
 
 
@@ -330,28 +333,27 @@ def _padding(center: zarr.Array | None, samples: slice) -> np.ndarray | bool:
 
 
 def consolidated_problems(root: zarr.Group) -> Iterator[Problem]:
-    """Compare the root's copy of a run's metadata, which plain readers take, with the real ones.
+    """Compare the root's copy of metadata, which plain readers take, with the real ones.
 
-    Results and training runs are left out: a kill may leave their copy stale.
+    Those of runs and features: of results and training runs a kill may leave the copy stale.
     """
-    copy = stored_metadata(root).get("consolidated_metadata")
+    copy = stored_metadata(root).get(_COPY)
     if not copy:
         return
-    groups = run_groups(root)
+    if copy | {"metadata": {}} != _NO_COPY:
+        yield Problem("mismatch", "zarr.json", f"its {_COPY} is not as Zarr writes it")
+    groups = [] if stored_fingerprint(root) is None else run_groups(root)
     for path, copied in copy["metadata"].items():
-        if path.split("/")[0] not in groups:
+        if path.split("/")[0] not in (*groups, schema.FEATURES):
             continue
         try:
             node = node_at(root, path)
             real = stored_metadata(node)
         except DamagedError:  # named by itself
             continue
-        if isinstance(node, zarr.Array):
-            same = json_digest(copied) == json_digest(real)
-        else:
-            known = (seal_of(node) or {}).get("attributes", {})
-            attrs = copied.get("attributes", {})
-            same = all(json_digest(attrs.get(key)) == known[key] for key in known)
-        if not same:
+        same = copied.pop(_COPY, _NO_COPY) == _NO_COPY
+        real.pop(_COPY, None)
+        sealed = isinstance(node, zarr.Array) or seal_of(node) is not None
+        if sealed and not (same and json_digest(copied) == json_digest(real)):
             detail = f"its copy of the metadata of {path} differs from {path}/zarr.json"
             yield Problem("mismatch", "zarr.json", detail)

@@ -17,7 +17,7 @@ from lkarray.store import (
     trace_layout,
     trajectory,
 )
-from lkarray.store.chunks import chunk_key, chunk_keys, read, stored_digests
+from lkarray.store.chunks import chunk_key, chunk_keys, read, stored_digests, stored_numbers
 from lkarray.store.committed import array_names
 from lkarray.store.location import is_sealed
 from lkarray.store.nodes import group_at, stored_at
@@ -181,10 +181,19 @@ def _differing(array: zarr.Array, at: tuple[int, ...], row: np.ndarray) -> Itera
 def _features(root: zarr.Group) -> Iterator[Problem]:
     faults = _sealed(root, features.GROUP)
     yield from faults
-    if not _unreadable(faults):
-        yield from chunk_problems(stored_at(root, f"{features.GROUP}/{features.TAKEN.name}"), ())
-        for array, at in features.committed_features(root):
-            yield from chunk_problems(array, at)
+    if _unreadable(faults):
+        return
+    record = stored_at(root, f"{features.GROUP}/{features.TAKEN.name}")
+    faults = list(chunk_problems(record, ()))
+    yield from faults
+    if faults:
+        return
+    for block in features.committed_blocks(root):
+        faults = [f for at in block.leading for f in chunk_problems(block.array, at)]
+        yield from faults
+        if not faults and not block.is_sound():
+            detail = f"chunks of block {block.number} are not those that were committed"
+            yield Problem("mismatch", block.array.path, detail)
 
 
 def _audit(root: zarr.Group, group: str) -> Iterator[Problem]:
@@ -209,7 +218,7 @@ def _audit(root: zarr.Group, group: str) -> Iterator[Problem]:
         yield from faults
         if checksum is None or faults:
             continue
-        if chain(audit_panels.numbers(array, audit_panels.panel_keys(array, panel))) != checksum:
+        if chain(stored_numbers(array, audit_panels.panel_keys(array, panel))) != checksum:
             detail = f"chunks of panel {panel} are not those that were committed"
             yield Problem("mismatch", array.path, detail)
     yield from _passes(root, group)

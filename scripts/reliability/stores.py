@@ -65,6 +65,7 @@ def make_sampled(path: Path, *, draws: int = 70, pause: float = 0.0) -> None:
         batch_size=16,
         coords={"train": labels},
         observables={"norm": lambda module: module[0].weight.norm()},
+        outcomes=("loss", "log_odds"),
         store=path,
         chains_per_device=1,
         progress=False,
@@ -115,6 +116,18 @@ def make_attributed(path: Path) -> None:
     lk.gradient_features(trace, range(30), times=[0, 10], store=path, coords=names)
     lk.gradient_factors(trace, range(30), times=[0, 10], store=path)
     lk.audit(trace, range(12), store=path)
+
+
+def make_features(path: Path) -> None:
+    """Store features of the posterior's Gaussian limit, in several blocks of samples."""
+    import lkarray as lk
+    from lkarray.attribution import feature_request
+
+    feature_request._BLOCK_BYTES = 1 << 14  # of some forty samples
+    net, data = _problem()
+    names = {"name": [f"image {i:03}" for i in range(len(data))]}
+    posterior = lk.LocalPosterior(net, data, nbeta=10.0, gamma=50.0)
+    lk.laplace(posterior, data, rank=5, smooth=2, coords=names, store=path, progress=False)
 
 
 # What came of a fault ---------------------------------------------------------------------------

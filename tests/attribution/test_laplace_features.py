@@ -12,6 +12,7 @@ import lkarray as lk
 from lkarray.attribution import feature_maker
 from lkarray.attribution.feature_maker import FeatureMaker, Sketch
 from lkarray.nn.gradients import ExampleGradients
+from tests.helpers import attacks
 from tests.helpers.networks import classification, small_network
 
 NBETA, GAMMA = 30.0, 2.0
@@ -266,6 +267,45 @@ def test_store__damage_is_seen(tmp_path):
     assert [p.kind for p in lk.verify(path)] == ["corrupt"]
     chunk.unlink()
     assert [p.kind for p in lk.verify(path)] == ["missing"]
+
+
+@pytest.mark.parametrize("smooth", [0, 2])
+def test_store__exchanged_chunks_and_records_are_seen(smooth, tmp_path, monkeypatch):
+    posterior, data = classifier()
+    monkeypatch.setattr(
+        "lkarray.attribution.feature_request._BLOCK_BYTES", 2000
+    )  # blocks of few samples
+    path, options = tmp_path / "features.zarr", QUIET | {"smooth": smooth}
+    lk.laplace(posterior, data, store=path, **options)
+    assert lk.verify(path) == []
+    total, taken = "features/total/c/0/0/{}/0", "features/taken/c/{}/0"
+    attacks.swap(path, total.format(0), total.format(1))
+    assert [p.path for p in lk.verify(path)] == ["features/total"] * 2
+    if smooth:  # nothing is added to sums of other samples
+        with pytest.raises(lk.errors.DamagedError, match="block 0 are not those"):
+            lk.laplace(posterior, data, store=path, **options | {"smooth": 4})
+    attacks.swap(path, total.format(0), total.format(1))
+    attacks.swap(path, taken.format(0), taken.format(1))
+    assert any("record of another block" in p.detail for p in lk.verify(path))
+    with pytest.raises(lk.errors.DamagedError, match="record of another block"):
+        lk.laplace(posterior, data, store=path, **options)
+
+
+def test_store__an_edited_copy_of_the_metadata_is_seen(tmp_path):
+    posterior, data = classifier()
+    path = tmp_path / "features.zarr"
+    lk.laplace(posterior, data, store=path, **QUIET)
+    whole = (path / "zarr.json").read_bytes()
+    for change in (
+        lambda copy: copy["metadata"]["features"]["attributes"].update(residual=1.0),
+        lambda copy: copy["metadata"]["features/total"].update(fill_value=0.0),
+        lambda copy: copy["metadata"]["features"].update(zarr_format=4),
+        lambda copy: copy.pop("kind"),
+    ):
+        attacks.edit(path / "zarr.json", lambda m, c=change: c(m["consolidated_metadata"]))
+        assert [p.path for p in lk.verify(path)] == ["zarr.json"]
+        (path / "zarr.json").write_bytes(whole)
+    assert lk.verify(path) == []
 
 
 def test_gradients__that_are_not_finite_are_named():

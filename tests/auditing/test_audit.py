@@ -18,6 +18,7 @@ from tests.helpers.audited_runs import (
     cross_entropy,
     recorded,
 )
+from tests.helpers.grids import in_turn
 from tests.helpers.recorded_runs import DTYPE, examples
 
 
@@ -48,8 +49,7 @@ def closes(trace, audit, tolerance=1e-10, **options):
     assert audit.attrs["closure"] < tolerance
 
 
-@pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "clip"), in_turn(OPTIMIZERS, CLIPS))
 def test_audit__is_what_forward_accumulation_gives(name, clip):
     decay = 0.1 if "adamw" in name or "decoupled" in name else 0.02
     trace = recorded(

@@ -104,10 +104,9 @@ def describe(path):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"groups": {"time": "epoch", "param": "module"}},
         {"groups": {"time": [0, 3, 7]}, "credit": "acted", "stride": 2},
-        {"target": "prediction"},
+        *(pytest.param(o, marks=pytest.mark.minutes) for o in ({}, {"target": "prediction"})),
     ],
 )
 def test_audit__cut_off_anywhere_goes_on_with_the_same_bits(

@@ -11,6 +11,7 @@ import lkarray as lk
 from lkarray import engine
 from lkarray.engine.cache import CACHE, MOMENTS
 from lkarray.engine.plan import make_plan, memory_budget
+from tests.helpers.grids import first
 from tests.helpers.losses import counting, numpy_correlation, random_losses
 from tests.helpers.operands import operand
 
@@ -96,10 +97,10 @@ print(peak[0] - base, projected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("memory", first([120, 200, 400], fast=[120]))
 @pytest.mark.parametrize(
-    "memory", [120, *(pytest.param(more, marks=pytest.mark.minutes) for more in (200, 400))]
+    "what", first(["neighbors", "search", "reduction", "save", "svd", "cka"], fast=["neighbors"])
 )
-@pytest.mark.parametrize("what", ["neighbors", "search", "reduction", "save", "svd", "cka"])
 def test_memory__measured_peak_stays_within_the_projection(tmp_path, what, memory):
     """48 MB of losses whose kernel would take 144 MB."""
     if what == "search" and memory == 120:

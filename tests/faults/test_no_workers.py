@@ -63,12 +63,14 @@ def test_save__new_workers_come_where_all_are_gone_for_good(owned, losses, tmp_p
     assert "of 2 workers of local are" in told
 
 
+@pytest.mark.minutes
 def test_compute__new_workers_come_where_all_are_gone_for_good(owned, losses):
     kernel = lk.correlation(losses.chunk(sample=10), memory="1 MiB")
     bereave(owned)
     np.testing.assert_allclose(kernel.compute(), numpy_correlation(losses), atol=1e-5)
 
 
+@pytest.mark.minutes
 def test_sample__new_workers_come_where_all_are_gone_for_good(owned, tmp_path):
     bereave(owned)
     tree = sample(tmp_path / "s", owned, draws=4, chains=2, sampler=lk.SGLD(1e-3))

@@ -17,6 +17,6 @@ def test_attacks__none_is_silent(monkeypatch):
     made = importlib.import_module("make_reliability")
     tallies, silent = made.table(rounds=15, kills=8, seed=1)
     assert not silent
-    assert sum(tally.total() for tally in tallies.values()) == 2 * 5 * 15 + 2 * 8
+    assert sum(tally.total() for tally in tallies.values()) == len(made.STORES) * 5 * 15 + 2 * 8
     # The attacks are real: each kind of damage was noticed at least once.
     assert all(set(tallies[kind]) - {"no effect"} for kind in made.FAULTS)

@@ -48,7 +48,9 @@ def survey(store, todo: list[Attack], whole) -> Counter:
     return outcomes
 
 
-@pytest.mark.parametrize(("optimizer", "every"), [("adam", 1), ("sgd", 3)])
+@pytest.mark.parametrize(
+    ("optimizer", "every"), [pytest.param("adam", 1, marks=pytest.mark.minutes), ("sgd", 3)]
+)
 def test_damage__of_any_file_is_noticed_or_harmless(optimizer, every, monkeypatch):
     store = MemoryStore()
     computed(monkeypatch, store, optimizer, every)

@@ -58,9 +58,10 @@ def sampled(posterior, data, *, step_size, thin, draws, seed):
 
 
 @pytest.mark.parametrize(
-    "seed", [1, *(pytest.param(seed, marks=pytest.mark.minutes) for seed in (2, 3))]
+    ("seed", "draws"),
+    [(1, 100), *(pytest.param(seed, 400, marks=pytest.mark.minutes) for seed in (1, 2, 3))],
 )
-def test_linear_regression__kernel_has_its_closed_form(seed):
+def test_linear_regression__kernel_has_its_closed_form(seed, draws):
     rng = np.random.default_rng(seed)
     n, dim, nbeta, gamma = 20, 3, 40.0, 10.0
     x = rng.normal(size=(n, dim))
@@ -77,7 +78,7 @@ def test_linear_regression__kernel_has_its_closed_form(seed):
     expected = xs**2 / 2 + np.outer(r, r) * xs
     thin = int(np.ceil(4 / (eps * np.linalg.eigvalsh(h).min())))
     posterior = lk.LocalPosterior(model, data, half_squared_error, nbeta, gamma)
-    losses = sampled(posterior, data, step_size=eps, thin=thin, draws=400, seed=seed)
+    losses = sampled(posterior, data, step_size=eps, thin=thin, draws=draws, seed=seed)
     estimate, error = jackknife(losses, lambda part: lk.covariance(part).values)
     assert_by_monte_carlo(estimate, error, expected)
     scale = np.sqrt(np.diag(expected))
@@ -194,8 +195,7 @@ class Powers(nn.Module):
     ("powers", "gamma"),
     [
         ((2,), 10.0),
-        ((4, 2), 0.0),
-        *(pytest.param(p, 0.0, marks=pytest.mark.minutes) for p in ((2,), (2, 2), (4,))),
+        *(pytest.param(p, 0.0, marks=pytest.mark.minutes) for p in ((2,), (2, 2), (4,), (4, 2))),
     ],
 )
 def test_powers__local_learning_coefficient(powers, gamma):

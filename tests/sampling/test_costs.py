@@ -43,6 +43,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.minutes
 def test_memory__does_not_grow_with_draws(tmp_path):
     """From 320 to 1,600 draws of 20,000 samples, the losses grow by 102 MB, the peak does not."""
 

@@ -14,6 +14,7 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import errors
+from tests.helpers.grids import in_turn
 from tests.helpers.recorded_runs import batches_of, cross_entropy, examples, network
 from tests.helpers.recordings import CLIPS, OPTIMIZERS, Own, flat, opened, usual
 from tests.helpers.recordings import step as recorded_step
@@ -42,8 +43,7 @@ def retrace(trace):
         yield step, theta - q * b - n * u - decoupled * theta
 
 
-@pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "clip"), in_turn(OPTIMIZERS, CLIPS))
 def test_record__what_is_stored_gives_every_update(name, clip, train):
     store = MemoryStore()
     model, _ = train(store, make=OPTIMIZERS[name], clip=CLIPS[clip], groups=name == "adam")
@@ -56,8 +56,7 @@ def test_record__what_is_stored_gives_every_update(name, clip, train):
     assert clipped == (clip != "none")
 
 
-@pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "clip"), in_turn(OPTIMIZERS, CLIPS))
 def test_record__every_k_replays_the_same_bits(name, clip, train):
     whole, thin = MemoryStore(), MemoryStore()
     schedule = lambda o: optim.lr_scheduler.StepLR(o, 3, 0.8)  # noqa: E731

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from lkarray import errors, plots
 from lkarray.cli import main
 from lkarray.plots.training import mosaic
-from lkarray_workflows.shared import costs, images, recorded, retraining
+from lkarray_workflows.shared import images, recorded, retraining
 from lkarray_workflows.studies import (
     adversarial,
     adversarial_training,
@@ -32,6 +32,7 @@ from lkarray_workflows.studies import (
     pruning,
     svhn,
 )
+from tests.helpers.hungry import hungry
 
 
 def finished(folder, config, *, states=True):
@@ -199,17 +200,11 @@ def test_presets__of_the_papers_are_their_tables(study):
     assert config.thin == 1
 
 
-def _hungry(mebibytes):
-    before = costs.peak_memory()
-    held = np.ones(mebibytes << 17)
-    return costs.peak_memory() - before - held.nbytes
-
-
 def test_peak_memory__is_of_the_process_itself():
     """Not what its parent had before, which a new process inherits in getrusage."""
     held = np.ones(300 << 17)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        off = pool.submit(_hungry, 100).result()
+        off = pool.submit(hungry, 100).result()
     assert held[0] == 1
     assert abs(off) < 20 << 20
 
