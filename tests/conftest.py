@@ -37,15 +37,21 @@ pytest_plugins = [
 ]
 
 
+#: Fixtures that are made once in a process, and take seconds.
+SHARED = {"digits", "local_cluster", "owned", "whole", "made"}
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes a minute, once, is for one process: the demo's folder, and compiling UMAP."""
+    """What is made once takes its time: one process has all that needs it."""
     for item in items:
-        if "embed" in item.nodeid:
-            item.add_marker(pytest.mark.xdist_group("umap"))
-        if "digits" in getattr(item, "fixturenames", ()):
+        names = SHARED & set(getattr(item, "fixturenames", ()))
+        if "embed" in item.nodeid:  # UMAP is compiled, in half a minute
+            names.add("made")  # whose tests embed too
+        for shared in sorted(names)[:1]:
+            item.add_marker(pytest.mark.xdist_group(shared))
+        if "digits" in names:
             item.add_marker(pytest.mark.minutes)
-            item.add_marker(pytest.mark.xdist_group("digits"))
 
 
 @pytest.fixture(scope="session", autouse=CLUSTER is not None)
@@ -53,6 +59,17 @@ def on_cluster() -> Iterator[None]:
     assert CLUSTER is not None
     with lk.cluster.connect(CLUSTER):
         yield
+
+
+@pytest.fixture(scope="session")
+def local_cluster() -> Iterator[Any]:
+    """Two worker processes, which no test kills; each makes its own client."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+    ) as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -118,11 +118,19 @@ def make_attributed(path: Path) -> None:
     lk.audit(trace, range(12), store=path)
 
 
-def make_features(path: Path) -> None:
+def make_features(path: Path, *, pause: float = 0.0) -> None:
     """Store features of the posterior's Gaussian limit, in several blocks of samples."""
     import lkarray as lk
-    from lkarray.attribution import feature_request
+    from lkarray.attribution import feature_maker, feature_request
 
+    features = feature_maker.FeatureMaker.features
+
+    def slowly(self: Any, rows: Any) -> Any:
+        time.sleep(pause)
+        return features(self, rows)
+
+    if pause:
+        feature_maker.FeatureMaker.features = slowly  # type: ignore[method-assign]
     feature_request._BLOCK_BYTES = 1 << 14  # of some forty samples
     net, data = _problem()
     names = {"name": [f"image {i:03}" for i in range(len(data))]}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reliability.stores import counted, make_recorded, make_sampled, shown
+from reliability.stores import counted, make_features, make_recorded, make_sampled, shown
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +45,7 @@ def _put(path: Path, pause: float = 0.0) -> None:
 WRITERS: dict[str, tuple[Callable[[Path], None] | None, Callable[..., None]]] = {
     "sample": (None, lambda path, pause: make_sampled(path, pause=pause)),
     "record": (None, lambda path, pause: make_recorded(path, pause=pause)),
+    "laplace": (None, lambda path, pause: make_features(path, pause=10 * pause)),
     "save": (lambda path: make_sampled(path), _save),
     "put": (lambda path: make_sampled(path), _put),
 }

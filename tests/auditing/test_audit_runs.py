@@ -189,14 +189,12 @@ def left_of(folder):
     return left if left >= 0 else 10**6
 
 
-def test_audit__on_workers(tmp_path, three_panels):
+def test_audit__on_workers(tmp_path, three_panels, local_cluster):
     from distributed import Client
 
     trace = recorded(adam, store=tmp_path / "t")
     whole = lk.audit(trace, audited())
-    with Client(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
-    ) as client:
+    with Client(local_cluster) as client:
         audit = lk.audit(trace, audited(), store=tmp_path / "t", client=client)
         np.testing.assert_allclose(audit["influence"], whole["influence"], rtol=1e-9, atol=1e-14)
         assert audit.attrs["closure"] < 1e-10

@@ -120,16 +120,14 @@ def test_memory__measured_peak_stays_within_the_projection(tmp_path, what, memor
     assert measured < projected <= memory * 1e6
 
 
-def test_engine__same_numbers_on_worker_processes(store):
-    from distributed import Client, LocalCluster
+def test_engine__same_numbers_on_worker_processes(store, local_cluster):
+    from distributed import Client
 
     losses = lk.open(store)["losses"]
     expected = lk.correlation(losses).values
     near = lk.neighbors(losses, 5, exclude="label").compute()
-    with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
-        Client(cluster) as client,
-    ):
+    with Client(local_cluster) as client:
+        client.wait_for_workers(2)
         assert memory_budget(None) <= min(
             w["memory_limit"] for w in client.scheduler_info()["workers"].values()
         )

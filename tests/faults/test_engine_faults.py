@@ -101,17 +101,17 @@ def test_disk_full__is_said_and_the_save_goes_on_after_space_is_made(tmp_path):
     assert "resumed: True True" in said
 
 
-def test_split__shares_few_tiles_among_many_workers(rng, tmp_path):
+def test_split__shares_few_tiles_among_many_workers(rng, tmp_path, local_cluster):
     """A PLGK of few examples is one tile: the workers share its contraction."""
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     values = rng.normal(size=(6, 40, 30_000)).astype("f4")
     stored = xr.DataArray(values, dims=("time", "example", "param"), name="g")
     stored.chunk(time=1, param=10_000).to_zarr(tmp_path / "g.zarr", consolidated=False)
     lazy = xr.open_dataarray(tmp_path / "g.zarr", engine="zarr", consolidated=False, chunks={})
     expected = np.einsum("tip,tjp->ij", values.astype("f8"), values)
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
-    with LocalCluster(**options) as cluster, Client(cluster):
+    with Client(local_cluster) as client:
+        client.wait_for_workers(2)
         kernel = lk.gram(lazy, over=("time", "param"))
         shares = [key for key in kernel.data.dask if isinstance(key, tuple) and "share" in key[0]]
         assert kernel.data.npartitions == 1

@@ -13,11 +13,6 @@ from tests.helpers import attacks
 from tests.helpers.attacks import ATTACKS, copied, edit, files, sampled, swap
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return attacks.whole_store(tmp_path_factory.mktemp("whole") / "s.zarr")
-
-
 @pytest.fixture
 def store(whole, tmp_path, monkeypatch):
     """A copy to be damaged."""

@@ -17,12 +17,6 @@ from lkarray import store as stores
 from lkarray.store import derived, names, results
 from lkarray.store.seals import SEAL
 from tests.helpers.losses import LABELS, VALUES, kernel
-from tests.helpers.saved import full_store
-
-
-@pytest.fixture
-def full(tmp_path):
-    return full_store(tmp_path / "full.zarr")
 
 
 class Killed(BaseException):

@@ -24,11 +24,6 @@ from tests.helpers.attacks import ATTACKS, copied, edit
 OLD = Path(__file__).parent / "data" / "store_0_1_0.tar.gz"
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return attacks.whole_store(tmp_path_factory.mktemp("whole") / "s.zarr")
-
-
 @pytest.fixture
 def store(whole, tmp_path, monkeypatch):
     """A copy to be damaged."""

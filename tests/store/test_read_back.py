@@ -10,13 +10,6 @@ from lkarray import errors
 from lkarray import store as stores
 from tests.helpers.attacks import contents as content
 from tests.helpers.losses import LABELS, VALUES, kernel
-from tests.helpers.saved import full_store
-
-
-@pytest.fixture
-def full(tmp_path):
-    return full_store(tmp_path / "full.zarr")
-
 
 COORDS = {
     "fixed text": LABELS,

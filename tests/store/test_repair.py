@@ -12,11 +12,6 @@ from tests.helpers.attacks import ATTACKS, contents, copied, edit, latest_state,
 from tests.helpers.grids import first
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return attacks.whole_store(tmp_path_factory.mktemp("whole") / "s.zarr")
-
-
 @pytest.fixture
 def store(whole, tmp_path, monkeypatch):
     """A copy to be damaged."""

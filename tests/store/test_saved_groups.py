@@ -11,21 +11,7 @@ from lkarray import errors
 from lkarray import store as stores
 from lkarray.store import names
 from tests.helpers.attacks import contents as content
-from tests.helpers.attacks import copied
 from tests.helpers.losses import kernel
-from tests.helpers.saved import full_store
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return full_store(tmp_path_factory.mktemp("whole") / "full.zarr")
-
-
-@pytest.fixture
-def full(whole, tmp_path):
-    """A copy to be written to."""
-    return copied(whole, tmp_path / "full.zarr")
-
 
 GROUPS = [
     "",
