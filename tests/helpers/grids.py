@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 
-def in_turn(rows: Iterable[Any], columns: Iterable[Any]) -> Iterator[Any]:
-    """Yield all pairs: of each row one in the fast suite, with the columns in turn.
+def in_turn(rows: Iterable[Any], columns: Iterable[Any]) -> list[Any]:
+    """Return all pairs: of each row one in the fast suite, with the columns in turn.
 
     So every row and every column is there; all pairs are in `minutes`.
     """
     columns = list(columns)
-    for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
-            fast = j == i % len(columns)
-            yield pytest.param(row, column, marks=() if fast else pytest.mark.minutes)
+    return [
+        pytest.param(row, column, marks=() if j == i % len(columns) else pytest.mark.minutes)
+        for i, row in enumerate(rows)
+        for j, column in enumerate(columns)
+    ]
 
 
 def first(cases: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
