@@ -155,6 +155,13 @@ def outcome(name: str, units: str = "") -> VariableSpec:
     return VariableSpec(name, LOSS.dims, "float32", units, f"outcome {name} at a draw")
 
 
+def prediction(outcome: str) -> VariableSpec:
+    """Return the spec of what the linear chain beside a chain predicts of an outcome."""
+    units = LOSS.units if outcome == LOSS.name else ""
+    doc = f"linear prediction of {outcome} minus its value at w*, from the control"
+    return VariableSpec(f"{outcome}_prediction", LOSS.dims, "float32", units, doc)
+
+
 def at_center(name: str) -> str:
     """Return the name of what has the values at w* of a loss or outcome."""
     return f"center_{name}"

@@ -34,6 +34,11 @@ def contracted(x: xr.DataArray) -> tuple[str, ...]:
     return (MODE,) if MODE in x.dims and not draws else POSTERIOR
 
 
+def is_prediction(x: xr.DataArray) -> bool:
+    """Say whether a variable is what a control predicts of an outcome, rather than one."""
+    return {"outcome", "law"} <= set(x.attrs) and set(POSTERIOR) <= set(x.dims)
+
+
 def as_losses(
     obj: Losses, *, name: str = "losses", extra: tuple[str, ...] = (), features: bool = False
 ) -> xr.DataArray:
@@ -160,7 +165,9 @@ def _only_candidate(ds: xr.Dataset, name: str) -> xr.DataArray:
     for spec in (LOSS, FEATURE):
         if spec.name in ds.data_vars:
             return ds[spec.name]
-    fits = [v for v in ds.data_vars if set(POSTERIOR) <= set(ds[v].dims)]
+    fits = [
+        v for v in ds.data_vars if set(POSTERIOR) <= set(ds[v].dims) and not is_prediction(ds[v])
+    ]
     if len(fits) != 1:
         variables = {str(v): ds[v].dims for v in ds.data_vars}
         raise SchemaError(

@@ -28,6 +28,7 @@ class FeatureRequest:
     posterior: LocalPosterior
     outcome: str
     rank: int
+    step_size: float
     sketch: int | None
     smooth: int
     seed: int
@@ -72,7 +73,7 @@ class FeatureRequest:
             "smoothed": self.smooth > 0,
             "seed": self.seed,
             "precision": dtype,
-        }
+        } | ({"step_size": self.step_size} if self.step_size else {})
 
     def sketched(self, flat: FlatModel, n: int) -> int | str:
         """Return the size of the sketch, or ``"none"`` where features are kept whole."""

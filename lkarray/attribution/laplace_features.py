@@ -43,13 +43,14 @@ _COMMIT_SECONDS = 30.0
 _COMPARED = 256  # samples of which halves are compared
 
 
-@checked(rank=NATURAL, smooth=Limits(least=0, most=100_000), seed=NATURAL)
+@checked(rank=NATURAL, step_size=NATURAL, smooth=Limits(least=0, most=100_000), seed=NATURAL)
 def laplace(
     posterior: LocalPosterior,
     observed: MapDataset,
     *,
     outcome: str = "log_odds",
     rank: int = 100,
+    step_size: float = 0.0,
     sketch: int | None = 65_536,
     smooth: int = 0,
     seed: int = 0,
@@ -85,6 +86,9 @@ def laplace(
     rank
         Eigenpairs of the curvature; fewer where the data give no more. 0 takes ``Sigma = I /
         gamma``, and reads no training data.
+    step_size
+        eps: 0 is the posterior's own law, another the stationary law of SGLD with this step size,
+        which the predictions of ``lk.sample(..., control=...)`` have.
     sketch
         Numbers to which features of P parameters are count-sketched. They are kept whole where P is
         no larger, where all n of them fit into ``memory``, or for ``None``. A store that was begun
@@ -136,8 +140,7 @@ def laplace(
     -----
     Curvature: ``2 rank + 24`` products with the Gauss-Newton matrix of up to 1,024 training items,
     each some three gradients; ``(2 rank + 16) P`` numbers. Features: n gradients a draw, ``2 P
-    rank`` operations each, and one pass of P additions for the sketch. The law is that of the
-    posterior itself: SGLD's has a factor ``1 / (1 - eps A / 4)`` more.
+    rank`` operations each, and one pass of P additions for the sketch.
 
     References
     ----------
@@ -173,6 +176,7 @@ def laplace(
         posterior=posterior,
         outcome=outcome,
         rank=rank,
+        step_size=step_size,
         sketch=sketch,
         smooth=smooth,
         seed=seed,
@@ -249,7 +253,9 @@ def _made(
         rows=asked.rows(each, data.n),
         dtype=str(fingerprint["precision"]),
         coords=labels,
-        attrs=_described(asked, law, size) | {"batch": batch, "threads": torch.get_num_threads()},
+        attrs=_described(asked, law, size)
+        | {key: fingerprint[key] for key in ("weights", "observed_data")}
+        | {"batch": batch, "threads": torch.get_num_threads()},
     )
     if before is not None and before["law"] != law.identity:
         raise FingerprintError(
@@ -279,6 +285,7 @@ def _described(asked: FeatureRequest, law: LaplaceLaw, size: int | str) -> dict[
         "nbeta": posterior.nbeta,
         "gamma": posterior.gamma,
         "rank": len(curvature.values),
+        "step_size": asked.step_size,
         "sketch": size,
         "law": law.identity,
     } | known
@@ -288,11 +295,13 @@ def _law(asked: FeatureRequest, flat: FlatModel, train: Batches | None) -> Lapla
     posterior = asked.posterior
     if train is None:
         flattened = posterior.tempered(nbeta=0.0)
-        return laplace_law(flattened, flat, None, 0, rank=0, seed=asked.seed)
+        eps = asked.step_size
+        return laplace_law(flattened, flat, None, 0, rank=0, step_size=eps, seed=asked.seed)
     if posterior.loss.counts is not None:
         train.refuse_uncounted(posterior.loss.counts)
     batch = evaluation_rows(flat, train)
-    return laplace_law(posterior, flat, train, batch, rank=asked.rank, seed=asked.seed)
+    options: dict[str, Any] = {"rank": asked.rank, "step_size": asked.step_size, "seed": asked.seed}
+    return laplace_law(posterior, flat, train, batch, **options)
 
 
 def _write(maker: FeatureMaker, writer: FeatureWriter, asked: FeatureRequest) -> None:
@@ -320,7 +329,7 @@ def _write(maker: FeatureMaker, writer: FeatureWriter, asked: FeatureRequest) ->
 
 def _opened(root: Any) -> xr.Dataset:
     ds = open_features(root)
-    for name in ("law", "batch", "threads"):
+    for name in ("batch", "threads"):
         ds.attrs.pop(name, None)
     if "feature_half" in ds:
         agree = _agreement(ds["feature_half"])

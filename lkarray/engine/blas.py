@@ -147,3 +147,11 @@ def multiply(a: np.ndarray, b: np.ndarray, *, many: bool = False) -> np.ndarray:
     """Return ``a.T @ b``, by the symmetric product where ``a is b``."""
     with product_slot(many=many):
         return a.T @ b
+
+
+def multiply_signed(a: np.ndarray, b: np.ndarray, minus: int, *, many: bool = False) -> np.ndarray:
+    """Return the same, with the products from element ``minus`` on subtracted."""
+    product = multiply(a[:minus], b[:minus], many=many)
+    if minus < len(a):
+        product -= multiply(a[minus:], b[minus:], many=many)
+    return product

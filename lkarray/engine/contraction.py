@@ -19,7 +19,7 @@ import numpy as np
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 
-from lkarray.engine.blas import multiply, product_slot
+from lkarray.engine.blas import multiply, multiply_signed, product_slot
 from lkarray.engine.device_tiles import Factors, Finish, sum_on_device, tile_on_device
 from lkarray.engine.devices import made_on
 from lkarray.engine.lowprecision import choose, multiply_low
@@ -100,9 +100,10 @@ class Contraction:
     def at_precision(self, precision: str, *, search: bool = False) -> Contraction:
         """Return the contraction at ``"float32"``, or in low precision where ``"auto"`` pays.
 
-        On a device, always ``"float32"``: what rounding more would cost there was not measured.
+        On a device, and with signs, always ``"float32"``: what rounding more would cost there was
+        not measured.
         """
-        if self.plan.placed is not None:
+        if self.plan.placed is not None or self.x.minus is not None:
             return self
         chosen = choose(precision, self.operations, self.dtype, search=search)
         return replace(self, precision=chosen)
@@ -181,6 +182,9 @@ def _product(c: Contraction, tile: Tile, p: int) -> np.ndarray:
             return multiply_low(low, other)
     a = c.x.panel(tile.entry, rows, *args)
     b = a if c.is_diagonal(tile) else c.other.panel(tile.entry, cols, *args)
+    if c.x.minus is not None:
+        ((start, stop),) = plan.pieces[p]
+        return multiply_signed(a, b, min(max(c.x.minus - start, 0), stop - start), many=plan.many)
     return multiply(a, b, many=plan.many)
 
 
@@ -194,7 +198,8 @@ def finish_tile(c: Contraction, tile: Tile, *sums: np.ndarray) -> np.ndarray:
         total *= c.scale
     out = total.astype(c.dtype, copy=False)
     if c.x.cosine:
-        finish_cosine(out, diagonal=c.is_diagonal(tile))
+        signed = c.x.minus is not None
+        finish_cosine(out, diagonal=c.is_diagonal(tile), signed=signed)
     if terms is not None:
         apply_series(out, terms, diagonal=c.is_diagonal(tile))
     return out.reshape((1,) * len(tile.entry) + out.shape)

@@ -123,12 +123,15 @@ def reciprocal(norm: np.ndarray) -> np.ndarray:
     return np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
 
 
-def finish_cosine(tile: np.ndarray, *, diagonal: bool) -> None:
-    """Clip rounding beyond [-1, 1] in place; a row's cosine with itself is 1, or 0 if it is 0."""
+def finish_cosine(tile: np.ndarray, *, diagonal: bool, signed: bool = False) -> None:
+    """Clip rounding beyond [-1, 1] in place; a row's cosine with itself is 1, or 0 if it is 0.
+
+    ``signed`` products of a row with itself may be anything but 0 where it is not 0.
+    """
     np.clip(tile, -1.0, 1.0, out=tile)
     if diagonal:
         own = np.einsum("ii->i", tile)
-        own[own > 0.5] = 1.0
+        own[own != 0 if signed else own > 0.5] = 1.0
 
 
 def top_k(values: np.ndarray, k: int) -> np.ndarray:

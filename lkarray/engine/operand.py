@@ -51,6 +51,9 @@ class Operand:
         Whether rows are scaled to norm one.
     keeps_moments
         Whether means and norms of panels are kept beside them: 16 bytes a row and centring group.
+    minus
+        Of the one contracted dim, the element from which on products are subtracted. Rows are then
+        taken as they are: to be of norm one, with ``cosine``, is up to whoever made them.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Operand:
         center: str | None,
         cosine: bool,
         keeps_moments: bool = False,
+        minus: int | None = None,
     ) -> None:
         refuse_futures(x)
         self.grouped = center in ("chain", "draw")
@@ -70,6 +74,7 @@ class Operand:
             over = (str(center), *(dim for dim in over if dim != center))
         self.over, self.each, self.rows = over, each, rows
         self.center, self.cosine, self.keeps_moments = center, cosine, keeps_moments
+        self.minus = minus
         self.variable = x.variable.transpose(*each, *over, rows)
         # Panels keep the source's own order, rows first or last: to turn each chunk is slow.
         self._rows_first = x.dims[-1] in over and not self.grouped
@@ -77,7 +82,7 @@ class Operand:
         self.name = str(x.name)
         lazy_file = x.chunks is None and not x.variable._in_memory
         data = uuid.uuid4().hex if lazy_file else x.data
-        self.token = dask.base.tokenize(data, x.dims, over, each, rows, center, cosine)
+        self.token = dask.base.tokenize(data, x.dims, over, each, rows, center, cosine, minus)
 
     def __dask_tokenize__(self) -> str:
         return self.token
@@ -216,7 +221,7 @@ class Operand:
         self, entry: tuple[int, ...], rows: slice, pieces: tuple[Piece, ...], p: int
     ) -> np.ndarray:
         block = self._read(entry, rows, pieces[p])
-        if self.center is None and not self.cosine:
+        if self.minus is not None or (self.center is None and not self.cosine):
             if not np.isfinite(block.min()) or not np.isfinite(block.max()):
                 raise self._not_finite(entry, rows, pieces)
             return block.reshape(-1, block.shape[-1])

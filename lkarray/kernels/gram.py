@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
@@ -183,19 +183,34 @@ def contract(
     factor = scale / degrees if normalize == "count" and series is None else scale
     contraction = engine.Contraction(left, right, plan, factor, series=series)
     contraction = contraction.at_precision(precision)
-    data = engine.gram_array(contraction)
+    attrs = {
+        "over": list(over),
+        "center": center or "none",
+        "normalize": normalize or "none",
+        "contracted": prod(x.sizes[dim] for dim in over),
+    }
+    return labelled(contraction, x, y, each=each, rows=rows, columns=columns, attrs=attrs)
+
+
+def labelled(
+    contraction: engine.Contraction,
+    x: xr.DataArray,
+    y: xr.DataArray | None,
+    *,
+    each: tuple[str, ...],
+    rows: str,
+    columns: str,
+    attrs: Mapping[str, Any],
+) -> xr.DataArray:
+    """Return the lazy kernel of a contraction, with the labels of the tensors it is of."""
+    series = contraction.series
     out = xr.DataArray(
-        data,
+        engine.gram_array(contraction),
         dims=(*each, rows, second(columns) if columns == rows else columns),
         coords=kernel_coords(x, x if y is None else y, each, rows, columns),
         name="gram",
-        attrs={
-            "over": list(over),
-            "center": center or "none",
-            "normalize": normalize or "none",
-            "contracted": prod(x.sizes[dim] for dim in over),
-            "precision": contraction.precision,
-        }
+        attrs=dict(attrs)
+        | {"precision": contraction.precision}
         | (described(series) if series else {})
         | contraction.made_on,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -13,6 +13,7 @@ from lkarray import engine
 from lkarray.arguments import checked
 from lkarray.errors import SchemaError
 from lkarray.kernels import crossfit as crossfit_
+from lkarray.kernels.control import as_control, controlled_operand
 from lkarray.kernels.coords import sample_coords
 from lkarray.kernels.estimators import described
 from lkarray.kernels.groups import with_labels
@@ -39,6 +40,7 @@ def neighbors(
     crossfit: bool = False,
     center: str = "pooled",
     estimator: str = "sample",
+    control: xr.Dataset | None = None,
     precision: str = "auto",
     memory: int | str | None = None,
     device: str | None = None,
@@ -73,6 +75,8 @@ def neighbors(
     estimator
         ``"sample"`` or ``"gaussian"``, as for `covariance`. ``"gaussian"`` always takes products in
         float32.
+    control
+        As for `covariance`; without ``crossfit`` and ``device``.
     precision
         ``"auto"`` searches for candidates in bfloat16 where that is faster (see `gram`), takes
         every pair that the bound on its rounding cannot rule out, and ranks those by float32
@@ -134,8 +138,12 @@ def neighbors(
     [[2], [2], [0]]
     """
     one_of("precision", precision, PRECISIONS)
-    x, operand, *_ = estimated_operand(losses, "correlation", center, estimator)
-    rows = operand.rows
+    if control is not None and (crossfit or device is not None):
+        raise ValueError(
+            "control= is computed on the cores, of all draws: leave crossfit= and device= out"
+        )
+    made = _operand(losses, control, center, estimator, memory)
+    x, rows = made.x, made.operand.rows
     if crossfit and (estimator != "sample" or contracted(x) != POSTERIOR):
         raise ValueError(
             "crossfit=True halves the draws of what it is given and correlates it: it takes "
@@ -144,23 +152,22 @@ def neighbors(
     x, exclude, ask = _asked(x, rows, exclude, k, largest)
     index = _index(x, rows)
     options: dict[str, Any] = {
-        "center": center,
-        "estimator": estimator,
         "precision": precision,
         "memory": memory,
-        "place": engine.as_device(device, device_memory),
+        "place": None if control is not None else engine.as_device(device, device_memory),
     }
     attrs: dict[str, Any] = {
         "k": k,
         "exclude": exclude if isinstance(exclude, str) else "rule" if exclude else "none",
         "largest": int(largest),
         "over": list(contracted(x)),
-        "center": operand.center or "none",
-    } | verdict_of(x)
+        "center": made.center,
+    }
+    attrs |= made.attrs | verdict_of(x)
     if crossfit:
-        contraction, position, columns = _crossfitted(x, rows, ask, options, attrs)
+        contraction, position, columns = _crossfitted(x, rows, ask, center, options, attrs)
     else:
-        contraction, position, value = _searched(x, ask, **options)
+        contraction, position, value = _searched(made, ask, **options)
         meaning = {"long_name": "loss correlation R"}
         columns = {
             "similarity": ((rows, RANK), value, meaning),
@@ -193,18 +200,37 @@ def _asked(
     return x, exclude, engine.Ask(k, largest, codes, rule)
 
 
-def _searched(
-    x: xr.DataArray,
-    ask: engine.Ask,
-    *,
+class _Operand(NamedTuple):
+    """What is searched: the tensor that it is of, its operand and series, its attributes."""
+
+    x: xr.DataArray
+    operand: engine.Operand
+    series: engine.Series | None
+    center: str
+    attrs: dict[str, Any]
+
+
+def _operand(
+    losses: Losses,
+    control: xr.Dataset | None,
     center: str,
     estimator: str,
-    precision: str,
     memory: int | str | None,
-    place: Any,
+) -> _Operand:
+    """Return the operand of a correlation."""
+    if control is None:
+        x, operand, _, series = estimated_operand(losses, "correlation", center, estimator)
+        return _Operand(x, operand, series, operand.center or "none", {})
+    made = as_control(losses, control, center=center, estimator=estimator)
+    operand, series, attrs = controlled_operand(made, "correlation", memory)
+    return _Operand(made.x, operand, series, center, attrs)
+
+
+def _searched(
+    made: _Operand, ask: engine.Ask, *, precision: str, memory: int | str | None, place: Any
 ) -> tuple[engine.Contraction, da.Array, da.Array]:
     """Return the correlation of some draws, and positions and values of the best of each row."""
-    x, operand, _, series = estimated_operand(x, "correlation", center, estimator)
+    operand, series = made.operand, made.series
     plan = engine.make_plan(
         operand,
         memory=memory,
@@ -225,14 +251,20 @@ def _searched(
 
 
 def _crossfitted(
-    x: xr.DataArray, rows: str, ask: engine.Ask, options: dict[str, Any], attrs: dict[str, Any]
+    x: xr.DataArray,
+    rows: str,
+    ask: engine.Ask,
+    center: str,
+    options: dict[str, Any],
+    attrs: dict[str, Any],
 ) -> tuple[engine.Contraction, da.Array, dict[str, Any]]:
     """Return neighbours that one half of the draws chose, and what the other says of them.
 
     The halves take turns from row to row.
     """
     *halves, kind = crossfit_.halves_of(x)
-    made = [_searched(half, ask, **options) for half in halves]
+    operands = [_operand(half, None, center, "sample", None) for half in halves]
+    made = [_searched(operand, ask, **options) for operand in operands]
     turn = da.from_array((np.arange(x.sizes[rows]) % 2 == 0)[:, None])
     chosen = [
         da.where(own, position, -1)

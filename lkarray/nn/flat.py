@@ -172,6 +172,11 @@ class FlatModel:
         pairs = zip(vectors.split(self.sizes, dim=1), self.leaves, strict=True)
         return [stretch.reshape(leaf.shape) for stretch, leaf in pairs]
 
+    def named(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return one chain's vector ``(param,)`` by the names of the moving parameters: views."""
+        parts = zip(self.names, self._stretches, self._moving, strict=True)
+        return {name: vector[stretch].view(like.shape) for name, stretch, like in parts}
+
     def slope(self, number: Tensor) -> Tensor:
         """Return the gradient of one number by the parameters, ``(param,)``, dense.
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lkarray import schema, stopping
 from lkarray.errors import StoreError
+from lkarray.sampling.control import STATE as CONTROL
 from lkarray.sampling.mailbox import Mailbox
 from lkarray.sampling.randomness import ChainRandomness
 from lkarray.sampling.samplers import Move, Sampler, StepInput, row_sums
+from lkarray.sampling.starting import first_offset
 from lkarray.sampling.target import Minibatch, Target
 from lkarray.store import ChainRegion
 
@@ -103,7 +105,10 @@ class Stack:
         self._mail = Mailbox()
         self._sent: tuple[list[Seat], float] = [], 0.0
         theta = target.flat.theta
-        self._vectors = {name: torch.zeros_like(theta) for name in sampler.carries}
+        carries = [*sampler.carries]
+        if target.control is not None and not sampler.independent:
+            carries.append(CONTROL)
+        self._vectors = {name: torch.zeros_like(theta) for name in carries}
         self._noise = torch.zeros_like(theta)
         self._noise_rows = self._noise.unbind()
         self._untested = theta.new_full((len(theta),), math.nan)
@@ -174,13 +179,24 @@ class Stack:
             seat = self._waiting.pop(0)
             theta = self._target.flat.theta
             state = seat.region.state()
+            vectors = {schema.PARAMETERS.name: theta} | self._vectors
             if state is None:
-                theta[seat.row] = self._target.center
+                self._begin(seat)
             else:
-                theta[seat.row] = torch.from_numpy(state[schema.PARAMETERS.name])
-            for name, vector in self._vectors.items():
-                vector[seat.row] = 0 if state is None else torch.from_numpy(state[name])
+                for name, vector in vectors.items():
+                    vector[seat.row] = torch.from_numpy(state[name])
             self._active.append(seat)
+
+    def _begin(self, seat: Seat) -> None:
+        """Put a chain at its start."""
+        self._target.flat.theta[seat.row] = self._target.center
+        for vector in self._vectors.values():
+            vector[seat.row] = 0
+        if self._target.starts is not None:
+            offset = first_offset(self._target.starts, seat.random)
+            self._target.flat.theta[seat.row] += offset
+            if CONTROL in self._vectors:
+                self._vectors[CONTROL][seat.row] = offset
 
     def _step(self) -> None:
         """Take one step; where it gives a draw, observe and send it."""
@@ -201,6 +217,7 @@ class Stack:
             seat.random.noise(step, self._noise_rows[seat.row])
         if flat.mask is not None:
             self._noise.mul_(flat.mask)
+        self._move_control(step)
         # Of where the step begins: taken before it moves.
         statistics, before = [self._untested, self._untested], None
         if minibatch is not None and draws:
@@ -229,6 +246,16 @@ class Stack:
             self._send(self._due)
         if any(seat.region.due() for seat in self._active):
             self._commit()
+
+    def _move_control(self, step: int) -> None:
+        """Take the step of the linear chains, with the noise that the chains' own step has."""
+        offsets, control, target = self._vectors.get(CONTROL), self._target.control, self._target
+        if offsets is None or control is None:
+            return
+        eps = self._sampler.size(step)
+        for seat in self._active:  # by itself: its numbers do not depend on the width
+            row, noise = offsets[seat.row], self._noise_rows[seat.row]
+            control.move(row, noise, eps=eps, nbeta=target.nbeta, gamma=target.gamma)
 
     def _rows(self, step: int) -> Minibatch:
         """Return the minibatch of each seat; empty seats share the first chain's."""
@@ -264,7 +291,13 @@ class Stack:
         return log_ratio.clamp(max=0).exp().to(minibatch.dtype)
 
     def _send(self, statistics: Sequence[Tensor]) -> None:
-        draw = self._target.observe() | self._target.measure()
+        target = self._target
+        draw = target.observe() | target.measure()
+        if target.control is not None:
+            offsets = self._vectors.get(CONTROL)
+            draw |= target.predict(
+                target.flat.theta - target.center if offsets is None else offsets
+            )
         draw["statistics"] = torch.stack(list(statistics), dim=1)  # (chain, statistic)
         self._due = None
         self._receive()  # the draw before: its copies were made while this one was computed

@@ -16,6 +16,7 @@ from lkarray.errors import FingerprintError
 from lkarray.labels import given_coords
 from lkarray.nn import Batches, FlatModel, Outcome
 from lkarray.nn.batches import MapDataset, check_dataset, fresh
+from lkarray.sampling.control import predicted_outcome
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.samplers import Sampler
 
@@ -155,14 +156,21 @@ def check_outcomes(
 
 
 def refuse_taken(
-    outcomes: Iterable[Outcome], labels: Mapping[str, Mapping[str, Any]], others: Iterable[str]
+    outcomes: Iterable[Outcome],
+    labels: Mapping[str, Mapping[str, Any]],
+    others: Iterable[str],
+    *,
+    predicted: bool = False,
 ) -> None:
     """Raise where an outcome, or its value at w*, has the name of something else in the store.
 
-    ``labels`` are those of samples, by group, and ``others`` further names that are taken.
+    ``labels`` are those of samples, by group, and ``others`` further names that are taken;
+    ``predicted`` says whether one of them has predictions too.
     """
     outcomes = list(outcomes)
     ours = [name for o in outcomes for name in (o.name, schema.at_center(o.name))]
+    if predicted:
+        ours.append(schema.prediction(predicted_outcome(outcomes)).name)
     known = {*schema.RESERVED, schema.SAMPLE, *others}
     known |= {name for of_set in labels.values() for name in of_set}
     cased, folded = {name.casefold() for name in known}, [name.casefold() for name in ours]

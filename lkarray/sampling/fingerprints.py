@@ -92,6 +92,10 @@ class Fingerprint:
     threads: int
     # Beside losses; of a run that records these alone nothing is stored.
     outcomes: Mapping[str, RecordedOutcome] = field(default_factory=dict)
+    # Of the law that chains start in: rank and hash. Of chains that start at w* nothing is stored.
+    start: Mapping[str, Any] | None = None
+    # Of the linear chains beside them: rank and hash of their law, and what they predict.
+    control: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Fingerprint:
@@ -108,6 +112,9 @@ class Fingerprint:
         values = asdict(self)
         if not self.outcomes:
             del values["outcomes"]
+        for name in ("start", "control"):
+            if values[name] is None:
+                del values[name]
         return values
 
     def of_chains(self) -> dict[str, Any]:
@@ -116,7 +123,7 @@ class Fingerprint:
 
     def of_observed(self) -> dict[str, Any]:
         """Return the same, and what was observed."""
-        names = (*_OF_CHAINS, "observed_data", "observables", "outcomes")
+        names = (*_OF_CHAINS, "observed_data", "observables", "outcomes", "control")
         return {name: value for name, value in self.stored().items() if name in names}
 
     @property
@@ -147,6 +154,7 @@ _OF_CHAINS = frozenset(
         "thin",
         "batch_size",
         "seed",
+        "start",
         "precision",
         "matmul_precision",
         "chains_per_device",

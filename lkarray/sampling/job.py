@@ -13,6 +13,7 @@ from lkarray.nn.batches import MapDataset
 from lkarray.nn.outcomes import Outcome
 from lkarray.sampling.chain import Schedule
 from lkarray.sampling.fingerprints import Fingerprint
+from lkarray.sampling.independent import Laplace
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.samplers import Sampler
 from lkarray.sampling.target import Observable
@@ -39,6 +40,8 @@ class Job:
     observables: Mapping[str, Observable] = field(default_factory=dict)
     num_workers: int = 0
     outcomes: tuple[Outcome, ...] = ()
+    start: Laplace | None = None  # the law that chains start in; None starts them at w*
+    control: Laplace | None = None  # the law of the linear chains beside them, if there are any
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from lkarray.nn.flat import hash_weights
 from lkarray.nn.losses import identity
 from lkarray.sampling import checking as checks
 from lkarray.sampling import stacking
+from lkarray.sampling.control import STATE, Control, make_control
 from lkarray.sampling.devices import choose_device, numerics
 from lkarray.sampling.fingerprints import Fingerprint, Layout, RecordedObservable, RecordedOutcome
 from lkarray.sampling.job import Job, Prepared
@@ -106,6 +108,7 @@ class _TargetMaker:
         self._job, self._data, self._device, self._layout = job, data, device, layout
         self._tried = False
         self._law: LaplaceLaw | None = None
+        self._control: Control | None = None
 
     def __call__(self, width: int) -> Target:
         job, data, posterior = self._job, self._data, self._job.posterior
@@ -125,18 +128,23 @@ class _TargetMaker:
             group: rows.get(group) or stacking.evaluation_rows(flat, batches)
             for group, batches in data.items()
         }
-        wanted = job.sampler.law
+        wanted = job.sampler.law or job.start
         if self._law is None and wanted is not None:
             assert width == 1, "whatever width is asked for, one chain alone is made before"
             self._law = laplace_law(
                 posterior,
                 flat,
                 data[""],
-                chosen[""],
+                # Of one chain, whatever the stack: last bits of the law depend on it.
+                stacking.evaluation_rows(flat, data[""]),
                 rank=wanted.rank,
                 step_size=wanted.step_size,
                 seed=job.seed,
             )
+        if self._control is None and job.control is not None:
+            assert self._law is not None, "it is that of the control"
+            sets = [batches for group, batches in data.items() if group]
+            self._control = make_control(self._law, posterior.loss, job.outcomes, flat, sets)
         return Target(
             flat=flat,
             center=flat.theta[0].clone(),
@@ -151,6 +159,8 @@ class _TargetMaker:
             observables=job.observables,
             outcomes=job.outcomes,
             law=self._law,
+            starts=None if job.start is None else self._law,
+            control=self._control,
         )
 
 
@@ -211,6 +221,9 @@ def make_fingerprint(
     """
     posterior, sampler, schedule = job.posterior, job.sampler, job.schedule
     device, n = target.flat.device, target.train.n
+    law = {} if target.law is None else {LAW: target.law.identity}
+    # Of independent draws the offset from w* is that of the linear chain.
+    carried = [] if job.control is None or sampler.independent else [STATE]
     return Fingerprint(
         lkarray=__version__,
         torch=torch.__version__,
@@ -226,8 +239,8 @@ def make_fingerprint(
         nbeta=posterior.nbeta,
         gamma=posterior.gamma,
         trainable=posterior.trainable,
-        sampler=sampler.settings() | ({} if target.law is None else {LAW: target.law.identity}),
-        state=[schema.PARAMETERS.name, *sampler.carries],
+        sampler=sampler.settings() | ({} if sampler.law is None else law),
+        state=[schema.PARAMETERS.name, *sampler.carries, *carried],
         burn_in=schedule.burn_in,
         thin=schedule.thin,
         batch_size=n if job.batch_size is None else min(job.batch_size, n),
@@ -247,4 +260,16 @@ def make_fingerprint(
             outcome.name: RecordedOutcome(**outcome.recorded)
             for outcome in sorted(job.outcomes, key=lambda outcome: outcome.name)
         },
+        start=None if job.start is None else {"rank": job.start.rank} | law,
+        control=_recorded_control(job, target),
     )
+
+
+def _recorded_control(job: Job, target: Target) -> dict[str, Any] | None:
+    """Return what a fingerprint has of the control, if there is one."""
+    if job.control is None:
+        return None
+    assert target.control is not None
+    assert target.law is not None
+    known = {"rank": job.control.rank, "step_size": job.control.step_size}
+    return known | {LAW: target.law.identity, "outcome": target.control.outcome}

@@ -26,7 +26,7 @@ from lkarray.sampling.preparing import center_values, check_center, prepare
 from lkarray.sampling.randomness import ChainRandomness
 from lkarray.sampling.remembering import remembered
 from lkarray.sampling.samplers import Sampler
-from lkarray.sampling.stored_samplers import sampler_from
+from lkarray.sampling.stored_samplers import control_from, sampler_from, start_from
 from lkarray.sampling.target import Observable, Target
 from lkarray.store.audits import audit_fingerprints
 from lkarray.store.gradients import gradient_fingerprints
@@ -297,6 +297,8 @@ def _job(fingerprint: Fingerprint, given: _Given) -> Job:
         compile=fingerprint.compile,
         observables=dict(functions),
         outcomes=_outcomes(fingerprint, posterior, given, known),
+        start=start_from(fingerprint.start, sampler),
+        control=control_from(fingerprint.control),
     )
 
 

@@ -29,7 +29,7 @@ from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.remembering import remembered
 from lkarray.sampling.running import run_job
 from lkarray.sampling.samplers import Sampler
-from lkarray.sampling.stored_samplers import sampler_from
+from lkarray.sampling.stored_samplers import sampler_from, start_from
 from lkarray.sampling.target import Observable
 from lkarray.store.location import ENTRIES, StoreLike
 from lkarray.store.reading import PARTS, join_parts
@@ -220,6 +220,7 @@ def _job(fingerprint: Fingerprint, asked: _Asked, *, draws: int) -> Job:
         observables=dict(asked.observables or {}),
         num_workers=check_workers(asked.num_workers),
         outcomes=outcomes,
+        start=start_from(fingerprint.start, sampler),
     )
 
 

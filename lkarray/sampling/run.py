@@ -14,12 +14,14 @@ from lkarray.nn.batches import MapDataset, check_workers
 from lkarray.nn.outcomes import Outcome, chosen_outcomes
 from lkarray.sampling import checking as checks
 from lkarray.sampling.chain import Schedule
+from lkarray.sampling.independent import Laplace
 from lkarray.sampling.job import Job, RunOptions
 from lkarray.sampling.parts import sample_parts
 from lkarray.sampling.posterior import LocalPosterior
 from lkarray.sampling.randomness import MAX_CHAINS, MAX_STEPS
 from lkarray.sampling.running import run_job
 from lkarray.sampling.samplers import Sampler
+from lkarray.sampling.starting import CENTER, chosen_laws
 from lkarray.sampling.target import Observable
 from lkarray.store.location import StoreLike, exists
 
@@ -42,6 +44,8 @@ def sample(
     draws: int = 100,
     burn_in: int | None = None,
     thin: int = 1,
+    start: str | Laplace | None = None,
+    control: str | Laplace | None = None,
     batch_size: int | None = 256,
     coords: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -83,10 +87,25 @@ def sample(
     store
         Folder, URL or Zarr store to write.
     chains, draws
-        Chains, each started at w*, and draws of each.
+        Chains, and draws of each.
     burn_in, thin
         Counted in steps: a draw follows each ``thin``-th step after the first ``burn_in``; by
-        default 10, and of independent draws (`Laplace`) 0, the only one that they allow.
+        default 10; 0 where chains start in their law, and of independent draws (`Laplace`), which
+        allow no other.
+    start
+        ``"center"``, which is meant by ``None``, starts every chain at w*. ``"laplace"``, or
+        ``lk.Laplace(rank=...)``, starts each at a draw of the law that SGLD has, at the sampler's
+        step size, where the loss is quadratic (see `Laplace` for its cost): near there the burn-in
+        is spared. Elsewhere it is shorter, so give one. Only for ``lk.SGLD`` without a schedule.
+    control
+        ``"laplace"``, or ``lk.Laplace(rank=...)``, runs beside each chain the linear chain that it
+        would be if the loss were quadratic, with the same noise, from the same start (so it implies
+        that ``start``), and stores at each draw what that predicts of each sample's outcome: the
+        variable ``log_odds_prediction`` (or ``residual_prediction``, or ``loss_prediction`` where
+        neither outcome is recorded). ``lk.correlation(losses, control=lk.laplace(...))`` takes the
+        part of a kernel's noise out that this predicts. For ``lk.SGLD`` without a schedule, and for
+        ``lk.Laplace``, whose own law it is then. A step costs ``4 rank P`` operations more, a draw
+        about two passes over what is observed, and the state a vector.
     batch_size
         Training items per step, drawn without replacement; ``None`` takes all of them.
     coords
@@ -183,18 +202,22 @@ def sample(
     checks.check_types(posterior, sampler)
     checks.check_options(autocast, chains_per_device, observables, compiled=compile)
     chains = checks.at_least("chains", chains, 1)
+    if burn_in is None and (start not in (None, CENTER) or control):
+        burn_in = 0  # chains that start in their law have nothing to forget
     schedule = _schedule(sampler, chains, draws, burn_in, thin)
     seed = checks.at_least("seed", seed, 0)
     if batch_size is not None:
         batch_size = checks.at_least("batch_size", batch_size, 1)
+    laws = chosen_laws(start, control, sampler, steps=schedule.steps)
     sets = checks.observed_sets(observed)
     chosen = chosen_outcomes(posterior.loss, outcomes)
     place = stores.as_store(store)
     if not exists(place):  # before anything of that size is read or made
-        values = (1 + len(chosen)) * sum(map(len, sets.values()))
+        values = (1 + len(chosen) + (control is not None)) * sum(map(len, sets.values()))
         stores.require_space(place, 4 * chains * draws * values)
     labels = checks.observed_labels(observed, sets, coords)
-    checks.refuse_taken(chosen, labels, (*posterior.loss.dims, *(observables or {})))
+    others = (*posterior.loss.dims, *(observables or {}))
+    checks.refuse_taken(chosen, labels, others, predicted=control is not None)
     job = Job(
         posterior=posterior,
         observed=sets,
@@ -209,6 +232,8 @@ def sample(
         observables=dict(observables or {}),
         num_workers=check_workers(num_workers),
         outcomes=chosen,
+        start=laws[0],
+        control=laws[1],
     )
     options = RunOptions(
         chains=chains,

@@ -182,7 +182,7 @@ def _create(store: Any, job: Job, prepared: Prepared, chains: int) -> zarr.Group
         stores.drop_unfinished(stores.open_root(store, mode="r+"))
     fingerprint = prepared.fingerprint
     stored = fingerprint.stored()
-    attrs = {key: stored[key] for key in SETTINGS} | {"n_train": prepared.n_train}
+    attrs = {key: stored[key] for key in SETTINGS if key in stored} | {"n_train": prepared.n_train}
     return stores.create_run(
         store,
         chains=chains,
@@ -200,6 +200,7 @@ def _create(store: Any, job: Job, prepared: Prepared, chains: int) -> zarr.Group
                     )
                     for name, of in fingerprint.outcomes.items()
                 },
+                _predictions(fingerprint, identity),
             )
             for group, identity in fingerprint.observed_data.items()
         ],
@@ -208,3 +209,18 @@ def _create(store: Any, job: Job, prepared: Prepared, chains: int) -> zarr.Group
         state_dtype=fingerprint.precision,
         fingerprint=stored,
     )
+
+
+def _predictions(
+    fingerprint: Fingerprint, observed: str
+) -> dict[str, tuple[schema.VariableSpec, dict[str, Any]]]:
+    """Return the spec and attributes of what the control predicts of an observed set, by name.
+
+    By the attributes a kernel knows the features whose inner products are its covariance.
+    """
+    control = fingerprint.control
+    if control is None:
+        return {}
+    spec = schema.prediction(control["outcome"])
+    known = {"nbeta": fingerprint.nbeta, "gamma": fingerprint.gamma, "observed_data": observed}
+    return {spec.name: (spec, dict(control) | known | {"weights": fingerprint.weights})}

@@ -118,7 +118,9 @@ def choose_target(
                 f"the model's chains cannot be stacked ({reason}); use chains_per_device=1"
             )
         return stacked
-    values = len(alone.recorded) * sum(observed.data.n for observed in alone.observed)
+    values = (len(alone.recorded) + (alone.control is not None)) * sum(
+        observed.data.n for observed in alone.observed
+    )
     # Each chain of a stack keeps a block of up to 512 draws in memory until it is written.
     most = min(chains, max(1, _STACK_BYTES // (8 * values * min(pace.schedule.draws, 512))))
     if most == 1:

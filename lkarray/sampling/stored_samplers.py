@@ -16,6 +16,20 @@ LAW = "law"
 SAMPLERS = {kind.__name__: kind for kind in (SGLD, RMSpropSGLD, SGHMC, InformedLangevin, Laplace)}
 
 
+def start_from(start: Mapping[str, Any] | None, sampler: Sampler) -> Laplace | None:
+    """Return the law that a store's chains started in; ``None`` of those that started at w*."""
+    if start is None:
+        return None
+    return Laplace(rank=int(start["rank"]), step_size=sampler.step_size)
+
+
+def control_from(control: Mapping[str, Any] | None) -> Laplace | None:
+    """Return the law of a store's linear chains; ``None`` where there are none."""
+    if control is None:
+        return None
+    return Laplace(rank=int(control["rank"]), step_size=float(control["step_size"]))
+
+
 def sampler_from(settings: Mapping[str, Any]) -> Sampler:
     """Return the sampler that a store's settings describe.
 

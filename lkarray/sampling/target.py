@@ -17,6 +17,7 @@ from lkarray import schema
 from lkarray.nn import Batches, FlatModel, Outcome, PerExampleLoss
 from lkarray.nn.batches import Inputs
 from lkarray.nn.outcomes import with_outcomes
+from lkarray.sampling.control import Control
 from lkarray.sampling.laplace_law import LaplaceLaw
 
 #: A function of the model: a number or a tensor of a few.
@@ -55,6 +56,8 @@ class Target:
     observables: Mapping[str, Observable] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
     law: LaplaceLaw | None = None
+    starts: LaplaceLaw | None = None  # in which chains start; None starts them at w*
+    control: Control | None = None
     _shares: dict[torch.Size, Tensor] = field(default_factory=dict)
 
     @property
@@ -201,6 +204,32 @@ class Target:
                     tick()
                 for name, values in zip(self.recorded, zip(*batches, strict=True), strict=True):
                     out[f"{observed.group}/{name}"] = _side_by_side(values)
+        return out
+
+    def predict(self, offsets: Tensor) -> dict[str, Tensor]:
+        """Return what the control predicts of all observed samples, by the paths of their arrays.
+
+        Parameters
+        ----------
+        offsets
+            Of each chain's linear chain from w*, ``(chain, param)``.
+
+        Returns
+        -------
+        dict
+            Each ``(chain, sample)``, float32; none without a control.
+        """
+        out: dict[str, Tensor] = {}
+        control = self.control
+        if control is None:
+            return out
+        name = schema.prediction(control.outcome).name
+        for observed in self.observed:
+            batches = []
+            for inputs, target in observed.data.slices(observed.rows):
+                each = [control.predict(self.flat, self.center, q, inputs, target) for q in offsets]
+                batches.append(torch.stack(each).float())
+            out[f"{observed.group}/{name}"] = _side_by_side(batches)
         return out
 
     def first_losses(self, count: int) -> Tensor:

@@ -37,7 +37,17 @@ _BLOCK_DRAWS, _FEW_BYTES = 512, 8 << 20
 _STATE_CHUNK = 1 << 22
 
 #: Attributes of each group of losses that the run's fingerprint has too.
-SETTINGS = ("loss", "nbeta", "gamma", "sampler", "burn_in", "thin", "batch_size", "seed")
+SETTINGS = (
+    "loss",
+    "nbeta",
+    "gamma",
+    "sampler",
+    "burn_in",
+    "thin",
+    "batch_size",
+    "seed",
+    "start",
+)
 
 #: Numbers before the checksums of `schema.LATEST`, and of `schema.BLOCKS`.
 HEAD, BLOCK_HEAD = 4, 2
@@ -70,6 +80,8 @@ class LossSet:
         Attributes of the group: what kernels need to know of the posterior.
     outcomes
         What is recorded beside losses, by name, in the order of the fingerprint.
+    predictions
+        What a control predicts of them, by name: spec and attributes.
     """
 
     group: str
@@ -78,11 +90,14 @@ class LossSet:
     dims: tuple[str, ...] = ()
     attrs: Mapping[str, Any] = field(default_factory=dict)
     outcomes: Mapping[str, OutcomeSet] = field(default_factory=dict)
+    predictions: Mapping[str, tuple[schema.VariableSpec, Mapping[str, Any]]] = field(
+        default_factory=dict
+    )
 
     @property
     def recorded(self) -> list[str]:
         """Names of what is recorded at each draw."""
-        return [schema.LOSS.name, *self.outcomes]
+        return [schema.LOSS.name, *self.outcomes, *self.predictions]
 
 
 def block_draws(draws: int, values: int) -> int:
@@ -202,6 +217,8 @@ def _create_set(root: zarr.Group, of: LossSet, chains: int, draws: int, depth: i
         each, whole = (replace(s, dims=(*s.dims, *of.dims)) for s in (spec, schema.center(spec)))
         create_array(group, each, shape, chunks, attrs=attrs)
         create_array(group, whole, center.shape, center.shape, attrs=attrs)[...] = center
+    for spec, known in of.predictions.values():  # at w* they are 0
+        create_array(group, spec, shape, chunks, attrs=extra | dict(known))
     for name, values in of.coords.items():
         create_coord(group, name, values, schema.SAMPLE)
 
@@ -238,14 +255,26 @@ def loss_groups(root: zarr.Group) -> list[str]:
 
 
 def recorded_names(root: zarr.Group) -> list[str]:
-    """Return what is recorded of each observed sample at each draw: ``loss``, then outcomes."""
+    """Return what is recorded of each observed sample at each draw: also what is predicted."""
+    control = (stored_fingerprint(root) or {}).get("control")
+    predicted = [] if control is None else [schema.prediction(control["outcome"]).name]
+    return [*centered_names(root), *predicted]
+
+
+def centered_names(root: zarr.Group) -> list[str]:
+    """Return what is recorded, and has values at w*: ``loss``, then outcomes."""
     return [schema.LOSS.name, *(stored_fingerprint(root) or {}).get("outcomes", {})]
 
 
 def recorded_specs(root: zarr.Group) -> list[schema.VariableSpec]:
-    """Return the specs of a group of losses: of losses and outcomes, each with that of w*."""
-    specs = [schema.outcome(name) for name in recorded_names(root)]
-    return [each for spec in specs for each in (spec, schema.center(spec))]
+    """Return the specs of a group of losses: of losses and outcomes, each with that of w*.
+
+    Then that of what a control predicts.
+    """
+    specs = [schema.outcome(name) for name in centered_names(root)]
+    control = (stored_fingerprint(root) or {}).get("control")
+    predicted = [] if control is None else [schema.prediction(control["outcome"])]
+    return [*(each for spec in specs for each in (spec, schema.center(spec))), *predicted]
 
 
 def center_path(path: str) -> str:

@@ -20,6 +20,7 @@ from lkarray.store.fingerprints import hash_labels
 from lkarray.store.layout import (
     carried_paths,
     center_path,
+    centered_names,
     loss_groups,
     recorded_names,
     recorded_paths,
@@ -78,7 +79,7 @@ def _expected(root: zarr.Group) -> dict[str, tuple[str, ...]]:
     """Return the paths of all arrays of a run that are of known names, and their first dims."""
     dims = recorded_paths(root) | carried_paths(root)
     for group in loss_groups(root):
-        for name in recorded_names(root):
+        for name in centered_names(root):
             dims[center_path(f"{group}/{name}")] = schema.CENTER_LOSS.dims
     specs = (schema.RECORD, schema.LATEST, schema.BLOCKS) if is_sealed(root) else (schema.RECORD,)
     return dims | {f"{schema.COMMIT}/{spec.name}": spec.dims for spec in specs}
@@ -94,7 +95,7 @@ def _group(root: zarr.Group, path: str) -> Iterator[Problem]:
     faults = []
     labels = {}
     grows = recorded_names(root)
-    centers = {schema.at_center(name) for name in grows}
+    centers = {schema.at_center(name) for name in centered_names(root)}
     for name in folders(root.store, path):
         at = f"{path}/{name}"
         if f"{at}/zarr.json" in metadata or name in grows:

@@ -9,8 +9,10 @@ import xarray as xr
 from lkarray import schema
 from lkarray.analysis.losses.summaries import attributes, loss_variance
 from lkarray.arguments import checked
+from lkarray.engine import WRITTEN_BYTES, Contraction, make_plan, table_bytes
+from lkarray.kernels.control import as_control, controlled_operand
 from lkarray.kernels.estimators import estimated, find_outcome, refuse_by_draw
-from lkarray.kernels.gram import contract
+from lkarray.kernels.gram import contract, labelled
 from lkarray.kernels.kinds import verdict_of
 from lkarray.kernels.operands import CENTERS, centring, free_dim
 from lkarray.kernels.shrinkage import ledoit_wolf, shrunk
@@ -28,6 +30,7 @@ def covariance(
     center: str = "pooled",
     estimator: str = "sample",
     shrinkage: str | float | None = None,
+    control: xr.Dataset | None = None,
     precision: str = "float32",
     memory: int | str | None = None,
     device: str | None = None,
@@ -57,6 +60,17 @@ def covariance(
     shrinkage
         ``"ledoit-wolf"`` (see `ledoit_wolf`) or a share d in [0, 1] returns
         ``(1 - d) K + d mean(diag K) I``, whose error is smaller when draws are few.
+    control
+        Features of the law that ``lk.sample(..., control=...)`` ran its linear chains in:
+        ``lk.laplace(posterior, observed, rank=..., step_size=..., sketch=None)``. What these chains
+        predict of each draw is regressed out of it, and its covariance, which features give
+        exactly, put in its place: the kernel has the same expectation and less noise, as far as
+        predictions are right. ``losses`` is then the node or Dataset with the predictions beside
+        losses or an outcome, and without ``y`` and ``device``. They serve log-odds (``tree["losses"
+        ].to_dataset()[["log_odds", "log_odds_prediction"]]``) and ``estimator="gaussian"`` better
+        than losses, which bend. Attributes: ``control_removed``, the share of the variance over
+        draws that was regressed out (median of samples), and ``control_fallback``, for how many
+        samples the corrected variance was not above 0, so that it is that of the draws.
     precision
         ``"float32"`` or ``"auto"``; see `gram`.
     memory
@@ -99,6 +113,12 @@ def covariance(
     >>> lk.covariance(residuals, estimator="gaussian").values.round(3).tolist()
     [[6.0, 32.0, -10.0], [32.0, 176.0, -64.0], [-10.0, -64.0, 38.0]]
     """
+    if control is not None:
+        if shrinkage is not None:
+            raise ValueError("shrinkage is of the plain sample covariance: leave control= out")
+        options: dict[str, Any] = {"center": center, "estimator": estimator}
+        options |= {"memory": memory, "device": device}
+        return _controlled("covariance", losses, y, control, **options)
     if shrinkage is not None and estimator != "sample":
         raise ValueError(
             'shrinkage is of the sample covariance: leave estimator="gaussian" out, or shrinkage='
@@ -138,6 +158,7 @@ def correlation(
     *,
     center: str = "pooled",
     estimator: str = "sample",
+    control: xr.Dataset | None = None,
     precision: str = "float32",
     memory: int | str | None = None,
     device: str | None = None,
@@ -150,8 +171,8 @@ def correlation(
 
     Parameters
     ----------
-    losses, y, center, estimator, precision, memory, device, device_memory
-        As for `covariance`.
+    losses, y, center, estimator, control, precision, memory, device, device_memory
+        As for `covariance`. With a control, variances are the corrected ones too.
 
     Returns
     -------
@@ -171,6 +192,10 @@ def correlation(
     >>> lk.correlation(losses).values.round(6).tolist()
     [[1.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]]
     """
+    if control is not None:
+        options: dict[str, Any] = {"center": center, "estimator": estimator}
+        options |= {"memory": memory, "device": device}
+        return _controlled("correlation", losses, y, control, **options)
     return _kernel(
         "correlation",
         losses,
@@ -271,6 +296,42 @@ def influence(
     if "nbeta" in attrs and "n_train" in attrs:
         out.attrs["derivative_scale"] = attrs["nbeta"] / attrs["n_train"]
     return out.isel({schema.QUERY: 0}, drop=True) if scalar else out
+
+
+def _controlled(
+    name: str,
+    losses: Losses,
+    y: Losses | None,
+    control: xr.Dataset,
+    *,
+    center: str,
+    estimator: str,
+    memory: Any,
+    device: str | None,
+) -> xr.DataArray:
+    """Return a kernel with a control."""
+    if y is not None or device is not None:
+        raise ValueError(
+            "control= is for the kernel of one tensor with itself, on the cores: leave "
+            "y= and device= out"
+        )
+    made = as_control(losses, control, center=center, estimator=estimator)
+    operand, series, attrs = controlled_operand(made, name, memory)
+    held = 0 if series is None else table_bytes(operand)
+    plan = make_plan(operand, memory=memory, sink=WRITTEN_BYTES, held=held)
+    contraction = Contraction(operand, None, plan, series=series)
+    known: dict[str, Any] = {
+        "over": [*POSTERIOR],
+        "center": center,
+        "normalize": "count" if name == "covariance" else "cosine",
+        "contracted": made.x.sizes["chain"] * made.x.sizes["draw"],
+        "estimator": estimator,
+    }
+    sides: dict[str, Any] = {"each": (), "rows": made.rows, "columns": made.rows}
+    out = labelled(contraction, made.x, None, **sides, attrs=known | attrs | verdict_of(made.x))
+    units = "nat^2" if estimator == "gaussian" else schema.product_units(made.x)
+    out.attrs["units"] = units if name == "covariance" else "1"
+    return out.rename(name)
 
 
 def _kernel(

@@ -39,6 +39,7 @@ class Run:
     thin: int | None = None
     gamma: float | None = None
     sampler: Mapping[str, Any] = field(default_factory=dict)
+    start: Mapping[str, Any] | None = None
     hidden: tuple[str, ...] = ()
 
     @classmethod
@@ -56,6 +57,7 @@ class Run:
             thin=attrs.get("thin"),
             gamma=attrs.get("gamma"),
             sampler=attrs.get("sampler") or {},
+            start=attrs.get("start"),
             hidden=tuple(hidden),
         )
 
@@ -248,7 +250,8 @@ def _of_settings(report: xr.Dataset, run: Run, total: int, *, apart: bool) -> It
     relaxation = float(report["relaxation_steps"])
     # The step size is stored in float32: do not let its rounding ask for a step more.
     steps = ceil(relaxation * (1 - 1e-6)) if isfinite(relaxation) else 0
-    if run.burn_in is not None and run.burn_in < steps:
+    # Chains that start in their law have relaxed along what is flat.
+    if run.burn_in is not None and run.burn_in < steps and run.start is None:
         yield (
             f"burn_in of {run.burn_in} steps is shorter than the relaxation time of flat "
             f"directions, {steps} steps, so chains begin too near w*: raise burn_in to {steps}, "

@@ -34,11 +34,13 @@ from lkarray_workflows.shared.common import (
 from lkarray_workflows.shared.images import FOLDER, data_set, require_files, take_images
 from lkarray_workflows.shared.recorded import lenet
 
-#: Estimates from draws: what each is of, and how.
+#: Estimates from draws: what each is of, how, and whether with the control.
 ESTIMATES = {
-    "losses": ("loss", "sample"),
-    "log-odds": ("log_odds", "sample"),
-    "Gaussian estimate": ("losses", "gaussian"),
+    "losses": ("loss", "sample", False),
+    "log-odds": ("log_odds", "sample", False),
+    "log-odds, controlled": ("log_odds", "sample", True),
+    "Gaussian estimate": ("losses", "gaussian", False),
+    "Gaussian estimate, controlled": ("losses", "gaussian", True),
 }
 #: Agreement with the truth of an estimate whose reliability is 0.9.
 WANTED = 0.9**0.5
@@ -94,6 +96,7 @@ class Config(workflow.Config):
     laplace_draws: int = Field(400, ge=4, description="independent, together")
     rank: int = Field(100, ge=1, description="directions of curvature that the law knows")
     smooth: int = Field(32, ge=2, description="draws that gradients are averaged over")
+    control: bool = Field(True, description="sample beside linear chains, from their law")
 
 
 Study = workflow.Study[Config]
@@ -165,6 +168,18 @@ def posterior_of(study: Study, gamma: float) -> tuple[lk.LocalPosterior, TensorD
     return posterior, data_set(path, "test")
 
 
+def control_of(config: Config, sampler: lk.Sampler) -> lk.Laplace | None:
+    """Return the law of the linear chains beside a sampler's, if there are any."""
+    if not config.control:
+        return None
+    return sampler if isinstance(sampler, lk.Laplace) else lk.Laplace(rank=config.rank)
+
+
+def step_size(config: Config, gamma: float) -> float:
+    """Return the step size of SGLD at a localization strength."""
+    return min(config.step_size, 0.1 / gamma)
+
+
 def draw(study: Study, gamma: float, kind: str, sampler: lk.Sampler, **options: Any) -> None:
     """Sample losses and log-odds with a sampler; keep what a draw took."""
     posterior, observed = posterior_of(study, gamma)
@@ -177,6 +192,7 @@ def draw(study: Study, gamma: float, kind: str, sampler: lk.Sampler, **options: 
         outcomes=("loss", "log_odds"),
         coords={"label": observed.tensors[1].numpy()},
         seed=study.config.seed,
+        control=control_of(study.config, sampler),
         progress=study.show,
         **options,
     )
@@ -192,7 +208,7 @@ def sample(study: Study, gamma: float) -> None:
         study,
         gamma,
         "sampled",
-        lk.SGLD(step_size=min(config.step_size, 0.1 / gamma)),
+        lk.SGLD(step_size=step_size(config, gamma)),
         chains=config.chains,
         draws=config.draws,
         burn_in=config.burn_in,
@@ -218,6 +234,17 @@ def gradients(study: Study, gamma: float) -> None:
     config = study.config
     posterior, observed = posterior_of(study, gamma)
     took = {}
+    if config.control:  # of the law of the linear chains, for what they predict
+        lk.laplace(
+            posterior,
+            observed,
+            rank=config.rank,
+            step_size=step_size(config, gamma),
+            sketch=None,
+            seed=config.seed,
+            store=study.path(f"gamma-{gamma:g}/control.zarr"),
+            progress=study.show,
+        )
     for smooth in (0, *counts(config.smooth)[1:]):
         place = "center" if smooth == 0 else "smooth"
         began = time.perf_counter()
@@ -248,11 +275,15 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def estimate(losses: xr.Dataset, name: str) -> np.ndarray:
-    """Return R over pairs by one of `ESTIMATES`."""
-    variable, how = ESTIMATES[name]
+def estimate(losses: xr.Dataset, name: str, features: xr.Dataset | None = None) -> np.ndarray:
+    """Return R over pairs by one of `ESTIMATES`; ``features`` are those of its control."""
+    variable, how, controlled = ESTIMATES[name]
     if how == "gaussian":
-        return pairs_of(lk.correlation(losses, estimator="gaussian").values)
+        control = features if controlled else None
+        return pairs_of(lk.correlation(losses, estimator="gaussian", control=control).values)
+    if controlled:
+        both = losses[[variable, f"{variable}_prediction"]]
+        return pairs_of(lk.correlation(both, control=features).values)
     return pairs_of(lk.correlation(losses[variable]).values)
 
 
@@ -263,14 +294,22 @@ def some(losses: xr.Dataset, count: int) -> xr.Dataset:
     return losses.isel(draw=slice(max(each, 2)))
 
 
-def curves(losses: xr.Dataset, truth: np.ndarray, ceiling: float, seconds: float) -> Iterator[Any]:
+def curves(
+    losses: xr.Dataset,
+    truth: np.ndarray,
+    ceiling: float,
+    seconds: float,
+    features: xr.Dataset | None,
+) -> Iterator[Any]:
     """Yield what each estimate from draws agrees at with the truth, by the number of draws."""
-    for name in ESTIMATES:
+    for name, (*_, controlled) in ESTIMATES.items():
+        if controlled and features is None:
+            continue
         points = []
         for count in counts(losses.sizes["chain"] * losses.sizes["draw"])[3:]:
             few = some(losses, count)
             number = few.sizes["chain"] * few.sizes["draw"]
-            value = agreement(estimate(few, name), truth) / ceiling
+            value = agreement(estimate(few, name, features), truth) / ceiling
             points.append({"draws": number, "seconds": number * seconds, "agreement": value})
         yield name, points
 
@@ -320,10 +359,14 @@ def kernel_numbers(study: Study, gamma: float) -> dict[str, Any]:
     truth = pairs_of(lk.correlation(kept["loss"]).values)
     ceiling = float(lk.reliability(kept["loss"])) ** 0.5
     seconds = study.read(f"{folder}/sampled.json")["seconds_a_draw"]
-    by_estimate = dict(curves(tried, truth, ceiling, seconds))
+    features = {
+        place: lk.open(study.path(f"{folder}/{place}.zarr"))["features"].to_dataset().load()
+        for place in (("control", "center") if study.config.control else ())
+    }
+    by_estimate = dict(curves(tried, truth, ceiling, seconds, features.get("control")))
     laplace = lk.open(study.path(f"{folder}/laplace.zarr"))["losses"].to_dataset().load()
     took = study.read(f"{folder}/laplace.json")["seconds_a_draw"]
-    for name, points in curves(laplace, truth, ceiling, took):
+    for name, points in curves(laplace, truth, ceiling, took, features.get("center")):
         by_estimate[f"Laplace draws, {name}"] = points
     smoothed, spent = [], 0.0
     for smooth, seconds in study.read(f"{folder}/gradients.json").items():
@@ -403,7 +446,7 @@ def draw_curves(metrics: dict[str, Any], what: str) -> Figure:
     """Draw agreement with the reference against draws or seconds, a panel a gamma."""
     kernels = metrics["kernels"]
     figure = Figure(figsize=(4.6 * len(kernels) + 1.6, 4.4), layout="constrained")
-    colors = ["#717581", "#3f90da", "#bd1f01"]
+    colors = ["#717581", "#3f90da", "#832db6", "#bd1f01", "#ffa90e"]
     styles: dict[str, Any] = {}
     for name, color in zip(ESTIMATES, colors, strict=True):
         styles[name] = {"color": color, "marker": "o"}
@@ -444,7 +487,8 @@ def report(study: Study) -> None:
             f"{what}: {config.observed} held-out images, nbeta {config.nbeta:g}. R of losses from "
             "one half of the chains is the reference; agreement is the correlation over pairs of "
             "images, divided by the root of the reference's reliability. The dotted line is that "
-            "of an estimate of reliability 0.9.",
+            "of an estimate of reliability 0.9. With the control, seconds of every estimate from "
+            "draws hold its cost.",
         ],
         metrics=metrics,
         rows=rows_of(metrics),
