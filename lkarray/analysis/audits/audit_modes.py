@@ -20,6 +20,7 @@ from lkarray.kernels.spectra import svd
 from lkarray.labels import in_order
 from lkarray.results import Result, as_array, opened
 from lkarray.schema import MODE, second
+from lkarray.values import require_real
 
 _DENSE = 4000  # training examples whose kernel is decomposed whole: some ten seconds
 _DECOMPOSE = 5  # matrices that it holds meanwhile
@@ -88,6 +89,7 @@ def audit_modes(
     [29.3293, 1.6707]
     """
     kernel = as_array(kernel, "kernel")
+    require_real("kernel", kernel)
     rows, columns = _square(kernel)
     n = kernel.sizes[rows]
     if not 1 <= k <= n:
@@ -164,12 +166,14 @@ def extend_audit(modes: Result, cross: Result, *, training: str | None = None) -
         or (not {"scale", "weight"} <= set(modes.attrs))
     ):
         raise SchemaError("modes must be the Dataset that lk.audit_modes returned")
+    require_real("cross", cross)
     for variable, dims in (("vector", 2), ("drive", 1)):
         if MODE not in modes[variable].dims or modes[variable].ndim != dims:
             raise SchemaError(
                 f"modes: {variable!r} has dims {modes[variable].dims}; expected 'mode'"
                 f"{' and one more' * (dims - 1)}, as lk.audit_modes returns it"
             )
+        require_real(f"modes: {variable!r}", modes[variable])
     require_kernel(cross, "extend_audit")
     own = modes.attrs["weight"]
     if (weight := cross.attrs.get("weight", own)) != own:

@@ -214,7 +214,7 @@ def color_groups(images: Any, k: int = 8) -> xr.DataArray:
     [0, 0, 1, 1]
     """
     index = images.index if isinstance(images, pd.Series) else None
-    if isinstance(images, xr.DataArray):
+    if isinstance(images, xr.DataArray) and images.ndim:
         index = images.indexes.get(images.dims[0])
     each = [_mean_color(image, at) for at, image in enumerate(several("images", images))]
     if not each:

@@ -178,8 +178,8 @@ def _in_order(taxonomy: Taxonomy, labels: np.ndarray, within: Hashable | None) -
     chosen = [i for i in range(len(labels)) if _is_within(taxonomy, labels[i], within)]
     if len(chosen) < 3:
         raise ValueError(
-            f"only {len(chosen)} of the labels of the samples lie below {within!r}; at least 3 do "
-            "in a useful comparison"
+            f"only {len(chosen)} of the labels of the samples lie below within={within!r}; at "
+            "least 3 do in a useful comparison"
         )
     return sorted(chosen, key=lambda i: (place[taxonomy.node(labels.item(i))], i))
 

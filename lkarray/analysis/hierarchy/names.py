@@ -14,8 +14,9 @@ def checked_parents(
 ) -> dict[Hashable, tuple[Hashable, ...]]:
     """Return the parents of each node, names plain, and missing ones left out: of a root."""
     above: dict[Hashable, tuple[Hashable, ...]] = {}
+    parents = mapping("parents", parents)
     empty = "" in parents  # then it is a name
-    for given, listed in mapping("parents", parents).items():
+    for given, listed in parents.items():
         node = plain(given, "parents")
         names = plain_all(f"parents[{given!r}]", several_or_one(listed))
         kept = tuple(dict.fromkeys(p for p in names if not _absent(p, empty)))

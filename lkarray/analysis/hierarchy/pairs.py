@@ -59,6 +59,9 @@ def constant_rows(neighbors: xr.Dataset, rows: str) -> np.ndarray:
     n = neighbors.sizes[rows]
     if CONSTANT not in neighbors:
         return np.zeros(n, bool)
+    if neighbors[CONSTANT].dims != (rows,):
+        dims = neighbors[CONSTANT].dims
+        raise SchemaError(f"neighbors: {CONSTANT!r} has dims {dims}, expected {(rows,)}")
     constant = np.asarray(neighbors[CONSTANT].values, bool)
     if constant.all():
         raise SchemaError(

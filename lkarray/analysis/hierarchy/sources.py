@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import string
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sized
 from importlib import resources
 from io import StringIO
 from typing import Any
@@ -187,9 +187,9 @@ def is_missing(name: Any) -> bool:
 def _text(path: Any) -> str:
     """Return the text of a file, without the mark that some programs begin UTF-8 with."""
     place = path_like("path", path)
-    if place.exists() and not place.is_file():
-        raise ValueError(f"path: {place} is no file; give the file that the taxonomy is in")
     try:
+        if place.exists() and not place.is_file():
+            raise ValueError(f"path: {place} is no file; give the file that the taxonomy is in")
         return place.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"path: {place} cannot be read: {error.strerror}") from None
@@ -197,6 +197,14 @@ def _text(path: Any) -> str:
         raise ValueError(
             f"path: {place} is not UTF-8 (at byte {error.start}); save it as UTF-8"
         ) from None
+
+
+def is_pair(edge: Any) -> bool:
+    """Say whether something has two entries, and is no string."""
+    try:
+        return not isinstance(edge, str) and isinstance(edge, Sized) and len(edge) == 2
+    except TypeError:  # a tensor without dims
+        return False
 
 
 def read_json(path: Any) -> tuple[Parents, Any]:
@@ -207,6 +215,8 @@ def read_json(path: Any) -> tuple[Parents, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds no object: expected {{node: [parents]}}")
+    if not stored:
+        raise ValueError(f"{path} holds an empty object: a taxonomy needs at least one node")
     if stored.get("format") != "lkarray.taxonomy":
         return {n: p if isinstance(p, list) else [p] for n, p in stored.items()}, None
     try:

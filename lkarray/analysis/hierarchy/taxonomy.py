@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
 
@@ -90,7 +90,7 @@ class Taxonomy:
         others = {} if aliases is None else named_nodes("aliases", mapping("aliases", aliases))
         absent = [node for node in others.values() if node not in position]
         if absent:
-            raise ValueError(f"{named_list(absent)} named by aliases, but not in the taxonomy")
+            raise ValueError(f"{named_list(absent)} named by aliases, but not among parents")
         known = position | {alias: position[node] for alias, node in others.items()}
         absent = [node for node in named.values() if node not in known]
         if absent:
@@ -167,7 +167,7 @@ class Taxonomy:
         """
         rows: list[tuple[str, tuple[Any, Any]]] = []
         for number, edge in enumerate(several("edges", edges)):
-            if isinstance(edge, str) or not isinstance(edge, Sized) or len(edge) != 2:
+            if not sources.is_pair(edge):
                 raise ValueError(f"edges: edge {number} is {edge!r}; expected (parent, child)")
             above, below = plain_all("edges", edge)
             rows.append((f"edge {number}", (above, below)))
