@@ -20,6 +20,14 @@ class Config(BaseModel):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @classmethod
+    def inherited(cls, settings: Mapping[str, str]) -> Mapping[str, Any]:
+        """Return values that some ``settings`` bring along, such as those of a run they name.
+
+        They stand above a preset's, and below the settings themselves.
+        """
+        return {}
+
+    @classmethod
     def build(cls, preset: str = "default", settings: Iterable[str] = ()) -> Self:
         """Return the settings of a preset, with ``key=value`` strings on top.
 
@@ -31,16 +39,16 @@ class Config(BaseModel):
         known = {"default": {}, "laptop": {}, **cls.presets}
         if preset not in known:
             raise SettingsError(f"preset {preset!r} is not one of {sorted(known)}")
-        values: dict[str, Any] = dict(known[preset])
+        given: dict[str, str] = {}
         for setting in settings:
             key, equals, value = setting.partition("=")
             if not equals:
                 raise SettingsError(f"setting {setting!r} is not of the form key=value")
             if key not in cls.model_fields:
                 raise SettingsError(f"setting {key!r} is not one of {sorted(cls.model_fields)}")
-            values[key] = value
+            given[key] = value
         try:
-            return cls.model_validate(values)
+            return cls.model_validate({**known[preset], **cls.inherited(given), **given})
         except ValidationError as error:
             wrong = "; ".join(
                 f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}"

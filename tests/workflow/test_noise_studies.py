@@ -6,7 +6,6 @@ from PIL import Image
 
 import lkarray as lk
 from lkarray import errors
-from lkarray_workflows.shared.images import read_images
 from lkarray_workflows.studies import imagenet_gradients, noise
 from tests.helpers.studies import check_report
 
@@ -29,16 +28,6 @@ def test_extrapolated__takes_out_a_line_in_one_over_draws():
     rows = imagenet_gradients.extrapolated(points)
     assert [row["depth"] for row in rows] == [4.0, 9.0]
     assert [row["lift"] for row in rows] == pytest.approx([1.5, 3.0])
-
-
-def test_read_images__of_one_archive(tmp_path):
-    images = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
-    arrays = {f"{s}_{k}": v for s in ("train", "test") for k, v in (("images", images),)}
-    labels = {f"{s}_labels": np.array([3, 4]) for s in ("train", "test")}
-    np.savez(tmp_path / "mnist.npz", **arrays, **labels)
-    read, wanted = read_images(tmp_path, "test", "mnist")
-    np.testing.assert_array_equal(read, images)
-    assert wanted.tolist() == [3, 4]
 
 
 @pytest.mark.minutes

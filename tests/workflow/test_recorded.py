@@ -1,5 +1,6 @@
 """What studies of recorded runs refuse before any work, and count."""
 
+import gzip
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -38,8 +39,13 @@ from tests.helpers.hungry import hungry
 def finished(folder, config, *, states=True):
     """A folder as a finished run of lenet_training leaves it, without its arrays."""
     folder.mkdir()
-    record = {"workflow": "lenet_training", "config": config.model_dump(mode="json")}
-    (folder / "run.json").write_text(json.dumps(record | {"stages": {"report": {}}}))
+    record = {
+        "workflow": "lenet_training",
+        "lkarray": "0",
+        "config": config.model_dump(mode="json"),
+        "stages": {"report": {"outputs": [], "seconds": 1}},
+    }
+    (folder / "run.json").write_text(json.dumps(record))
     if states:
         (folder / "train.zarr/trajectory").mkdir(parents=True)
     return folder
@@ -57,12 +63,39 @@ def test_check__takes_a_finished_run_of_the_same_settings(tmp_path):
         recorded.check(recorded.Training(trained=gone))
 
 
+TAKERS = [ips_map, lenet_audit, adversarial, adversarial_training, pruning]
+
+
+@pytest.mark.parametrize("study", TAKERS)
+def test_trained__brings_its_data_and_settings(study, tmp_path):
+    run = recorded.Training(seed=3, dataset="fashion", data=tmp_path, batches=20, epochs=7)
+    folder = finished(tmp_path / "r", run)
+    for preset in ("default", "small"):
+        config = study.Config.build(preset, [f"trained={folder}", "keep=true"])
+        for key in (*recorded.SHARED, "data"):
+            assert getattr(config, key) == getattr(run, key)
+        recorded.check(config)
+    config = study.Config.build("default", [f"trained={folder}", "dataset=mnist", "epochs=8"])
+    with pytest.raises(ValueError, match=r"dataset \(fashion, here mnist\), epochs \(7, here 8\)"):
+        recorded.check(config)
+
+
+def test_trained__of_another_study_brings_nothing(tmp_path):
+    other = finished(tmp_path / "r", recorded.Training(seed=3))
+    text = (other / "run.json").read_text().replace("lenet_training", "ips_map")
+    (other / "run.json").write_text(text)
+    config = ips_map.Config.build("default", [f"trained={other}"])
+    assert config.seed == 1
+    with pytest.raises(ValueError, match="no finished run of lenet_training but ips_map"):
+        recorded.check(config)
+
+
 def test_check__wants_files_of_later_networks(tmp_path):
     other = finished(tmp_path / "r", recorded.Training())
     config = recorded.Training(trained=other)
-    with pytest.raises(errors.StoreError, match="FashionMNIST as D"):
+    with pytest.raises(errors.StoreError, match="import MNIST as D"):
         recorded.check(config, seeds=2)
-    with pytest.raises(errors.StoreError, match="has no train-images-idx3-ubyte"):
+    with pytest.raises(errors.StoreError, match=r"has no train-images-idx3-ubyte or .*gz: python"):
         recorded.check(config.model_copy(update={"data": tmp_path}), seeds=2)
 
 
@@ -75,7 +108,7 @@ def test_check__wants_files_of_later_networks(tmp_path):
     ],
 )
 def test_studies__refuse_missing_files_before_they_make_a_folder(study, tmp_path):
-    with pytest.raises(errors.StoreError, match="no folder of"):
+    with pytest.raises(errors.StoreError, match="no --data with"):
         study.run(study.Config.build("small"), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -154,17 +187,90 @@ def test_cli__settings_that_do_not_fit_exit_with_two(tmp_path):
     assert "holds no run" in result.output
 
 
-def test_files__of_fashion_mnist_are_told_and_taken_from_a_root_of_torchvisions(tmp_path):
+def idx(folder, splits, suffix=""):
+    """Files as MNIST and Fashion-MNIST are published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, (pixels, labels) in splits.items():
+        part = "t10k" if split == "test" else split
+        for kind, header, values in (("images-idx3", 16, pixels), ("labels-idx1", 8, labels)):
+            data = bytes(header) + values.tobytes()
+            path = folder / f"{part}-{kind}-ubyte{suffix}"
+            path.write_bytes(gzip.compress(data) if suffix else data)
+    return folder
+
+
+def made(n=3):
+    rng = np.random.default_rng(0)
+    return {
+        split: (rng.integers(0, 256, (n, 28, 28)).astype(np.uint8), np.arange(n, dtype=np.uint8))
+        for split in ("train", "test")
+    }
+
+
+def archive(path, splits):
+    arrays = {
+        f"{split}_{kind}": values
+        for split, both in splits.items()
+        for kind, values in zip(("images", "labels"), both, strict=True)
+    }
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "fashion"])
+@pytest.mark.parametrize("kind", ["torchvision", "files", "packed files", "folder", "archive"])
+def test_read_images__from_files_of_each_kind(tmp_path, dataset, kind):
+    splits = made()
+    if kind == "torchvision":
+        idx(tmp_path / images.CLASSES[dataset][1], splits)
+        data = tmp_path
+    elif kind in ("files", "packed files"):
+        data = idx(tmp_path, splits, ".gz" if "packed" in kind else "")
+    else:
+        path = archive(tmp_path / f"{dataset}.npz", splits)
+        data = tmp_path if kind == "folder" else path
+    images.require_files(audit_flips.Config(dataset=dataset, data=data))
+    for split, (pixels, labels) in splits.items():
+        read, own = images.read_images(data, split, dataset)
+        np.testing.assert_array_equal(read, pixels)
+        np.testing.assert_array_equal(own, labels)
+
+
+def test_read_images__files_of_the_other_data_set_are_refused(tmp_path):
+    splits = made(12)
+    for split, (_, labels) in splits.items():
+        labels[:10] = images.FIRST["fashion"][split]
+    idx(tmp_path, splits, ".gz")
+    for split in splits:
+        images.read_images(tmp_path, split, "fashion")
+        with pytest.raises(errors.StoreError, match="is of FashionMNIST, and MNIST was asked for"):
+            images.read_images(tmp_path, split, "mnist")
+
+
+def test_read_images__damaged_files_are_named(tmp_path):
+    splits = made()
+    idx(tmp_path / "idx", splits, ".gz")
+    path = tmp_path / "idx/train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(errors.StoreError, match=f"{path} cannot be read"):
+        images.read_images(tmp_path / "idx", "train", "mnist")
+    splits["train"] = (splits["train"][0], splits["train"][1][:2])
+    idx(tmp_path / "few", splits)
+    with pytest.raises(errors.StoreError, match="has 3 images and 2 labels for train"):
+        images.read_images(tmp_path / "few", "train", "mnist")
+    lacks = tmp_path / "lacks.npz"
+    np.savez(lacks, train_images=splits["train"][0])
+    with pytest.raises(errors.StoreError, match=r"lacks.npz cannot be read \('train_labels"):
+        images.read_images(lacks, "train", "mnist")
+
+
+def test_how_to_get__says_every_way():
     assert "apt-get install dataset-fashion-mnist" in images.how_to_get("fashion")
     assert "apt-get" not in images.how_to_get("mnist")
-    inside = tmp_path / "MNIST/raw"
-    inside.mkdir(parents=True)
-    for part in ("train", "t10k"):
-        (inside / f"{part}-images-idx3-ubyte").write_bytes(bytes(16 + 784 * 3))
-        (inside / f"{part}-labels-idx1-ubyte").write_bytes(bytes(8) + bytes([5, 0, 4]))
-    pixels, labels = images.read_images(tmp_path, "train", "mnist")
-    assert pixels.shape == (3, 28, 28)
-    assert labels.tolist() == [5, 0, 4]
+    assert "; or: --data mnist.npz, an archive of train_images" in images.how_to_get("mnist")
+    assert "npz" not in images.how_to_get("svhn")
+    with pytest.raises(errors.StoreError, match="there is no nowhere with MNIST's images: python"):
+        images.require_files(audit_flips.Config(data="nowhere"))
 
 
 #: Rows of the papers' tables 1: batch size, chains, draws, burn-in, step size, nbeta, gamma.

@@ -1,8 +1,10 @@
-"""Images that studies learn: Fashion-MNIST, MNIST and SVHN, as they are published."""
+"""Images that studies learn: MNIST, Fashion-MNIST and SVHN, as they are published."""
 
 from __future__ import annotations
 
 import gzip
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -36,7 +38,14 @@ NAMES = {
     "mnist": tuple("0123456789"),
     "svhn": tuple("0123456789"),
 }
-FOLDER = "folder of the published files; without it, the command that gets them is told"
+FOLDER = "where the images are: a folder of torchvision's, the published files, or an .npz archive"
+#: The first labels as published: both data sets have files of the same names.
+FIRST = {
+    "fashion": {"train": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5], "test": [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]},
+    "mnist": {"train": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], "test": [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]},
+}
+#: Arrays of an archive.
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 class Source(Protocol):
@@ -52,20 +61,22 @@ class Source(Protocol):
 
 
 def how_to_get(dataset: Dataset) -> str:
-    """Return the command that gets a data set's files, and the setting that names them."""
-    name, inside = CLASSES[dataset]
+    """Return where a data set can be had, and the setting that names it."""
+    name, _ = CLASSES[dataset]
     which = "split=s" if dataset == "svhn" else "train=s"
     over = "('train', 'test')" if dataset == "svhn" else "(True, False)"
-    folder = str(Path("data") / inside)
-    debian = (
-        "apt-get install dataset-fashion-mnist, then --data /usr/share/datasets/fashion-mnist; or: "
-        if dataset == "fashion"
-        else ""
-    )
-    return debian + (
+    ways = [
         f"python -c \"from torchvision.datasets import {name} as D; [D('data', {which}, "
-        f'download=True) for s in {over}]", then --data {folder}'
-    )
+        f'download=True) for s in {over}]", then --data data'
+    ]
+    if dataset == "fashion":
+        ways.insert(
+            0,
+            "apt-get install dataset-fashion-mnist, then --data /usr/share/datasets/fashion-mnist",
+        )
+    if dataset != "svhn":
+        ways.append(f"--data {dataset}.npz, an archive of {', '.join(ARRAYS)}")
+    return "; or: ".join(ways)
 
 
 def read_images(
@@ -73,12 +84,40 @@ def read_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return images, ``(n, 28, 28)`` or ``(n, 32, 32, 3)`` of uint8, and labels.
 
+    Parameters
+    ----------
+    folder
+        A root of torchvision's, or a folder of the published files, packed or not; or of
+        ``mnist.npz`` (``fashion.npz``), or that archive itself.
+
     Raises
     ------
     StoreError
-        There is no folder, or it lacks a file; the message has the command that gets it.
+        There is no folder, it lacks a file, or one is damaged or of another data set; the message
+        says where the data set can be had.
     """
     paths = _files(folder, split, dataset)
+    try:
+        images, labels = _read(paths, split, dataset)
+    except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+        raise StoreError(
+            f"{paths[0]} cannot be read ({error}); get it again: {how_to_get(dataset)}"
+        ) from error
+    if len(images) != len(labels):
+        raise StoreError(
+            f"{paths[0].parent} has {len(images):,} images and {len(labels):,} labels for {split}; "
+            f"get them again: {how_to_get(dataset)}"
+        )
+    for other, first in FIRST.items():
+        if other != dataset and labels[:10].tolist() == first[split]:
+            raise StoreError(
+                f"{paths[-1]} is of {CLASSES[other][0]}, and {CLASSES[dataset][0]} was asked for: "
+                f"give --dataset {other}, or other files"
+            )
+    return images, labels
+
+
+def _read(paths: list[Path], split: Split, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     if paths[0].suffix == ".npz":
         with np.load(paths[0]) as arrays:
             return arrays[f"{split}_images"], arrays[f"{split}_labels"]
@@ -106,29 +145,29 @@ def require_files(source: Source, made: Path | None = None) -> None:
 
 def _files(folder: Path | None, split: Split, dataset: Dataset) -> list[Path]:
     """Return the files of images and of labels, packed or not; of SVHN, or an archive, one file."""
+    name, inside = CLASSES[dataset]
     if folder is None:
-        raise StoreError(f"no folder of {CLASSES[dataset][0]}'s files: {how_to_get(dataset)}")
+        raise StoreError(f"no --data with {name}'s images: {how_to_get(dataset)}")
+    if not folder.exists():
+        raise StoreError(f"there is no {folder} with {name}'s images: {how_to_get(dataset)}")
     if dataset == "svhn":
-        path = folder / f"{split}_32x32.mat"  # as published and as torchvision keeps it
-        if not path.exists():
-            raise StoreError(f"{folder} has no {path.name}: {how_to_get('svhn')}")
-        return [path]
-    packed = folder / f"{dataset}.npz"  # arrays train_images, train_labels, test_images, ...
-    if packed.exists():
-        return [packed]
-    files = []
-    inside = folder / CLASSES[dataset][1]
-    folder = inside if inside.is_dir() else folder  # a root of torchvision's will do
-    for kind in ("images-idx3", "labels-idx1"):
-        path = folder / f"{'t10k' if split == 'test' else split}-{kind}-ubyte.gz"
-        if not path.exists():
-            path = path.with_suffix("")
-        if not path.exists():
-            raise StoreError(
-                f"{folder} has no {path.name} or {path.name}.gz: {how_to_get(dataset)}"
-            )
-        files.append(path)
-    return files
+        names = [f"{split}_32x32.mat"]  # as published and as torchvision keeps it
+    else:
+        archive = folder if folder.suffix == ".npz" else folder / f"{dataset}.npz"
+        if archive.exists():
+            return [archive]
+        part = "t10k" if split == "test" else split
+        names = [f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
+    home = folder / inside if (folder / inside).is_dir() else folder  # a root of torchvision's
+    return [_file(home, some, dataset) for some in names]
+
+
+def _file(home: Path, name: str, dataset: Dataset) -> Path:
+    names = [name] if dataset == "svhn" else [name, f"{name}.gz"]
+    for some in names:
+        if (home / some).exists():
+            return home / some
+    raise StoreError(f"{home} has no {' or '.join(names)}: {how_to_get(dataset)}")
 
 
 def _read_svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import lkarray as lk
 from lkarray import progress, workflow
 from lkarray.errors import SettingsError
 from lkarray.training import Trace
+from lkarray.workflow.running import read_record
 from lkarray_workflows.shared.images import FOLDER, Dataset, data_set, require_files, take_images
 
 
@@ -27,15 +27,25 @@ class Training(workflow.Config):
     """Settings of a recorded run; the defaults are those of Anonymous 2026, A.3."""
 
     seed: int = Field(1, ge=0)
-    dataset: Dataset = "fashion"
+    dataset: Dataset = "mnist"
     data: Path | None = Field(None, description=FOLDER)
     network: Literal["lenet", "cnn"] = "lenet"
     batches: int = Field(200, ge=1, description="of an epoch")
     batch_size: int = Field(256, ge=1)
     epochs: int = Field(50, ge=2)
     learning_rate: float = Field(1.5e-5, gt=0, description="of Adam")
-    trained: Path | None = Field(None, description="folder of a run of lenet_training to use")
+    trained: Path | None = Field(
+        None, description="folder of a run of lenet_training to use, with its data and settings"
+    )
     keep: bool = Field(False, description="keep recorded runs and gradients (GBs) at the end")
+
+    @classmethod
+    def inherited(cls, settings: Mapping[str, str]) -> dict[str, Any]:
+        """Return the settings of the run that ``trained`` names; they stand above a preset's."""
+        record = read_record(Path(settings.get("trained", "")))
+        if "trained" not in settings or record.get("workflow") != "lenet_training":
+            return {}  # `check` says what is wrong with the folder
+        return {key: record["config"][key] for key in (*SHARED, "data")}
 
 
 #: Settings that another study's run must share.
@@ -161,12 +171,12 @@ def check(config: Training, seeds: int = 1) -> None:
 
 
 def _check_run(config: Training, folder: Path) -> None:
-    path = folder / "run.json"
-    if not path.exists():
+    record = read_record(folder)
+    if not record:
         raise SettingsError(
-            f"{folder} holds no run; make it with: lkarray run lenet_training --out {folder}"
+            f"{folder} holds no run; make it with: "
+            f"lkarray run lenet_training --out {folder} --keep true"
         )
-    record = json.loads(path.read_text())
     if record["workflow"] != "lenet_training" or "report" not in record["stages"]:
         raise SettingsError(
             f"{folder} holds no finished run of lenet_training but {record['workflow']}, with the "
@@ -180,8 +190,8 @@ def _check_run(config: Training, folder: Path) -> None:
     ]
     if other:
         raise SettingsError(
-            f"{folder} was trained with other settings: {', '.join(other)}; give the same ones, or "
-            "name another folder"
+            f"{folder} was trained with other settings: {', '.join(other)}; leave these out, "
+            "or name another folder"
         )
     if not (folder / "train.zarr" / "trajectory").exists():
         raise SettingsError(

@@ -38,10 +38,10 @@ from lkarray_workflows.shared.recorded import (
 
 
 class Config(Training):
-    """Settings; of the training the paper's, on Fashion-MNIST."""
+    """Settings; of the training the paper's."""
 
     presets: ClassVar = {
-        "paper": {"dataset": "mnist", "pairs": 32, "features": 5000, "times": 51},
+        "paper": {"pairs": 32, "features": 5000, "times": 51},
         "small": {
             "batches": 10,
             "batch_size": 64,

@@ -44,7 +44,6 @@ class Config(Training):
 
     presets: ClassVar = {
         "paper": {
-            "dataset": "mnist",
             "epochs": 50,
             "learning_rate": 1.5e-5,
             "features": 5000,

@@ -1,6 +1,6 @@
 """Does an audit find wrong labels? Self-influence and harm, beside TracIn, the loss gain, the loss.
 
-LeNet-5 learns Fashion-MNIST (or MNIST) with a share of the labels changed to another class, until
+LeNet-5 learns MNIST (or Fashion-MNIST) with a share of the labels changed to another class, until
 it begins to learn those by heart, recorded at every step. Each score says of every training image
 how suspicious its label is; each is measured by how well it ranks the changed ones first (AUROC).
 An image whose label is wrong must lower its own loss by itself (self-influence), and raises the
@@ -58,7 +58,7 @@ class Config(workflow.Config):
 
     seed: int = Field(1, ge=0, description="the first")
     seeds: int = Field(3, ge=1, description="of data, labels, training and sampling")
-    dataset: Literal["fashion", "mnist"] = "fashion"
+    dataset: Literal["mnist", "fashion"] = "mnist"
     data: Path | None = Field(None, description=FOLDER)
     train: int = Field(2560, ge=20, description="training images")
     flipped: float = Field(0.1, gt=0, lt=1, description="share of changed labels")

@@ -1,6 +1,6 @@
 """Does an audit tell what matters? Train again without the examples that it names.
 
-LeNet-5 learns Fashion-MNIST (or MNIST), recorded, and the losses of some test images are audited.
+LeNet-5 learns MNIST (or Fashion-MNIST), recorded, and the losses of some test images are audited.
 Then it learns again, from other initial weights and in other orders, without a share of the
 training images: those that lowered the audited losses most, those of least influence either way
 (of all, and of each class alike), as many at random, and those that raised the losses most. Every
@@ -59,7 +59,7 @@ class Config(workflow.Config):
     }
 
     seed: int = Field(1, ge=0, description="of the audited run; the arms have the seeds after it")
-    dataset: Literal["fashion", "mnist"] = "fashion"
+    dataset: Literal["mnist", "fashion"] = "mnist"
     data: Path | None = Field(None, description=FOLDER)
     batches: int = Field(20, ge=1, description="of an epoch")
     batch_size: int = Field(256, ge=1)

@@ -43,7 +43,7 @@ class Config(Sampling):
     """Settings: the paper's posterior; draws further apart instead of more of them."""
 
     presets: ClassVar = {
-        "paper": {"dataset": "mnist", "draws": 500, "thin": 1, "burn_in": 10},
+        "paper": {"draws": 500, "thin": 1, "burn_in": 10},
         "small": {
             "train": 2000,
             "test": 1000,
@@ -58,7 +58,7 @@ class Config(Sampling):
     }
 
     seed: int = Field(1, ge=0, description="of the images, the labels, the training, the sampling")
-    dataset: Literal["fashion", "mnist"] = "fashion"
+    dataset: Literal["mnist", "fashion"] = "mnist"
     data: Path | None = Field(None, description=FOLDER)
     train: int = Field(60_000, ge=50, le=60_000, description="training images, all observed")
     test: int = Field(10_000, ge=50, le=10_000)

@@ -1,6 +1,6 @@
 """Which inputs a network treats alike over its whole training (Anonymous 2026, 6.2, A.16.2).
 
-LeNet-5 learns Fashion-MNIST (or MNIST, or SVHN) as in Anonymous 2026, A.3. Intrinsic perceptual
+LeNet-5 learns MNIST (or Fashion-MNIST, or SVHN) as in Anonymous 2026, A.3. Intrinsic perceptual
 similarity (IPS) of test images, summed over epochs: its map (figure 5), similarity to one image on
 the map and against distance (figure 6), what the axes show within a class (figure 7), and IPS as a
 score of difficulty beside others (table 1).
@@ -47,10 +47,10 @@ SHOWN = {"fashion": (1, 9), "mnist": (7, 1), "svhn": (7, 1)}
 
 
 class Config(Training):
-    """Settings; the defaults are the paper's, on Fashion-MNIST."""
+    """Settings; the defaults are the paper's."""
 
     presets: ClassVar = {
-        "paper": {"dataset": "mnist"},
+        "paper": {},
         "small": {
             "batches": 10,
             "batch_size": 64,

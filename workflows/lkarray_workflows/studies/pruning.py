@@ -2,7 +2,7 @@
 
 See Anonymous 2026, A.4.
 
-A network learns Fashion-MNIST (or MNIST, or SVHN), recorded; the losses of some test images are
+A network learns MNIST (or Fashion-MNIST, or SVHN), recorded; the losses of some test images are
 audited, and training images are clustered by IPS. Then it learns again, from other initial weights
 and in other orders, without a growing share of the images: those of least or most influence, the
 most helpful or harmful, the redundant, whole clusters, or as many at random. Every run takes
@@ -57,7 +57,6 @@ class Config(Training):
 
     presets: ClassVar = {
         "paper": {
-            "dataset": "mnist",
             "batches": 200,
             "epochs": 50,
             "learning_rate": 1.5e-5,
