@@ -12,7 +12,7 @@ from lkarray_workflows.shared import adversarial_modes
 from lkarray_workflows.shared.adversarial_cure import CURES
 from lkarray_workflows.shared.adversarial_report import claims, over_networks
 from lkarray_workflows.shared.attacks import KINDS
-from lkarray_workflows.studies import adversarial, adversarial_training, svhn
+from lkarray_workflows.studies import adversarial, adversarial_sweep, adversarial_training, svhn
 from tests.helpers.studies import check_report
 
 SMALL = [
@@ -57,6 +57,38 @@ def test_adversarial__cut_off_in_the_middle_gives_the_same_numbers(
     assert set(resumed["networks"][1]) == {"modes", "cure"}
     assert lk.verify(tmp_path / "run/analysis.zarr") == []
     assert not (tmp_path / "run/train.zarr/trajectory").exists()
+
+
+@pytest.mark.minutes
+def test_adversarial_sweep__tries_every_combination(tmp_path, garments, caplog):
+    settings = [*("batches=8", "batch_size=64", "epochs=4", "learning_rate=6e-4", "pairs=5")]
+    settings += ["tried=400", "features=100", "modes=50", "correction_steps=2"]
+    config = adversarial_sweep.Config.build("small", [*settings, f"data={garments}"])
+    adversarial_sweep.run(config, tmp_path / "run", progress=False)
+    metrics = check_report(tmp_path / "run", ["corrections"])
+    assert set(metrics["attacks"]) == {"pgd:0.4", "l2_pgd:4"}
+    for one in metrics["attacks"].values():
+        assert len(one["corrections"]) == 6  # one radius, two shifts, three sets of drives
+        assert one["shift_ratio"] > 1
+        assert set(one["cancellation"]) == set(KINDS[:3])
+        best = adversarial_sweep.best_of(one["corrections"])
+        assert best["drives"] in adversarial_sweep.DRIVES[:2]
+        assert all(
+            best["adversarial"] + best["random"] >= r["adversarial"] + r["random"]
+            for r in one["corrections"]
+            if r["drives"] != "signs at random"
+        )
+    assert not (tmp_path / "run/train.zarr/trajectory").exists()
+    caplog.set_level("INFO")
+    adversarial_sweep.run(config, tmp_path / "run", progress=False)
+    assert "adversarial_sweep: l2_pgd:4 is done, reused" in caplog.text
+
+
+@pytest.mark.parametrize("attack", ["pgd", "pgd:", "pgd:0", "pgd:nan", "rays:0.1"])
+def test_adversarial_sweep__attacks_are_kinds_with_a_radius(attack):
+    assert adversarial_sweep.Config.build("small", ["attacks=fgsm:0.1,pgd:1"]).attacks[1] == "pgd:1"
+    with pytest.raises(ValueError, match=f"{attack!r} is no attack: one of"):
+        adversarial_sweep.Config.build("small", [f"attacks=fgsm:0.1,{attack}"])
 
 
 def test_claims__need_every_network():

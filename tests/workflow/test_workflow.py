@@ -303,8 +303,8 @@ def test_cli__errors_are_one_line_and_an_exit_code(tmp_path):
     assert "there is no workflow 'nothing'" in invoke("run", "nothing").output
     assert invoke("run", "digits", "--set", "seed=-1", "--out", tmp_path / "x").exit_code == 2
     studies = (
-        "adversarial adversarial_training audit_flips audit_retraining development digits "
-        "digits_probe fashion gamma_sweep glosses imagenet imagenet_gradients "
+        "adversarial adversarial_sweep adversarial_training audit_flips audit_retraining "
+        "development digits digits_probe fashion gamma_sweep glosses imagenet imagenet_gradients "
         "imagenet_prototypes ips_map language lenet_audit lenet_training mislabeled_images "
         "modular_arithmetic noise pruning svhn"
     )

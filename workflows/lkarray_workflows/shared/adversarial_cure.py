@@ -5,6 +5,7 @@ A stage of `adversarial` (Anonymous 2026, algorithm 2, A.9, table 2).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,21 +34,27 @@ DRAWS = 4  # of random signs
 
 
 def corrected(
-    study: workflow.Study[Config], run: Trained, pairs: Pairs, kind: str, modes: xr.Dataset
+    run: Trained,
+    pairs: Pairs,
+    kind: str,
+    modes: xr.Dataset,
+    *,
+    norm: Any,
+    shift: float,
+    radius: float,
+    steps: int,
 ) -> torch.Tensor:
     """Return images of a kind, changed so that the modes' coefficients go against their drives."""
-    config, images = study.config, pairs.images[kind]
-    norm: Any = ATTACKS[config.attack][1]
-    trace = run.trace()
+    images, trace = pairs.images[kind], run.trace()
     return lk.shift_modes(
         trace,
         modes,
         TensorDataset(images, pairs.labels["clean"]),
         trace.steps,
-        shift=config.shift,
-        radius=config.correction,
+        shift=shift,
+        radius=radius,
         norm=norm,
-        steps=config.correction_steps,
+        steps=steps,
         away_from=images - pairs.images["clean"],
     )
 
@@ -60,14 +67,20 @@ def cure(study: workflow.Study[Config], run: Trained) -> None:
     leading = modes.isel(mode=slice(config.leading))
     draws = np.random.default_rng(seed).choice([-1.0, 1.0], (DRAWS, config.leading))
     adversarial = pairs.images["adversarial"]
+    move = partial(
+        corrected,
+        run,
+        pairs,
+        norm=ATTACKS[config.attack][1],
+        shift=config.shift,
+        radius=config.correction,
+        steps=config.correction_steps,
+    )
     moved = {
-        "cured adversarial": corrected(study, run, pairs, "adversarial", leading),
-        "cured random": corrected(study, run, pairs, "random", leading),
+        "cured adversarial": move("adversarial", leading),
+        "cured random": move("random", leading),
     }
-    turned = [
-        corrected(study, run, pairs, "adversarial", leading.assign(drive=("mode", signs)))
-        for signs in draws
-    ]
+    turned = [move("adversarial", leading.assign(drive=("mode", signs))) for signs in draws]
     moved["signs at random"] = turned[0]
     change = moved["cured adversarial"] - adversarial
     moved["adversarial + random"] = noise_like(adversarial, change, config.attack, seed + 1)

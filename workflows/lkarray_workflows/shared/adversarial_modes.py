@@ -6,6 +6,7 @@ Stages of `adversarial` (Anonymous 2026, 6.3 from "Mode decomposition" on, A.8, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,21 +27,15 @@ def by_modes(study: workflow.Study[Config], run: Trained) -> None:
     """Decompose the training gradients at the end, and see what of the modes each input has."""
     config, path = study.config, study.path("analysis.zarr")
     pairs, trace = Pairs.load(study.path("pairs.npz")), run.trace()
-    options: dict[str, Any] = {"store": path, "progress": study.show}
-    last = [trace.steps]
-    G = lk.gradient_features(
-        trace,
-        np.arange(config.features),
-        last,
-        coords={"label": run.images("train").tensors[1].numpy()[: config.features]},
-        name="train_end",
-        **options,
-    )
-    modes = lk.modes(G.isel(time=0), config.modes).compute()
-    mean = lk.mean_gradient(trace, last).isel(time=0)
-    modes = with_drive(modes, mean, trace.train.n, config.features)
+    G, modes = modes_at_end(run, config.features, config.modes, path, study.show)
     inputs = lk.gradient_features(
-        trace, pairs.data(), last, coords=pairs.coords(), name="inputs_end", **options
+        trace,
+        pairs.data(),
+        [trace.steps],
+        coords=pairs.coords(),
+        name="inputs_end",
+        store=path,
+        progress=study.show,
     )
     coefficients = lk.mode_coefficients(modes, inputs.isel(time=0)).compute()
     store.put(path, "modes", modes.drop_vars("left"))
@@ -67,6 +62,29 @@ def by_modes(study: workflow.Study[Config], run: Trained) -> None:
         "subset_signs_agree": _signs(G, modes, config.leading),
     }
     study.write("modes.json", metrics)
+
+
+def modes_at_end(
+    run: Trained, features: int, count: int, path: Path, show: bool
+) -> tuple[xr.Dataset, xr.Dataset]:
+    """Return gradients of some training images at the end, and their modes with all images' drive.
+
+    The gradients are stored in ``path``.
+    """
+    trace = run.trace()
+    last = [trace.steps]
+    G = lk.gradient_features(
+        trace,
+        np.arange(features),
+        last,
+        coords={"label": run.images("train").tensors[1].numpy()[:features]},
+        name="train_end",
+        store=path,
+        progress=show,
+    )
+    modes = lk.modes(G.isel(time=0), count).compute()
+    mean = lk.mean_gradient(trace, last).isel(time=0)
+    return G, with_drive(modes, mean, trace.train.n, features)
 
 
 def shifts_of(

@@ -26,6 +26,8 @@ def _split(value: Any) -> Any:
 
 #: A setting of several numbers; on the command line ``--gammas 100,1000``.
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]
+#: One of several words, likewise.
+Words = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 class Posterior(Protocol):
