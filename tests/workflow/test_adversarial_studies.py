@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from scipy.io import savemat
 
 import lkarray as lk
@@ -115,9 +116,24 @@ def test_over_networks__is_students_interval():
     assert over_networks(shares[:1]) == ""
 
 
-def test_with_drive__is_of_the_whole_training_set(rng):
-    import xarray as xr
+def test_shifts_of__kinds_are_compared_pair_by_pair(rng):
+    pairs, modes = 4, 60
+    kinds, coefficients = np.repeat(KINDS, pairs), rng.normal(size=(len(KINDS) * pairs, modes))
+    coords = {"example": np.arange(len(kinds)), "kind": ("example", kinds)}
+    by_kind = adversarial_modes.shifts_of(
+        xr.Dataset({"drive": ("mode", rng.normal(size=modes))}),
+        xr.DataArray(coefficients, dims=("example", "mode"), coords=coords),
+        xr.Dataset(
+            {"sensitivity": (("example", "mode"), np.abs(coefficients[:, :50]))}, coords=coords
+        ),
+    )
+    for kind, start in (("adversarial", pairs), ("random", 2 * pairs)):
+        moved = coefficients[start : start + pairs] - coefficients[:pairs]
+        expected = np.abs(moved[:, :50]).mean(0)
+        np.testing.assert_allclose(by_kind[kind]["shift"], expected)
 
+
+def test_with_drive__is_of_the_whole_training_set(rng):
     gradients = rng.normal(size=(30, 12))
     _, s, v = np.linalg.svd(gradients, full_matrices=False)
     modes = xr.Dataset({"direction": (("mode", "param"), v[:4]), "singular_value": ("mode", s[:4])})

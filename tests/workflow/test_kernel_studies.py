@@ -129,7 +129,9 @@ def test_imagenet__runs_whole_on_a_folder(tmp_path, imagenet_folder, caplog):
     torch.manual_seed(0)
     network = torchvision.models.googlenet(weights=None, init_weights=False)  # with its aux heads
     torch.save(network.state_dict(), weights)
-    config = imagenet.Config.build("small", [f"data={imagenet_folder}", f"weights={weights}"])
+    config = imagenet.Config.build(
+        "small", ["network=googlenet", f"data={imagenet_folder}", f"weights={weights}"]
+    )
     metrics = run_twice(
         imagenet, config, tmp_path / "run", caplog, ["map", "matrix", "nearest", "lift"]
     )
@@ -145,9 +147,31 @@ def test_imagenet__runs_whole_on_a_folder(tmp_path, imagenet_folder, caplog):
     assert lk.verify(tmp_path / "run/store.zarr") == []
 
 
+def test_imagenet__of_a_flat_folder_holds_to_what_it_observes(tmp_path, imagenet_folder):
+    data = imagenet_folder / "val"
+    settings = [f"data={data}", "observed=1000", "train=1000", "side=32", "draws=4"]
+    config = imagenet.Config.build("small", settings)
+    assert config.network == imagenet.LITE0
+    assert imagenet.files_of(config, "train") == imagenet.files_of(config, "val")
+    imagenet.run(config, tmp_path / "run", progress=False)
+    metrics = check_report(tmp_path / "run", ["map", "matrix", "nearest", "lift"])
+    assert (metrics["images"], metrics["classes"]) == (80, 8)
+    train, observed = (np.load(tmp_path / f"run/{split}.npy") for split in imagenet.SPLITS)
+    np.testing.assert_array_equal(train, observed)
+
+
+def test_imagenet__networks_are_known():
+    with pytest.raises(ValueError, match="network must be efficientnet_lite0 or a classifier"):
+        imagenet.Config.build("small", ["network=fcn_resnet50"])
+    with pytest.raises(ValueError, match="has weights of its own: name the network that x.pt is"):
+        imagenet.Config.build("small", ["weights=x.pt"])
+    model = imagenet.network(imagenet.Config.build("small", ["network=squeezenet1_1"]))
+    assert type(model).__name__ == "SqueezeNet"
+
+
 def test_imagenet__tells_what_does_not_fit(tmp_path, imagenet_folder):
     def run(*settings):
-        config = imagenet.Config.build("small", settings)
+        config = imagenet.Config.build("small", ["network=googlenet", *settings])
         imagenet.run(config, Path(tempfile.mkdtemp(dir=tmp_path)), progress=False)
 
     with pytest.raises(errors.StoreError, match="torchvision.datasets import ImageNet"):

@@ -91,7 +91,8 @@ def shifts_of(
     modes: xr.Dataset, coefficients: xr.DataArray, felt: xr.Dataset
 ) -> dict[str, xr.Dataset]:
     """Return what each kind of perturbation does to the leading modes' coefficients."""
-    top = {"mode": slice(SENSITIVE)}
+    # Examples of one kind stand beside those of another by their pairs, not by their numbers.
+    coefficients, top = coefficients.drop_vars("example"), {"mode": slice(SENSITIVE)}
     by_kind = {kind: coefficients[coefficients["kind"] == kind].isel(top) for kind in KINDS}
     return {
         kind: lk.mode_shifts(

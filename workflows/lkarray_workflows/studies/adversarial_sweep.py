@@ -196,7 +196,8 @@ def coefficients_of(
         store=study.path("modes.zarr"),
         progress=study.show,
     )
-    coefficients = lk.mode_coefficients(modes, inputs.isel(time=0)).compute()
+    # Examples of one kind stand beside those of another by their pairs, not by their numbers.
+    coefficients = lk.mode_coefficients(modes, inputs.isel(time=0)).compute().drop_vars("example")
     of_kind = {kind: coefficients[kinds["kind"] == kind] for kind in PERTURBED}
     top = {"mode": slice(SENSITIVE)}
     shifts = {

@@ -1,43 +1,64 @@
-"""The loss kernel of GoogLeNet (InceptionV1) over images of ImageNet.
+"""The loss kernel of a network over images of ImageNet.
 
-See Adam et al. 2025a, section 4.
+See Adam et al. 2025a, section 4, where it is GoogLeNet (InceptionV1).
 
 The images lie in a folder with ``train`` and ``val``, each of one folder a class, named by its
-wnid, as torchvision's ``ImageNet`` unpacks them. Weights are a state dict of torchvision's
-GoogLeNet; without any, the network is untrained, which serves as a control and says nothing about
-ImageNet.
+wnid, as torchvision's ``ImageNet`` unpacks them; or in a folder of such folders, which then are
+both what the network is held to and what is observed. The network is EfficientNet-Lite0, whose
+weights come with the extra ``prototypes``, or a classifier of torchvision's by its name, with a
+state dict; without one it is untrained, which serves as a control and says nothing about ImageNet.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 import torchvision
 import xarray as xr
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.utils.data import Dataset
 
 import lkarray as lk
 from lkarray import errors, progress, workflow
-from lkarray_workflows.shared import wnids
+from lkarray_workflows.shared import efficientnet, wnids
 from lkarray_workflows.shared.common import Sampling, draw_losses, halves_agree, plain_numbers
 
 SPLITS = ("train", "val")
+LITE0 = "efficientnet_lite0"
+#: What torchvision's networks need beside their names, with their published weights or without.
+OPTIONS: dict[str, dict[str, Any]] = {
+    name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")
+}
 
 
 class Config(Sampling):
-    """Settings: table 1 of the loss-kernel paper; ``probes`` is that of the Bayesian probes."""
+    """Settings, tried on EfficientNet-Lite0 and 1,000 images.
+
+    ``paper`` is table 1 of the loss-kernel paper, ``probes`` that of the Bayesian probes.
+    """
 
     presets: ClassVar = {
-        "paper": {"train": None},
-        "probes": {
+        "paper": {
+            "network": "googlenet",
             "train": None,
+            "gamma": 4000,
+            "step_size": 5e-5,
+            "chains": 15,
+            "draws": 500,
+            "burn_in": 100,
+            "thin": 1,
+        },
+        "probes": {
+            "network": "googlenet",
+            "train": None,
+            "burn_in": 100,
+            "thin": 1,
             "observed": 2500,
             "sampler_batch": 64,
             "chains": 30,
@@ -59,19 +80,37 @@ class Config(Sampling):
     }
 
     seed: int = Field(1, ge=0, description="of the choice of images, the sampling")
-    data: Path = Field(Path("imagenet"), description="folder of train/WNID and val/WNID")
-    weights: Path | None = Field(None, description="state dict of torchvision's googlenet")
+    data: Path = Field(
+        Path("imagenet"), description="folder of train/WNID and val/WNID, or of WNID alone"
+    )
+    network: str = Field(LITE0, description="or a classifier of torchvision's, by its name")
+    weights: Path | None = Field(None, description="state dict of a network of torchvision's")
     train: int | None = Field(50_000, ge=10, description="training images to sample over; all")
     observed: int = Field(10_000, ge=20, description="validation images")
     side: int = Field(224, ge=32, description="pixels; images are cut from one eighth larger")
     neighbors: int = Field(30, ge=1)
     nbeta: float = Field(20.0, ge=0)
-    gamma: float = Field(4000.0, gt=0)
-    step_size: float = Field(5e-5, gt=0)
-    chains: int = Field(15, ge=2)
-    draws: int = Field(500, ge=2)
-    burn_in: int = Field(100, ge=0)
-    thin: int = Field(1, ge=1)
+    gamma: float = Field(60_000.0, gt=0)
+    step_size: float = Field(1e-5, gt=0)
+    chains: int = Field(4, ge=2)
+    draws: int = Field(100, ge=2)
+    burn_in: int = Field(20, ge=0)
+    thin: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        names = torchvision.models.list_models(module=torchvision.models)
+        if self.network not in (LITE0, *names):
+            raise ValueError(
+                f"network must be {LITE0} or a classifier of torchvision's, such as googlenet or "
+                f"resnet18, not {self.network!r}"
+            )
+        if self.network == LITE0 and self.weights is not None:
+            raise ValueError(
+                f"{LITE0} has weights of its own: name the network that {self.weights} is of, "
+                "--network googlenet say"
+            )
+        return self
 
 
 Study = workflow.Study[Config]
@@ -116,12 +155,13 @@ def files_of(config: Config, split: str) -> list[tuple[Path, str]]:
     StoreError
         The folder is not there, or holds folders that are not wnids of ImageNet.
     """
-    root = config.data / split
-    if not root.is_dir():
+    flat = config.data.is_dir() and not any((config.data / each).is_dir() for each in SPLITS)
+    root = config.data if flat else config.data / split
+    if not root.is_dir() or not any(root.iterdir()):
         raise errors.StoreError(
-            f"there is no {root}. ImageNet needs an account at image-net.org; with its archives "
-            f'in {config.data}, this unpacks them: python -c "from torchvision.datasets import '
-            f"ImageNet; [ImageNet('{config.data}', s) for s in ('train', 'val')]\""
+            f"there are no images in {root}. ImageNet needs an account at image-net.org; with its "
+            f'archives in {config.data}, this unpacks them: python -c "from torchvision.datasets '
+            f"import ImageNet; [ImageNet('{config.data}', s) for s in ('train', 'val')]\""
         )
     images = torchvision.datasets.ImageFolder(str(root))
     known = set(lk.Taxonomy.imagenet().labels)
@@ -172,35 +212,36 @@ def make_pixels(study: Study, split: str) -> None:
 
 
 def network(config: Config) -> nn.Module:
-    """Return GoogLeNet with the weights given, or untrained.
+    """Return the network with its weights, or untrained.
 
     Raises
     ------
     StoreError
         The weights are not there, or are of another network.
     """
+    if config.network == LITE0:
+        return efficientnet.network(config.seed)
     torch.manual_seed(config.seed)
-    model: nn.Module = torchvision.models.googlenet(
-        weights=None,
-        aux_logits=False,
-        init_weights=True,
-        transform_input=config.weights is not None,
-    )
+    options = OPTIONS.get(config.network, {})
+    if options:  # these two were trained on pixels of another scale
+        options = {**options, "transform_input": config.weights is not None}
+    model: nn.Module = torchvision.models.get_model(config.network, weights=None, **options)
     if config.weights is not None:
         if not config.weights.is_file():
             raise errors.StoreError(
                 f"there is no file {config.weights}; torchvision's weights are fetched by: python "
-                '-c "import torch, torchvision; torch.save(torchvision.models.googlenet(weights='
-                f"'DEFAULT').state_dict(), '{config.weights}')\""
+                '-c "import torch, torchvision; torch.save(torchvision.models.get_model('
+                f"'{config.network}', weights='DEFAULT').state_dict(), '{config.weights}')\""
             )
         state = torch.load(config.weights, weights_only=True, map_location="cpu")
-        state = {name: value for name, value in state.items() if not name.startswith("aux")}
+        if options:
+            state = {name: value for name, value in state.items() if not name.startswith("aux")}
         try:
             model.load_state_dict(state)
         except (RuntimeError, AttributeError) as error:
             first = str(error).splitlines()[-1].strip()
             raise errors.StoreError(
-                f"{config.weights} holds no weights of torchvision's googlenet: {first}"
+                f"{config.weights} holds no weights of torchvision's {config.network}: {first}"
             ) from None
     return model.eval()
 
@@ -279,11 +320,13 @@ def report(study: Study) -> None:
         ("Mean loss gain (nats)", f"{m['mean_gain']:.3g}", ""),
         ("Agreement of R between halves of the chains", f"{m['agreement_of_halves']:.2f}", ""),
     ]
-    trained = "an untrained network" if config.weights is None else f"weights of {config.weights}"
+    trained = f"{config.network}, weights of {config.weights}"
+    if config.weights is None:
+        trained = LITE0 if config.network == LITE0 else f"{config.network}, untrained"
     study.report(
-        title="The loss kernel of GoogLeNet on ImageNet",
+        title="The loss kernel of a network on ImageNet",
         summary=[
-            f"{m['images']:,} validation images of {m['classes']:,} classes, {trained}; "
+            f"{m['images']:,} images of {m['classes']:,} classes, {trained}; "
             f"{config.chains} chains of {config.draws} draws, nbeta {config.nbeta:g}, gamma "
             f"{config.gamma:g}, step {config.step_size:g}."
         ],
