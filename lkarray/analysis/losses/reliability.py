@@ -101,7 +101,7 @@ def reliability(
     rows = free_dim(x, "losses", POSTERIOR, ())
     one_of("center", center, CENTERS)
     place = as_device(device, device_memory)
-    divided, kind = _divisions(x, splits, seed)
+    divided, kind = divisions(x, splits, seed)
     made = [_agreement(pair, rows, center, memory, place) for pair in divided]
     passes = Passes("reliability", *(keys for keys, _ in made))
     blocks = [passes.block(data, (0,)) for _, data in made]
@@ -121,7 +121,7 @@ def reliability(
     )
 
 
-def _divisions(
+def divisions(
     x: xr.DataArray, splits: int, seed: int
 ) -> tuple[list[tuple[xr.DataArray, xr.DataArray]], str]:
     """Return pairs of disjoint halves of the chains, equally large; or of a lone chain's draws."""
