@@ -23,12 +23,12 @@ _SURE = 3.0  # standard errors of no correlation, above which halves are not noi
 _BYTES = 48  # for each draw of a sample: two tensors, their halves, and deviations in float64
 
 #: Names of the figures, all of the whole run.
-OF_ESTIMATES = ("estimators_agree", "sample_reliability", "gaussian_reliability")
+OF_ESTIMATES = ("estimators_agree", "sample_reliability", "gaussian_reliability", "compared")
 
 
 def of_estimates(
     losses: xr.DataArray, outcomes: xr.DataArray, seed: int, memory: int | str | None
-) -> dict[str, float]:
+) -> dict[str, np.ndarray]:
     r"""Return how far both estimates of R agree beyond noise, and the reliability of each.
 
     Of two halves of the chains, one estimate of each: with r the correlation over pairs of samples
@@ -41,7 +41,7 @@ def of_estimates(
     """
     n, draws = losses.sizes[losses.dims[-1]], prod(losses.sizes[dim] for dim in POSTERIOR)
     count = min(n, _SAMPLES, memory_budget(memory) // (_BYTES * draws))
-    unknown = dict.fromkeys(OF_ESTIMATES, np.nan) | {"compared": 0.0}
+    unknown = dict(zip(OF_ESTIMATES, np.array([np.nan, np.nan, np.nan, 0]), strict=True))
     if count < _FEWEST:
         return unknown
     chosen = np.sort(np.random.default_rng(seed).choice(n, count, replace=False))
@@ -61,7 +61,7 @@ def of_estimates(
     chance = _SURE / np.sqrt(count * (count - 1) / 2)
     noise = sample * gaussian if min(sample, gaussian) > chance else np.nan
     numbers = (cross / np.sqrt(noise), *(spearman_brown(r, factor) for r in (sample, gaussian)))
-    return dict(zip(OF_ESTIMATES, map(float, numbers), strict=True)) | {"compared": float(count)}
+    return dict(zip(OF_ESTIMATES, np.array([*numbers, count]), strict=True))
 
 
 def _compared(
