@@ -25,7 +25,7 @@ _NAMES = {
     "Sampling": """LocalPosterior sample observe Outcome suggest SGLD RMSpropSGLD SGHMC
         InformedLangevin Laplace laplace schedules preset PRESETS diagnostics""",
     "Losses": """loss_gain loss_variance llc singular_fluctuation mcse residualize log_odds
-        reliability at_equal_reliability judge""",
+        reliability at_equal_reliability extrapolated judge""",
     "Kernels": """correlation covariance influence gram neighbors plan planning.KernelPlan save
         group_mean histogram frobenius linear_operator ledoit_wolf cka cka_curve svd eigh
         participation_ratio energy_rank embed similarity_by_distance""",

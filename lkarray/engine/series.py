@@ -26,6 +26,7 @@ SERIES_BYTES = 8
 _TABLE = 400  # bytes of a row's table and moments, at most
 _LEFT = 1e-6  # of sqrt(f_ii f_jj), at most, that terms which are left out may add up to
 _SLAB = 1 << 16  # elements of a tile at once: with their sum and a term, within the L2 cache
+_WIDE = 2048  # columns from which NumPy's own outer product is faster than einsum (0.2 for 0.5 ns)
 _LEVELS = np.arange(1, 9) / 8  # magnitudes of cosines, for which terms are counted
 _FEW = 2  # terms, to save which is worth no search
 _ALONE = 8  # what a term of an entry by itself costs, as times of one in a slab
@@ -186,7 +187,10 @@ def _scaled(values: np.ndarray, terms: Terms, i: Any, j: Any) -> np.ndarray:
 
 
 def _outer(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    np.einsum("i,j->ij", a, b, out=out)  # a third faster than NumPy's own product of the two
+    if out.shape[1] >= _WIDE:
+        np.multiply(a[:, np.newaxis], b, out=out)  # a loop of vector instructions for each row
+    else:
+        np.einsum("i,j->ij", a, b, out=out)  # starts its loop over a row sooner
 
 
 def _split(size: np.ndarray, needed: np.ndarray) -> tuple[int, np.ndarray | None]:

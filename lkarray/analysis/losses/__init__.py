@@ -1,6 +1,7 @@
 """Analysis of losses(chain, draw, sample): kernels, neighbours, summaries, diagnostics."""
 
 from lkarray.analysis.losses.diagnostics import diagnostics
+from lkarray.analysis.losses.extrapolation import extrapolated
 from lkarray.analysis.losses.judging import judge
 from lkarray.analysis.losses.loss_kernels import correlation, covariance, influence
 from lkarray.analysis.losses.montecarlo import mcse
@@ -14,6 +15,7 @@ __all__ = [
     "correlation",
     "covariance",
     "diagnostics",
+    "extrapolated",
     "influence",
     "judge",
     "llc",

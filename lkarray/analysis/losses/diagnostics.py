@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,21 +11,30 @@ import xarray as xr
 
 from lkarray import schema
 from lkarray.analysis.losses import convergence
-from lkarray.analysis.losses.gaussianity import OF_OUTCOMES, of_outcomes
-from lkarray.analysis.losses.verdicts import Run, summary, verdicts
+from lkarray.analysis.losses.diagnosed import (
+    LEADING,
+    Given,
+    counted,
+    given_by,
+    padding_of,
+    places,
+    spread,
+    turned_at,
+)
+from lkarray.analysis.losses.estimates import of_estimates
+from lkarray.analysis.losses.gaussianity import OF_OUTCOMES, moments, of_outcomes
+from lkarray.analysis.losses.verdicts import advice, regime, summary, verdicts
 from lkarray.arguments import COUNT, NATURAL, checked
 from lkarray.engine import Operand
 from lkarray.engine.strips import Strips, make_strips
-from lkarray.errors import DivergedError, SchemaError
 from lkarray.kernels.coords import sample_coords
-from lkarray.kernels.estimators import find_outcome
 from lkarray.kernels.operands import free_dim
 from lkarray.schema import CHAIN, DRAW, POSTERIOR
-from lkarray.tensors import Losses, as_losses, losses_node
+from lkarray.tensors import Losses, as_losses
 from lkarray.waiting import workers_awaited
 
-_LEADING = (schema.CHECKPOINT, schema.COMPONENT)
-_PER_SAMPLE = {*convergence.PER_SAMPLE, *OF_OUTCOMES}
+_PER_SAMPLE = {*convergence.PER_SAMPLE, *OF_OUTCOMES, "loss_kurtosis"}
+_FEW = 8  # samples at once whose deviations are held in float64
 
 #: Units and meaning of every variable of the report.
 _MEANING = {
@@ -51,6 +58,10 @@ _MEANING = {
     "outcome_kurtosis": ("", "excess kurtosis of outcomes over draws, 0 of Gaussian ones"),
     "outcome_kurtosis_error": ("", "standard error of a kurtosis, were outcomes Gaussian"),
     "loss_kurtosis": ("", "excess kurtosis of losses over draws"),
+    "estimators_agree": ("", "correlation over pairs of R by both estimators, noise divided out"),
+    "sample_reliability": ("", "reliability of R from losses"),
+    "gaussian_reliability": ("", "reliability of R from outcomes taken as Gaussian"),
+    "compared": ("", "random samples that both estimators are compared on"),
     "relaxation_steps": ("step", "steps in which a direction without loss forgets where it was"),
 }
 
@@ -102,12 +113,12 @@ def diagnostics(
         - ``transient_excess``, by how much it exceeds that about the chains' mean at the same draw
           (``"draw"``): what all chains go through alike, as after too short a burn-in. NaN for one
           chain;
+        - ``loss_kurtosis``, the excess kurtosis of losses over draws, 0 of Gaussian ones;
         - where outcomes stand beside the losses (log-odds, residuals), ``outcome_skew`` and
           ``outcome_kurtosis`` (excess), 0 of Gaussian ones, which ``estimator="gaussian"`` takes
           them for (`covariance`); ``outcome_skew_error`` and ``outcome_kurtosis_error``, the
           standard errors that these would have of Gaussian outcomes with the autocorrelation that
-          ``ess_bulk`` tells of (Lobato and Velasco 2004); and ``loss_kurtosis``. One pass more
-          over each.
+          ``ess_bulk`` tells of (Lobato and Velasco 2004). One pass more over them.
 
         Per ``chain``:
 
@@ -130,11 +141,21 @@ def diagnostics(
         - ``autocorrelation_draws``, the median over samples of draws over ``ess_bulk``;
         - ``relaxation_steps``, the steps in which a direction without loss forgets where it was:
           ``2 / (step_size * gamma)`` for `SGLD` (others: see Notes), with the step size of the
-          last draw. NaN where gamma is 0 or unknown.
+          last draw. NaN where gamma is 0 or unknown;
+        - where outcomes stand beside the losses, ``sample_reliability`` and
+          ``gaussian_reliability`` of R by both estimators (`reliability`), and
+          ``estimators_agree``, the correlation of the two over pairs, from different halves of the
+          chains and divided by the root of what halves of each agree by, so that noise does not
+          lower it (Spearman 1904). Of ``compared`` random samples: all, up to 300, or as many as
+          the budget holds. NaN where a half's kernel is noise.
 
         The attribute ``verdicts`` lists the problems, each with its number, what
         it means, and the setting to change. It is empty when all is well. The attribute
-        ``summary`` says so in one line.
+        ``summary`` says so in one line. ``regime`` says which estimate the draws call for, and
+        ``advice`` why, in a line (docs/noise.md): ``"linear"``, losses are Gaussian, so that
+        gradients (`laplace`) give their kernel; ``"bent"``, outcomes are, so that
+        ``estimator="gaussian"`` does; ``"far"``, neither, so that only long chains do;
+        ``"unknown"``, losses are not, and there are no outcomes.
 
     Raises
     ------
@@ -171,26 +192,29 @@ def diagnostics(
       sequences", doi:10.1214/ss/1177011136.
     - Lobato and Velasco 2004: "A simple test of normality for time series",
       doi:10.1017/S0266466604204030.
+    - Spearman 1904: "The proof and measurement of association between two things",
+      doi:10.2307/1412159.
     - Geweke 1992: "Evaluating the accuracy of sampling-based approaches to the calculation of
       posterior moments", Bayesian Statistics 4.
     """
-    given = _given(tree)
+    given = given_by(tree)
     x = given.losses
-    leading = [dim for dim in _LEADING if dim in x.dims]
+    leading = [dim for dim in LEADING if dim in x.dims]
     rows = [str(dim) for dim in x.dims if dim not in (*leading, *POSTERIOR)]
-    turned = _turned(given.stats, x, leading)
+    turned = turned_at(given.stats, x, leading)
     each = []
-    for place in _places(x, leading):
+    for place in places(x, leading):
         usable = (turned.isel(place) < 0).values
         losses = x.isel(place) if usable.all() else x.isel(place).isel({CHAIN: usable})
-        padding = _padding(given.center, losses, place)
-        flat = _counted(losses, padding)
+        padding = padding_of(given.center, losses, place)
+        flat = counted(losses, padding)
         entry = _entry(flat, pairs, seed, memory)
         if given.outcomes is not None:
-            outcomes = given.outcomes.isel(place).isel({CHAIN: usable})
-            entry |= of_outcomes(flat, _counted(outcomes, padding), entry["ess_bulk"], memory)
+            outcomes = counted(given.outcomes.isel(place).isel({CHAIN: usable}), padding)
+            entry |= of_outcomes(flat, outcomes, entry["ess_bulk"], memory)
+            entry |= of_estimates(flat, outcomes, seed, memory)
         if padding is not None:
-            entry |= {name: _spread(entry[name], padding) for name in _PER_SAMPLE & set(entry)}
+            entry |= {name: spread(entry[name], padding) for name in _PER_SAMPLE & set(entry)}
         whole = np.full(len(usable), np.nan)
         whole[usable] = entry["drift"]
         each.append(entry | {"drift": whole})
@@ -206,7 +230,7 @@ def diagnostics(
         units, meaning = _MEANING[str(variable)]
         units = of_x.get(units, units)
         out[variable].attrs = {"long_name": meaning} | ({"units": units} if units else {})
-    lines = verdicts(out, given.run, turned, list(_places(x, leading)))
+    lines = verdicts(out, given.run, turned, list(places(x, leading)))
     return out.assign_attrs(
         over=list(POSTERIOR),
         draws=x.sizes[DRAW],
@@ -214,124 +238,9 @@ def diagnostics(
         seed=seed,
         summary=summary(out, lines),
         verdicts=lines,
+        regime=regime(out),
+        advice=advice(out),
     )
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What there is to diagnose."""
-
-    losses: xr.DataArray
-    outcomes: xr.DataArray | None
-    center: xr.DataArray | None
-    stats: xr.Dataset
-    run: Run
-
-
-def _given(tree: Losses) -> _Given:
-    """Return losses, statistics and settings of whatever was given, checked."""
-    stats, attrs, hidden = xr.Dataset(), getattr(tree, "attrs", {}), []
-    center = None
-    if isinstance(tree, xr.DataTree):
-        node = losses_node(tree).to_dataset()
-        losses, attrs = node[schema.LOSS.name], node.attrs
-        center = node.get(schema.CENTER_LOSS.name)
-        hidden = list(tree.attrs.get("hidden", []))
-        if schema.SAMPLE_STATS in tree.children:
-            whole = tree[schema.SAMPLE_STATS].to_dataset()
-            used = (schema.DISTANCE, schema.ACCEPTANCE, schema.STEP_SIZE, schema.DIVERGED)
-            stats = whole[[spec.name for spec in used if spec.name in whole]].compute()
-    elif isinstance(tree, xr.Dataset) and schema.LOSS.name in tree:
-        losses, center = tree[schema.LOSS.name], tree.get(schema.CENTER_LOSS.name)
-    else:
-        losses = tree if isinstance(tree, xr.DataArray) else as_losses(tree)
-    first = losses.isel({dim: 0 for dim in _LEADING if dim in losses.dims})
-    free_dim(as_losses(_flat(first)), "losses", POSTERIOR, ())
-    for dim in POSTERIOR:
-        if stats.sizes.get(dim, losses.sizes[dim]) != losses.sizes[dim]:
-            raise SchemaError(
-                f"sample_stats has {stats.sizes[dim]} entries along {dim!r}, the losses have "
-                f"{losses.sizes[dim]}; select from the whole tree, as tree.isel({dim}=...)"
-            )
-    if losses.sizes[DRAW] < convergence.LEAST_DRAWS:
-        raise ValueError(
-            f"diagnostics need at least {convergence.LEAST_DRAWS} draws of each chain, the losses "
-            f"have {losses.sizes[DRAW]}; take more, for example lk.sample(..., draws=100)"
-        )
-    outcomes = None if isinstance(tree, xr.DataArray) else find_outcome(tree)
-    if outcomes is not None:
-        same = outcomes.name == losses.name or set(outcomes.dims) != set(losses.dims)
-        # Where the outcome alone is given, it is what is diagnosed.
-        outcomes = None if same else outcomes.transpose(*losses.dims)
-    return _Given(losses, outcomes, center, stats, Run.of(losses, attrs, hidden))
-
-
-def _turned(stats: xr.Dataset, x: xr.DataArray, leading: list[str]) -> xr.DataArray:
-    """Return the position of the draw at which each chain turned non-finite, or -1.
-
-    Of dims ``(*leading, chain)``.
-    """
-    dims = [*leading, CHAIN]
-    out = xr.DataArray(np.full([x.sizes[dim] for dim in dims], -1), dims=dims)
-    if schema.DIVERGED.name in stats:
-        flags = xr.DataArray(stats[schema.DIVERGED.name].variable.astype(bool))
-        out = xr.where(flags.any(DRAW), flags.argmax(DRAW), out).transpose(*dims)
-    for place in _places(x, leading):
-        if bool((out.isel(place) >= 0).all()):
-            raise DivergedError(
-                f"every chain{f' of {place}' if place else ''} turned non-finite; sample into a "
-                "new store with a smaller step size, or a larger gamma"
-            )
-    return out
-
-
-def _places(x: xr.DataArray, dims: list[str]) -> Iterator[dict[str, int]]:
-    """Yield every place along some dims; one empty place along none."""
-    for position in np.ndindex(*(x.sizes[dim] for dim in dims)):
-        yield dict(zip(dims, position, strict=True))
-
-
-def _counted(x: xr.DataArray, padding: np.ndarray | None) -> xr.DataArray:
-    """Return what counts of losses or outcomes, of one dim beside chains and draws."""
-    flat = _flat(x)
-    return flat if padding is None else flat[..., ~padding]
-
-
-def _flat(x: xr.DataArray) -> xr.DataArray:
-    """Return losses of tokens as losses of one dim, sample by sample; others as they are."""
-    rows = [str(dim) for dim in x.dims if dim not in POSTERIOR]
-    if len(rows) != 2 or schema.TOKEN not in rows or x.ndim != 4:
-        return x
-    # Of the variable: an index of all tokens would cost more than the report.
-    flat = x.variable.transpose(*POSTERIOR, *rows).stack(entry=rows)
-    return xr.DataArray(flat, name=x.name)
-
-
-def _padding(
-    center: xr.DataArray | None, x: xr.DataArray, place: dict[str, int]
-) -> np.ndarray | None:
-    """Return which entries of `_flat` are padding: NaN at w*, or at every draw; ``None`` if none.
-
-    The draws are read only where the losses at w* are not known.
-    """
-    rows = [str(dim) for dim in x.dims if dim not in POSTERIOR]
-    if schema.TOKEN not in rows:
-        return None
-    if center is not None and schema.TOKEN in center.dims:
-        missing = center.isel({dim: i for dim, i in place.items() if dim in center.dims}).isnull()
-    else:
-        missing = x.isnull().all(POSTERIOR)
-    out: np.ndarray = missing.transpose(*rows).values.reshape(-1)
-    if out.all():
-        raise SchemaError("every loss is NaN, as padding is; there is nothing to diagnose")
-    return out if out.any() else None
-
-
-def _spread(values: np.ndarray, padding: np.ndarray) -> np.ndarray:
-    """Return the figures of what counts at their places among all, NaN where there is padding."""
-    out = np.full(len(padding), np.nan)
-    out[~padding] = values
-    return out
 
 
 def _entry(
@@ -351,7 +260,8 @@ def _entry(
     tasks = [dask.delayed(_blocks)(node, part, wanted) for part in strips.shares]
     blocks = dask.compute(*tasks)
     stats, sums, series = zip(*blocks, strict=True)
-    columns = dict(zip(convergence.PER_SAMPLE, np.concatenate(stats).T, strict=True))
+    names = (*convergence.PER_SAMPLE, "loss_kurtosis")
+    columns = dict(zip(names, np.concatenate(stats).T, strict=True))
     mean = np.sum(sums, axis=0).reshape(operand.shape) / operand.n
     products = np.concatenate(series).reshape(-1, *operand.shape)
     known = columns["ess_bulk"][~np.isnan(columns["ess_bulk"])]
@@ -369,13 +279,15 @@ def _blocks(
     stats, series, total = [], [], np.zeros(strips.short)
     for k in blocks:
         (panel,), span = strips.blocks(k), strips.spans[k]
-        stats.append(convergence.per_sample(panel.T.reshape(-1, *strips.operands[0].shape)))
+        figures = convergence.per_sample(panel.T.reshape(-1, *strips.operands[0].shape))
+        few = [moments(panel[:, i : i + _FEW])[1] for i in range(0, panel.shape[1], _FEW)]
+        stats.append(np.column_stack([figures, np.concatenate(few)]))
         series.append(panel.T[wanted[(wanted >= span.start) & (wanted < span.stop)] - span.start])
         total += panel.sum(axis=1, dtype=np.float64)
     return np.concatenate(stats), total, np.concatenate(series)
 
 
-def _of_stats(given: _Given, bad: xr.DataArray) -> dict[str, Any]:
+def _of_stats(given: Given, bad: xr.DataArray) -> dict[str, Any]:
     """Return what the statistics of the draws tell."""
     stats, run = given.stats.astype(np.float64), given.run
     out: dict[str, Any] = {}

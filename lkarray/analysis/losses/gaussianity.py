@@ -65,7 +65,7 @@ def of_outcomes(
     ess: np.ndarray,
     memory: int | str | None,
 ) -> dict[str, np.ndarray]:
-    """Return the figures of a report on outcomes and the losses made of them, by name.
+    """Return the figures of a report on outcomes, and the losses made of them, by name.
 
     ``ess`` are effective draws, by ranks: of the losses or, all the same for a monotone link, of
     the outcomes.
@@ -77,7 +77,6 @@ def of_outcomes(
         "outcome_skew_error": skew_error,
         "outcome_kurtosis": kurtosis,
         "outcome_kurtosis_error": kurtosis_error,
-        "loss_kurtosis": shapes(losses, memory)[1],
     }
 
 
@@ -87,5 +86,4 @@ OF_OUTCOMES = (
     "outcome_skew_error",
     "outcome_kurtosis",
     "outcome_kurtosis_error",
-    "loss_kurtosis",
 )

@@ -101,27 +101,22 @@ def reliability(
     rows = free_dim(x, "losses", POSTERIOR, ())
     one_of("center", center, CENTERS)
     place = as_device(device, device_memory)
-    divided, kind = _divisions(x, splits, seed)
+    divided, kind = divisions(x, splits, seed)
     made = [_agreement(pair, rows, center, memory, place) for pair in divided]
     passes = Passes("reliability", *(keys for keys, _ in made))
     blocks = [passes.block(data, (0,)) for _, data in made]
     factor = 2.0 if kind == "draws" else x.sizes[CHAIN] / (x.sizes[CHAIN] // 2)
     whole = passes.array([passes.then(_stepped_up, blocks, factor)], (2,), np.float64)
+    about = {"over": list(POSTERIOR), "center": center, "splits": len(divided), "halves_of": kind}
     return xr.DataArray(
         whole[1],
         coords={"halves": ((), whole[0])},
         name="reliability",
-        attrs={
-            "over": list(POSTERIOR),
-            "center": center,
-            "splits": len(divided),
-            "halves_of": kind,
-        }
-        | made_on(place, np.result_type(x.dtype, np.float32)),
+        attrs=about | made_on(place, np.result_type(x.dtype, np.float32)),
     )
 
 
-def _divisions(
+def divisions(
     x: xr.DataArray, splits: int, seed: int
 ) -> tuple[list[tuple[xr.DataArray, xr.DataArray]], str]:
     """Return pairs of disjoint halves of the chains, equally large; or of a lone chain's draws."""
@@ -344,7 +339,8 @@ def at_equal_reliability(
     )
 
 
-def _evaluated(statistic: Statistic, x: xr.DataArray) -> float:
+def evaluated(statistic: Statistic, x: xr.DataArray) -> float:
+    """Return what a statistic gives of losses; raise where that is no number."""
     try:
         return float(computed(xr.DataArray(statistic(x))))
     except Exception as error:
@@ -378,7 +374,7 @@ def _shortened(
     parts = [x.isel({DRAW: slice(start, start + length)}) for start in starts]
 
     def mean(of: list[xr.DataArray]) -> float:
-        return float(np.mean([_evaluated(statistic, part) for part in of]))
+        return float(np.mean([evaluated(statistic, part) for part in of]))
 
     value, error = mean(parts), np.nan
     if chains > 2:

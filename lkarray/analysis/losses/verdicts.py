@@ -24,7 +24,8 @@ _RESOLUTION = 1e-6  # nats: float32 losses that deviate less are moved by roundi
 _HUGE = 100.0  # R-hat, or excess of a variance, above which its number says nothing more
 _ALL = 1e12  # an excess that rounding makes of chains that do not move
 _JUMPS = 3.0  # times the variance of an estimated variance that losses have over outcomes
-_GAUSSIAN = 1.0  # excess kurtosis of outcomes that pass for Gaussian
+_GAUSSIAN = 1.0  # excess kurtosis of what passes for Gaussian
+_SAME = 0.8  # agreement of two estimates beyond noise, below which they are not of one kernel
 _EXCESS = 0.1  # of a pooled variance over one centred by chain, or by draw
 _SURE = 3.0  # standard deviations of chance that such an excess must be above
 
@@ -180,18 +181,68 @@ def _of_one(report: xr.Dataset, run: Run, turned: np.ndarray) -> Iterator[str]:
 
 
 def _of_outcomes(report: xr.Dataset) -> Iterator[str]:
-    """Yield where losses jump, and their outcomes do not: these estimate the same kernel better.
+    """Yield where R of losses is much poorer than R of their outcomes taken as Gaussian.
 
-    The variance of a sample variance is (2 + excess kurtosis) over the effective draws.
+    Measured on halves of the chains; where these are noise, told by kurtosis: the variance of a
+    sample variance is (2 + excess kurtosis) over the effective draws.
     """
+    agree = float(report["estimators_agree"])
+    plain, other = float(report["sample_reliability"]), float(report["gaussian_reliability"])
+    times = other * (1 - plain) / (plain * (1 - other)) if isfinite(agree) else np.nan
+    advised = 'use estimator="gaussian" for kernels and neighbours'
+    if isfinite(times):
+        if times > _JUMPS and agree > _SAME:
+            yield (
+                f"R of losses has reliability {plain:.2f}, of outcomes taken as Gaussian "
+                f"{other:.2f}, as if from {times:.0f} times the draws (they agree at {agree:.2f} "
+                f"beyond noise, on {report['compared']:.0f} samples): {advised}"
+            )
+        return
     losses, outcomes = _median(report["loss_kurtosis"]), _median(report["outcome_kurtosis"])
     times = (2 + losses) / (2 + outcomes)
     if times > _JUMPS and abs(outcomes) < _GAUSSIAN:
         yield (
             f"losses jump (excess kurtosis {losses:.3g}, median of samples; of their outcomes "
             f"{outcomes:.2g}), so their kernel needs about {times:.0f} times the draws that those "
-            'taken as Gaussian need: use estimator="gaussian" for kernels and neighbours'
+            f"taken as Gaussian need: {advised}"
         )
+
+
+def regime(report: xr.Dataset) -> str:
+    """Return what the draws call for: ``"linear"``, ``"bent"``, ``"far"`` or ``"unknown"``."""
+    if abs(_median(report["loss_kurtosis"])) < _GAUSSIAN:
+        return "linear"
+    if "outcome_kurtosis" not in report:
+        return "unknown"
+    gaussian = abs(_median(report["outcome_kurtosis"])) < _GAUSSIAN
+    return "bent" if gaussian and not _median(report["estimators_agree"]) < _SAME else "far"
+
+
+def advice(report: xr.Dataset) -> str:
+    """Return a line on which estimate of the kernel to take, and why."""
+    losses = f"excess kurtosis over draws {_median(report['loss_kurtosis']):.2g}"
+    kind = regime(report)
+    if kind == "linear":
+        return (
+            f"losses are nearly Gaussian ({losses}), as where they are linear in the weights: "
+            "lk.laplace gives their kernel from one backward pass an input"
+        )
+    if kind == "unknown":
+        return (
+            f"losses bend or jump ({losses}), and nothing tells whether outcomes do: record them "
+            'by lk.sample(..., outcomes=("loss", "log_odds")), or pass lk.log_odds(tree)'
+        )
+    outcomes = f"of outcomes {_median(report['outcome_kurtosis']):.2g}"
+    if kind == "bent":
+        return (
+            f"losses bend ({losses}, {outcomes}), and outcomes are nearly Gaussian: take "
+            'estimator="gaussian", and draws of sampler=lk.Laplace() where their mean loss gain is '
+            "that of these"
+        )
+    return (
+        f"neither losses nor outcomes are Gaussian ({losses}, {outcomes}, or their kernels differ "
+        "beyond noise): only long chains and the plain estimate tell"
+    )
 
 
 def _of_kernel(

@@ -53,8 +53,10 @@ def test_diagnostics__say_how_gaussian_outcomes_are(rng):
     assert report["outcome_skew"].attrs["long_name"]
     (line,) = (line for line in report.attrs["verdicts"] if "estimator=" in line)
     assert line.startswith("losses jump (excess kurtosis ")
+    assert np.isnan(report["estimators_agree"])  # of independent samples: nothing to agree on
     alone = lk.diagnostics(o)
     assert "outcome_skew" not in alone
+    assert "estimators_agree" not in alone
 
 
 def test_diagnostics__advise_nothing_where_nothing_is_won(rng):
@@ -77,3 +79,55 @@ def test_diagnostics__leave_diverged_chains_and_components_apart(rng):
     assert report["outcome_kurtosis"].dims == ("component", "sample")
     flat = runs["log_odds"].values[0][[0, 2, 3]].reshape(-1, 6).astype("float64")
     np.testing.assert_allclose(report["outcome_kurtosis"][0], stats.kurtosis(flat), atol=1e-9)
+
+
+def of_weights(rng, weights, mean, scale, samples=60):
+    """Return losses and log-odds that are linear in weights (chain, draw, param), with noise."""
+    o = mean + scale * weights @ rng.normal(size=(weights.shape[-1], samples))
+    o += 0.5 * scale * rng.normal(size=o.shape)
+    dims, attrs = ("chain", "draw", "sample"), {"link": "softplus"}
+    return with_losses(xr.DataArray(o.astype("float32"), dims=dims, name="log_odds", attrs=attrs))
+
+
+def test_diagnostics__compare_both_estimates_beyond_noise(rng):
+    tree = of_weights(rng, rng.normal(size=(4, 200, 5)), mean=-6.0, scale=1.3)
+    report = lk.diagnostics(tree)
+    assert report["estimators_agree"] > 0.9
+    assert report["gaussian_reliability"] > report["sample_reliability"] + 0.05
+    assert report["compared"] == 60
+    for estimator in ("sample", "gaussian"):
+        halves = [
+            lk.correlation(tree.isel(chain=own), estimator=estimator).values[np.triu_indices(60, 1)]
+            for own in ([0, 1], [2, 3])
+        ]
+        r = np.corrcoef(halves)[0, 1]
+        stepped_up = float(report[f"{estimator}_reliability"])
+        assert stepped_up == pytest.approx(2 * r / (1 + r), abs=0.1)  # one of three divisions
+    (line,) = (line for line in report.attrs["verdicts"] if "estimator=" in line)
+    assert line.startswith("R of losses has reliability 0.")
+    assert "on 60 samples" in line
+
+
+def test_diagnostics__compare_as_many_samples_as_the_budget_holds(rng):
+    tree = of_weights(rng, rng.normal(size=(2, 2_000, 5)), mean=-3.0, scale=1.0, samples=150)
+    report = lk.diagnostics(tree, memory="19.2 MB")
+    assert report["compared"] == 100
+    assert np.isfinite(report["estimators_agree"])
+
+
+@pytest.mark.parametrize("regime", ["linear", "bent", "far", "unknown"])
+def test_diagnostics__tell_gradients_from_outcomes_from_long_chains(rng, regime):
+    weights = rng.normal(size=(4, 250, 5))
+    if regime == "far":
+        weights *= rng.standard_t(3, size=(4, 250, 1))
+    mean, scale = (3.0, 0.2) if regime == "linear" else (-4.0, 1.0)
+    tree = of_weights(rng, weights, mean, scale)
+    report = lk.diagnostics(tree["loss"] if regime == "unknown" else tree)
+    assert report.attrs["regime"] == regime
+    remedy = {
+        "linear": "lk.laplace gives",
+        "bent": 'estimator="gaussian"',
+        "far": "long chains",
+        "unknown": "lk.log_odds(tree)",
+    }
+    assert remedy[regime] in report.attrs["advice"]

@@ -65,6 +65,17 @@ def _of_losses(w: World) -> Iterator[Case]:
         },
         fast=False,
     )
+    yield Case(
+        "extrapolated",
+        lk.extrapolated,
+        {
+            "losses": w.losses,
+            "statistic": lambda x: lk.neighbors(x, 2)["similarity"].mean(),
+            "halvings": 1,
+            "level": 0.9,
+        },
+        fast=False,
+    )
     yield Case("judge", lk.judge, {"tree": w.tree, "splits": 2, "seed": 0, "memory": "64 MiB"})
     yield Case("reliability", lk.reliability, own | {"splits": 2, "seed": 0})
     yield Case("ledoit_wolf", lk.ledoit_wolf, own)

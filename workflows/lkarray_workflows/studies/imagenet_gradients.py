@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import errors, plots, progress, workflow
+from lkarray.analysis.losses.extrapolation import at_infinity
 from lkarray_workflows.shared import wnids
 from lkarray_workflows.shared.common import Numbers, curve_with_errors, smoothed
 from lkarray_workflows.shared.efficientnet import network, outputs
@@ -265,17 +266,16 @@ def right_at(study: Study, gamma: float, draws: int = 4) -> float:
 def extrapolated(points: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Return lift without end of draws, by depth: a straight line in 1 / draws, and its error."""
     some = points[-3:] if len(points) > 3 else points
-    x = np.array([1 / point["draws"] for point in some])
+    draws = [point["draws"] for point in some]
     y = np.array([point["lift"]["lift"] for point in some], dtype=float)  # (point, depth)
-    if len(x) < 2:
+    if len(draws) < 2:
         return []
-    fits = [np.polyfit(x, column, 1) for column in y.T]
-    spread = [np.std(column - np.polyval(f, x)) for f, column in zip(fits, y.T, strict=True)]
+    limits, _, misfits = at_infinity(draws, y)
     depths = some[0]["lift"]["depth"]
     return [
-        {"depth": d, "lift": float(f[1]), "misfit": float(s)}
-        for d, f, s in zip(depths, fits, spread, strict=True)
-        if np.isfinite(f[1])
+        {"depth": depth, "lift": float(limit), "misfit": float(misfit)}
+        for depth, limit, misfit in zip(depths, limits, misfits, strict=True)
+        if np.isfinite(limit)
     ]
 
 
