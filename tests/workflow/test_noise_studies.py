@@ -6,6 +6,7 @@ from PIL import Image
 
 import lkarray as lk
 from lkarray import errors
+from lkarray_workflows.shared import estimates
 from lkarray_workflows.studies import imagenet_gradients, noise
 from tests.helpers.studies import check_report
 
@@ -13,11 +14,11 @@ from tests.helpers.studies import check_report
 def test_least__is_read_off_between_two_points():
     points = [
         {"draws": 10, "agreement": 0.5},
-        {"draws": 1000, "agreement": 0.5 + 2 * (noise.WANTED - 0.5)},
+        {"draws": 1000, "agreement": 0.5 + 2 * (estimates.WANTED - 0.5)},
     ]
-    assert noise.least(points, "draws") == pytest.approx(100)
-    assert noise.least(points[:1], "draws") is None
-    assert noise.least(points[1:], "draws") == 1000
+    assert estimates.least(points, "draws") == pytest.approx(100)
+    assert estimates.least(points[:1], "draws") is None
+    assert estimates.least(points[1:], "draws") == 1000
 
 
 def test_extrapolated__takes_out_a_line_in_one_over_draws():

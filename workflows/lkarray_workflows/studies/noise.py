@@ -9,17 +9,15 @@ cost (docs/noise.md; design of the estimates: Mehler's expansion, docs/methods/o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-import xarray as xr
-from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
 from torch.utils.data import TensorDataset
+from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray import progress, workflow
@@ -31,19 +29,22 @@ from lkarray_workflows.shared.common import (
     load_model,
     smoothed,
 )
+from lkarray_workflows.shared.estimates import (
+    Pace,
+    agreement,
+    counts,
+    curves,
+    excess,
+    least,
+    pairs_of,
+    shares,
+)
 from lkarray_workflows.shared.images import FOLDER, data_set, require_files, take_images
+from lkarray_workflows.shared.noise_report import report
 from lkarray_workflows.shared.recorded import lenet
 
-#: Estimates from draws: what each is of, how, and whether with the control.
-ESTIMATES = {
-    "losses": ("loss", "sample", False),
-    "log-odds": ("log_odds", "sample", False),
-    "log-odds, controlled": ("log_odds", "sample", True),
-    "Gaussian estimate": ("losses", "gaussian", False),
-    "Gaussian estimate, controlled": ("losses", "gaussian", True),
-}
-#: Agreement with the truth of an estimate whose reliability is 0.9.
-WANTED = 0.9**0.5
+#: Draws of two short runs, by which draws are timed.
+PACED = (5, 45)
 
 
 class Config(workflow.Config):
@@ -181,24 +182,41 @@ def step_size(config: Config, gamma: float) -> float:
 
 
 def draw(study: Study, gamma: float, kind: str, sampler: lk.Sampler, **options: Any) -> None:
-    """Sample losses and log-odds with a sampler; keep what a draw took."""
+    """Sample losses and log-odds with a sampler; keep what draws take."""
     posterior, observed = posterior_of(study, gamma)
-    began = time.perf_counter()
-    tree = lk.sample(
+    options |= {
+        "sampler": sampler,
+        "outcomes": ("loss", "log_odds"),
+        "seed": study.config.seed,
+    }
+    control = control_of(study.config, sampler)
+    lk.sample(
         posterior,
         observed,
-        sampler=sampler,
         store=study.path(f"gamma-{gamma:g}/{kind}.zarr"),
-        outcomes=("loss", "log_odds"),
         coords={"label": observed.tensors[1].numpy()},
-        seed=study.config.seed,
-        control=control_of(study.config, sampler),
+        control=control,
         progress=study.show,
         **options,
     )
-    seconds = time.perf_counter() - began
-    count = tree["losses"].sizes["chain"] * tree["losses"].sizes["draw"]
-    study.write(f"gamma-{gamma:g}/{kind}.json", {"seconds_a_draw": seconds / count})
+    took = {}
+    for name, law in {"plain": None, "controlled": control}.items():
+        few = options | {"chains": 1, "burn_in": 0, "control": law, "progress": False}
+        took[name] = seconds_of(posterior, observed, few)
+    study.write(f"gamma-{gamma:g}/{kind}.json", took)
+
+
+def seconds_of(
+    posterior: lk.LocalPosterior, observed: TensorDataset, options: dict[str, Any]
+) -> dict[str, float]:
+    """Return what a draw takes, and what is done once before the first; of two short runs."""
+    seconds = []
+    for draws in PACED:
+        began = time.perf_counter()
+        lk.sample(posterior, observed, store=MemoryStore(), **options | {"draws": draws})
+        seconds.append(time.perf_counter() - began)
+    draw = max(seconds[1] - seconds[0], 0.0) / (PACED[1] - PACED[0])
+    return {"draw": draw, "once": max(seconds[0] - PACED[0] * draw, 0.0)}
 
 
 def sample(study: Study, gamma: float) -> None:
@@ -224,17 +242,13 @@ def sample_laplace(study: Study, gamma: float) -> None:
     draw(study, gamma, "laplace", sampler, chains=2, draws=config.laplace_draws // 2, burn_in=0)
 
 
-def counts(most: int) -> list[int]:
-    """Return numbers to try: 1, 2, 4, ... and the most there are."""
-    return [n for n in (2**i for i in range(20)) if n < most] + [most]
-
-
 def gradients(study: Study, gamma: float) -> None:
     """Take gradients of log-odds at w*, and averaged over more and more draws of the law."""
     config = study.config
     posterior, observed = posterior_of(study, gamma)
     took = {}
     if config.control:  # of the law of the linear chains, for what they predict
+        began = time.perf_counter()
         lk.laplace(
             posterior,
             observed,
@@ -245,6 +259,7 @@ def gradients(study: Study, gamma: float) -> None:
             store=study.path(f"gamma-{gamma:g}/control.zarr"),
             progress=study.show,
         )
+        took["control"] = time.perf_counter() - began
     for smooth in (0, *counts(config.smooth)[1:]):
         place = "center" if smooth == 0 else "smooth"
         began = time.perf_counter()
@@ -264,91 +279,11 @@ def gradients(study: Study, gamma: float) -> None:
     study.write(f"gamma-{gamma:g}/gradients.json", took)
 
 
-def pairs_of(kernel: Any) -> np.ndarray:
-    """Return the entries of a kernel over pairs, each once."""
-    values = np.asarray(kernel)
-    return np.asarray(values[np.triu_indices(len(values), 1)], dtype=float)
-
-
-def agreement(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the correlation of two kernels over pairs of inputs."""
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def estimate(losses: xr.Dataset, name: str, features: xr.Dataset | None = None) -> np.ndarray:
-    """Return R over pairs by one of `ESTIMATES`; ``features`` are those of its control."""
-    variable, how, controlled = ESTIMATES[name]
-    if how == "gaussian":
-        control = features if controlled else None
-        return pairs_of(lk.correlation(losses, estimator="gaussian", control=control).values)
-    if controlled:
-        both = losses[[variable, f"{variable}_prediction"]]
-        return pairs_of(lk.correlation(both, control=features).values)
-    return pairs_of(lk.correlation(losses[variable]).values)
-
-
-def some(losses: xr.Dataset, count: int) -> xr.Dataset:
-    """Return the first draws of few chains, or as many of each: ``count`` together, or more."""
-    chains = losses.sizes["chain"]
-    each = -(-count // chains)
-    return losses.isel(draw=slice(max(each, 2)))
-
-
-def curves(
-    losses: xr.Dataset,
-    truth: np.ndarray,
-    ceiling: float,
-    seconds: float,
-    features: xr.Dataset | None,
-) -> Iterator[Any]:
-    """Yield what each estimate from draws agrees at with the truth, by the number of draws."""
-    for name, (*_, controlled) in ESTIMATES.items():
-        if controlled and features is None:
-            continue
-        points = []
-        for count in counts(losses.sizes["chain"] * losses.sizes["draw"])[3:]:
-            few = some(losses, count)
-            number = few.sizes["chain"] * few.sizes["draw"]
-            value = agreement(estimate(few, name, features), truth) / ceiling
-            points.append({"draws": number, "seconds": number * seconds, "agreement": value})
-        yield name, points
-
-
-def least(points: list[dict[str, float]], what: str) -> float | None:
-    """Return the draws, or seconds, from which on agreement is that of reliability 0.9.
-
-    Between two points along the logarithm; ``None`` where it is not reached.
-    """
-    last = None
-    for point in points:
-        if point["agreement"] >= WANTED:
-            if last is None:
-                return point[what]
-            share = (WANTED - last["agreement"]) / (point["agreement"] - last["agreement"])
-            return float(last[what] * (point[what] / last[what]) ** share)
-        last = point
-    return None
-
-
-def same_label(kernel: np.ndarray, labels: np.ndarray, k: int = 10) -> float:
-    """Return the share of the k most correlated inputs that have an input's own label."""
-    values = np.array(kernel, dtype=float)
-    np.fill_diagonal(values, -np.inf)
-    near = np.argpartition(-values, k, axis=1)[:, :k]
-    return float((labels[near] == labels[:, None]).mean())
-
-
-def shares(losses: xr.Dataset, gradients: np.ndarray) -> dict[str, float]:
-    """Return `same_label` by few draws, by all, by outcomes taken as Gaussian, by gradients."""
-    labels = losses["label"].values
-    few = some(losses, 80)
-    kernels = {
-        f"{few.sizes['chain'] * few.sizes['draw']} draws": lk.correlation(few["loss"]),
-        "all draws": lk.correlation(losses["loss"]),
-        "all draws, Gaussian estimate": lk.correlation(losses, estimator="gaussian"),
-        "gradients at w*": gradients,
-    }
-    return {name: same_label(np.asarray(kernel), labels) for name, kernel in kernels.items()}
+def pace_of(study: Study, file: str, features: float) -> Pace:
+    """Return what draws took; ``features`` are the seconds of the control's."""
+    took = study.read(file)
+    plain, controlled = took["plain"], took["controlled"]
+    return Pace(plain["draw"], plain["once"], controlled["draw"], controlled["once"] + features)
 
 
 def kernel_numbers(study: Study, gamma: float) -> dict[str, Any]:
@@ -358,18 +293,22 @@ def kernel_numbers(study: Study, gamma: float) -> dict[str, Any]:
     tried, kept = losses.isel(chain=slice(0, None, 2)), losses.isel(chain=slice(1, None, 2))
     truth = pairs_of(lk.correlation(kept["loss"]).values)
     ceiling = float(lk.reliability(kept["loss"])) ** 0.5
-    seconds = study.read(f"{folder}/sampled.json")["seconds_a_draw"]
+    spent_on = study.read(f"{folder}/gradients.json")
     features = {
         place: lk.open(study.path(f"{folder}/{place}.zarr"))["features"].to_dataset().load()
         for place in (("control", "center") if study.config.control else ())
     }
-    by_estimate = dict(curves(tried, truth, ceiling, seconds, features.get("control")))
+    pace = pace_of(study, f"{folder}/sampled.json", spent_on.pop("control", 0.0))
+    # Chains that begin at w* have their burn-in to take; linear ones, and theirs, begin in the law.
+    waiting = tried.sizes["chain"] * study.config.burn_in / study.config.thin * pace.plain
+    pace = pace._replace(once=pace.once + waiting)
+    by_estimate = dict(curves(tried, truth, ceiling, pace, features.get("control")))
     laplace = lk.open(study.path(f"{folder}/laplace.zarr"))["losses"].to_dataset().load()
-    took = study.read(f"{folder}/laplace.json")["seconds_a_draw"]
-    for name, points in curves(laplace, truth, ceiling, took, features.get("center")):
+    pace = pace_of(study, f"{folder}/laplace.json", spent_on["0"])
+    for name, points in curves(laplace, truth, ceiling, pace, features.get("center")):
         by_estimate[f"Laplace draws, {name}"] = points
     smoothed, spent = [], 0.0
-    for smooth, seconds in study.read(f"{folder}/gradients.json").items():
+    for smooth, seconds in spent_on.items():
         kernel = pairs_of(study.load(f"{folder}/gradients-{smooth}.npz")["kernel"])
         spent = seconds if smooth == "0" else spent + seconds
         value = agreement(kernel, truth) / ceiling
@@ -395,12 +334,6 @@ def kernel_numbers(study: Study, gamma: float) -> dict[str, Any]:
     }
 
 
-def excess(values: np.ndarray) -> np.ndarray:
-    """Return the excess kurtosis along the last axis."""
-    z = values - values.mean(-1, keepdims=True)
-    return np.asarray((z**4).mean(-1) / (z**2).mean(-1) ** 2 - 3)
-
-
 def measure(study: Study) -> None:
     """Compute every number of the report."""
     config, path = study.config, study.path("data.npz")
@@ -412,95 +345,3 @@ def measure(study: Study) -> None:
             bar.update()
     right = {s: float(accuracy(model, data_set(path, s)).mean()) for s in ("train", "test")}
     study.write("metrics.json", {"kernels": kernels, "accuracy": right})
-
-
-def rows_of(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the table at the top of the report."""
-
-    def text(value: float | None, unit: str) -> str:
-        return "not reached" if value is None else f"{value:.3g} {unit}"
-
-    rows = []
-    for kernel in metrics["kernels"]:
-        rows.append(
-            (
-                f"gamma {kernel['gamma']:g}: the 10 nearest that have the same label",
-                ", ".join(f"{name} {value:.2f}" for name, value in kernel["same_label"].items()),
-                "",
-            )
-        )
-        for name, points in kernel["curves"].items():
-            rows.append(
-                (
-                    f"gamma {kernel['gamma']:g}: {name}",
-                    text(kernel["draws_needed"][name], "draws")
-                    + ", "
-                    + text(kernel["seconds_needed"][name], "s"),
-                    f"at {points[-1]['draws']} draws: {points[-1]['agreement']:.3f}",
-                )
-            )
-    return rows
-
-
-def draw_curves(metrics: dict[str, Any], what: str) -> Figure:
-    """Draw agreement with the reference against draws or seconds, a panel a gamma."""
-    kernels = metrics["kernels"]
-    figure = Figure(figsize=(4.6 * len(kernels) + 1.6, 4.4), layout="constrained")
-    colors = ["#717581", "#3f90da", "#832db6", "#bd1f01", "#ffa90e"]
-    styles: dict[str, Any] = {}
-    for name, color in zip(ESTIMATES, colors, strict=True):
-        styles[name] = {"color": color, "marker": "o"}
-        styles[f"Laplace draws, {name}"] = {"color": color, "marker": "s", "ls": "--"}
-    styles["gradients at w*"] = {"color": "#94a4a2", "marker": "*", "ms": 11, "ls": ""}
-    styles["gradients, smoothed"] = {"color": "#e76300", "marker": "^"}
-    for axes, kernel in zip(
-        figure.subplots(1, len(kernels), squeeze=False)[0], kernels, strict=True
-    ):
-        for name, points in kernel["curves"].items():
-            axes.plot(
-                [p[what] for p in points],
-                [p["agreement"] for p in points],
-                label=name,
-                **({"ms": 4, "lw": 1.3} | styles[name]),
-            )
-        axes.axhline(WANTED, color="black", lw=0.8, ls=":")
-        axes.set(
-            xscale="log",
-            ylim=(0, 1.03),
-            xlabel=what,
-            title=f"gamma {kernel['gamma']:g}",
-        )
-        axes.grid(alpha=0.25)
-    figure.axes[0].set_ylabel("agreement with R of a long run")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    return figure
-
-
-def report(study: Study) -> None:
-    """Write the report folder."""
-    config, metrics = study.config, study.read("metrics.json")
-    what = "LeNet-5, MNIST" if config.dataset == "mnist" else "one hidden layer, digits"
-    study.report(
-        title="What a draw is worth",
-        summary=[
-            f"{what}: {config.observed} held-out images, nbeta {config.nbeta:g}. R of losses from "
-            "one half of the chains is the reference; agreement is the correlation over pairs of "
-            "images, divided by the root of the reference's reliability. The dotted line is that "
-            "of an estimate of reliability 0.9. With the control, seconds of every estimate from "
-            "draws hold its cost.",
-        ],
-        metrics=metrics,
-        rows=rows_of(metrics),
-        figures=[
-            workflow.Figure(
-                f"against_{what}",
-                f"Against {what}",
-                f"Agreement with the reference, by {what} spent.",
-                draw_curves(metrics, what),
-            )
-            for what in ("draws", "seconds")
-        ],
-        next_steps=f'tree = lk.open("{study.path(f"gamma-{config.gammas[0]:g}/sampled.zarr")}")\n'
-        'lk.correlation(tree["losses"], estimator="gaussian")',
-    )
