@@ -198,6 +198,7 @@ def draw_losses(
     trainable: Any = None,
     checkpoints: Mapping[Any, Any] | None = None,
     loss: str = "cross_entropy",
+    outcomes: Sequence[str] = ("loss",),
 ) -> xr.DataTree:
     """Sample around a model, or checkpoints of it, as the settings say; observe some inputs."""
     posterior = lk.LocalPosterior(
@@ -222,6 +223,7 @@ def draw_losses(
         seed=seed,
         progress=show,
         checkpoints=checkpoints,
+        outcomes=outcomes,
     )
 
 

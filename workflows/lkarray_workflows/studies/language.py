@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import xarray as xr
-from matplotlib.figure import Figure
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
@@ -31,16 +30,12 @@ from lkarray_workflows.shared.common import (
     keep_model,
     load_model,
 )
+from lkarray_workflows.shared.estimates import curves, pairs_of
+from lkarray_workflows.shared.language_report import SHARED, draw_lifts
 from lkarray_workflows.shared.tokens import END, UNKNOWN, kind_of, split_text
 
-#: Shared by a token and its neighbours: a coordinate, and what to call it.
-SHARED = {
-    "next": "next token",
-    "kind": "kind of next token",
-    "previous": "previous token",
-    "previous_kind": "kind of previous token",
-    "sample": "window of text",
-}
+#: Tokens by which estimates are compared.
+TOKENS = 1000
 #: Which pairs the search leaves out.
 SEARCHES = {"all": None, "other next token": "next"}
 
@@ -212,15 +207,21 @@ def sample(study: Study) -> None:
         show=study.show,
         coords={},
         loss="next_token",
+        outcomes=("loss", "log_odds"),
     )
 
 
 def losses_of(study: Study) -> xr.DataArray:
     """Return the losses ``(chain, draw, position)`` of known next tokens, with what they are."""
+    return outcomes_of(study)["loss"]
+
+
+def outcomes_of(study: Study) -> xr.Dataset:
+    """Return losses and log-odds ``(chain, draw, position)`` of known next tokens."""
     words, kinds = words_of(study)
     (windows,) = data_set(study, "observed").tensors
     ids = windows.numpy()
-    losses = lk.open(study.path("store.zarr"))["losses"].to_dataset()["loss"]
+    losses = lk.open(study.path("store.zarr"))["losses"].to_dataset()[["loss", "log_odds"]]
     flat = losses.stack(position=("sample", "token")).reset_index("position")
     after, before = ids[:, 1:].ravel(), ids[:, :-1].ravel()
     flat = flat.assign_coords(
@@ -256,6 +257,21 @@ def neighbors_of(study: Study, search: str) -> xr.Dataset:
     return lk.open(study.path("store.zarr"))[f"derived/{name_of(search)}"].to_dataset().load()
 
 
+def worth_of_draws(study: Study) -> dict[str, list[dict[str, float]]]:
+    """Return how estimates from one half of the chains agree with R of the other, by draws.
+
+    Of some tokens; the noise of the other half is divided out.
+    """
+    outcomes, rng = outcomes_of(study), np.random.default_rng(study.config.seed)
+    some = rng.choice(outcomes.sizes["position"], min(TOKENS, outcomes.sizes["position"]), False)
+    outcomes = outcomes.isel(position=np.sort(some)).load()
+    half = outcomes.sizes["chain"] // 2
+    tried, kept = outcomes.isel(chain=slice(half)), outcomes.isel(chain=slice(half, None))
+    truth = pairs_of(lk.correlation(kept["loss"]).values)
+    ceiling = float(lk.reliability(kept["loss"])) ** 0.5
+    return dict(curves(tried, truth, ceiling))
+
+
 def measure(study: Study) -> None:
     """Compute every number of the report."""
     losses = losses_of(study)
@@ -285,6 +301,7 @@ def measure(study: Study) -> None:
         "lifts": lifts,
         "mean_gain": float(lk.loss_gain(tree).mean()),
         "agreement_of_halves": halves_agree(losses),
+        "worth_of_draws": worth_of_draws(study),
     }
     study.write("metrics.json", metrics)
 
@@ -319,6 +336,9 @@ def rows_of(study: Study, m: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows.append(
         ("Agreement of R between halves of the chains", f"{m['agreement_of_halves']:.2f}", "")
     )
+    for name, points in m["worth_of_draws"].items():
+        told = ", ".join(f"{p['agreement']:.2f} by {p['draws']} draws" for p in points)
+        rows.append((f"Agreement of R from few draws with the other half's: {name}", told, ""))
     near = neighbors_of(study, "other next token")
     chosen = np.random.default_rng(study.config.seed).choice(m["tokens"], 12, replace=False)
     places = list(zip(near["sample"].values.tolist(), near["token"].values.tolist(), strict=True))
@@ -364,33 +384,3 @@ def report(study: Study) -> None:
         next_steps=f'losses = lk.open("{path}")["losses"].to_dataset()["loss"]\n'
         'losses.stack(position=("sample", "token"))',
     )
-
-
-def draw_lifts(lifts: dict[str, dict[str, Any]]) -> Figure:
-    """Draw what neighbours share, by each search."""
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    for offset, (search, marker, color) in zip(
-        (-0.12, 0.12), (("all", "o", "#3f90da"), ("other next token", "s", "#bd1f01")), strict=True
-    ):
-        names = [name for name in SHARED if name in lifts[search]]
-        lines = np.array([list(SHARED).index(name) for name in names])
-        lift, low, high = (
-            np.array([lifts[search][n][key] for n in names]) for key in ("lift", "low", "high")
-        )
-        axes.errorbar(
-            lift,
-            lines + offset,
-            xerr=np.abs([lift - low, high - lift]),
-            fmt=marker,
-            color=color,
-            capsize=3,
-            label=f"neighbours: {search}",
-        )
-    axes.axvline(1, color="black", lw=1, ls=":")
-    axes.set_yticks(range(len(SHARED)), list(SHARED.values()))
-    axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="lift (chance: 1)")
-    axes.grid(axis="x", alpha=0.25)
-    axes.legend(frameon=False)
-    return figure
