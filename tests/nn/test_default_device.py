@@ -19,12 +19,12 @@ import lkarray as lk
 @contextmanager
 def meta():
     """Make torch's default device one without numbers."""
-    before = torch.get_default_device()
     torch.set_default_device("meta")
     try:
         yield
     finally:
-        torch.set_default_device(before)
+        # Not to "cpu": the mode that says so would stand, and every call of torch go through it.
+        torch.set_default_device(None)
 
 
 def make_data():
