@@ -202,8 +202,8 @@ def sample(
     checks.check_types(posterior, sampler)
     checks.check_options(autocast, chains_per_device, observables, compiled=compile)
     chains = checks.at_least("chains", chains, 1)
-    if burn_in is None and (start not in (None, CENTER) or control):
-        burn_in = 0  # chains that start in their law have nothing to forget
+    settled = sampler.independent or control is not None or start not in (None, CENTER)
+    burn_in = (0 if settled else BURN_IN) if burn_in is None else burn_in
     schedule = _schedule(sampler, chains, draws, burn_in, thin)
     seed = checks.at_least("seed", seed, 0)
     if batch_size is not None:
@@ -247,12 +247,8 @@ def sample(
     return sample_parts(job, store, options, components=components, checkpoints=checkpoints)
 
 
-def _schedule(
-    sampler: Sampler, chains: int, draws: int, burn_in: int | None, thin: int
-) -> Schedule:
+def _schedule(sampler: Sampler, chains: int, draws: int, burn_in: int, thin: int) -> Schedule:
     draws = checks.at_least("draws", draws, 1)
-    if burn_in is None:
-        burn_in = 0 if sampler.independent else BURN_IN
     thin, burn_in = checks.at_least("thin", thin, 1), checks.at_least("burn_in", burn_in, 0)
     checks.check_independent(sampler, burn_in, thin)
     schedule = Schedule(draws, burn_in, thin)

@@ -1,12 +1,16 @@
-"""Made chains whose convergence is known, and trees of them."""
+"""Made chains whose convergence is known, trees of them, and chains that are stopped."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
+import pytest
 import xarray as xr
 from scipy.signal import lfilter
 
 from lkarray.analysis.losses.diagnostics import diagnostics
+from lkarray.sampling.chain import Stack
 
 
 def autoregressive(
@@ -53,3 +57,19 @@ def broken(losses: xr.DataArray) -> xr.DataArray:
     values = losses.values.copy()
     values[:, 2] = np.nan
     return losses.copy(data=values)
+
+
+@contextmanager
+def stopped_after(monkeypatch, steps):
+    """Have chains be stopped, as by Ctrl-C, once so many steps of theirs were taken."""
+    taken, count = Stack._step, iter(range(1000))
+
+    def step(self):
+        if next(count) == steps:
+            raise KeyboardInterrupt
+        taken(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            yield

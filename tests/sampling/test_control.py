@@ -9,8 +9,8 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray.sampling import control as controls
-from lkarray.sampling.chain import Stack
 from lkarray.store.location import ENTRIES
+from tests.helpers.chains import stopped_after
 from tests.helpers.networks import classification, small_network
 
 QUIET = {"progress": False, "device": "cpu"}
@@ -96,18 +96,9 @@ def test_control__moves_no_bit_of_the_chain(posterior, data):
 def test_control__goes_on_after_a_kill_bit_for_bit(width, posterior, data, monkeypatch, tmp_path):
     options = {"chains_per_device": width}
     whole = run(posterior, data, **options)["losses"].to_dataset().load()
-    taken, steps = Stack._step, iter(range(100))
-
-    def stopped(self):
-        if next(steps) == 5:
-            raise KeyboardInterrupt
-        taken(self)
-
     store = tmp_path / "s.zarr"
-    with monkeypatch.context() as patch:
-        patch.setattr(Stack, "_step", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run(posterior, data, store, **options)
+    with stopped_after(monkeypatch, 5):
+        run(posterior, data, store, **options)
     again = run(posterior, data, store, **options)["losses"].to_dataset().load()
     assert again.identical(whole)
     (store / "losses/log_odds_prediction/c/0/0/0").unlink()

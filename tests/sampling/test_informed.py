@@ -12,11 +12,11 @@ from zarr.storage import MemoryStore
 
 import lkarray as lk
 from lkarray.analysis.losses.convergence import relaxation_steps
-from lkarray.sampling.chain import Stack
 from lkarray.sampling.curvature import Curvature
 from lkarray.sampling.laplace_law import LaplaceLaw
 from lkarray.sampling.samplers import Move, StepInput
 from lkarray.sampling.stored_samplers import sampler_from
+from tests.helpers.chains import stopped_after
 from tests.helpers.networks import classification, small_network
 
 QUIET = {"progress": False, "device": "cpu"}
@@ -264,18 +264,8 @@ def test_sample__goes_on_after_a_stop_bit_for_bit(width, monkeypatch):
     options = {"chains": 3, "draws": 12, "chains_per_device": width, "batch_size": 16}
     whole = sampled(posterior, data, **options)
     store = MemoryStore()
-    taken = Stack._step
-    steps = iter(range(1000))
-
-    def stopped(self):
-        if next(steps) == 12:
-            raise KeyboardInterrupt
-        taken(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stack, "_step", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            sampled(posterior, data, store, **options)
+    with stopped_after(monkeypatch, 12):
+        sampled(posterior, data, store, **options)
     again = sampled(posterior, data, store, **options)
     np.testing.assert_array_equal(again["losses/loss"].values, whole["losses/loss"].values)
     more = sampled(posterior, data, store, **(options | {"draws": 15, "chains": 4}))

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from zarr.storage import MemoryStore
 
 import lkarray as lk
-from lkarray.sampling.chain import Stack
+from tests.helpers.chains import stopped_after
 from tests.helpers.networks import classification, small_network
 
 QUIET = {"progress": False, "device": "cpu"}
@@ -97,18 +97,8 @@ def test_draws__go_on_after_a_stop_bit_for_bit(width, monkeypatch):
     options = {"chains": 3, "draws": 12, "chains_per_device": width}
     whole = draws_of(posterior, data, **options)
     store = MemoryStore()
-    taken = Stack._step
-    steps = iter(range(1000))
-
-    def stopped(self):
-        if next(steps) == 7:
-            raise KeyboardInterrupt
-        taken(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stack, "_step", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            draws_of(posterior, data, store, **options)
+    with stopped_after(monkeypatch, 7):
+        draws_of(posterior, data, store, **options)
     again = draws_of(posterior, data, store, **options)
     np.testing.assert_array_equal(again["losses/loss"].values, whole["losses/loss"].values)
     more = draws_of(posterior, data, store, **(options | {"draws": 15, "chains": 4}))

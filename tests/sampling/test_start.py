@@ -8,11 +8,11 @@ from torch.utils.data import TensorDataset
 from zarr.storage import MemoryStore
 
 import lkarray as lk
-from lkarray.sampling.chain import Stack
 from lkarray.sampling.laplace_law import laplace_law
 from lkarray.sampling.randomness import MAX_STEPS, ChainRandomness
 from lkarray.sampling.starting import first_offset
 from lkarray.store.location import ENTRIES
+from tests.helpers.chains import stopped_after
 from tests.helpers.networks import classification, small_network
 
 QUIET = {"progress": False, "device": "cpu"}
@@ -82,18 +82,9 @@ def test_start__goes_on_after_a_stop_and_is_replayed(width, monkeypatch, tmp_pat
     options = {"start": lk.Laplace(rank=4), "chains_per_device": width, "batch_size": 8}
     options |= {"sampler": lk.SGLD(1e-3)}
     whole = run(posterior, data, **options)
-    taken, steps = Stack._step, iter(range(100))
-
-    def stopped(self):
-        if next(steps) == 4:
-            raise KeyboardInterrupt
-        taken(self)
-
     store = tmp_path / "s.zarr"
-    with monkeypatch.context() as patch:
-        patch.setattr(Stack, "_step", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            run(posterior, data, store, **options)
+    with stopped_after(monkeypatch, 4):
+        run(posterior, data, store, **options)
     again = run(posterior, data, store, **options)
     np.testing.assert_array_equal(again["losses/loss"].values, whole["losses/loss"].values)
     replay = lk.observe(lk.open(store), data, progress=False)

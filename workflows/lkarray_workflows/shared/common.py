@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import lkarray as lk
 from lkarray import progress, workflow
+from lkarray.engine.numbers import reciprocal
 from lkarray.nn.batches import MapDataset
 
 
@@ -265,8 +266,7 @@ def smoothed(features: xr.Dataset) -> np.ndarray:
     halves = features["feature_half"]
     product = lk.covariance(halves.isel(half=0), halves.isel(half=1)).values.astype(float)
     product = (product + product.T) / 2
-    squares = np.diag(product)
-    scale = np.where(squares > 0, np.where(squares > 0, squares, 1) ** -0.5, 0)
+    scale = reciprocal(np.sqrt(np.maximum(np.diag(product), 0)))
     return np.asarray(np.clip(product * np.outer(scale, scale), -1, 1))
 
 
